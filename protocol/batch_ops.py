@@ -1,0 +1,168 @@
+"""Functions on whole batches that veRL has beside its class: padding, collating, batch dims, and
+gathering over a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+
+from protocol import columns
+from protocol.columns import Column
+from protocol.data_proto import DataProto
+from protocol.errors import BatchError, BatchTypeError, RowCountError
+from protocol.keyed import leaves
+from protocol.table import DataProtoItem
+
+__all__ = [
+    "all_gather_data_proto",
+    "collate_fn",
+    "fold_batch_dim",
+    "pad_dataproto_to_divisor",
+    "unfold_batch_dim",
+    "unpad_dataproto",
+]
+
+
+def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataProto, int]:
+    """`(padded, pad_size)`: the rows again from the first on, until they divide by `size_divisor`.
+
+    The batch itself comes back if it divides already, as an empty one does.
+    """
+    if not isinstance(data, DataProto):
+        raise BatchTypeError(f"data must be a DataProto, got {type(data).__name__}")
+    if size_divisor < 1:
+        raise BatchError(f"size_divisor must be at least 1, got {size_divisor}")
+    rows = len(data)
+    pad_size = -rows % size_divisor
+    if not pad_size:
+        return data, 0
+    return data.select_idxs(torch.arange(rows + pad_size) % rows), pad_size
+
+
+def unpad_dataproto(data: DataProto, pad_size: int) -> DataProto:
+    """The batch without its last `pad_size` rows, as views; itself if that is 0."""
+    if not 0 <= pad_size <= len(data):
+        raise RowCountError(f"cannot remove {pad_size} rows from a batch of {len(data)} rows")
+    return data.slice(0, len(data) - pad_size) if pad_size else data
+
+
+def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
+    """A batch of single rows, without their meta_info; arrays are of dtype object.
+
+    Raises:
+        BatchError: there is no row, or rows differ in keys, or in the shape of a tensor.
+    """
+    if not x:
+        raise BatchError("cannot collate zero rows: pass at least one")
+    rows = [({} if item.batch is None else leaves(item.batch)) for item in x]
+    for i, item in enumerate(x):
+        if rows[i].keys() != rows[0].keys() or item.non_tensor_batch.keys() != set(
+            x[0].non_tensor_batch
+        ):
+            raise BatchError(
+                f"rows to collate must have the same keys; row 0 has {_keys(x[0])} "
+                f"and row {i} has {_keys(item)}"
+            )
+    batch = None
+    if x[0].batch is not None:
+        tensors = {key: _stack(key, [row[key] for row in rows]) for key in rows[0]}
+        batch = TensorDict(tensors, [len(x)], device=x[0].batch.device)
+    arrays = {
+        key: columns.as_object_array([item.non_tensor_batch[key] for item in x])
+        for key in x[0].non_tensor_batch
+    }
+    return DataProto(batch, arrays)
+
+
+def _keys(item: DataProtoItem) -> list[str]:
+    return [*([] if item.batch is None else item.batch.keys()), *item.non_tensor_batch]
+
+
+def _stack(key: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        raise BatchError(
+            f"rows to collate must have one shape under {key!r}, got {shapes}: "
+            "pick rows of a jagged column with select_idxs"
+        )
+    return torch.stack(tensors)
+
+
+def fold_batch_dim(data: DataProto, new_batch_size: int) -> DataProto:
+    """Columns of shape (rows, ...) become (new_batch_size, rows // new_batch_size, ...)."""
+    rows = len(data)
+    if new_batch_size < 1 or rows % new_batch_size:
+        raise RowCountError(
+            f"cannot fold {rows} rows into new_batch_size={new_batch_size}: they do not divide"
+        )
+    return _reshape(data, 1, [new_batch_size, rows // new_batch_size])
+
+
+def unfold_batch_dim(data: DataProto, batch_dims: int = 2) -> DataProto:
+    """Merge the first `batch_dims` dims of all columns; undoes `fold_batch_dim`."""
+    if batch_dims < 1:
+        raise BatchError(f"batch_dims must be at least 1, got {batch_dims}")
+    return _reshape(data, batch_dims, None)
+
+
+def _reshape(data: DataProto, dims: int, sizes: list[int] | None) -> DataProto:
+    """Replace the first `dims` dims of all columns by `sizes`, or by their product."""
+
+    def reshape(key: Any, column: Column) -> Column:
+        if columns.is_nested(column) or column.ndim < dims:
+            raise BatchError(
+                f"column {key!r} is {columns.describe(column)}: "
+                f"its first {dims} dims cannot be reshaped"
+            )
+        first = [int(np.prod(column.shape[:dims]))] if sizes is None else sizes
+        return column.reshape(*first, *column.shape[dims:])
+
+    tensors = {k: reshape(k, v) for k, v in _tensors(data).items()}
+    arrays = {k: reshape(k, v) for k, v in data.non_tensor_batch.items()}
+    return DataProto.from_dict(tensors, arrays, data.meta_info)  # type: ignore[arg-type]
+
+
+def all_gather_data_proto(data: DataProto, process_group: dist.ProcessGroup | None) -> None:
+    """Replace the columns of `data`, in place, by those of all ranks of the group, in rank order.
+
+    Ranks may hold different numbers of rows. Dense tensors move by the group's own collective on
+    their device, everything else as pickled objects. meta_info stays that of this rank.
+    """
+    world = dist.get_world_size(process_group)
+    tensors = _tensors(data)
+    dense = {key: t for key, t in tensors.items() if type(t) is torch.Tensor and not t.is_nested}
+    rest = data.select([key for key in tensors if key not in dense], meta_info_keys=[])
+    others: list[Any] = [None] * world
+    dist.all_gather_object(others, (rest, list(dense)), group=process_group)
+    if any(keys != others[0][1] for _, keys in others):
+        raise BatchError(f"ranks must hold the same tensors; got {[keys for _, keys in others]}")
+    counts = [len(shard) for shard, _ in others]
+    whole = DataProto.concat([shard for shard, _ in others])
+    gathered = {key: _all_gather(dense[key], counts, process_group) for key in dense}
+    if data.batch is not None:
+        jagged = {key: t.to(tensors[key].device) for key, t in _tensors(whole).items()}
+        both = {**gathered, **jagged}
+        source = {key: both[key] for key in tensors}
+        data.batch = TensorDict(source, [sum(counts)], device=data.batch.device)
+    data.non_tensor_batch = whole.non_tensor_batch
+
+
+def _tensors(data: DataProto) -> dict[Any, torch.Tensor]:
+    return {} if data.batch is None else leaves(data.batch)
+
+
+def _all_gather(
+    tensor: torch.Tensor, counts: Sequence[int], group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """The rows of all ranks; a collective needs equal shapes, so shorter ones are padded."""
+    most = max(counts)
+    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

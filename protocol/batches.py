@@ -1,0 +1,144 @@
+"""What the dispatcher and futures do with a batch, whichever of the two kinds it is; how it is
+done is left to `data_proto` and `tensordict_utils`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias, TypeGuard
+
+import torch
+from tensordict import TensorDict
+
+from protocol import tensordict_rows, tensordict_utils
+from protocol.data_proto import DataProto
+from protocol.errors import BatchError, BatchTypeError, MissingKeyError, RowCountError
+from protocol.shards import balanced_sizes, equal_sizes
+
+__all__ = [
+    "Batch",
+    "balanced_sizes",
+    "batch_rows",
+    "concat_batches",
+    "equal_sizes",
+    "is_batch",
+    "pad_batch",
+    "select_keys",
+    "slice_batch",
+    "split_batch",
+    "union_batches",
+]
+
+Batch: TypeAlias = DataProto | TensorDict
+
+
+def is_batch(x: object) -> TypeGuard[Batch]:
+    """Whether this is a DataProto or a TensorDict."""
+    return isinstance(x, DataProto | TensorDict)
+
+
+def batch_rows(x: Batch) -> int:
+    """Rows along dim 0.
+
+    Raises:
+        RowCountError: a TensorDict without batch dim.
+    """
+    return len(x) if isinstance(x, DataProto) else tensordict_rows.count_rows(x)
+
+
+def slice_batch(x: Batch, start: int, stop: int) -> Batch:
+    """Rows `start:stop`, as views.
+
+    Raises:
+        RowCountError: not 0 <= start <= stop <= rows.
+    """
+    if not 0 <= start <= stop <= batch_rows(x):
+        raise RowCountError(f"rows {start}:{stop} are not in a batch of {batch_rows(x)} rows")
+    if isinstance(x, DataProto):
+        return x.slice(start, stop)
+    return tensordict_rows.slice_rows(x, start, stop)
+
+
+def split_batch(x: Batch, sizes: Sequence[int]) -> list[Batch]:
+    """Consecutive rows, as views; a size may be zero.
+
+    Raises:
+        RowCountError: the sizes do not sum to the rows.
+    """
+    if isinstance(x, DataProto):
+        return [*x.split_sizes(sizes)]
+    return [*tensordict_rows.split(x, sizes)]
+
+
+def concat_batches(batches: Sequence[Batch]) -> Batch:
+    """All rows of batches of one kind, in new memory.
+
+    Raises:
+        BatchError: nothing to concatenate, or the batches do not go together.
+        BatchTypeError: DataProto and TensorDict are mixed.
+    """
+    protos = [batch for batch in batches if isinstance(batch, DataProto)]
+    tensordicts = [batch for batch in batches if isinstance(batch, TensorDict)]
+    if not batches:
+        raise BatchError("cannot concatenate zero batches: pass at least one")
+    if len(protos) == len(batches):
+        return DataProto.concat(protos)
+    if len(tensordicts) == len(batches):
+        return tensordict_utils.concat_tensordict(tensordicts)
+    raise BatchTypeError(
+        "batches to concatenate must all be DataProto or all TensorDict; "
+        f"got {[type(batch).__name__ for batch in batches]}"
+    )
+
+
+def pad_batch(x: Batch, count: int) -> Batch:
+    """A new batch with the last row repeated `count` times at the end.
+
+    Raises:
+        RowCountError: `count` is negative, or there is no row to repeat.
+    """
+    rows = batch_rows(x)
+    if count < 0 or (count and not rows):
+        raise RowCountError(f"a batch of {rows} rows cannot be padded by {count} rows")
+    if isinstance(x, DataProto):
+        return x.pad_rows(count)
+    return tensordict_rows.take(x, torch.arange(rows + count).clamp(max=rows - 1))
+
+
+def select_keys(x: Batch, keys: Iterable[str]) -> Batch:
+    """Only these columns, shared with `x`; meta_info stays whole.
+
+    Raises:
+        MissingKeyError: a key that the batch lacks.
+    """
+    if isinstance(x, DataProto):
+        return _select_columns(x, list(keys))
+    return tensordict_utils.get_keys(x, keys)
+
+
+def _select_columns(x: DataProto, keys: Sequence[str]) -> DataProto:
+    tensors: set[str] = set() if x.batch is None else {*map(str, x.batch.keys())}
+    arrays = set(x.non_tensor_batch)
+    if missing := sorted(set(keys) - tensors - arrays):
+        raise MissingKeyError(f"keys {missing} not in batch, which has {sorted(tensors | arrays)}")
+    return x.select(
+        batch_keys=[key for key in keys if key in tensors],
+        non_tensor_batch_keys=[key for key in keys if key in arrays],
+    )
+
+
+def union_batches(left: Batch, right: Batch) -> Batch:
+    """The columns of two batches of one kind.
+
+    Raises:
+        BatchTypeError: one is a DataProto and the other a TensorDict.
+        ConflictError: a common key holds different values.
+        RowCountError: they differ in rows.
+    """
+    if isinstance(left, DataProto) and isinstance(right, DataProto):
+        return left.union(right)
+    if isinstance(left, TensorDict) and isinstance(right, TensorDict):
+        return tensordict_utils.union_tensor_dict(left, right)
+    raise BatchTypeError(
+        f"a union is of two DataProto or two TensorDict; got {type(left).__name__} and "
+        f"{type(right).__name__}"
+    )

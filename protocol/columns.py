@@ -1,0 +1,387 @@
+"""Pure functions on one column of a batch (a tensor, a jagged tensor or an array); what a set of
+columns means is left to `data_proto` and `tensordict_utils`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from tensordict import is_tensor_collection
+
+from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
+
+__all__ = [
+    "Column",
+    "as_object_array",
+    "cat",
+    "describe",
+    "equal",
+    "from_rows",
+    "is_nested",
+    "jagged_parts",
+    "nbytes",
+    "normalize_index",
+    "repeat",
+    "row",
+    "rows",
+    "slice_rows",
+    "split",
+    "take",
+]
+
+Column: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
+Index: TypeAlias = "slice | Sequence[int] | Sequence[bool] | np.ndarray[Any, Any] | torch.Tensor"
+
+
+# A nested tensor of n rows is stored as `values`, all rows one after another along one dim, and
+# n + 1 `offsets` into that dim. Everything below is arithmetic on these two.
+
+
+def is_nested(column: object) -> bool:
+    """Whether this is a nested tensor, jagged or strided: its rows differ in length."""
+    return isinstance(column, torch.Tensor) and column.is_nested
+
+
+def jagged_parts(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """`(values, offsets, ragged_idx)` of any nested tensor, without holes and with offsets[0] == 0.
+
+    `ragged_idx` is the ragged dim of the column, so `ragged_idx - 1` is that of `values`.
+    """
+    if column.layout is not torch.jagged:
+        column = from_rows(list(column.unbind()))
+    values, offsets = column.values(), column.offsets()  # type: ignore[attr-defined]
+    ragged_idx: int = column._ragged_idx  # type: ignore[attr-defined]
+    dim, lengths = ragged_idx - 1, column.lengths()  # type: ignore[attr-defined]
+    if lengths is not None:
+        return *_gather(values, offsets[: len(lengths)], lengths, dim), ragged_idx
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != values.shape[dim]:
+        values, offsets = values.narrow(dim, first, last - first), offsets - first
+    return values, offsets, ragged_idx
+
+
+def from_rows(tensors: Sequence[torch.Tensor], ragged_idx: int | None = None) -> torch.Tensor:
+    """One jagged tensor from one dense tensor per row.
+
+    The ragged dim is the one in which the rows differ (1 if they do not), unless `ragged_idx`,
+    counted with the batch dim, names it.
+
+    Raises:
+        BatchError: there is no row, or the rows differ in dtype or in more than one dim.
+    """
+    if not tensors:
+        raise BatchError("a jagged tensor needs at least one row to know its dtype; got none")
+    if ragged_idx is None:
+        dims = [len(set(sizes)) > 1 for sizes in zip(*(t.shape for t in tensors), strict=False)]
+        ragged_idx = dims.index(True) + 1 if True in dims else 1
+    dim = ragged_idx - 1
+    kinds = {(t.dtype, t.shape[:dim], t.shape[dim + 1 :], t.dim() > dim) for t in tensors}
+    if len(kinds) > 1 or tensors[0].dim() <= dim:
+        raise BatchError(
+            f"the rows of a jagged tensor must agree in dtype and in every dim but {dim}; got "
+            + ", ".join(sorted({f"{t.dtype} {tuple(t.shape)}" for t in tensors}))
+        )
+    lengths = torch.tensor([t.shape[dim] for t in tensors], device=tensors[0].device)
+    return _jagged(torch.cat(list(tensors), dim), _offsets(lengths), ragged_idx)
+
+
+def _jagged(values: torch.Tensor, offsets: torch.Tensor, ragged_idx: int) -> torch.Tensor:
+    return torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=ragged_idx)
+
+
+def _offsets(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _gather(
+    values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy `lengths[i]` elements from `starts[i]` on, for every i; returns values and offsets."""
+    offsets = _offsets(lengths)
+    shift = torch.repeat_interleave(starts - offsets[:-1], lengths)
+    return values.index_select(dim, shift + torch.arange(len(shift), device=shift.device)), offsets
+
+
+def rows(column: Column) -> int:
+    """Number of rows; for a nested tensor, of its components."""
+    if column.ndim == 0:
+        raise RowCountError("a column needs a batch dim; got a 0-dim value")
+    return column.size(0) if isinstance(column, torch.Tensor) else len(column)
+
+
+def nbytes(column: Column) -> int:
+    """Bytes of the elements; of an object array, of the references only."""
+    if isinstance(column, torch.Tensor) and column.is_nested:
+        return jagged_parts(column)[0].nbytes
+    return column.nbytes
+
+
+def describe(column: Column) -> str:
+    """`int64 (4, 2)` or `int64 jagged (4, *)`: kind and shape, no data."""
+    if not isinstance(column, torch.Tensor):
+        return f"{column.dtype} array {column.shape}"
+    sizes = ["*" if not isinstance(size, int) else str(size) for size in _shape(column)]
+    layout = " jagged" if column.is_nested else ""
+    end = "," if len(sizes) == 1 else ""
+    return f"{str(column.dtype).removeprefix('torch.')}{layout} ({', '.join(sizes)}{end})"
+
+
+def _shape(column: torch.Tensor) -> list[object]:
+    if not column.is_nested:
+        return list(column.shape)
+    if column.layout is torch.jagged:
+        return list(column.shape)
+    return [column.size(0), *("*" for _ in range(column.dim() - 1))]
+
+
+def take(column: Column, index: torch.Tensor) -> Column:
+    """Copy the rows that `index` (1-D, int64, not negative) names, in its order."""
+    if not isinstance(column, torch.Tensor):
+        picked: Column = column[index.cpu().numpy()]
+        return picked
+    index = index.to(column.device)
+    if not column.is_nested:
+        return column.index_select(0, index)
+    values, offsets, ragged_idx = jagged_parts(column)
+    starts, lengths = offsets[:-1][index], offsets.diff()[index]
+    return _jagged(*_gather(values, starts, lengths, ragged_idx - 1), ragged_idx)
+
+
+def row(column: Column, at: int) -> Any:
+    """Row `at` (not negative) without the batch dim: a view of a tensor, an element of an array."""
+    one = slice_rows(column, at, at + 1)
+    return jagged_parts(one)[0] if isinstance(one, torch.Tensor) and one.is_nested else one[0]
+
+
+def slice_rows(column: Column, start: int, stop: int, step: int = 1) -> Column:
+    """Rows `start:stop:step`, given 0 <= start <= stop <= rows and step > 0.
+
+    A view, except for a nested tensor with step > 1.
+    """
+    if not is_nested(column):
+        view: Column = column[start:stop:step]
+        return view
+    if step != 1:
+        return take(column, torch.arange(start, stop, step))
+    return split(column, [start, stop - start, rows(column) - stop])[1]
+
+
+def split(column: Column, sizes: Sequence[int]) -> list[Column]:
+    """Views of consecutive rows; a size may be zero.
+
+    Raises:
+        RowCountError: the sizes do not sum to the rows of the column.
+    """
+    if sum(sizes) != rows(column) or min(sizes, default=0) < 0:
+        raise RowCountError(f"sizes must sum to {rows(column)} rows; got {list(sizes)}")
+    if isinstance(column, torch.Tensor) and not column.is_nested:
+        return list(torch.split(column, list(sizes)))
+    bounds = pairwise(accumulate(sizes, initial=0))
+    if not isinstance(column, torch.Tensor):
+        return [column[a:b] for a, b in bounds]
+    values, offsets, ragged_idx = jagged_parts(column)
+    at = offsets.tolist()
+    return [
+        _jagged(
+            values.narrow(ragged_idx - 1, at[a], at[b] - at[a]),
+            offsets[a : b + 1] - at[a],
+            ragged_idx,
+        )
+        for a, b in bounds
+    ]
+
+
+def cat(columns: Sequence[Column]) -> Column:
+    """All rows of all columns, in new memory even for a single column.
+
+    Raises:
+        BatchError: no column, or they differ in kind, dtype, device or trailing shape.
+    """
+    if not columns:
+        raise BatchError("cannot concatenate zero columns: pass at least one")
+    first = columns[0]
+    for shard, column in enumerate(columns):
+        if _signature(column) != _signature(first):
+            raise BatchError(
+                "columns to concatenate must agree in dtype, device and all dims but the first; "
+                f"shard 0 has {describe(first)} and shard {shard} has {describe(column)}"
+                + _device_note(first, column)
+            )
+    if not isinstance(first, torch.Tensor):
+        return np.concatenate(columns)
+    if not first.is_nested:
+        return torch.cat(columns)  # type: ignore[arg-type]
+    parts = [jagged_parts(column) for column in columns]  # type: ignore[arg-type]
+    ragged_idx = parts[0][2]
+    values = torch.cat([values for values, _, _ in parts], ragged_idx - 1)
+    return _jagged(
+        values, _offsets(torch.cat([offsets.diff() for _, offsets, _ in parts])), ragged_idx
+    )
+
+
+def _signature(column: Column) -> tuple[object, ...]:
+    """What columns must have in common to be concatenated."""
+    if not isinstance(column, torch.Tensor):
+        kind = column.dtype.kind
+        return kind if kind in "US" else column.dtype, column.shape[1:]  # "US": any string width
+    if not column.is_nested:
+        return "dense", column.dtype, column.device, column.shape[1:]
+    values, _, ragged_idx = jagged_parts(column)
+    trailing = list(values.shape)
+    trailing[ragged_idx - 1] = -1
+    return "nested", column.dtype, column.device, trailing
+
+
+def _device_note(a: Column, b: Column) -> str:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.device != b.device:
+        return f" (on {a.device} and {b.device})"
+    return ""
+
+
+def repeat(
+    column: Column, times: int | np.integer[Any] | Sequence[int] | Column, interleave: bool
+) -> Column:
+    """Copy every row `times` times: a a b b with `interleave`, else a b a b.
+
+    `times` may also hold one count per row, which implies `interleave`.
+
+    Raises:
+        BatchError: a negative count, or not one count per row.
+    """
+    count = rows(column)
+    if not isinstance(times, (int, np.integer)):
+        counts = torch.as_tensor(times)
+        if counts.shape != (count,) or counts.is_floating_point() or (counts < 0).any():
+            raise BatchError(
+                f"repeat_times must hold one count (>= 0) for each of {count} rows; got {times!r}"
+            )
+        return take(column, torch.repeat_interleave(torch.arange(count), counts.cpu()))
+    if times < 0:
+        raise BatchError(f"repeat_times must not be negative; got {times}")
+    times = int(times)
+    if isinstance(column, torch.Tensor) and not column.is_nested:
+        if interleave:
+            return column.repeat_interleave(times, dim=0)
+        return column.repeat(times, *([1] * (column.dim() - 1)))
+    index = torch.arange(count)
+    return take(column, index.repeat_interleave(times) if interleave else index.repeat(times))
+
+
+def as_object_array(values: Sequence[object]) -> np.ndarray[Any, Any]:
+    """A 1-D object array with one element per value, also where numpy would build a 2-D one."""
+    array = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        array[i] = value
+    return array
+
+
+def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
+    """Any index that selects several rows, as a slice or as int64 positions; both not negative.
+
+    Raises:
+        BatchTypeError: not a slice, list, ndarray, or tensor of integers or booleans.
+        RowIndexError: a row that is not there, or a mask of another length.
+    """
+    if isinstance(index, slice):
+        start, stop, step = index.indices(rows)
+        if step < 0:
+            return torch.arange(rows)[np.arange(start, stop, step)]
+        return slice(start, max(start, stop), step)
+    if not isinstance(index, (list, np.ndarray, torch.Tensor)):
+        raise BatchTypeError(
+            f"Indexing with {type(index)} is not supported: rows are selected by an int, slice, "
+            f"list, ndarray or tensor; got {index!r:.80}"
+        )
+    try:
+        at = (
+            index if isinstance(index, torch.Tensor) else torch.from_numpy(np.asarray(index).copy())
+        )
+    except (TypeError, ValueError):
+        at = torch.empty(0, 0)
+    if at.numel() == 0 and at.dim() == 1 and at.dtype != torch.bool:
+        return torch.empty(0, dtype=torch.int64)
+    # A uint8 tensor is refused: torch reads it as a mask, numpy as positions.
+    if at.dim() != 1 or at.is_floating_point() or at.is_complex() or at.dtype == torch.uint8:
+        raise BatchTypeError(
+            f"an index must be one list of integers or booleans; got {index!r:.200} "
+            f"({at.dtype}; make a mask with .bool())"
+        )
+    if at.dtype == torch.bool:
+        if len(at) != rows:
+            raise RowIndexError(f"a mask needs one entry per row: {rows} rows, {len(at)} entries")
+        return at.nonzero().flatten()
+    at = at.to(torch.int64)
+    bad = at[(at < -rows) | (at >= rows)]
+    if len(bad):
+        raise RowIndexError(f"index {int(bad[0])} is out of range for a batch of {rows} rows")
+    return torch.where(at < 0, at + rows, at)
+
+
+def equal(a: object, b: object) -> bool:
+    """Deep equality in which NaN equals NaN and cycles end.
+
+    Tensors and arrays are equal if dtype, shape and every element are; devices are ignored.
+    """
+    return _equal(a, b, set())
+
+
+def _equal(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
+    if a is b or (id(a), id(b)) in visiting:
+        return True
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _same_tensor(a, b)
+    visiting.add((id(a), id(b)))
+    try:
+        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+            if type(a) is not type(b) or a.shape != b.shape or a.dtype.kind != b.dtype.kind:
+                return False
+            if a.dtype.kind == "O":
+                return all(_equal(x, y, visiting) for x, y in zip(a.flat, b.flat, strict=True))
+            if a.dtype != b.dtype and a.dtype.kind not in "US":
+                return False
+            return bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fcmM"))
+        if is_tensor_collection(a) or isinstance(a, Mapping):
+            return (
+                type(a) is type(b)
+                and getattr(a, "batch_size", None) == getattr(b, "batch_size", None)
+                and set(a.keys()) == set(b.keys())
+                and all(_equal(a[key], b[key], visiting) for key in a.keys())  # noqa: SIM118
+            )
+        if isinstance(a, (list, tuple)):
+            return (
+                type(a) is type(b)
+                and len(a) == len(b)
+                and all(_equal(x, y, visiting) for x, y in zip(a, b, strict=True))
+            )
+        try:
+            return bool(a == b) or bool(a != a and b != b)  # only NaN is not itself
+        except (TypeError, ValueError, RuntimeError):  # an == that does not give a truth value
+            return False
+    finally:
+        visiting.discard((id(a), id(b)))
+
+
+def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.is_nested != b.is_nested or a.dim() != b.dim():
+        return False
+    if a.is_nested:
+        parts = zip(jagged_parts(a), jagged_parts(b), strict=True)
+        return all(_equal(x, y, set()) for x, y in parts)
+    if a.shape != b.shape:
+        return False
+    if _view_of(a) == _view_of(b):
+        return True
+    a, b = a.detach(), b.detach().to(a.device)
+    if a.element_size() == 1 and a.is_floating_point():  # float8 has no comparison
+        a, b = a.to(torch.float32), b.to(torch.float32)
+    if torch.equal(a, b):
+        return True
+    exact = not (a.is_floating_point() or a.is_complex())
+    return not exact and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _view_of(a: torch.Tensor) -> tuple[object, ...]:
+    return a.data_ptr(), a.device, a.stride(), a.is_conj(), a.is_neg()

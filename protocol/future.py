@@ -1,0 +1,328 @@
+"""A batch that is still in the workers: which rows come from where, computed when asked for.
+
+Where the rows are and how they travel is left to the backend, which supplies the sources.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+from tensordict import TensorDict
+
+from protocol.batches import (
+    Batch,
+    concat_batches,
+    is_batch,
+    pad_batch,
+    select_keys,
+    union_batches,
+)
+from protocol.data_proto import DataProto
+from protocol.errors import BatchError, BatchTypeError, RowCountError
+from protocol.shards import balanced_sizes, equal_sizes, padded_sizes
+from protocol.tensordict_utils import chunk_tensordict
+
+__all__ = ["BatchData", "DataProtoFuture", "How", "Source"]
+
+How: TypeAlias = Literal["equal", "balanced", "padded"]
+
+_SIZES: dict[str, Callable[[int, int], list[int]]] = {
+    "equal": equal_sizes,
+    "balanced": balanced_sizes,
+    "padded": padded_sizes,
+}
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Rows that someone is producing. It must be picklable, for consumers in other processes."""
+
+    def rows(self, timeout: float | None) -> int:
+        """Wait for the producer and return how many rows it made; moves no data.
+
+        Raises:
+            TimeoutError: not done within `timeout` seconds.
+        """
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+        """Wait for the producer and bring its rows `start:stop`, which may be none, here.
+
+        Raises:
+            TimeoutError: not done within `timeout` seconds.
+        """
+
+
+class DataProtoFuture:
+    """The rows of several sources, one after another, as one batch that is not here yet.
+
+    It never changes, can be pickled, and is itself a Source. Every method but `get`, `fetch`,
+    `rows` and `len()` returns at once; what does not fit together is then reported by these four.
+    """
+
+    __slots__ = ("_sizes", "_sources")
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """The rows of `sources`, in that order. Fetches and waits for nothing.
+
+        Raises:
+            BatchError: no source, so that not even the columns of zero rows could be known.
+        """
+        if not sources:
+            raise BatchError("a DataProtoFuture needs at least one source; got none")
+        self._sources = tuple(sources)
+        self._sizes: tuple[int, ...] | None = None  # rows per source, once all are known
+
+    def __repr__(self) -> str:
+        rows = "?" if self._sizes is None else sum(self._sizes)
+        return f"DataProtoFuture(rows={rows}, sources={len(self._sources)})"
+
+    def __len__(self) -> int:
+        """Number of rows. Waits for all producers, fetches nothing."""
+        return self.rows()
+
+    def rows(self, timeout: float | None = None) -> int:
+        """Number of rows. Waits for all producers, fetches nothing.
+
+        Raises:
+            TimeoutError: they were not done within `timeout` seconds.
+        """
+        return sum(self._rows_per_source(_Deadline(timeout)))
+
+    def _rows_per_source(self, deadline: _Deadline) -> tuple[int, ...]:
+        if self._sizes is None:
+            self._sizes = tuple(source.rows(deadline.left()) for source in self._sources)
+        return self._sizes
+
+    def get(self, timeout: float | None = None) -> Batch:
+        """Wait for all producers and fetch all rows.
+
+        Raises:
+            TimeoutError: the rows were not here within `timeout` seconds.
+        """
+        deadline = _Deadline(timeout)
+        return self.fetch(0, self.rows(timeout), deadline.left())
+
+    def fetch(self, start: int, stop: int, timeout: float | None = None) -> Batch:
+        """Fetch rows `start:stop`, only from the sources that have some of them.
+
+        No rows are fetched as such, from one source, for their columns.
+
+        Raises:
+            RowCountError: not 0 <= start <= stop <= rows.
+            TimeoutError: the rows were not here within `timeout` seconds.
+        """
+        deadline = _Deadline(timeout)
+        sizes = self._rows_per_source(deadline)
+        if not 0 <= start <= stop <= sum(sizes):
+            raise RowCountError(f"rows {start}:{stop} are not in a batch of {sum(sizes)} rows")
+        parts = []
+        for source, size, end in zip(self._sources, sizes, accumulate(sizes), strict=True):
+            first, last = max(start, end - size), min(stop, end)
+            if first < last:
+                offset = end - size
+                parts.append(source.fetch(first - offset, last - offset, deadline.left()))
+        if not parts:
+            filled = next((i for i, size in enumerate(sizes) if size), 0)
+            return self._sources[filled].fetch(0, 0, deadline.left())
+        return parts[0] if len(parts) == 1 else concat_batches(parts)
+
+    def chunk(self, chunks: int) -> list[DataProtoFuture]:
+        """`chunks` futures of equally many consecutive rows. Fetches and waits for nothing.
+
+        If the rows do not divide, each of them raises ChunkError once they are known.
+
+        Raises:
+            ChunkError: `chunks` is less than one.
+        """
+        return self.shards(chunks, "equal")
+
+    def shards(self, parts: int, how: How) -> list[DataProtoFuture]:
+        """`parts` futures of consecutive rows. Fetches and waits for nothing.
+
+        "equal": each has the same number of rows; if they do not divide, each raises ChunkError
+        once they are known. "balanced": they differ by at most one row, larger ones first.
+        "padded": each has ceil(rows / parts), the last row being repeated to fill up.
+
+        Raises:
+            BatchError: another `how`.
+            ChunkError: `parts` is less than one.
+        """
+        if how not in _SIZES:
+            raise BatchError(f"how must be one of {list(_SIZES)}; got {how!r}")
+        _SIZES[how](0, parts)  # refuses what is wrong whatever the rows
+        return [DataProtoFuture([_Shard(self, part, parts, how)]) for part in range(parts)]
+
+    @staticmethod
+    def concat(data: Sequence[DataProtoFuture]) -> DataProtoFuture:
+        """All rows of all futures, in order. Fetches and waits for nothing.
+
+        Raises:
+            BatchError: no future.
+        """
+        return DataProtoFuture(data)
+
+    def select(self, keys: Iterable[str]) -> DataProtoFuture:
+        """Only these columns, which are all that whoever fetches rows keeps. Fetches nothing.
+
+        A key that is not there raises MissingKeyError when rows are fetched.
+        """
+        return DataProtoFuture([_Columns(self, (keys,) if isinstance(keys, str) else tuple(keys))])
+
+    def union(self, other: Source) -> DataProtoFuture:
+        """The columns of both. Fetches nothing now; later the same rows from either.
+
+        Different numbers of rows raise RowCountError once they are known, different values
+        under one key ConflictError when rows are fetched.
+        """
+        return DataProtoFuture([_Union(self, other)])
+
+    def unpadded(self, padding: int | Callable[[], int]) -> DataProtoFuture:
+        """Without the last `padding` rows, which nobody fetches. Fetches nothing.
+
+        A function is called when the rows are first needed, where they are needed: it is pickled
+        with the future. More padding than rows raises RowCountError once they are known.
+        """
+        return DataProtoFuture([_Unpadded(self, padding)])
+
+
+class _Deadline:
+    """One time limit over several waits."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    def left(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Part number `part` of `parts`. "padded" ones may reach behind the last row."""
+
+    whole: DataProtoFuture
+    part: int
+    parts: int
+    how: How
+
+    def rows(self, timeout: float | None) -> int:
+        return _SIZES[self.how](self.whole.rows(timeout), self.parts)[self.part]
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+        deadline = _Deadline(timeout)
+        rows = self.whole.rows(timeout)
+        offset = sum(_SIZES[self.how](rows, self.parts)[: self.part])
+        first, last = min(offset + start, rows), min(offset + stop, rows)
+        padding = (stop - start) - (last - first)
+        if padding and first == last:  # nothing but copies of the last row
+            first, padding = rows - 1, padding - 1
+        batch = self.whole.fetch(first, last, deadline.left())
+        return pad_batch(batch, padding) if padding else batch
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Some columns of a batch."""
+
+    whole: DataProtoFuture
+    keys: tuple[str, ...]
+
+    def rows(self, timeout: float | None) -> int:
+        return self.whole.rows(timeout)
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+        return select_keys(self.whole.fetch(start, stop, timeout), self.keys)
+
+
+@dataclass(frozen=True)
+class _Union:
+    """The columns of two batches of equally many rows."""
+
+    left: Source
+    right: Source
+
+    def rows(self, timeout: float | None) -> int:
+        deadline = _Deadline(timeout)
+        left, right = self.left.rows(timeout), self.right.rows(deadline.left())
+        if left != right:
+            raise RowCountError(f"a union needs equally many rows; got {left} and {right}")
+        return left
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+        deadline = _Deadline(timeout)
+        left = self.left.fetch(start, stop, timeout)
+        return union_batches(left, self.right.fetch(start, stop, deadline.left()))
+
+
+@dataclass(frozen=True)
+class _Unpadded:
+    """A batch without the rows at its end that padding added."""
+
+    whole: DataProtoFuture
+    padding: int | Callable[[], int]
+
+    def rows(self, timeout: float | None) -> int:
+        rows = self.whole.rows(timeout)
+        padding = self.padding if isinstance(self.padding, int) else self.padding()
+        if not 0 <= padding <= rows:
+            raise RowCountError(f"padding must be between 0 and {rows} rows; got {padding}")
+        return rows - padding
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+        return self.whole.fetch(start, stop, timeout)
+
+
+class BatchData:
+    """veRL's wrapper that asks of any value whether it can be split or joined by rows.
+
+    `data` is a DataProto, TensorDict or DataProtoFuture to chunk, or a list of one kind to concat.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def is_chunkable(self) -> bool:
+        """Whether `chunk` works: the value is one batch or future."""
+        return is_batch(self.data) or isinstance(self.data, DataProtoFuture)
+
+    def is_concatable(self) -> bool:
+        """Whether `concat` works: the value is a list of batches, or of futures."""
+        if not isinstance(self.data, list | tuple) or not self.data:
+            return False
+        elements = self.data
+        return all(map(is_batch, elements)) or all(isinstance(e, DataProtoFuture) for e in elements)
+
+    def chunk(self, chunks: int) -> list[Any]:
+        """`chunks` equal parts. Fetches nothing of a future.
+
+        Raises:
+            BatchTypeError: the value is not chunkable.
+            ChunkError: the rows do not divide by `chunks`.
+        """
+        if isinstance(self.data, DataProto | DataProtoFuture):
+            return [*self.data.chunk(chunks)]
+        if isinstance(self.data, TensorDict):
+            return [*chunk_tensordict(self.data, chunks)]
+        raise BatchTypeError(
+            "only a DataProto, TensorDict or DataProtoFuture can be chunked; "
+            f"got {type(self.data).__name__}"
+        )
+
+    def concat(self) -> Any:
+        """All rows of all elements. Fetches nothing of futures.
+
+        Raises:
+            BatchError: the elements do not go together.
+            BatchTypeError: the value is not concatable.
+        """
+        if not self.is_concatable():
+            raise BatchTypeError(
+                "only a list of DataProto, of TensorDict or of DataProtoFuture can be "
+                f"concatenated; got {type(self.data).__name__} {self.data!r:.80}"
+            )
+        if is_batch(self.data[0]):
+            return concat_batches(self.data)
+        return DataProtoFuture.concat(self.data)

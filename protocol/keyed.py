@@ -1,0 +1,131 @@
+"""Dicts of columns: joining the dicts of several batches, with errors that name the key; joining
+single columns is left to `columns`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from protocol import columns, summary
+from protocol.errors import (
+    BatchError,
+    BatchTypeError,
+    ConflictError,
+    MissingKeyError,
+    RowCountError,
+)
+
+__all__ = [
+    "cat_columns",
+    "leaves",
+    "require_keys",
+    "union_columns",
+    "union_numpy_dict",
+    "union_tensor_dict",
+]
+
+_C = TypeVar("_C")
+
+
+def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, torch.Tensor]:
+    """The tensors of a TensorDict, those in nested TensorDicts under a tuple of keys.
+
+    Raises:
+        BatchTypeError: the TensorDict holds something else.
+    """
+    found: dict[Any, torch.Tensor] = {}
+    for key, value in batch.items():
+        path = (*prefix, key)
+        if isinstance(value, torch.Tensor):
+            found[path if prefix else key] = value
+        elif isinstance(value, TensorDictBase):
+            found.update(leaves(value, path))
+        else:
+            raise BatchTypeError(
+                f"batch[{key!r}] must be a tensor, got {type(value).__name__}: put it into "
+                "non_tensor_batch or meta_info, or build the batch with DataProto.from_tensordict"
+            )
+    return found
+
+
+def require_keys(keys: Iterable[str], part: Mapping[str, Any], name: str) -> None:
+    """Raise MissingKeyError unless all keys are in this part of a batch."""
+    missing = [key for key in keys if key not in part]
+    if missing:
+        raise MissingKeyError(f"no {missing} in {name}, which has the keys {list(part)}")
+
+
+def cat_columns(shards: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Concatenate the columns of all shards, key by key.
+
+    Raises:
+        BatchError: the shards differ in keys, or a column in kind, dtype or trailing shape.
+    """
+    keys = set(shards[0])
+    for i, shard in enumerate(shards):
+        if set(shard) != keys:
+            raise BatchError(
+                f"batches to concatenate must have the same keys; {name} of shard {i} lacks "
+                f"{sorted(keys - set(shard), key=str)} and adds "
+                f"{sorted(set(shard) - keys, key=str)}, compared with shard 0"
+            )
+    whole = {}
+    for key in shards[0]:
+        try:
+            whole[key] = columns.cat([shard[key] for shard in shards])
+        except BatchError as error:
+            raise BatchError(f"{name}[{key!r}]: {error}") from None
+    return whole
+
+
+def union_columns(a: Mapping[str, _C], b: Mapping[str, _C]) -> dict[str, _C]:
+    """The columns of both, in a new dict.
+
+    Raises:
+        ConflictError: both have a key, with different values.
+    """
+    for key, column in b.items():
+        if key in a and not columns.equal(a[key], column):
+            raise ConflictError(
+                f"{key} in tensor_dict1 and tensor_dict2 are not the same object: "
+                f"{summary.difference(a[key], column)}; pop or rename one of them"
+            )
+    return {**a, **b}
+
+
+def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> TensorDict:
+    """A new TensorDict with the keys of both, which must have the same batch size.
+
+    Raises:
+        RowCountError: they have not.
+        ConflictError: both have a key, with different values.
+    """
+    for value in (tensor_dict1, tensor_dict2):
+        if not isinstance(value, TensorDictBase):
+            raise BatchTypeError(f"a TensorDict is needed, got {type(value).__name__}")
+    if tensor_dict1.batch_size != tensor_dict2.batch_size:
+        raise RowCountError(
+            "Two tensor dict must have identical batch size. "
+            f"Got {tensor_dict1.batch_size} and {tensor_dict2.batch_size}"
+        )
+    both = union_columns(dict(tensor_dict1.items()), dict(tensor_dict2.items()))
+    return TensorDict(both, tensor_dict1.batch_size, device=tensor_dict1.device)
+
+
+def union_numpy_dict(
+    tensor_dict1: dict[str, np.ndarray[Any, Any]], tensor_dict2: dict[str, np.ndarray[Any, Any]]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """A new dict with the keys of both.
+
+    Raises:
+        ConflictError: both have a key, with different values.
+        BatchTypeError: a value is not an ndarray.
+    """
+    for key, value in [*tensor_dict1.items(), *tensor_dict2.items()]:
+        if not isinstance(value, np.ndarray):
+            raise BatchTypeError(f"{key!r} must be an ndarray, got {type(value).__name__}")
+    return union_columns(tensor_dict1, tensor_dict2)

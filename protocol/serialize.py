@@ -1,0 +1,88 @@
+"""Tensors as plain tuples of names, shapes and bytes, for serializers that know no torch (msgpack);
+how a batch crosses a process boundary is left to `wire`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from protocol.columns import from_rows, is_nested, jagged_parts
+from protocol.errors import BatchTypeError
+from protocol.keyed import leaves
+
+__all__ = [
+    "deserialize_single_tensor",
+    "deserialize_tensordict",
+    "serialize_single_tensor",
+    "serialize_tensordict",
+]
+
+SerializedTensor: TypeAlias = "tuple[str, tuple[int, ...], memoryview]"
+
+
+def serialize_single_tensor(obj: torch.Tensor) -> SerializedTensor:
+    """`(dtype, shape, bytes)` of a dense tensor; the bytes are a view of a contiguous CPU tensor.
+
+    >>> serialize_single_tensor(torch.zeros(2, 3))[:2]
+    ('float32', (2, 3))
+    """
+    if not isinstance(obj, torch.Tensor) or obj.layout is not torch.strided or obj.is_nested:
+        raise BatchTypeError(
+            f"a dense tensor is needed, got {type(obj).__name__}: "
+            "serialize_tensordict also takes nested ones"
+        )
+    flat = obj.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().data
+    return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), data
+
+
+def deserialize_single_tensor(arr: Any) -> torch.Tensor:
+    """The tensor that `serialize_single_tensor` took apart, in its own writable memory."""
+    dtype, shape, data = arr
+    flat = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+    if not flat.numel():
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+    return flat.view(getattr(torch, dtype)).reshape(tuple(shape))
+
+
+def serialize_tensordict(
+    batch: TensorDict,
+) -> tuple[tuple[int, ...], str | None, dict[str, tuple[Any, ...]]]:
+    """`(batch_size, device, tensors)`, each tensor as `serialize_single_tensor` makes it.
+
+    A nested tensor becomes `("jagged", [row, ...])`, or `("jagged", values, offsets, ragged_idx)`
+    where the rows would not tell its ragged dim.
+    """
+    tensors: dict[str, tuple[Any, ...]] = {}
+    for key, tensor in leaves(batch).items():
+        tensors[key] = _jagged(tensor) if is_nested(tensor) else serialize_single_tensor(tensor)
+    device = None if batch.device is None else str(batch.device)
+    return tuple(batch.batch_size), device, tensors
+
+
+def deserialize_tensordict(arr: Any) -> TensorDict:
+    """The TensorDict that `serialize_tensordict` took apart."""
+    batch_size, device, tensors = arr
+    columns = {}
+    for key, packed in tensors.items():
+        if packed[0] != "jagged":
+            columns[key] = deserialize_single_tensor(packed)
+        elif len(packed) == 2:
+            columns[key] = from_rows([deserialize_single_tensor(row) for row in packed[1]], 1)
+        else:
+            values, offsets = map(deserialize_single_tensor, packed[1:3])
+            columns[key] = torch.nested.nested_tensor_from_jagged(
+                values, offsets, jagged_dim=packed[3]
+            )
+    return TensorDict(columns, tuple(batch_size), device=device)
+
+
+def _jagged(tensor: torch.Tensor) -> tuple[Any, ...]:
+    values, offsets, ragged_idx = jagged_parts(tensor.detach())
+    if ragged_idx == 1 and tensor.size(0):
+        rows = torch.split(values, offsets.diff().tolist())
+        return "jagged", [serialize_single_tensor(row) for row in rows]
+    return "jagged", serialize_single_tensor(values), serialize_single_tensor(offsets), ragged_idx

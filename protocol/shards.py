@@ -1,0 +1,53 @@
+"""How many rows each shard gets; cutting a batch accordingly is left to its own methods."""
+
+from __future__ import annotations
+
+from protocol.errors import ChunkError
+
+__all__ = ["balanced_sizes", "equal_sizes", "padded_sizes"]
+
+
+def equal_sizes(rows: int, parts: int) -> list[int]:
+    """`parts` equal sizes that sum to `rows`.
+
+    Raises:
+        ChunkError: `rows` does not divide by `parts`, or there is no part.
+    """
+    _check_parts(parts)
+    if rows % parts:
+        raise ChunkError(
+            f"only support equal chunk. Got size of DataProto {rows} and chunk {parts}. Two ways "
+            "out: register(..., uneven=True) sends shards that differ by at most one row; "
+            "DataProto.from_dict(..., auto_padding=True) repeats the last row and removes the "
+            "padding from what comes back"
+        )
+    return [rows // parts] * parts
+
+
+def balanced_sizes(rows: int, parts: int) -> list[int]:
+    """`parts` sizes that sum to `rows` and differ by at most one, larger ones first.
+
+    >>> balanced_sizes(5, 3)
+    [2, 2, 1]
+
+    Raises:
+        ChunkError: there is no part.
+    """
+    _check_parts(parts)
+    size, larger = divmod(rows, parts)
+    return [size + 1] * larger + [size] * (parts - larger)
+
+
+def padded_sizes(rows: int, parts: int) -> list[int]:
+    """`parts` equal sizes, the smallest that together hold `rows`.
+
+    Raises:
+        ChunkError: there is no part.
+    """
+    _check_parts(parts)
+    return [-(-rows // parts)] * parts
+
+
+def _check_parts(parts: int) -> None:
+    if parts < 1:
+        raise ChunkError(f"a batch is split into at least one chunk; got {parts}")

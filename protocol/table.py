@@ -1,0 +1,262 @@
+"""Table: columns of equal rows with shared meta_info, and how one reads them. The verbs that make
+one batch from others are left to `data_proto`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, SupportsIndex, TypeAlias, TypeVar, overload
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from protocol import columns, summary, wire
+from protocol.columns import Column, Index
+from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
+from protocol.keyed import leaves, require_keys
+
+__all__ = ["DataProtoItem", "Table"]
+
+logger = logging.getLogger(__name__)
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+_Self = TypeVar("_Self", bound="Table")
+
+
+@dataclass
+class DataProtoItem:
+    """One row: tensors without the batch dim, one object per array, the whole meta_info."""
+
+    batch: TensorDict | None = None
+    non_tensor_batch: dict[str, Any] = field(default_factory=dict)
+    meta_info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False, repr=False)
+class Table:
+    """Columns of equal rows, of two kinds (tensors and arrays), and meta_info about all rows."""
+
+    batch: TensorDict | None = None
+    non_tensor_batch: dict[str, Array] = field(default_factory=dict)
+    meta_info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.non_tensor_batch = dict(self.non_tensor_batch or {})
+        self.meta_info = dict(self.meta_info or {})
+        self.check_consistency()
+
+    def check_consistency(self) -> None:
+        """Check that all columns are tensors or arrays with the same number of rows.
+
+        Raises:
+            BatchError: they are not, or the TensorDict has not exactly one batch dim.
+        """
+        if self.batch is not None and len(self.batch.batch_size) != 1:
+            raise BatchError(
+                "a batch has one batch dim (num_batch_dims=1); "
+                f"got a TensorDict of batch_size {list(self.batch.batch_size)}"
+            )
+        for key, array in self.non_tensor_batch.items():
+            if not isinstance(array, np.ndarray):
+                raise BatchTypeError(
+                    f"non_tensor_batch[{key!r}] must be an ndarray, got {type(array).__name__}: "
+                    "DataProto.from_dict converts lists"
+                )
+            if columns.rows(array) != len(self):
+                raise RowCountError(
+                    f"key {key} length {len(array)} is not equal to batch size {len(self)}"
+                )
+
+    def _new(
+        self: _Self, tensors: Mapping[Any, Column], arrays: Mapping[str, Column], rows: int
+    ) -> _Self:
+        """A batch like this one, with a copy of its meta_info and other columns."""
+        batch = None
+        if self.batch is not None:
+            batch = TensorDict(dict(tensors), [rows], device=self.batch.device)
+        return type(self)(batch, arrays, self.meta_info)  # type: ignore[arg-type]
+
+    def _map(self: _Self, function: Callable[[Any], Column], rows: int) -> _Self:
+        """Apply a function to every column; each result has `rows` rows."""
+        tensors = {key: function(column) for key, column in self._tensors().items()}
+        arrays = {key: function(column) for key, column in self.non_tensor_batch.items()}
+        return self._new(tensors, arrays, rows)
+
+    def _tensors(self) -> dict[Any, torch.Tensor]:
+        return {} if self.batch is None else leaves(self.batch)
+
+    def __len__(self) -> int:
+        if self.batch is not None:
+            return int(self.batch.batch_size[0])
+        return columns.rows(next(iter(self.non_tensor_batch.values()), np.empty(0)))
+
+    def __iter__(self) -> Iterator[DataProtoItem]:
+        return (self[i] for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, item: int | np.integer[Any]) -> DataProtoItem: ...
+
+    @overload
+    def __getitem__(self: _Self, item: Index) -> _Self: ...
+
+    def __getitem__(self: _Self, item: int | np.integer[Any] | Index) -> DataProtoItem | _Self:
+        """One row as `DataProtoItem` for an int; a batch for a slice, list, array, tensor, mask.
+
+        Raises:
+            RowIndexError: there is no such row; `for row in batch` and torch see an IndexError.
+            BatchTypeError: an index of another type.
+        """
+        is_scalar = isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 0
+        row: Any = item.item() if is_scalar else item  # type: ignore[union-attr]
+        if isinstance(row, (int, np.integer)) and not isinstance(row, bool):
+            return self._row(int(row))
+        return self._rows(row)
+
+    def _row(self, row: int) -> DataProtoItem:
+        rows = len(self)
+        if not -rows <= row < rows:
+            raise RowIndexError(f"row {row} is out of range for a batch of {rows} rows")
+        row %= rows
+        batch = None
+        if self.batch is not None:
+            tensors = {key: columns.row(column, row) for key, column in self._tensors().items()}
+            batch = TensorDict(tensors, [], device=self.batch.device)
+        arrays = {key: array[row] for key, array in self.non_tensor_batch.items()}
+        return DataProtoItem(batch, arrays, dict(self.meta_info))
+
+    def _rows(self: _Self, index: Index) -> _Self:
+        at = columns.normalize_index(index, len(self))
+        if isinstance(at, slice):
+            bounds = at.start, at.stop, at.step
+            return self._map(
+                lambda column: columns.slice_rows(column, *bounds), len(range(*bounds))
+            )
+        return self._map(lambda column: columns.take(column, at), len(at))
+
+    def slice(
+        self: _Self, start: int | None = None, end: int | None = None, step: int | None = None
+    ) -> _Self:
+        """Rows `start:end:step`, as views where possible."""
+        return self._rows(slice(start, end, step))
+
+    def select_idxs(self: _Self, idxs: Index) -> _Self:
+        """Copies of the rows that a list, array or tensor of positions or a mask names."""
+        return self._rows(idxs)
+
+    def select(
+        self: _Self,
+        batch_keys: Sequence[str] | None = None,
+        non_tensor_batch_keys: Sequence[str] | None = None,
+        meta_info_keys: Sequence[str] | None = None,
+        deepcopy: bool = False,
+    ) -> _Self:
+        """Some of the keys, all where None. Array and meta_info keys that are absent are skipped.
+
+        Raises:
+            MissingKeyError: there is no such tensor.
+        """
+        tensors, arrays = self._tensors(), self.non_tensor_batch
+        if batch_keys is not None:
+            require_keys(batch_keys, tensors, "batch")
+            tensors = {key: tensors[key] for key in batch_keys}
+        if non_tensor_batch_keys is not None:
+            arrays = {key: arrays[key] for key in non_tensor_batch_keys if key in arrays}
+        selected = self._new(tensors, arrays, len(self))
+        if meta_info_keys is not None:
+            kept = {key: self.meta_info[key] for key in meta_info_keys if key in self.meta_info}
+            selected.meta_info = kept
+        return copy.deepcopy(selected) if deepcopy else selected
+
+    def split_sizes(self: _Self, sizes: Sequence[int]) -> list[_Self]:
+        """One batch of consecutive rows per size, as views; a size may be zero.
+
+        Raises:
+            RowCountError: the sizes do not sum to the rows.
+        """
+        if sum(sizes) != len(self) or min(sizes, default=0) < 0:
+            raise RowCountError(f"sizes must sum to {len(self)} rows, got {list(sizes)}")
+        arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
+        return [
+            type(self)(batch, {key: parts[i] for key, parts in arrays.items()}, self.meta_info)  # type: ignore[misc]
+            for i, batch in enumerate(self._split_batch(sizes))
+        ]
+
+    def _split_batch(self, sizes: Sequence[int]) -> Sequence[TensorDict | None]:
+        if self.batch is None or not sizes:
+            return [None] * len(sizes)
+        tensors = self._tensors()
+        if not any(map(columns.is_nested, tensors.values())):
+            return self.batch.split(list(sizes))  # a third faster than column by column
+        parts = {key: columns.split(column, sizes) for key, column in tensors.items()}
+        return [
+            TensorDict({key: parts[key][i] for key in parts}, [size], device=self.batch.device)
+            for i, size in enumerate(sizes)
+        ]
+
+    def pad_rows(self: _Self, count: int) -> _Self:
+        """A new batch, with the last row repeated `count` more times.
+
+        Raises:
+            BatchError: the batch is empty, so there is no row to repeat, or count is negative.
+        """
+        return self._padded(count, len(self) - 1)
+
+    def _padded(self: _Self, count: int, row: int) -> _Self:
+        if count < 0 or (count and not len(self)):
+            raise BatchError(f"cannot add {count} padding rows to a batch of {len(self)} rows")
+        index = torch.cat([torch.arange(len(self)), torch.full((count,), row)])
+        return self._map(lambda column: columns.take(column, index), len(index))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        payload = wire.pack(
+            self.batch, self.non_tensor_batch, self.meta_info, operator.index(protocol)
+        )
+        return _restore, (type(self), payload)
+
+    def __copy__(self: _Self) -> _Self:
+        return self._new(self._tensors(), self.non_tensor_batch, len(self))
+
+    def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
+        twin = self._map(lambda column: copy.deepcopy(columns.cat([column]), memo), len(self))
+        twin.meta_info = copy.deepcopy(self.meta_info, memo)
+        return twin
+
+    def get_data_info(self) -> str:
+        """Keys, shapes and types in readable lines, without data."""
+        return summary.data_info(self._tensors(), self.non_tensor_batch, self.meta_info)
+
+    def print_size(self, prefix: str = "") -> None:
+        """Log, at level INFO, how much memory the columns take."""
+        tensors = sum(columns.nbytes(column) for column in self._tensors().values())
+        arrays = sum(columns.nbytes(column) for column in self.non_tensor_batch.values())
+        start = f"{prefix}, " if prefix else ""
+        logger.info(
+            "%sSize of tensordict: %s GB, size of non_tensor_batch: %s GB",
+            *(start, tensors / 2**30, arrays / 2**30),
+        )
+
+    def __repr__(self) -> str:
+        return summary.overview(
+            type(self).__name__, len(self), self._tensors(), self.non_tensor_batch, self.meta_info
+        )
+
+    def equal(self, other: Table) -> bool:
+        """Whether both hold the same keys and values; NaN equals NaN, devices do not matter."""
+        return not self.diff(other)
+
+    def diff(self, other: Table) -> list[str]:
+        """One readable line per difference from `other`; none if they are equal."""
+        return [
+            *([] if len(self) == len(other) else [f"rows: {len(self)} here, {len(other)} there"]),
+            *summary.diff("batch", self._tensors(), other._tensors()),
+            *summary.diff("non_tensor_batch", self.non_tensor_batch, other.non_tensor_batch),
+            *summary.diff("meta_info", self.meta_info, other.meta_info),
+        ]
+
+
+def _restore(cls: type[_Self], payload: tuple[Any, ...]) -> _Self:
+    return cls(*wire.unpack(payload))

@@ -1,0 +1,168 @@
+"""Operations on the rows of a bare TensorDict, alike in every tensordict version; what veRL calls
+them, and what it accepts, is left to `tensordict_utils`.
+
+A value of a TensorDict is a column (tensor or jagged tensor), a stack with one Python object per
+row, one object that all rows share, or again a TensorDict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
+
+from protocol import columns
+from protocol.columns import Column
+from protocol.errors import BatchError, MissingKeyError, RowCountError
+from protocol.nested import concat_nested_tensors
+
+__all__ = ["build", "concat", "count_rows", "put", "slice_rows", "split", "stack", "take"]
+
+
+def build(
+    values: Mapping[Any, Any], size: Sequence[int], device: torch.device | None = None
+) -> TensorDict:
+    """The TensorDict of these values, which it shares.
+
+    tensordict 0.10 takes a stack of zero objects only while there is no batch dim.
+    """
+    td = TensorDict(dict(values), batch_size=[], device=device)
+    td.batch_size = torch.Size(size)
+    return td
+
+
+def put(td: TensorDict, key: str, value: Any) -> None:
+    """Set one value in place; like `build`, also a stack of zero objects."""
+    size, td.batch_size = td.batch_size, torch.Size([])
+    try:
+        td.set(key, value)
+    finally:
+        td.batch_size = size
+
+
+def stack(values: Sequence[object]) -> Any:
+    """One Python object per row."""
+    return NonTensorStack(*(_as_child(value) for value in values))
+
+
+def _as_child(value: object) -> Any:
+    return value if isinstance(value, NonTensorData | NonTensorStack) else NonTensorData(value)
+
+
+def count_rows(td: TensorDict) -> int:
+    """Rows along dim 0.
+
+    Raises:
+        RowCountError: the TensorDict has no batch dim.
+    """
+    if not td.batch_size:
+        raise RowCountError(
+            "a TensorDict with batch_size=[] has no rows to work on; build it with "
+            "get_tensordict, or pass batch_size=[rows]"
+        )
+    return int(td.batch_size[0])
+
+
+def slice_rows(td: TensorDict, start: int, stop: int) -> TensorDict:
+    """Rows `start:stop`, given 0 <= start <= stop <= rows; tensors are views."""
+    return _map(td, [stop - start], lambda column: [columns.slice_rows(column, start, stop)])[0]
+
+
+def split(td: TensorDict, sizes: Sequence[int]) -> list[TensorDict]:
+    """Consecutive rows as views; a size may be zero.
+
+    Raises:
+        RowCountError: the sizes do not sum to the rows.
+    """
+    if sum(sizes) != count_rows(td) or min(sizes, default=0) < 0:
+        raise RowCountError(f"sizes must sum to {count_rows(td)} rows; got {list(sizes)}")
+    return _map(td, sizes, lambda column: columns.split(column, sizes))
+
+
+def take(td: TensorDict, index: torch.Tensor) -> TensorDict:
+    """Copy the rows that `index` (1-D, int64, not negative) names, in its order."""
+    return _map(td, [len(index)], lambda column: [columns.take(column, index)])[0]
+
+
+def _map(
+    td: TensorDictBase, sizes: Sequence[int], op: Callable[[Column], Sequence[Column]]
+) -> list[TensorDict]:
+    """The TensorDicts of so many rows that `op` makes of every column."""
+    shapes = [torch.Size([size, *td.batch_size[1:]]) for size in sizes]
+
+    def pieces(value: Any) -> Sequence[Any]:
+        if isinstance(value, NonTensorData):
+            return [NonTensorData(value.data, batch_size=shape) for shape in shapes]
+        if isinstance(value, NonTensorStack):
+            objects = value.unbind(0)
+            numbers = op(np.arange(len(objects)))  # which objects `op` puts where
+            return [stack([objects[row] for row in piece]) for piece in numbers]
+        return _map(value, sizes, op) if isinstance(value, TensorDictBase) else op(value)
+
+    columns_of = {key: pieces(value) for key, value in td.items()}
+    return [
+        build({key: of[i] for key, of in columns_of.items()}, shape, td.device)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def concat(data: Sequence[TensorDict]) -> TensorDict:
+    """All rows of all TensorDicts. Of an object that all rows share, the first one's stays.
+
+    Raises:
+        BatchError: a key holds values that do not go together.
+        MissingKeyError: the keys differ.
+        RowCountError: a TensorDict without batch dim.
+    """
+    counts = [count_rows(td) for td in data]
+    first = data[0]
+    for shard, td in enumerate(data):
+        if differing := sorted(map(str, set(first.keys()) ^ set(td.keys()))):
+            raise MissingKeyError(
+                "TensorDicts to concatenate must all have the same set of keys; "
+                f"{differing} are in only one of shard 0 and shard {shard}"
+            )
+    size = torch.Size([sum(counts), *first.batch_size[1:]])
+    joined = {
+        key: _join(str(key), [value, *(td.get(key) for td in data[1:])], counts, size)
+        for key, value in first.items()
+    }
+    return build(joined, size, first.device)
+
+
+def _join(key: str, values: Sequence[Any], counts: Sequence[int], size: torch.Size) -> Any:
+    kinds = {_kind(value) for value in values}
+    if kinds == {"shared object"}:
+        return NonTensorData(values[0].data, batch_size=size)
+    if kinds <= {"shared object", "objects"}:
+        return stack([c for v, n in zip(values, counts, strict=True) for c in _children(v, n)])
+    if kinds == {"TensorDict"}:
+        return concat(values)
+    if len(kinds) > 1:
+        raise BatchError(
+            f"key {key!r} must hold the same kind of value in every TensorDict to concatenate; "
+            f"got {[_kind(value) for value in values]}"
+        )
+    try:
+        return concat_nested_tensors(list(values)) if kinds == {"jagged"} else columns.cat(values)
+    except BatchError as error:
+        raise type(error)(f"key {key!r}: {error}") from error
+
+
+def _children(value: Any, rows: int) -> list[Any]:
+    if isinstance(value, NonTensorStack):
+        return list(value.unbind(0))
+    return [NonTensorData(value.data) for _ in range(rows)]
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, NonTensorData):
+        return "shared object"
+    if isinstance(value, NonTensorStack):
+        return "objects"
+    if isinstance(value, TensorDictBase):
+        return "TensorDict"
+    return "jagged" if columns.is_nested(value) else "dense"

@@ -1,0 +1,7 @@
+"""Backend-neutral parts: workers, registration, dispatch, groups."""
+
+from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.worker import Worker
+from single_controller.base.worker_group import ClassWithInitArgs, WorkerGroup
+
+__all__ = ["ClassWithInitArgs", "ResourcePool", "Worker", "WorkerGroup"]

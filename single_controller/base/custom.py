@@ -1,0 +1,203 @@
+"""Dispatch functions in veRL's shape, `f(worker_group, *args)` and `g(worker_group, output)`:
+users' own as modes, and the built-in modes as such functions. The modes are in `dispatch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+from single_controller.base.dispatch import ByRows, Call, Layout, Mode, PerElement, Plan
+from single_controller.errors import DispatchError, RegistrationError
+
+__all__ = [
+    "CustomMode",
+    "collect_lazy_compute_data_proto",
+    "collect_nd_compute",
+    "collect_nd_compute_dataproto",
+    "dispatch_lazy_compute_data_proto",
+    "dispatch_nd_compute",
+    "dispatch_nd_compute_dataproto",
+    "make_nd_compute_dataproto_dispatch_fn",
+    "mode_from_functions",
+    "mode_functions",
+]
+
+Functions: TypeAlias = dict[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class CustomMode(Mode):
+    """A user's pair of functions.
+
+    `dispatch_fn(worker_group, *args, **kwargs)` returns the arguments and keyword arguments as
+    lists with one element per rank; `collect_fn(worker_group, output)` gets the list of all
+    ranks' outputs (references to them where the call does not block). With `rank_zero`, what
+    `dispatch_fn` returns goes to rank 0 as it is, and `collect_fn` gets its output alone.
+    """
+
+    dispatch_fn: Callable[..., Any]
+    collect_fn: Callable[..., Any]
+    rank_zero: bool = False
+    group: Any = field(default=None, compare=False)
+
+    signature_kept = False
+
+    def for_group(self, group: Any) -> CustomMode:
+        return replace(self, group=group)
+
+    def dispatch(
+        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Plan, list[Call | None]]:
+        spread = self.dispatch_fn(self.group, *args, **kwargs)
+        if not (isinstance(spread, tuple) and len(spread) == 2 and isinstance(spread[1], Mapping)):
+            raise DispatchError(
+                f"{self._name} must return (args, kwargs), each value in them a list with one "
+                f"element per rank; got {type(spread).__name__}"
+            )
+        lists, named = spread
+        if self.rank_zero:
+            return Plan((0,)), [Call(tuple(lists), dict(named)), *[None] * (layout.world_size - 1)]
+        for name, values in [*enumerate(lists), *named.items()]:
+            if not isinstance(values, Sequence) or len(values) != layout.world_size:
+                came = len(values) if isinstance(values, Sequence) else type(values).__name__
+                raise DispatchError(
+                    f"{self._name}: argument {name!r} must be a list with one element for each of "
+                    f"{layout.world_size} ranks; got {came}"
+                )
+        ranks = tuple(range(layout.world_size))
+        return Plan(ranks), [
+            Call(tuple(values[r] for values in lists), {k: v[r] for k, v in named.items()})
+            for r in ranks
+        ]
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.dispatch_fn, "__name__", "dispatch_fn")
+
+    def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
+        return self.collect_fn(self.group, outputs[0] if self.rank_zero else list(outputs))
+
+
+def mode_from_functions(functions: Mapping[str, Any]) -> Mode:
+    """The mode for `{"dispatch_fn": f, "collect_fn": g}`.
+
+    Raises:
+        RegistrationError: a function is missing or cannot be called.
+    """
+    for key in ("dispatch_fn", "collect_fn"):
+        if not callable(functions.get(key)):
+            raise RegistrationError(
+                'a dispatch_mode given as dict needs callables under "dispatch_fn" and '
+                f'"collect_fn"; {key!r} is {functions.get(key)!r}'
+            )
+    dispatch_fn, collect_fn = functions["dispatch_fn"], functions["collect_fn"]
+    if (
+        isinstance(dispatch_fn, partial)
+        and isinstance(collect_fn, partial)
+        and (dispatch_fn.func, collect_fn.func) == (_dispatch_with, _collect_with)
+        and dispatch_fn.args == collect_fn.args
+    ):
+        mode: Mode = dispatch_fn.args[0]
+        return mode
+    return CustomMode(dispatch_fn, collect_fn)
+
+
+def mode_functions(mode: Mode) -> Functions:
+    """A mode as `{"dispatch_fn": f, "collect_fn": g}`, for functions built on top of it."""
+    if isinstance(mode, CustomMode):
+        return {"dispatch_fn": mode.dispatch_fn, "collect_fn": mode.collect_fn}
+    return {
+        "dispatch_fn": partial(_dispatch_with, mode),
+        "collect_fn": partial(_collect_with, mode),
+    }
+
+
+def make_nd_compute_dataproto_dispatch_fn(mesh_name: str) -> Functions:
+    """The dispatch mode that splits batches over the dp ranks of the workers' mesh `mesh_name`.
+
+    Workers say where they are in it with `register_mesh` or `_register_dispatch_collect_info`;
+    the driver asks them once, on the first call.
+    """
+    return mode_functions(ByRows(mesh=mesh_name))
+
+
+def dispatch_lazy_compute_data_proto(
+    mesh_name: str, worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Batches split over the mesh's dp ranks: each argument as a list with one shard per rank."""
+    return _dispatch_with(ByRows(mesh=mesh_name), worker_group, *args, **kwargs)
+
+
+def collect_lazy_compute_data_proto(
+    mesh_name: str, worker_group: Any, output: Sequence[Any]
+) -> Any:
+    """The collecting ranks' outputs as one batch; `output` has one element per rank."""
+    return _collect_with(ByRows(mesh=mesh_name), worker_group, output)
+
+
+def dispatch_nd_compute(
+    dp_rank_mapping: Sequence[int], dp_size: int, worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Lists of `dp_size` elements: rank i gets element `dp_rank_mapping[i]` of each."""
+    return _lists(PerElement(), _mapped(dp_rank_mapping, dp_size), args, kwargs)
+
+
+def dispatch_nd_compute_dataproto(
+    dp_rank_mapping: Sequence[int], dp_size: int, worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Batches split in `dp_size` shards: rank i gets shard `dp_rank_mapping[i]` of each."""
+    return _lists(ByRows(merge="list"), _mapped(dp_rank_mapping, dp_size), args, kwargs)
+
+
+def collect_nd_compute(
+    collect_mask: Sequence[bool], worker_group: Any, output: Sequence[Any]
+) -> list[Any]:
+    """The outputs of the ranks whose mask is set."""
+    return [value for value, collects in zip(output, collect_mask, strict=True) if collects]
+
+
+def collect_nd_compute_dataproto(
+    collect_mask: Sequence[bool], worker_group: Any, output: Sequence[Any]
+) -> Any:
+    """The outputs of the ranks whose mask is set, as one batch."""
+    kept = collect_nd_compute(collect_mask, worker_group, output)
+    ranks = tuple(rank for rank, collects in enumerate(collect_mask) if collects)
+    return ByRows().collect(Plan(ranks, tuple(range(len(ranks)))), kept)
+
+
+def _mapped(dp_rank_mapping: Sequence[int], dp_size: int) -> Layout:
+    if any(not 0 <= dp_rank < dp_size for dp_rank in dp_rank_mapping):
+        raise DispatchError(
+            f"dp_rank_mapping must hold numbers from 0 to {dp_size - 1}; got {dp_rank_mapping}"
+        )
+    return Layout(tuple(dp_rank_mapping), (True,) * len(dp_rank_mapping), dp_size)
+
+
+def _lists(
+    mode: Mode, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    plan, calls = mode.dispatch(layout, args, kwargs)
+    if plan.padding is not None:
+        raise DispatchError(
+            "a batch with padding enabled cannot go through a bare dispatch function, which has "
+            "no way to remove the padding again: register the method with the mode itself"
+        )
+    made = [call or Call((None,) * len(args), dict.fromkeys(kwargs)) for call in calls]
+    return (
+        tuple([call.args[i] for call in made] for i in range(len(args))),
+        {key: [call.kwargs[key] for call in made] for key in kwargs},
+    )
+
+
+def _dispatch_with(
+    mode: Mode, worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return _lists(mode, worker_group._layout(mode), args, kwargs)
+
+
+def _collect_with(mode: Mode, worker_group: Any, output: Sequence[Any]) -> Any:
+    plan = mode.plan(worker_group._layout(mode))
+    return mode.collect(plan, [output[rank] for rank in plan.answers])

@@ -1,0 +1,264 @@
+"""`register` marks the methods that a group may call; `Dispatch` and `Execute` name the ways.
+
+How a mode splits and merges is in `dispatch`; calling is left to the group.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+from single_controller.base.custom import CustomMode, Functions, mode_from_functions, mode_functions
+from single_controller.base.dispatch import (
+    AllToAll,
+    ByRows,
+    Direct,
+    Mode,
+    OneToAll,
+    PerElement,
+    RankZero,
+)
+from single_controller.errors import RegistrationError
+
+__all__ = [
+    "DISPATCH_MODE_FN_REGISTRY",
+    "Dispatch",
+    "Execute",
+    "MethodSpec",
+    "get_predefined_dispatch_fn",
+    "get_predefined_execute_fn",
+    "method_spec",
+    "register",
+    "register_dispatch_mode",
+    "registered_methods",
+    "update_dispatch_mode",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+E = TypeVar("E", bound="OpenEnum")
+
+_SPEC = "__single_controller_spec__"
+
+
+class OpenEnum:
+    """An enumeration to which members can be added; a member crosses processes by its name."""
+
+    _members: ClassVar[dict[str, Any]]
+
+    def __init__(self, name: str, value: int) -> None:
+        self.name, self.value = name, value
+
+    def __init_subclass__(cls) -> None:
+        cls._members = {}
+
+    @classmethod
+    def register(cls: type[E], name: str) -> E:
+        """The member called `name`, made if it is new."""
+        if name not in cls._members:
+            member = cls(name, len(cls._members))
+            cls._members[name] = member
+            setattr(cls, name, member)
+        return cls._members[name]  # type: ignore[no-any-return]
+
+    @classmethod
+    def members(cls: type[E]) -> Iterator[E]:
+        return iter(cls._members.values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).register, (self.name,)
+
+
+class Dispatch(OpenEnum):
+    """How arguments are spread over the ranks, and outputs merged. README has the table."""
+
+    RANK_ZERO: ClassVar[Dispatch]
+    ONE_TO_ALL: ClassVar[Dispatch]
+    ALL_TO_ALL: ClassVar[Dispatch]
+    DP_COMPUTE: ClassVar[Dispatch]
+    DP_COMPUTE_PROTO: ClassVar[Dispatch]
+    DP_COMPUTE_PROTO_WITH_FUNC: ClassVar[Dispatch]
+    DP_COMPUTE_METRIC: ClassVar[Dispatch]
+    DIRECT_ROLLOUT_METHOD: ClassVar[Dispatch]
+
+
+class Execute(OpenEnum):
+    """Which ranks run the method. With RANK_ZERO, rank 0 gets all arguments whole."""
+
+    ALL: ClassVar[Execute]
+    RANK_ZERO: ClassVar[Execute]
+
+
+_EXECUTE_FN_NAMES = {
+    Execute.register("ALL"): "execute_all",
+    Execute.register("RANK_ZERO"): "execute_rank_zero",
+}
+
+DISPATCH_MODE_FN_REGISTRY: dict[Dispatch, Functions] = {
+    Dispatch.register(name): mode_functions(mode)
+    for name, mode in {
+        "RANK_ZERO": RankZero(),
+        "ONE_TO_ALL": OneToAll(),
+        "ALL_TO_ALL": AllToAll(),
+        "DP_COMPUTE": PerElement(),
+        "DP_COMPUTE_PROTO": ByRows(),
+        "DP_COMPUTE_PROTO_WITH_FUNC": ByRows(function_first=True),
+        "DP_COMPUTE_METRIC": ByRows(merge="list"),
+        "DIRECT_ROLLOUT_METHOD": Direct(),
+    }.items()
+}
+
+
+def register_dispatch_mode(
+    dispatch_mode_name: str, dispatch_fn: Callable[..., Any], collect_fn: Callable[..., Any]
+) -> None:
+    """Add `Dispatch.<dispatch_mode_name>` with functions in veRL's shape (see `CustomMode`).
+
+    Raises:
+        RegistrationError: the name is taken, or a function cannot be called.
+    """
+    if dispatch_mode_name in {mode.name for mode in DISPATCH_MODE_FN_REGISTRY}:
+        raise RegistrationError(
+            f"dispatch_mode_name {dispatch_mode_name!r} is taken; update_dispatch_mode changes it"
+        )
+    functions: Functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
+    mode_from_functions(functions)
+    DISPATCH_MODE_FN_REGISTRY[Dispatch.register(dispatch_mode_name)] = functions
+
+
+def update_dispatch_mode(
+    dispatch_mode: Dispatch, dispatch_fn: Callable[..., Any], collect_fn: Callable[..., Any]
+) -> None:
+    """Give an existing mode other functions, for groups that are made from now on.
+
+    Raises:
+        RegistrationError: the mode is unknown, or a function cannot be called.
+    """
+    get_predefined_dispatch_fn(dispatch_mode)
+    functions: Functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
+    mode_from_functions(functions)
+    DISPATCH_MODE_FN_REGISTRY[dispatch_mode] = functions
+
+
+def get_predefined_dispatch_fn(dispatch_mode: Dispatch) -> Functions:
+    """`{"dispatch_fn": f, "collect_fn": g}` of a mode.
+
+    Raises:
+        RegistrationError: the mode has no functions in this process.
+    """
+    if dispatch_mode not in DISPATCH_MODE_FN_REGISTRY:
+        known = ", ".join(mode.name for mode in DISPATCH_MODE_FN_REGISTRY)
+        raise RegistrationError(
+            f"dispatch_mode must be one of {known}, or a dict with dispatch_fn and collect_fn; "
+            f"got {dispatch_mode!r}"
+        )
+    return DISPATCH_MODE_FN_REGISTRY[dispatch_mode]
+
+
+def get_predefined_execute_fn(execute_mode: Execute) -> dict[str, str]:
+    """`{"execute_fn_name": …}`: the group's method that carries out an execute mode.
+
+    Raises:
+        RegistrationError: not an `Execute` member.
+    """
+    if not isinstance(execute_mode, Execute):
+        raise RegistrationError(
+            f"execute_mode must be Execute.ALL or Execute.RANK_ZERO; got {execute_mode!r}"
+        )
+    return {"execute_fn_name": _EXECUTE_FN_NAMES[execute_mode]}
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """What `register` was told about a method."""
+
+    dispatch_mode: Dispatch | Mapping[str, Any] | Mode
+    execute_mode: Execute
+    blocking: bool
+    materialize_futures: bool
+    uneven: bool
+
+    def mode(self) -> Mode:
+        """The mode that carries this method's calls.
+
+        Raises:
+            RegistrationError: the mode is unknown, or cannot do what the method asks of it.
+        """
+        mode = self.dispatch_mode
+        if isinstance(mode, Dispatch):
+            mode = get_predefined_dispatch_fn(mode)
+        if not isinstance(mode, Mode):
+            if not isinstance(mode, Mapping):
+                raise RegistrationError(
+                    "dispatch_mode must be a Dispatch member or a dict with dispatch_fn and "
+                    f"collect_fn; got {mode!r}"
+                )
+            mode = mode_from_functions(mode)
+        if self.uneven:
+            if not isinstance(mode, ByRows):
+                raise RegistrationError(
+                    "uneven=True needs a mode that splits batches by rows: DP_COMPUTE_PROTO, "
+                    "DP_COMPUTE_PROTO_WITH_FUNC, DP_COMPUTE_METRIC or a mesh; "
+                    f"got {self.dispatch_mode!r}"
+                )
+            mode = replace(mode, uneven=True)
+        if self.execute_mode is Execute.ALL or isinstance(mode, Direct):
+            return mode
+        return replace(mode, rank_zero=True) if isinstance(mode, CustomMode) else RankZero()
+
+
+def register(
+    dispatch_mode: Dispatch | Mapping[str, Any] = Dispatch.ALL_TO_ALL,
+    execute_mode: Execute = Execute.ALL,
+    blocking: bool = True,
+    materialize_futures: bool = True,
+    uneven: bool = False,
+) -> Callable[[F], F]:
+    """Let groups call a worker's method. The method stays as it is, sync or `async def`.
+
+    Args:
+        dispatch_mode: a `Dispatch` member, what `make_nd_compute_dataproto_dispatch_fn` returns,
+            or `{"dispatch_fn": f, "collect_fn": g}`.
+        execute_mode: whether all ranks run the method or only rank 0.
+        blocking: whether a call waits for its result. Otherwise it returns a `DataProtoFuture`
+            (modes that join batches) or Ray references in the shape of the result.
+        materialize_futures: whether the worker gets the batch behind a `DataProtoFuture`.
+        uneven: let shards differ by one row, so that any batch fits any number of ranks.
+
+    Raises:
+        RegistrationError: an argument is none of these.
+    """
+    spec = MethodSpec(dispatch_mode, execute_mode, blocking, materialize_futures, uneven)
+    get_predefined_execute_fn(execute_mode)
+    spec.mode()
+
+    def mark(method: F) -> F:
+        if not inspect.isfunction(method):
+            raise RegistrationError(
+                f"register decorates plain or async functions; got {type(method).__name__}. Under "
+                "@staticmethod or @classmethod there is no worker to run on"
+            )
+        setattr(method, _SPEC, spec)
+        return method
+
+    return mark
+
+
+def method_spec(method: Any) -> MethodSpec | None:
+    """What `register` was told about `method`; None if it is not registered."""
+    return getattr(method, _SPEC, None)
+
+
+def registered_methods(cls: type) -> dict[str, tuple[Callable[..., Any], MethodSpec]]:
+    """A worker class's registered methods, inherited ones included."""
+    found: dict[str, tuple[Callable[..., Any], MethodSpec]] = {}
+    for name in dir(cls):
+        method = getattr(cls, name, None)
+        spec = method_spec(method)
+        if inspect.isfunction(method) and spec is not None:
+            found[name] = (method, spec)
+    return found

@@ -1,0 +1,355 @@
+"""WorkerGroup: binds a role's registered methods and holds the one pipeline that calls go through.
+
+Starting processes, moving arguments and waiting are left to the backends.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import difflib
+import inspect
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from single_controller.base.custom import CustomMode
+from single_controller.base.decorator import MethodSpec, registered_methods
+from single_controller.base.dispatch import Call, Layout, Mode, OneToAll, Plan, RankZero
+from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.worker import Worker
+from single_controller.errors import (
+    DispatchError,
+    RegistrationError,
+    UnknownMethodError,
+)
+
+__all__ = [
+    "BoundMethod",
+    "CallFuture",
+    "CallOptions",
+    "ClassWithInitArgs",
+    "Pending",
+    "WorkerGroup",
+    "check_workers_alive",
+    "worker_class",
+]
+
+
+class ClassWithInitArgs:
+    """A class and the arguments to construct it with, later and elsewhere."""
+
+    def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
+        self.cls = cls
+        self.args = args
+        self.kwargs = kwargs
+
+    def __call__(self) -> Any:
+        """Construct it here and now."""
+        return self.cls(*self.args, **self.kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({getattr(self.cls, '__name__', self.cls)})"
+
+
+def worker_class(cls: Any, role: str) -> type[Worker]:
+    """`cls` as a worker class.
+
+    Raises:
+        RegistrationError: it is not a subclass of `Worker`.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Worker)):
+        raise RegistrationError(
+            f"role {role!r} needs a subclass of single_controller.base.Worker; got {cls!r}"
+        )
+    return cls
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What a caller may ask of one call beyond its arguments."""
+
+    timeout_s: float | None = None
+    ranks: tuple[int, ...] | None = None
+
+
+class Pending(abc.ABC):
+    """A call on its way: what `WorkerGroup._submit` returns."""
+
+    @abc.abstractmethod
+    def wait(self, timeout_s: float | None) -> list[Any]:
+        """The outputs of the ranks that answer. Raises what went wrong."""
+
+    @abc.abstractmethod
+    def done(self) -> bool:
+        """Whether every rank has finished, well or not."""
+
+    @abc.abstractmethod
+    def cancel(self) -> None:
+        """Drop the call where it has not started."""
+
+    @abc.abstractmethod
+    def handles(self, batched: bool) -> list[Any]:
+        """For each rank that answers, a source of its batch or a reference to its output."""
+
+
+class CallFuture:
+    """The result of a call that was submitted; `await` works too."""
+
+    def __init__(self, method: BoundMethod, plan: Plan, pending: Pending) -> None:
+        self._method, self._plan, self._pending = method, plan, pending
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait at most `timeout` seconds (None: as the call was told) for the merged result.
+
+        Raises:
+            WorkerError: a rank raised. CallTimeoutError: not all ranks finished in time.
+        """
+        return self._method.collect(self._plan, self._pending.wait(timeout))
+
+    def done(self) -> bool:
+        """Whether every rank has finished, well or not."""
+        return self._pending.done()
+
+    def cancel(self) -> None:
+        """Drop the call where it has not started; `result` then raises."""
+        self._pending.cancel()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.to_thread(self.result).__await__()
+
+
+class BoundMethod:
+    """A role's method on a group: call it, `submit` it, or set `options` first."""
+
+    def __init__(
+        self,
+        group: WorkerGroup,
+        name: str,
+        function: Callable[..., Any],
+        spec: MethodSpec,
+        options: CallOptions = CallOptions(),
+    ) -> None:
+        mode = spec.mode()
+        self.group, self.spec, self.call_options = group, spec, options
+        self.function = function
+        self.mode = mode.for_group(group) if isinstance(mode, CustomMode) else mode
+        self.__name__ = name
+        self.__doc__ = function.__doc__
+        signature = inspect.signature(function)
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+        self._check = self.__signature__.bind if self.mode.signature_kept else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.group._invoke(self, args, kwargs)
+
+    def submit(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> CallFuture:
+        """Send the call and return at once, whatever `blocking` the method is registered with."""
+        method = self.options(timeout_s=timeout_s) if timeout_s is not None else self
+        plan, pending = self.group._send(method, args, kwargs, deferred=False)
+        return CallFuture(self, plan, pending)
+
+    def options(
+        self, *, timeout_s: float | None = None, ranks: Iterable[int] | None = None
+    ) -> BoundMethod:
+        """The same method with a deadline, or on some ranks only.
+
+        With `ranks`, the call goes as if these were the whole group.
+
+        Raises:
+            ValueError: a rank that the group does not have, or no rank.
+        """
+        chosen = self.call_options.ranks if ranks is None else tuple(ranks)
+        size = self.group.world_size
+        if chosen is not None and (not chosen or any(not 0 <= r < size for r in chosen)):
+            raise ValueError(f"ranks must be among 0 … {size - 1}, at least one; got {chosen}")
+        timeout_s = self.call_options.timeout_s if timeout_s is None else timeout_s
+        return BoundMethod(
+            self.group, self.__name__, self.function, self.spec, CallOptions(timeout_s, chosen)
+        )
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise TypeError where the worker's method would not take these arguments."""
+        if self._check is not None:
+            try:
+                self._check(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{self.title}: {error}") from None
+
+    def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
+        """Merge the outputs; an error says which method's they were."""
+        try:
+            return self.mode.collect(plan, outputs)
+        except DispatchError as error:
+            raise DispatchError(f"{self.title}: {error}") from error.__cause__
+
+    @property
+    def title(self) -> str:
+        """The method as messages name it: `actor.update(batch: DataProto) -> DataProto`."""
+        return f"{self.group.role}.{self.__name__}{self.__signature__}"
+
+    def __repr__(self) -> str:
+        return f"<{self.title}, {self.spec.dispatch_mode}>"
+
+
+class WorkerGroup(abc.ABC):
+    """All ranks of one role, called as if they were one local object.
+
+    Args:
+        resource_pool: the processes per node; None for groups made from running workers.
+    """
+
+    role: str = ""
+
+    def __init__(self, resource_pool: ResourcePool | None = None, **kwargs: Any) -> None:
+        self._worker_cls: type[Worker] | None = None
+        self._layouts: dict[str, Layout] = {}
+
+    @property
+    @abc.abstractmethod
+    def world_size(self) -> int: ...
+
+    @abc.abstractmethod
+    def _submit(
+        self,
+        method: str,
+        calls: Sequence[Call | None],
+        answers: Sequence[int],
+        options: CallOptions,
+        *,
+        materialize: bool = True,
+        deferred: bool = False,
+    ) -> Pending:
+        """Send each rank its call. `deferred`: outputs stay where they are until asked for."""
+
+    def _invoke(self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call, from the user's arguments to the merged result."""
+        mode, deferred = method.mode, not method.spec.blocking
+        plan, pending = self._send(method, args, kwargs, deferred)
+        if deferred:
+            return mode.promise(plan, pending.handles(mode.batched))
+        outputs = pending.wait(None)
+        return method.collect(plan, outputs)
+
+    def _send(
+        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
+    ) -> tuple[Plan, Pending]:
+        method.check(args, kwargs)
+        mode, options = method.mode, method.call_options
+        layout = self._layout(mode)
+        ranks = options.ranks
+        try:
+            plan, calls = mode.dispatch(layout.subset(ranks) if ranks else layout, args, kwargs)
+        except DispatchError as error:
+            raise DispatchError(f"{method.title}: {error}") from error.__cause__
+        answers = plan.answers
+        if ranks:
+            at = dict(zip(ranks, calls, strict=True))
+            calls = [at.get(rank) for rank in range(layout.world_size)]
+            answers = tuple(ranks[i] for i in answers)
+        pending = self._submit(
+            method.__name__,
+            calls,
+            answers,
+            options,
+            materialize=method.spec.materialize_futures,
+            deferred=deferred and mode.batched,
+        )
+        return plan, pending
+
+    def _layout(self, mode: Mode) -> Layout:
+        """The layout that a mode needs; a mesh is asked for once, from the workers."""
+        if mode.mesh is None:
+            return self._flat_layout()
+        if mode.mesh not in self._layouts:
+            dp_ranks = self.execute_all_sync("_query_dispatch_info", mode.mesh)
+            collects = self.execute_all_sync("_query_collect_info", mode.mesh)
+            self._layouts[mode.mesh] = Layout(tuple(dp_ranks), tuple(collects), max(dp_ranks) + 1)
+        return self._layouts[mode.mesh]
+
+    def _flat_layout(self) -> Layout:
+        layout = self._layouts.get("")
+        if layout is None:
+            layout = self._layouts[""] = Layout.flat(self.world_size)
+        return layout
+
+    def _bind(self, cls: type[Worker]) -> None:
+        """Give the group a callable for each registered method of `cls`.
+
+        Raises:
+            RegistrationError: a method has the name of something every group has.
+        """
+        self._worker_cls = cls
+        for name, (function, spec) in registered_methods(cls).items():
+            if hasattr(type(self), name):
+                raise RegistrationError(
+                    f"{cls.__name__}.{name} is registered under a name that every group has of "
+                    "its own; rename the method"
+                )
+            self.__dict__[name] = BoundMethod(self, name, function, spec)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_worker_cls" not in self.__dict__:
+            raise AttributeError(name)
+        raise UnknownMethodError(self._explain_missing(name))
+
+    def _explain_missing(self, name: str) -> str:
+        cls = self._worker_cls
+        if cls is None:
+            return f"this group has no method {name!r}: no worker class is bound to it"
+        if inspect.isfunction(getattr(cls, name, None)):
+            return (
+                f"{cls.__name__}.{name} is not registered: decorate it with @register(...) to call "
+                f"it on a group, or use execute_all({name!r}, ...)"
+            )
+        methods = sorted(registered_methods(cls))
+        close = difflib.get_close_matches(name, methods, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{self.role} has no method {name!r}: {hint}It has {', '.join(methods)}"
+
+    def execute_all(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """As `execute_all_async`: a reference to each rank's output."""
+        return self.execute_all_async(method_name, *args, **kwargs)
+
+    def execute_all_sync(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run any method of the worker, registered or not, on all ranks; the list of outputs.
+
+        Arguments go whole to every rank; `PerRank([...])` gives each its own.
+        """
+        return self._execute(OneToAll(), method_name, args, kwargs).wait(None)
+
+    def execute_all_async(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """As `execute_all_sync`, but a reference to each rank's output, at once."""
+        return self._execute(OneToAll(), method_name, args, kwargs).handles(False)
+
+    def execute_rank_zero(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As `execute_rank_zero_async`: a reference to rank 0's output."""
+        return self.execute_rank_zero_async(method_name, *args, **kwargs)
+
+    def execute_rank_zero_sync(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run any method of the worker, registered or not, on rank 0; its output."""
+        return self._execute(RankZero(), method_name, args, kwargs).wait(None)[0]
+
+    def execute_rank_zero_async(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As `execute_rank_zero_sync`, but a reference to the output, at once."""
+        return self._execute(RankZero(), method_name, args, kwargs).handles(False)[0]
+
+    def _execute(
+        self, mode: Mode, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Pending:
+        if self._worker_cls is not None and not callable(
+            getattr(self._worker_cls, method_name, None)
+        ):
+            raise UnknownMethodError(self._explain_missing(method_name))
+        plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
+        return self._submit(method_name, calls, plan.answers, CallOptions())
+
+
+def check_workers_alive(
+    workers: Sequence[Any], is_alive: Callable[[Any], bool], gap_time: float = 1
+) -> None:
+    """Return when a worker has died, looking every `gap_time` seconds."""
+    pause = threading.Event()
+    while all(is_alive(worker) for worker in workers):
+        pause.wait(gap_time)

@@ -1,0 +1,155 @@
+"""The error tree of calls, groups and placement; that of batches is in `protocol.errors`."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+__all__ = [
+    "CallTimeoutError",
+    "DispatchError",
+    "GroupBrokenError",
+    "RegistrationError",
+    "ResourceError",
+    "SingleControllerError",
+    "UnknownMethodError",
+    "UnknownRoleError",
+    "WorkerDiedError",
+    "WorkerError",
+]
+
+
+class SingleControllerError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class RegistrationError(SingleControllerError, TypeError):
+    """A worker class or a `register` call cannot be used as it is written."""
+
+
+class UnknownMethodError(SingleControllerError, AttributeError):
+    """A group was asked for a method that its role does not register."""
+
+
+class UnknownRoleError(SingleControllerError, ValueError, AssertionError):
+    """A role was asked for that the hosts do not hold."""
+
+
+class DispatchError(SingleControllerError, ValueError, AssertionError):
+    """Arguments cannot be split over the ranks, or outputs cannot be merged.
+
+    It is also an AssertionError because programs written for veRL catch that.
+    """
+
+
+class ResourceError(SingleControllerError, RuntimeError):
+    """The cluster cannot hold what was asked for, or did not free it in time."""
+
+
+class GroupBrokenError(SingleControllerError, RuntimeError):
+    """The group is closed, or a rank died or is stuck, so that it takes no more calls."""
+
+
+class CallTimeoutError(SingleControllerError, TimeoutError):
+    """A call did not finish in time. `pending_ranks` were still running."""
+
+    def __init__(self, message: str, pending_ranks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.pending_ranks = tuple(pending_ranks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.pending_ranks)
+
+
+class WorkerError(SingleControllerError, RuntimeError):
+    """A worker raised. It can be caught as the exception type that the worker raised, too.
+
+    Attributes: `role`, `method`, `rank`, `node_ip`, `pid`, `remote_traceback` (text), `when`
+    (seconds since the epoch on the worker's node) and `failed_ranks` (how many ranks failed
+    in the same call, this one included).
+    """
+
+    role: str
+    method: str
+    rank: int
+    node_ip: str
+    pid: int
+    remote_traceback: str
+    when: float
+    failed_ranks: int
+
+    def __init__(self, message: str, **where: Any) -> None:
+        super().__init__(message)
+        self._where = where
+        self.failed_ranks = 1
+        for name, value in where.items():
+            setattr(self, name, value)
+
+    def __str__(self) -> str:
+        more = self.failed_ranks - 1
+        others = f"\n({more} other rank{'s' * (more > 1)} failed as well.)" if more else ""
+        traceback = f"\n\n{self.remote_traceback.rstrip()}" if self.remote_traceback else ""
+        return f"{self.args[0]}{others}{traceback}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self)._rebuild, (self.args[0], self._where)
+
+    @classmethod
+    def _rebuild(cls, message: str, where: Mapping[str, Any]) -> WorkerError:
+        return cls(message, **where)
+
+    @staticmethod
+    def wrap(cause: BaseException, **where: Any) -> WorkerError:
+        """The error to raise for `cause`: a `WorkerError` that is also a `type(cause)`."""
+        try:
+            pickled = pickle.dumps(cause)
+        except Exception:
+            pickled = b""
+        what = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+        message = (
+            f"{where['role']}.{where['method']} failed on rank {where['rank']} "
+            f"(node {where['node_ip']}, pid {where['pid']}): {_shorten(what)}"
+        )
+        where["remote_traceback"] = _shorten(where["remote_traceback"], 20_000)
+        return _rebuild_worker_error(message, where, pickled if len(pickled) < 50_000 else b"")
+
+
+class WorkerDiedError(WorkerError):
+    """A worker's process ended while it was needed. `remote_traceback` is what Ray knows of it."""
+
+
+def _shorten(text: str, limit: int = 2_000) -> str:
+    """Keep both ends: small errors travel with Ray's control messages, large ones do not."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]}\n… cut …\n{text[-half:]}"
+
+
+def _rebuild_worker_error(message: str, where: Mapping[str, Any], pickled: bytes) -> WorkerError:
+    """A `WorkerError` of the cause's type too, where that type is known here and allows it."""
+    try:
+        cause = pickle.loads(pickled)
+        error_type = _dual_type(cast(Any, type(cause)))
+        error = type(cause).__new__(error_type, *cause.args)
+        native = next(base for base in type(cause).__mro__ if base.__module__ == "builtins")
+        native.__init__(error, *cause.args)  # such as OSError's errno, kept outside __dict__
+        error.__dict__.update(vars(cause))
+    except Exception:
+        error, cause = WorkerError.__new__(WorkerError), None
+    WorkerError.__init__(error, message, **where)
+    error.__cause__ = cause
+    error._pickled_cause = pickled  # type: ignore[attr-defined]
+    return error
+
+
+@functools.cache
+def _dual_type(cause_type: Any) -> type[WorkerError]:
+    def reduce(self: Any) -> tuple[Any, ...]:
+        return _rebuild_worker_error, (self.args[0], self._where, self._pickled_cause)
+
+    return type(
+        f"WorkerError[{cause_type.__name__}]",
+        (WorkerError, cause_type),
+        {"__reduce__": reduce, "__module__": __name__, "__doc__": WorkerError.__doc__},
+    )

@@ -1,0 +1,37 @@
+"""Groups of workers in Ray actors."""
+
+from single_controller.ray.actor_spec import RayClassWithInitArgs
+from single_controller.ray.colocate import (
+    create_colocated_worker_cls,
+    create_colocated_worker_cls_fused,
+    create_colocated_worker_raw_cls,
+)
+from single_controller.ray.placement import (
+    RayResourcePool,
+    SubRayResourcePool,
+    sort_placement_group_by_node_ip,
+)
+from single_controller.ray.pools import (
+    ResourcePoolManager,
+    extract_pg_from_exist,
+    merge_resource_pool,
+    split_resource_pool,
+)
+from single_controller.ray.store import parallel_put
+from single_controller.ray.worker_group import RayWorkerGroup
+
+__all__ = [
+    "RayClassWithInitArgs",
+    "RayResourcePool",
+    "RayWorkerGroup",
+    "ResourcePoolManager",
+    "SubRayResourcePool",
+    "create_colocated_worker_cls",
+    "create_colocated_worker_cls_fused",
+    "create_colocated_worker_raw_cls",
+    "extract_pg_from_exist",
+    "merge_resource_pool",
+    "parallel_put",
+    "sort_placement_group_by_node_ip",
+    "split_resource_pool",
+]

@@ -1,0 +1,80 @@
+"""What to start: worker classes, their arguments and Ray's options. Starting reads a spec, never
+changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.actor import ActorClass
+
+from single_controller.base.worker import Worker
+from single_controller.base.worker_group import ClassWithInitArgs, worker_class
+
+__all__ = ["ActorSpec", "RayClassWithInitArgs", "RoleSpec", "unwrap_remote"]
+
+
+def unwrap_remote(cls: Any) -> tuple[Any, dict[str, Any]]:
+    """The class under `@ray.remote`, and the options given there."""
+    if isinstance(cls, ActorClass):
+        inner: Any = cls
+        return inner.__ray_actor_class__, dict(inner._default_options)
+    return cls, {}
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One role of a host: its class and what to construct it with."""
+
+    cls: type[Worker]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """One host: its roles by name, and Ray's options for its process."""
+
+    roles: Mapping[str, RoleSpec]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RayClassWithInitArgs(ClassWithInitArgs):
+    """A worker class, plain or under `@ray.remote`, and what to construct it with on each rank.
+
+    Raises:
+        RegistrationError: `cls` is not a subclass of `Worker`.
+    """
+
+    def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
+        plain, self._options = unwrap_remote(cls)
+        super().__init__(worker_class(plain, getattr(plain, "__name__", "?")), *args, **kwargs)
+        self._additional_resource: dict[str, float] = {}
+
+    def update_options(self, options: Mapping[str, Any]) -> None:
+        """Add to Ray's options for the actor, such as `runtime_env`."""
+        self._options.update(options)
+
+    def set_additional_resource(self, additional_resource: Mapping[str, float]) -> None:
+        """Ask for custom resources on top of the pool's, such as `{"high_bandwidth": 1}`."""
+        self._additional_resource = dict(additional_resource)
+
+    def actor_spec(self) -> ActorSpec:
+        """What to start, as a value: later changes to this object do not reach it."""
+        own = RoleSpec(self.cls, tuple(self.args), dict(self.kwargs))
+        fused: Mapping[str, RoleSpec] = getattr(self.cls, "fused_roles", {})
+        return ActorSpec({**fused, self.role: own}, self._own_options())
+
+    def _own_options(self) -> dict[str, Any]:
+        options = dict(self._options)
+        if self._additional_resource:
+            resources = options.get("resources") or {}
+            options["resources"] = {**resources, **self._additional_resource}
+        return options
+
+    @property
+    def role(self) -> str:
+        """The role that a group made from this calls; "" if it calls none."""
+        return str(self.cls.__name__)

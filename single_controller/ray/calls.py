@@ -1,0 +1,153 @@
+"""One call on its way: arguments stored once, outputs waited for, batches left in the workers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+
+from single_controller.base.dispatch import Call
+from single_controller.base.worker_group import Pending
+from single_controller.errors import CallTimeoutError
+from single_controller.ray.failure import CallSite, translate
+from single_controller.ray.host import Late
+from single_controller.ray.hosts import Hosts
+
+__all__ = ["Outbox", "RayPending", "RemoteBatch"]
+
+_INLINE = (int, float, bool, type(None))
+_INLINE_LENGTH = 1_000
+
+
+class Outbox:
+    """Stores an argument once, however many ranks get it."""
+
+    def __init__(self, calls: Sequence[Call | None]) -> None:
+        values = (v for call in calls if call for v in (*call.args, *call.kwargs.values()))
+        self._uses = Counter(id(value) for value in values)
+        self._stored: dict[int, Any] = {}
+
+    def values(self, call: Call) -> list[Any]:
+        """A call's values as they travel."""
+        return [self._outgoing(value) for value in (*call.args, *call.kwargs.values())]
+
+    def _outgoing(self, value: Any) -> Any:
+        if isinstance(value, ray.ObjectRef):
+            return Late(value)
+        key = id(value)
+        if self._uses[key] == 1 or _travels_inline(value):
+            return value
+        if key not in self._stored:
+            self._stored[key] = ray.put(value)
+        return self._stored[key]
+
+
+def _travels_inline(value: Any) -> bool:
+    from protocol import DataProtoFuture
+
+    if isinstance(value, str | bytes):
+        return len(value) < _INLINE_LENGTH
+    return isinstance(value, (*_INLINE, DataProtoFuture))
+
+
+@dataclass(frozen=True)
+class RemoteBatch:
+    """A batch in the worker that made it: a `protocol.future.Source`.
+
+    `rows_ref` holds its number of rows, apart from the batch. `peers` are the references of
+    ranks that ran the same call and keep their output: the batch counts only if they succeed.
+    """
+
+    rows_ref: Any
+    batch_ref: Any
+    site: CallSite
+    peers: tuple[Any, ...] = ()
+
+    def rows(self, timeout: float | None = None) -> int:
+        """Wait for the worker to finish, and its peers, without fetching the batch."""
+        rows = self._get([self.rows_ref, *self.peers], timeout)[0]
+        if rows is None:
+            site = self.site
+            raise translate(
+                TypeError(
+                    f"{site.role}.{site.method} returned no batch, and its mode joins the ranks' "
+                    "outputs to one: return a DataProto or TensorDict"
+                ),
+                site,
+            )
+        return int(rows)
+
+    def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
+        """Rows `start` to `stop` of the batch."""
+        from protocol.batches import batch_rows, slice_batch
+
+        batch = self._get([self.batch_ref], timeout)[0]
+        whole = start <= 0 and stop >= batch_rows(batch)
+        return batch if whole else slice_batch(batch, start, stop)
+
+    def _get(self, refs: list[Any], timeout: float | None) -> list[Any]:
+        try:
+            return ray.get(refs, timeout=timeout)
+        except GetTimeoutError:
+            site = self.site
+            raise CallTimeoutError(
+                f"{site.role}.{site.method}: rank {site.rank} had not finished after {timeout:g} s",
+                [site.rank],
+            ) from None
+        except Exception as error:
+            raise translate(error, self.site) from None
+
+
+class RayPending(Pending):
+    """A call sent to hosts: for each called rank, references to its output and its rows."""
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        sites: Sequence[CallSite],
+        refs: Sequence[Any],
+        rows_refs: Sequence[Any],
+        turns: Sequence[tuple[int, int]],
+        answers: Sequence[int],
+        timeout_s: float | None,
+    ) -> None:
+        self._hosts, self._sites, self._refs = hosts, list(sites), list(refs)
+        self._rows_refs, self._turns = list(rows_refs), list(turns)
+        at = {site.rank: i for i, site in enumerate(sites)}
+        self._answers = [at[rank] for rank in answers]
+        self._timeout_s = timeout_s
+        self._sent = time.monotonic()
+
+    def wait(self, timeout_s: float | None) -> list[Any]:
+        left = timeout_s
+        if timeout_s is None and self._timeout_s is not None:
+            left = max(0.0, self._sent + self._timeout_s - time.monotonic())
+        try:
+            outputs = ray.get(self._refs, timeout=left)
+        except GetTimeoutError:
+            limit = timeout_s if timeout_s is not None else self._timeout_s
+            raise self._hosts.timed_out(self._refs, self._sites, limit or 0) from None
+        except Exception as error:
+            raise self._hosts.failed(error, self._refs, self._sites) from None
+        return [outputs[i] for i in self._answers]
+
+    def done(self) -> bool:
+        ready, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0, fetch_local=False)
+        return len(ready) == len(self._refs)
+
+    def cancel(self) -> None:
+        self._hosts.cancel(self._refs, self._turns)
+
+    def handles(self, batched: bool) -> list[Any]:
+        if not batched:
+            return [self._refs[i] for i in self._answers]
+        silent = [ref for i, ref in enumerate(self._refs) if i not in self._answers]
+        return [
+            RemoteBatch(self._rows_refs[i], self._refs[i], self._sites[i], tuple(silent))
+            for i in self._answers
+        ]

@@ -1,0 +1,307 @@
+"""The actor process: it holds one instance of every role of its rank, and takes their calls.
+
+What to start and whom to call is decided by the driver, in `worker_group`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from single_controller.base.rendezvous import Rendezvous
+from single_controller.base.worker import WorkerContext, building
+from single_controller.device import DeviceKind
+from single_controller.errors import WorkerError
+from single_controller.ray.actor_spec import RoleSpec
+
+__all__ = ["AsyncHost", "Envelope", "Host", "HostInfo", "HostPlace", "Late", "needs_event_loop"]
+
+
+@dataclass(frozen=True)
+class HostPlace:
+    """Which rank a host is, as the driver knows it before the process looks around."""
+
+    rank: int
+    world_size: int
+    node_rank: int
+    local_world_size: int
+    prefix: str
+
+
+@dataclass(frozen=True)
+class HostInfo:
+    """What a host found out about itself."""
+
+    rank: int
+    node_id: str
+    node_ip: str
+    pid: int
+    device: str
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Late:
+    """A reference among the arguments, which the host resolves when the call's turn comes."""
+
+    ref: ray.ObjectRef[Any]
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What goes before a call's values, which are positional but for the last `names`.
+
+    `turn` (caller, number) orders the calls of one caller where Ray itself keeps no order.
+    """
+
+    role: str
+    method: str
+    names: tuple[str, ...]
+    materialize: bool
+    answers: bool
+    turn: tuple[str, int] | None = None
+
+
+def needs_event_loop(roles: Mapping[str, RoleSpec]) -> bool:
+    """Whether any role has an `async def` method."""
+    return any(
+        inspect.iscoroutinefunction(getattr(role.cls, name, None))
+        for role in roles.values()
+        for name in dir(role.cls)
+    )
+
+
+class Host:
+    """One rank's process. Calls run one after another on its main thread.
+
+    Constructing it does nothing, so that all hosts of a group start at once; `bind` on rank 0
+    gives the address that `setup` then takes everywhere.
+    """
+
+    def bind(self, port: int, port_range: Sequence[int] | None, address: str) -> tuple[str, int]:
+        """Bind the rendezvous of the group to this node (or the given address)."""
+        self._rendezvous = Rendezvous(address or _node_ip(), port, port_range)
+        return self._rendezvous.address, self._rendezvous.port
+
+    def setup(
+        self,
+        place: HostPlace,
+        kind: DeviceKind,
+        address: tuple[str, int],
+        roles: Mapping[str, RoleSpec],
+    ) -> HostInfo:
+        """Set the environment and build the roles, in their order."""
+        self._context = WorkerContext(
+            rank=place.rank,
+            world_size=place.world_size,
+            local_rank=_device_index(kind) if kind.visible else place.node_rank,
+            local_world_size=place.local_world_size,
+            node_rank=place.node_rank,
+            master_addr=address[0],
+            master_port=address[1],
+            device_name=kind.name,
+            prefix=place.prefix,
+            backend="ray",
+        )
+        os.environ.update(self._context.environment())
+        if place.rank == 0:
+            self._rendezvous.serve()
+        self._workers = self._context.peers
+        for role, spec in roles.items():
+            try:
+                with building(self._context):
+                    self._workers[role] = spec.cls(*spec.args, **spec.kwargs)
+            except Exception as error:
+                raise self._failure(role, "__init__", error) from None
+        self._kind = kind
+        return self._info()
+
+    def whoami(self) -> tuple[HostInfo, tuple[str, int], bool]:
+        """For a driver that attaches: who this is, where the group meets, whether Ray keeps the
+        order of calls.
+        """
+        address = self._context.master_addr, self._context.master_port
+        return self._info(), address, not isinstance(self, AsyncHost)
+
+    def _info(self) -> HostInfo:
+        kind = self._kind
+        context = ray.get_runtime_context()
+        given = context.get_accelerator_ids().get(kind.resource, [])
+        names = f"{kind.name}:{self._context.local_rank} ({kind.resource} {','.join(given)})"
+        return HostInfo(
+            rank=self._context.rank,
+            node_id=context.get_node_id(),
+            node_ip=_node_ip(),
+            pid=os.getpid(),
+            device=names if given else kind.name,
+            roles=tuple(self._workers),
+        )
+
+    def call(self, envelope: Envelope, *values: Any) -> Any:
+        """Run one method of one role."""
+        try:
+            args, kwargs = _arguments(envelope, values)
+            output = self._method(envelope)(*args, **kwargs)
+        except Exception as error:
+            raise self._failure(envelope.role, envelope.method, error) from None
+        return output if envelope.answers else None
+
+    @ray.method(num_returns=2)
+    def call_deferred(self, envelope: Envelope, *values: Any) -> tuple[int | None, Any]:
+        """As `call`, with the output's rows apart from it: whoever needs some of the rows can
+        tell whether to fetch it.
+        """
+        return _with_rows(self.call(envelope, *values))
+
+    def _method(self, envelope: Envelope) -> Callable[..., Any]:
+        return getattr(self._workers[envelope.role], envelope.method)  # type: ignore[no-any-return]
+
+    def _failure(self, role: str, method: str, error: Exception) -> Exception:
+        """What to raise for `error`; one that another worker raised passes as it is."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, WorkerError):
+            return cause
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename != __file__] or frames
+        text = "".join(
+            [
+                "Traceback on the worker (most recent call last):\n",
+                *traceback.format_list(own),
+                *traceback.format_exception_only(error),
+            ]
+        )
+        return WorkerError.wrap(
+            error,
+            role=role,
+            method=method,
+            rank=self._context.rank,
+            node_ip=_node_ip(),
+            pid=os.getpid(),
+            remote_traceback=text,
+            when=time.time(),
+        )
+
+
+class AsyncHost(Host):
+    """A host with `async def` methods: those interleave, the others run in order on its loop.
+
+    Ray starts an async actor's tasks in any order, so each call waits for its turn: calls start
+    in the order in which their caller sent them. A turn ends when an async method has started
+    and when another has finished. While a turn waits for arguments the loop runs on, so that an
+    async method of this very host can produce them: a turn waits only for calls sent before it.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[str, int] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Event] = {}
+        self._dropped: set[tuple[str, int]] = set()
+
+    async def call(self, envelope: Envelope, *values: Any) -> Any:
+        await self._turn(envelope)
+        pending = None
+        try:
+            method = self._method(envelope)
+            if inspect.iscoroutinefunction(method):
+                pending = self._run_async(method, envelope, values)
+                self._end_turn(envelope)
+                output = await pending
+            else:
+                args, kwargs = await self._resolve(envelope, values)
+                output = method(*args, **kwargs)
+        except Exception as error:
+            raise self._failure(envelope.role, envelope.method, error) from None
+        finally:
+            if pending is None:
+                self._end_turn(envelope)
+        return output if envelope.answers else None
+
+    @ray.method(num_returns=2)
+    async def call_deferred(
+        self, envelope: Envelope, *values: Any
+    ) -> tuple[int | None, Any]:
+        return _with_rows(await self.call(envelope, *values))
+
+    async def _run_async(
+        self, method: Callable[..., Any], envelope: Envelope, values: Sequence[Any]
+    ) -> Any:
+        args, kwargs = await self._resolve(envelope, values)
+        return await method(*args, **kwargs)
+
+    async def _resolve(
+        self, envelope: Envelope, values: Sequence[Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        if any(isinstance(value, Late) or _is_future(value) for value in values):
+            return await asyncio.to_thread(_arguments, envelope, values)
+        return _arguments(envelope, values)
+
+    async def drop(self, turn: tuple[str, int]) -> None:
+        """Do not run a call whose turn has not come."""
+        if self._next.get(turn[0], 0) <= turn[1]:
+            self._dropped.add(turn)
+
+    async def _turn(self, envelope: Envelope) -> None:
+        if envelope.turn is not None:
+            caller, number = envelope.turn
+            if self._next.setdefault(caller, 0) != number:
+                event = self._waiting[envelope.turn] = asyncio.Event()
+                await event.wait()
+            if envelope.turn in self._dropped:
+                self._dropped.remove(envelope.turn)
+                self._end_turn(envelope)
+                raise CancelledError(f"{envelope.role}.{envelope.method} was cancelled")
+
+    def _end_turn(self, envelope: Envelope) -> None:
+        if envelope.turn is not None:
+            caller, number = envelope.turn
+            self._next[caller] = number + 1
+            event = self._waiting.pop((caller, number + 1), None)
+            if event is not None:
+                event.set()
+
+
+def _arguments(envelope: Envelope, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+    resolved = [_resolved(value, envelope.materialize) for value in values]
+    split = len(resolved) - len(envelope.names)
+    return resolved[:split], dict(zip(envelope.names, resolved[split:], strict=True))
+
+
+def _resolved(value: Any, materialize: bool) -> Any:
+    if isinstance(value, Late):
+        return ray.get(value.ref)
+    if materialize and _is_future(value):
+        return value.get()
+    return value
+
+
+def _is_future(value: Any) -> bool:
+    """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
+    module = sys.modules.get("protocol.future")
+    return module is not None and isinstance(value, module.DataProtoFuture)
+
+
+def _with_rows(output: Any) -> tuple[int | None, Any]:
+    from protocol.batches import batch_rows, is_batch
+
+    return batch_rows(output) if is_batch(output) else None, output
+
+
+def _node_ip() -> str:
+    return str(ray.util.get_node_ip_address())
+
+
+def _device_index(kind: DeviceKind) -> int:
+    """Where the device that Ray gave this process stands among those that it sees."""
+    given = ray.get_runtime_context().get_accelerator_ids().get(kind.resource, [])
+    visible = os.environ.get(kind.visible, "").split(",")
+    return visible.index(given[0]) if given and given[0] in visible else 0

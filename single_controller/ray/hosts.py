@@ -1,0 +1,290 @@
+"""The processes of a group: started in two phases, shared by all views on them, ended once.
+
+What is called on them is left to `calls`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.state import actors
+from ray.exceptions import GetTimeoutError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from single_controller.base.worker import Worker
+from single_controller.device import CPU, DeviceKind
+from single_controller.errors import CallTimeoutError, GroupBrokenError, ResourceError
+from single_controller.ray.actor_spec import ActorSpec
+from single_controller.ray.failure import CallSite, Diagnosis, diagnose
+from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace, needs_event_loop
+from single_controller.ray.placement import Bundle, RayResourcePool
+
+__all__ = ["Hosts", "StartOptions"]
+
+logger = logging.getLogger(__name__)
+
+_ASYNC_CALLS_IN_FLIGHT = 10_000
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """How a group's hosts are started, apart from what they hold."""
+
+    prefix: str
+    detached: bool = False
+    worker_env: Mapping[str, str] | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+    master_port_range: Sequence[int] | None = None
+    placement_timeout_s: float = 60
+    startup_timeout_s: float = 600
+
+
+class Hosts:
+    """Handles of a group's processes, one per rank, and whether they can be trusted."""
+
+    def __init__(
+        self,
+        handles: Sequence[Any],
+        names: Sequence[str],
+        infos: Sequence[HostInfo],
+        address: tuple[str, int],
+        ordered: bool,
+    ) -> None:
+        self.handles, self.names, self.infos = list(handles), list(names), list(infos)
+        self.address = address
+        self._caller = uuid.uuid4().hex
+        self._turns = None if ordered else [0] * len(self.handles)
+        self._broken: str | None = None
+        self._running: tuple[tuple[int, Any], ...] = ()
+        self._running_why = ""
+
+    @classmethod
+    def start(
+        cls,
+        pool: RayResourcePool,
+        bundles: Sequence[Bundle],
+        kind: DeviceKind,
+        spec: ActorSpec,
+        options: StartOptions,
+    ) -> Hosts:
+        """Start one host per bundle.
+
+        Raises:
+            ResourceError: the bundles have no room for it.
+            WorkerError: a role's constructor raised. CallTimeoutError: one did not return.
+        """
+        handles: list[Any] = []
+        names = _names(spec, bundles, options.prefix)
+        is_async = needs_event_loop(spec.roles)
+        actor = ray.remote(AsyncHost if is_async else Host)
+        common = _actor_options(pool, kind, spec, options, is_async)
+        try:
+            for name, bundle in zip(names, bundles, strict=True):
+                place = PlacementGroupSchedulingStrategy(
+                    placement_group=bundle.group, placement_group_bundle_index=bundle.index
+                )
+                handles.append(
+                    actor.options(**common, name=name, scheduling_strategy=place).remote()
+                )
+            address, infos = _set_up(handles, bundles, kind, spec, options)
+        except BaseException:
+            _kill(handles)
+            raise
+        return cls(handles, names, infos, address, ordered=not is_async)
+
+    @classmethod
+    def attach(cls, handles: Sequence[Any], names: Sequence[str], timeout_s: float) -> Hosts:
+        """The hosts behind handles of running actors."""
+        found = ray.get([handle.whoami.remote() for handle in handles], timeout=timeout_s)
+        infos = [info for info, _, _ in found]
+        if sorted(info.rank for info in infos) != list(range(len(infos))):
+            raise ValueError(
+                f"workers must be all ranks of one group; got ranks {[i.rank for i in infos]}"
+            )
+        order = sorted(range(len(infos)), key=lambda i: infos[i].rank)
+        _, address, ordered = found[0]
+        return cls(
+            [handles[i] for i in order],
+            [names[i] for i in order] if names else [],
+            [infos[i] for i in order],
+            address,
+            ordered,
+        )
+
+    def turn(self, rank: int) -> tuple[str, int] | None:
+        """The next call's place in a rank's order, where Ray keeps none."""
+        return None if self._turns is None else (self._caller, self._turns[rank])
+
+    def end_turn(self, rank: int) -> int:
+        """Note that a call has left for a rank; the place it had."""
+        assert self._turns is not None
+        self._turns[rank] += 1
+        return self._turns[rank] - 1
+
+    def cancel(self, refs: Sequence[Any], turns: Sequence[tuple[int, int]]) -> None:
+        """Drop calls that have not started. `turns` are their ranks and places in the order."""
+        if self._turns is None:
+            for ref in refs:
+                ray.cancel(ref)
+        else:
+            for rank, number in turns:
+                self.handles[rank].drop.remote((self._caller, number))
+
+    def is_alive(self, handle: Any) -> bool:
+        """Whether a host lives; if not, the group is broken from now on."""
+        alive: bool = actors(handle._actor_id.hex())["State"] != "DEAD"
+        if not alive and self._broken is None:
+            self._broken = f"the group lost a rank: {handle} died"
+            logger.error(self._broken)
+        return alive
+
+    def site(self, role: str, method: str, rank: int) -> CallSite:
+        info = self.infos[rank]
+        return CallSite(role, method, rank, info.node_ip, info.pid)
+
+    def check_usable(self) -> None:
+        """Raise GroupBrokenError where a call could not be trusted, or would wait for ever."""
+        if self._broken is not None:
+            raise GroupBrokenError(self._broken)
+        if self._running:
+            refs = [ref for _, ref in self._running]
+            _, pending = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+            if pending:
+                ranks = [rank for rank, ref in self._running if ref in pending]
+                raise GroupBrokenError(
+                    f"ranks {ranks} are still in a call that {self._running_why}"
+                )
+            self._running = ()
+
+    def failed(self, error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -> Exception:
+        """Note what a failed call means for the group; the error to raise."""
+        diagnosis = diagnose(error, refs, sites)
+        self._note(diagnosis, f"failed elsewhere: {diagnosis.error.args[0]}")
+        return diagnosis.error
+
+    def timed_out(
+        self, refs: Sequence[Any], sites: Sequence[CallSite], timeout_s: float
+    ) -> CallTimeoutError:
+        """Note which ranks are still running; the error to raise."""
+        _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
+        running = tuple((s.rank, ref) for ref, s in zip(refs, sites, strict=True) if ref in pending)
+        self._running, self._running_why = running, f"was given up after {timeout_s:g} s"
+        ranks = [rank for rank, _ in running]
+        return CallTimeoutError(
+            f"{sites[0].role}.{sites[0].method}: ranks {ranks} of {len(self.handles)} had not "
+            f"finished after {timeout_s:g} s",
+            ranks,
+        )
+
+    def _note(self, diagnosis: Diagnosis, why: str) -> None:
+        self._running, self._running_why = diagnosis.running, why
+        if diagnosis.died:
+            self._broken = f"the group lost a rank: {diagnosis.error.args[0]}"
+            logger.error(self._broken)
+
+    def close(self) -> None:
+        """End all processes; calls then raise GroupBrokenError."""
+        handles, self.handles = self.handles, []
+        self._broken = self._broken or "the group is closed"
+        if ray.is_initialized():
+            _kill(handles)
+
+
+def _kill(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        with contextlib.suppress(Exception):
+            ray.kill(handle)
+
+
+def _names(spec: ActorSpec, bundles: Sequence[Bundle], prefix: str) -> list[str]:
+    """`<prefix><roles>_<placement group>:<bundle>`, for `ray list actors` and for attaching."""
+    label = "_".join(spec.roles)
+    groups = list(dict.fromkeys(bundle.group.id for bundle in bundles))
+    return [f"{prefix}{label}_{groups.index(b.group.id)}:{b.index}" for b in bundles]
+
+
+def _actor_options(
+    pool: RayResourcePool, kind: DeviceKind, spec: ActorSpec, options: StartOptions, is_async: bool
+) -> dict[str, Any]:
+    share = 1 / pool.max_colocate_count
+    resources: dict[str, float] = {}
+    made: dict[str, Any] = {"num_cpus": pool.cpus_per_process * share, "resources": resources}
+    if kind is not CPU and kind.resource == "GPU":
+        made["num_gpus"] = pool.gpus_per_process * share
+    elif kind is not CPU:
+        resources[kind.resource] = pool.gpus_per_process * share
+    if options.detached:
+        made["lifetime"] = "detached"
+    if is_async:
+        made["max_concurrency"] = _ASYNC_CALLS_IN_FLIGHT
+    env = _worker_env(options.worker_env)
+    given = dict(spec.options)
+    resources.update(given.pop("resources", None) or {})
+    if env:
+        runtime_env = given.get("runtime_env") or {}
+        given["runtime_env"] = {
+            **runtime_env,
+            "env_vars": {**runtime_env.get("env_vars", {}), **env},
+        }
+    return {**made, **given}
+
+
+def _worker_env(worker_env: Mapping[str, str] | None) -> dict[str, str]:
+    taken = sorted(set(Worker.env_keys()) & set(worker_env or ()))
+    if taken:
+        raise ValueError(f"worker_env must not set {', '.join(taken)}: each rank gets its own")
+    return {key: str(value) for key, value in (worker_env or {}).items()}
+
+
+def _set_up(
+    handles: Sequence[Any],
+    bundles: Sequence[Bundle],
+    kind: DeviceKind,
+    spec: ActorSpec,
+    options: StartOptions,
+) -> tuple[tuple[str, int], list[HostInfo]]:
+    """Bind on rank 0, then build the roles everywhere."""
+    started = [handle.__ray_ready__.remote() for handle in handles]
+    bound = handles[0].bind.remote(
+        options.master_port or 0, options.master_port_range, options.master_addr
+    )
+    _, missing = ray.wait(started, num_returns=len(started), timeout=options.placement_timeout_s)
+    if missing:
+        ranks = [rank for rank, ref in enumerate(started) if ref in missing]
+        raise ResourceError(
+            f"ranks {ranks} got no process within placement_timeout_s="
+            f"{options.placement_timeout_s:g}: their bundles have no room left. Close groups on "
+            "this pool, or raise its max_colocate_count"
+        )
+    address = ray.get(bound)
+    on_node = Counter(bundle.node_id for bundle in bundles)
+    seen: Counter[str] = Counter()
+    roles = ray.put(dict(spec.roles))
+    refs = []
+    for rank, (handle, bundle) in enumerate(zip(handles, bundles, strict=True)):
+        place = HostPlace(
+            rank, len(handles), seen[bundle.node_id], on_node[bundle.node_id], options.prefix
+        )
+        seen[bundle.node_id] += 1
+        refs.append(handle.setup.remote(place, kind, address, roles))
+    sites = [CallSite("host", "setup", r, b.node_ip, 0) for r, b in enumerate(bundles)]
+    try:
+        return address, ray.get(refs, timeout=options.startup_timeout_s)
+    except GetTimeoutError:
+        _, pending = ray.wait(refs, num_returns=len(refs), timeout=0)
+        ranks = [rank for rank, ref in enumerate(refs) if ref in pending]
+        raise CallTimeoutError(
+            f"ranks {ranks} had not built their roles {list(spec.roles)} after "
+            f"startup_timeout_s={options.startup_timeout_s:g}",
+            ranks,
+        ) from None
+    except Exception as error:
+        raise diagnose(error, refs, sites).error from None

@@ -1,0 +1,281 @@
+"""Pools reserved as placement groups: where each rank goes, and whether the cluster can hold it.
+
+Splitting and merging pools is left to `pools`, what runs in them to `worker_group`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from single_controller.base.resource_pool import ResourcePool
+from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, device_kind
+from single_controller.errors import ResourceError
+from single_controller.ray.feasibility import NodeResources, PoolRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "Bundle",
+    "RayResourcePool",
+    "SubRayResourcePool",
+    "cluster_nodes",
+    "sort_placement_group_by_node_ip",
+]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one rank was given: bundle `index` of a placement group, on a node."""
+
+    group: PlacementGroup
+    index: int
+    node_id: str
+    node_ip: str
+
+
+def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[PlacementGroup]:
+    """Placement groups by the address of their first bundle's node, numerically (10.0.0.9 comes
+    before 10.0.0.10); those on one node in the order of their ids.
+    """
+    addresses = _node_addresses()
+
+    def key(group: PlacementGroup) -> tuple[Any, ...]:
+        first = placement_group_table(group)["bundles_to_node_id"][0]
+        return *_address_key(addresses[first]), group.id.hex()
+
+    return sorted(pgs, key=key)
+
+
+def _address_key(address: str) -> tuple[int, int]:
+    parsed = ipaddress.ip_address(address)
+    return parsed.version, int(parsed)
+
+
+def _node_addresses() -> dict[str, str]:
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+
+
+class RayResourcePool(ResourcePool):
+    """Processes per node, each with CPUs and, where the cluster has them, accelerators.
+
+    Reserved on first use, once. Several groups may share the pool: each worker takes
+    1/max_colocate_count of its bundle.
+
+    Args:
+        process_on_nodes: processes per node; `[2, 4]` makes placement groups of 2 and 4 bundles.
+        use_gpu: ask for accelerators. On a cluster that has none at all, CPUs alone are taken.
+        name_prefix: of the placement groups' names, for `ray list placement-groups`.
+        max_colocate_count: how many groups may share the pool.
+        detached: the reservation outlives the driver.
+        accelerator_type: such as "H100": only nodes with that type.
+        cpus_per_process, gpus_per_process: what each bundle asks for.
+        placement_timeout_s: how long to wait for resources that others hold now.
+    """
+
+    def __init__(
+        self,
+        process_on_nodes: Sequence[int] | None = None,
+        use_gpu: bool = True,
+        name_prefix: str | None = None,
+        max_colocate_count: int = 10,
+        detached: bool = False,
+        accelerator_type: str | None = None,
+        *,
+        cpus_per_process: float = 1,
+        gpus_per_process: float = 1,
+        placement_timeout_s: float = 60,
+    ) -> None:
+        super().__init__(process_on_nodes, max_colocate_count)
+        self.use_gpu = use_gpu
+        self.name_prefix = name_prefix or uuid.uuid4().hex[:8]
+        self.detached = detached
+        self.accelerator_type = accelerator_type
+        self.cpus_per_process = cpus_per_process
+        self.gpus_per_process = gpus_per_process
+        self.placement_timeout_s = placement_timeout_s
+        self.pgs: list[PlacementGroup] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What a process gets, as keyword arguments for another pool."""
+        return {
+            "use_gpu": self.use_gpu,
+            "max_colocate_count": self.max_colocate_count,
+            "detached": self.detached,
+            "accelerator_type": self.accelerator_type,
+            "cpus_per_process": self.cpus_per_process,
+            "gpus_per_process": self.gpus_per_process,
+            "placement_timeout_s": self.placement_timeout_s,
+        }
+
+    def device(self, device_name: str | None = None) -> DeviceKind:
+        """The kind of device each process gets: `device_name`, else what the cluster has."""
+        if not self.use_gpu:
+            return CPU
+        if device_name is not None:
+            return device_kind(device_name)
+        total = ray.cluster_resources()
+        return next(kind for kind in DEVICE_KINDS if total.get(kind.resource, 0) or kind is CPU)
+
+    def request(self, kind: DeviceKind, strategy: str = "STRICT_PACK") -> PoolRequest:
+        """What reserving the pool asks of the cluster."""
+        bundle: dict[str, float] = {"CPU": self.cpus_per_process}
+        if kind is not CPU:
+            bundle[kind.resource] = self.gpus_per_process
+        if self.accelerator_type is not None:
+            bundle[f"accelerator_type:{self.accelerator_type}"] = 1e-4
+        return PoolRequest(tuple(self.store), bundle, strategy)
+
+    def get_placement_groups(
+        self, strategy: str = "STRICT_PACK", name: str | None = None, device_name: str = "cuda"
+    ) -> list[PlacementGroup]:
+        """One placement group per node of `process_on_nodes`, reserved on the first call; always
+        in the numeric order of their nodes' addresses.
+
+        `device_name` says which accelerator, on a cluster that has any.
+
+        Raises:
+            ResourceError: the cluster cannot hold the pool, or did not free it in time.
+        """
+        found = self.device()
+        return self._reserve(strategy, name, found if found is CPU else device_kind(device_name))
+
+    def bundles(
+        self, strategy: str = "STRICT_PACK", device_name: str | None = None
+    ) -> tuple[Bundle, ...]:
+        """Each rank's bundle, reserved now if it is not yet.
+
+        Raises:
+            ResourceError: the cluster cannot hold the pool, or did not free it in time.
+        """
+        return _bundles_of(self._reserve(strategy, None, self.device(device_name)))
+
+    def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
+        if self.pgs is not None:
+            return self.pgs
+        request = self.request(kind, strategy)
+        if not request.fits(nodes := cluster_nodes()):
+            raise ResourceError("the cluster cannot hold this pool: " + request.explain(nodes))
+        prefix = name or f"{self.name_prefix}single_controller"
+        groups: list[PlacementGroup] = []
+        deadline = time.monotonic() + self.placement_timeout_s
+        try:
+            for node, count in enumerate(request.counts):
+                groups.append(
+                    placement_group(
+                        [dict(request.bundle)] * count,
+                        strategy=strategy,
+                        name=f"{prefix}_{uuid.uuid4().hex[:6]}_{node}",
+                        lifetime="detached" if self.detached else None,
+                    )
+                )
+            for group in groups:
+                if not group.wait(max(0.01, deadline - time.monotonic())):
+                    raise ResourceError(
+                        f"the pool was not free within placement_timeout_s="
+                        f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}"
+                    )
+        except BaseException:
+            _remove(groups)
+            raise
+        self.pgs = sort_placement_group_by_node_ip(groups)
+        return self.pgs
+
+    def close(self) -> None:
+        """Give the reservation back; workers in it end. The pool can be used again afterwards."""
+        groups, self.pgs = self.pgs or [], None
+        if ray.is_initialized():
+            _remove(groups)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def cluster_nodes() -> list[NodeResources]:
+    """What each living node has, and what of it is free."""
+    free = available_resources_per_node()
+    return [
+        NodeResources(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _remove(groups: Sequence[PlacementGroup]) -> None:
+    for group in groups:
+        remove_placement_group(group)
+
+
+def _bundles_of(groups: Sequence[PlacementGroup]) -> tuple[Bundle, ...]:
+    addresses = _node_addresses()
+    bundles = []
+    for group in groups:
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        for index in range(group.bundle_count):
+            bundles.append(Bundle(group, index, nodes[index], addresses[nodes[index]]))
+    return tuple(bundles)
+
+
+class SubRayResourcePool(RayResourcePool):
+    """Some bundles of another pool, in order; closing it leaves the other pool as it is."""
+
+    def __init__(
+        self,
+        placement_groups: Sequence[PlacementGroup],
+        start_bundle_index: int,
+        subgroup_world_size: int,
+        **kwargs: Any,
+    ) -> None:
+        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence."""
+        super().__init__(**kwargs)
+        self.pgs = list(placement_groups)
+        held = sum(group.bundle_count for group in placement_groups)
+        if not (start_bundle_index >= 0 and 1 <= subgroup_world_size <= held - start_bundle_index):
+            raise ValueError(
+                f"start_bundle_index {start_bundle_index} and subgroup_world_size "
+                f"{subgroup_world_size} must lie within the {held} bundles of the placement groups"
+            )
+        self.start_bundle_index = start_bundle_index
+        self.subgroup_world_size = subgroup_world_size
+
+    @property
+    def _slice(self) -> slice:
+        return slice(self.start_bundle_index, self.start_bundle_index + self.subgroup_world_size)
+
+    @property
+    def store(self) -> list[int]:
+        """Processes per placement group of the slice (a copy)."""
+        counts: list[int] = []
+        first = 0
+        for group in self.pgs or ():
+            within = range(first, first + group.bundle_count)[
+                max(0, self._slice.start - first) : max(0, self._slice.stop - first)
+            ]
+            counts += [len(within)] if within else []
+            first += group.bundle_count
+        return counts
+
+    def bundles(
+        self, strategy: str = "STRICT_PACK", device_name: str | None = None
+    ) -> tuple[Bundle, ...]:
+        return super().bundles(strategy, device_name)[self._slice]
+
+    def close(self) -> None:
+        """Nothing: the reservation is the other pool's."""

@@ -1,0 +1,157 @@
+"""Pools made from pools: split, merged, shared between roles. Reserving is left to `placement`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup
+
+from single_controller.errors import ResourceError
+from single_controller.ray.placement import (
+    RayResourcePool,
+    SubRayResourcePool,
+    cluster_nodes,
+    sort_placement_group_by_node_ip,
+)
+
+__all__ = [
+    "ResourcePoolManager",
+    "extract_pg_from_exist",
+    "merge_resource_pool",
+    "split_resource_pool",
+]
+
+
+def split_resource_pool(
+    resource_pool: RayResourcePool, split_size: int | list[int]
+) -> list[SubRayResourcePool]:
+    """Cut a pool into consecutive ones, which may be cut again.
+
+    Args:
+        split_size: processes of each part, or one size for all of them.
+
+    Raises:
+        ResourceError: the pool cannot be reserved. ValueError: the sizes do not add up to it.
+    """
+    total = resource_pool.world_size
+    if isinstance(split_size, int):
+        sizes = [split_size] * (total // split_size) if split_size > 0 else []
+    else:
+        sizes = list(split_size)
+    if sum(sizes) != total or any(size < 1 for size in sizes):
+        raise ValueError(
+            f"split_size must be positive and add up to the pool's {total} processes; "
+            f"got {split_size!r}"
+        )
+    groups = resource_pool.get_placement_groups()
+    first = getattr(resource_pool, "start_bundle_index", 0)
+    parts = []
+    for size in sizes:
+        parts.append(SubRayResourcePool(groups, first, size, **resource_pool.settings()))
+        first += size
+    return parts
+
+
+def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResourcePool:
+    """One pool over the reservations of both, which stay theirs to close.
+
+    Raises:
+        ValueError: they differ in what a process gets, or one is part of a pool.
+    """
+    first, second = rp1.settings(), rp2.settings()
+    different = sorted(key for key in first if first[key] != second[key])
+    if different:
+        raise ValueError(f"pools to be merged must agree; these differ in {', '.join(different)}")
+    if isinstance(rp1, SubRayResourcePool) or isinstance(rp2, SubRayResourcePool):
+        raise ValueError("a part of a pool cannot be merged; merge whole pools")
+    groups = sort_placement_group_by_node_ip(
+        [*rp1.get_placement_groups(), *rp2.get_placement_groups()]
+    )
+    count = sum(group.bundle_count for group in groups)
+    return SubRayResourcePool(groups, 0, count, **rp1.settings())
+
+
+def extract_pg_from_exist(
+    resource_pools: dict[str, RayResourcePool],
+    src_role_names: list[str],
+    resource_pool: RayResourcePool,
+) -> list[PlacementGroup]:
+    """Placement groups of other roles' pools that `resource_pool` can use instead of new ones.
+
+    Each of its nodes takes the smallest unused group that is large enough, the largest first.
+
+    Raises:
+        ResourceError: no such group is left for a node.
+    """
+    free = [
+        group
+        for name, pool in resource_pools.items()
+        if name in src_role_names
+        for group in pool.get_placement_groups()
+    ]
+    chosen: dict[int, PlacementGroup] = {}
+    for node, count in sorted(enumerate(resource_pool.store), key=lambda item: -item[1]):
+        candidates = [group for group in free if group.bundle_count >= count]
+        if not candidates:
+            have = [group.bundle_count for group in free]
+            raise ResourceError(
+                f"no placement group of {src_role_names} with {count} bundles is left for node "
+                f"{node}; unused ones have {have}"
+            )
+        chosen[node] = min(candidates, key=lambda group: group.bundle_count)
+        free.remove(chosen[node])
+    return [chosen[node] for node in sorted(chosen)]
+
+
+@dataclass
+class ResourcePoolManager:
+    """Named pools, and which role runs on which.
+
+    Args:
+        resource_pool_spec: processes per node of each pool, by name.
+        mapping: the pool's name for each role.
+    """
+
+    resource_pool_spec: dict[str, list[int]]
+    mapping: Mapping[Any, str]
+    max_colocate_count: int = 3
+    resource_pool_dict: dict[str, RayResourcePool] = field(default_factory=dict)
+
+    def create_resource_pool(self) -> None:
+        """Make all pools, and check that the cluster can hold them together.
+
+        Raises:
+            ResourceError: it cannot.
+        """
+        for name, counts in self.resource_pool_spec.items():
+            self.resource_pool_dict[name] = RayResourcePool(
+                counts, name_prefix=name, max_colocate_count=self.max_colocate_count
+            )
+        pools = list(self.resource_pool_dict.values())
+        if pools:
+            one = pools[0].request(pools[0].device())
+            together = replace(one, counts=tuple(n for pool in pools for n in pool.store))
+            if not together.fits(nodes := cluster_nodes()):
+                raise ResourceError(
+                    "the cluster cannot hold these pools together: " + together.explain(nodes)
+                )
+
+    def get_resource_pool(self, role: Any) -> RayResourcePool:
+        """The pool that a role runs on.
+
+        Raises:
+            ValueError: the role is not mapped, or its pool not created.
+        """
+        name = self.mapping.get(role)
+        if name not in self.resource_pool_dict:
+            raise ValueError(
+                f"role {role!r} is mapped to pool {name!r}, and create_resource_pool has made "
+                f"{sorted(self.resource_pool_dict)}"
+            )
+        return self.resource_pool_dict[name]
+
+    def get_n_gpus(self) -> int:
+        """Processes, and so devices, of all pools together."""
+        return sum(sum(counts) for counts in self.resource_pool_spec.values())

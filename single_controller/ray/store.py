@@ -1,0 +1,25 @@
+"""Values put into Ray's object store, several at a time. Arguments of calls need none of this."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+__all__ = ["parallel_put"]
+
+
+def parallel_put(data_list: Sequence[Any], max_workers: int | None = None) -> list[Any]:
+    """`ray.put` each value, in threads; the references in the same order.
+
+    Raises:
+        ValueError: `data_list` is empty.
+    """
+    if not data_list:
+        raise ValueError("data_list must hold at least one value; got none")
+    workers = max_workers or min(len(data_list), os.cpu_count() or 1, 16)
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(ray.put, data_list))

@@ -1,0 +1,284 @@
+"""RayWorkerGroup: starts or attaches to hosts, gives a group per role, sends calls to them.
+
+Processes are owned by `hosts`, a call on its way by `calls`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import threading
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from single_controller.base.dispatch import Call
+from single_controller.base.worker_group import (
+    CallOptions,
+    Pending,
+    WorkerGroup,
+    check_workers_alive,
+)
+from single_controller.errors import UnknownRoleError
+from single_controller.ray.actor_spec import RayClassWithInitArgs
+from single_controller.ray.calls import Outbox, RayPending
+from single_controller.ray.host import Envelope
+from single_controller.ray.hosts import Hosts, StartOptions
+from single_controller.ray.placement import RayResourcePool
+from single_controller.ray.table import GroupTable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["RayWorkerGroup"]
+
+logger = logging.getLogger(__name__)
+
+
+class RayWorkerGroup(WorkerGroup):
+    """A role's ranks in Ray actors.
+
+    Made from a pool and a class, it starts one host per process of the pool. With the class of
+    several roles (`create_colocated_worker_cls`), `spawn` gives the group of each role. With
+    `worker_handles` or `worker_names` it attaches to running hosts. A context manager: leaving it
+    closes the group.
+
+    Args:
+        resource_pool: where the hosts go.
+        ray_cls_with_init: what they hold.
+        bin_pack: each node's processes on one node (STRICT_PACK); False: PACK.
+        name_prefix: of the actors' names; by default random.
+        detached: the hosts outlive the driver.
+        worker_names, worker_handles: running actors to attach to instead.
+        ray_wait_register_center_timeout: veRL's name for `startup_timeout_s`.
+        device_name: "cuda", "cpu", …: by default what the pool's cluster has.
+        worker_env: environment variables for all ranks, set before any library loads.
+        master_addr, master_port, master_port_range: where `torch.distributed` meets; by default
+            rank 0's node and a port that the system chooses.
+        startup_timeout_s: how long the roles' constructors may take.
+        call_timeout_s: how long each call may take; None: for ever.
+
+    Raises:
+        ResourceError: the cluster cannot hold the pool, or the pool one more group.
+        RegistrationError: a class cannot be used as a worker.
+        WorkerError: a constructor raised; it names role and rank.
+        CallTimeoutError: a constructor did not return in time.
+    """
+
+    def __init__(
+        self,
+        resource_pool: RayResourcePool | None = None,
+        ray_cls_with_init: RayClassWithInitArgs | None = None,
+        bin_pack: bool = True,
+        name_prefix: str | None = None,
+        detached: bool = False,
+        worker_names: Sequence[str] | None = None,
+        worker_handles: Sequence[Any] | None = None,
+        ray_wait_register_center_timeout: float | None = None,
+        *,
+        device_name: str | None = None,
+        worker_env: Mapping[str, str] | None = None,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+        master_port_range: Sequence[int] | None = None,
+        startup_timeout_s: float = 600,
+        call_timeout_s: float | None = None,
+    ) -> None:
+        super().__init__(resource_pool)
+        startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
+        if resource_pool is None:
+            hosts = _attach(worker_names, worker_handles, startup_timeout_s)
+        elif ray_cls_with_init is None:
+            raise ValueError("ray_cls_with_init must say what to start on the resource_pool")
+        else:
+            options = StartOptions(
+                prefix=name_prefix if name_prefix is not None else f"{uuid.uuid4().hex[:6]}_",
+                detached=detached,
+                worker_env=worker_env,
+                master_addr=master_addr,
+                master_port=master_port,
+                master_port_range=master_port_range,
+                placement_timeout_s=resource_pool.placement_timeout_s,
+                startup_timeout_s=startup_timeout_s,
+            )
+            bundles = resource_pool.bundles("STRICT_PACK" if bin_pack else "PACK", device_name)
+            kind = resource_pool.device(device_name)
+            hosts = Hosts.start(
+                resource_pool, bundles, kind, ray_cls_with_init.actor_spec(), options
+            )
+        self.resource_pool = resource_pool
+        self.ray_cls_with_init = ray_cls_with_init
+        self.call_timeout_s = call_timeout_s
+        self._hosts = hosts
+        if ray_cls_with_init is not None:
+            self._spec = ray_cls_with_init.actor_spec()
+            self._take_role(ray_cls_with_init.role)
+
+    def _take_role(self, role: str) -> None:
+        self.role = role
+        if role:
+            self._bind(self._spec.roles[role].cls)
+
+    @classmethod
+    def from_detached(
+        cls,
+        name_prefix: str | None = None,
+        worker_names: Sequence[str] | None = None,
+        worker_handles: Sequence[Any] | None = None,
+        ray_cls_with_init: RayClassWithInitArgs | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A group on hosts that another driver started (in the same Ray namespace).
+
+        Args:
+            name_prefix: the prefix they were started with, to find them by; or
+            worker_names, worker_handles: the actors' names or handles.
+            ray_cls_with_init: what they hold.
+
+        Raises:
+            ValueError: there are no such actors, or they are not all ranks of one group.
+        """
+        if worker_names is None and worker_handles is None and name_prefix is not None:
+            named = ray.util.list_named_actors()
+            worker_names = [name for name in named if name.startswith(name_prefix)]
+        return cls(
+            None,
+            ray_cls_with_init,
+            name_prefix=name_prefix,
+            worker_names=worker_names,
+            worker_handles=worker_handles,
+            **kwargs,
+        )
+
+    @property
+    def world_size(self) -> int:
+        return len(self._hosts.infos)
+
+    @property
+    def workers(self) -> list[Any]:
+        """The hosts' actor handles by rank."""
+        return list(self._hosts.handles)
+
+    @property
+    def worker_names(self) -> list[str]:
+        """The hosts' actor names by rank, for `from_detached`."""
+        return list(self._hosts.names)
+
+    @property
+    def master_address(self) -> str:
+        """Where `torch.distributed` of this group meets."""
+        return self._hosts.address[0]
+
+    @property
+    def master_port(self) -> int:
+        """The port of `master_address`, as bound by rank 0's process."""
+        return self._hosts.address[1]
+
+    def spawn(self, prefix_set: Iterable[str]) -> dict[str, RayWorkerGroup]:
+        """A group for each named role of the hosts. They share the processes; closing one, or
+        this group, ends them all.
+
+        Raises:
+            UnknownRoleError: the hosts hold no such role.
+        """
+        return {role: self._view(role) for role in prefix_set}
+
+    def fuse(self, prefix_set: Iterable[str]) -> None:
+        """Make each named role's group an attribute of this one: `group.actor.update(batch)`.
+
+        Raises:
+            UnknownRoleError: the hosts hold no such role.
+        """
+        self.__dict__.update(self.spawn(prefix_set))
+
+    def _view(self, role: str) -> RayWorkerGroup:
+        roles = list(self._spec.roles)
+        if role not in roles:
+            close = difflib.get_close_matches(str(role), roles, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UnknownRoleError(f"unknown role {role!r}: {hint}The hosts hold {roles}")
+        view = object.__new__(type(self))
+        WorkerGroup.__init__(view, self.resource_pool)
+        view.resource_pool, view.ray_cls_with_init = self.resource_pool, self.ray_cls_with_init
+        view.call_timeout_s, view._hosts, view._spec = self.call_timeout_s, self._hosts, self._spec
+        view._take_role(role)
+        return view
+
+    def _explain_missing(self, name: str) -> str:
+        if not self.role:
+            roles = list(self._spec.roles)
+            return f"this group is the host of roles {roles}: call {name!r} on spawn({roles})[role]"
+        return super()._explain_missing(name)
+
+    def _submit(
+        self,
+        method: str,
+        calls: Sequence[Call | None],
+        answers: Sequence[int],
+        options: CallOptions,
+        *,
+        materialize: bool = True,
+        deferred: bool = False,
+    ) -> Pending:
+        hosts = self._hosts
+        hosts.check_usable()
+        outbox = Outbox(calls)
+        answering = set(answers)
+        sites, refs, rows_refs, turns = [], [], [], []
+        for rank, call in enumerate(calls):
+            if call is None:
+                continue
+            turn = hosts.turn(rank)
+            envelope = Envelope(
+                self.role, method, tuple(call.kwargs), materialize, rank in answering, turn
+            )
+            handle, values = hosts.handles[rank], outbox.values(call)
+            if deferred:
+                rows_ref, ref = handle.call_deferred.remote(envelope, *values)
+                rows_refs.append(rows_ref)
+            else:
+                ref = handle.call.remote(envelope, *values)
+            if turn is not None:
+                turns.append((rank, hosts.end_turn(rank)))
+            refs.append(ref)
+            sites.append(hosts.site(self.role, method, rank))
+        timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
+        return RayPending(hosts, sites, refs, rows_refs, turns, answers, timeout_s)
+
+    def describe(self) -> GroupTable:
+        """rank → role → node → device → pid, as a value that prints as a table."""
+        roles = (self.role,) if self.role else tuple(self._spec.roles)
+        return GroupTable.of(self._hosts.infos, roles)
+
+    def start_worker_aliveness_check(self, every_n_seconds: float = 1) -> None:
+        """Look every so often, in a thread, whether all hosts live; after a death, calls raise
+        GroupBrokenError at once.
+        """
+
+        def watch() -> None:
+            check_workers_alive(self._hosts.handles, self._hosts.is_alive, every_n_seconds)
+
+        threading.Thread(target=watch, daemon=True, name=f"{self.role}-aliveness").start()
+
+    def close(self) -> None:
+        """End the hosts, with all their roles. Calls raise GroupBrokenError from then on."""
+        self._hosts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_s: float) -> Hosts:
+    if not handles:
+        if not names:
+            raise ValueError(
+                "a group needs a resource_pool to start on, or worker_names or worker_handles of "
+                "running hosts; none was found"
+            )
+        handles = [ray.get_actor(name) for name in names]
+    return Hosts.attach(handles, names or [], timeout_s)

@@ -1,0 +1,125 @@
+"""Pools on a real cluster: what does not fit says so, what fits is given back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import ray
+
+from single_controller import ResourceError
+from single_controller.base import Worker
+from single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    ResourcePoolManager,
+    extract_pg_from_exist,
+    merge_resource_pool,
+    split_resource_pool,
+)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    """Poll a condition of the cluster, which learns of freed resources by heartbeat."""
+    pause, deadline = threading.Event(), time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        pause.wait(0.05)
+    return condition()
+
+
+def free_cpus() -> float:
+    return ray.available_resources().get("CPU", 0)
+
+
+def test_a_pool_the_cluster_cannot_hold_is_refused_at_once(cluster: None) -> None:
+    began = time.monotonic()
+    with pytest.raises(ResourceError) as caught:
+        RayResourcePool([9]).get_placement_groups()
+    assert time.monotonic() - began < 30
+    text = str(caught.value)
+    assert "CPU       9      8" in text
+    assert "process_on_nodes=[8]" in text
+    assert "cpus_per_process=0.5" in text
+    assert "ray.init(num_cpus=9)" in text
+
+
+def test_max_colocate_count_does_not_grow_what_is_reserved(cluster: None) -> None:
+    with RayResourcePool([2], max_colocate_count=10) as pool:
+        before = free_cpus()
+        pool.get_placement_groups()
+        assert eventually(lambda: free_cpus() == before - 2)
+
+
+def test_a_busy_pool_is_waited_for_and_then_given_up_with_the_reason(cluster: None) -> None:
+    with RayResourcePool([7]) as holder:
+        holder.get_placement_groups()
+        late = RayResourcePool([4, 4], placement_timeout_s=0.3)
+        with pytest.raises(ResourceError, match=r"placement_timeout_s=0.3(.|\n)*close what holds"):
+            late.get_placement_groups()
+    assert eventually(lambda: free_cpus() == 8), "the part that was reserved is not given back"
+    late.placement_timeout_s = 60
+    with late:
+        assert len(late.get_placement_groups()) == 2
+
+
+def test_without_accelerators_use_gpu_takes_cpus_unless_a_device_is_named(cluster: None) -> None:
+    with RayResourcePool([1], use_gpu=True) as pool:
+        assert pool.device().name == "cpu"
+        pool.get_placement_groups()
+    with pytest.raises(ResourceError, match="use_gpu=False"):
+        RayWorkerGroup(RayResourcePool([1]), RayClassWithInitArgs(Worker), device_name="cuda")
+
+
+def test_a_pool_gives_the_same_groups_in_the_same_order_on_every_call(cluster: None) -> None:
+    with RayResourcePool([1, 2]) as pool:
+        first = pool.get_placement_groups()
+        assert [group.id for group in pool.get_placement_groups()] == [g.id for g in first]
+        assert sorted(group.bundle_count for group in first) == [1, 2]
+        assert len(pool.bundles()) == 3
+
+
+def test_a_full_pool_refuses_one_more_group_instead_of_hanging(cluster: None) -> None:
+    spec = RayClassWithInitArgs(Worker)
+    with RayResourcePool([1], max_colocate_count=1) as pool, RayWorkerGroup(pool, spec):
+        pool.placement_timeout_s = 0.5
+        with pytest.raises(ResourceError, match=r"ranks \[0\] got no process.*max_colocate"):
+            RayWorkerGroup(pool, spec)
+
+
+def test_pools_split_again_and_merge(cluster: None) -> None:
+    with RayResourcePool([2, 2]) as pool:
+        left, right = split_resource_pool(pool, 2)
+        first, second = split_resource_pool(right, [1, 1])
+        assert [len(p.bundles()) for p in (left, right, first, second)] == [2, 2, 1, 1]
+        assert (*left.bundles(), *first.bundles(), *second.bundles()) == pool.bundles()
+        assert [p.store for p in split_resource_pool(pool, [3, 1])] == [[2, 1], [1]]
+        assert right.world_size == 2
+        with pytest.raises(ValueError, match="add up to the pool's 4 processes"):
+            split_resource_pool(pool, 3)
+        with RayResourcePool([1]) as other:
+            merged = merge_resource_pool(pool, other)
+            assert merged.world_size == 5
+            assert set(merged.bundles()) == {*pool.bundles(), *other.bundles()}
+
+
+def test_a_role_can_take_placement_groups_of_others(cluster: None) -> None:
+    with RayResourcePool([2, 1]) as pool:
+        wanted = RayResourcePool([1])
+        (group,) = extract_pg_from_exist({"actor": pool}, ["actor"], wanted)
+        assert group.bundle_count == 1
+        with pytest.raises(ResourceError, match=r"no placement group .* with 3 bundles"):
+            extract_pg_from_exist({"actor": pool}, ["actor"], RayResourcePool([3]))
+
+
+def test_a_manager_checks_its_pools_together(cluster: None) -> None:
+    manager = ResourcePoolManager({"a": [3], "b": [3]}, {"actor": "a", "critic": "b"})
+    manager.create_resource_pool()
+    assert manager.get_n_gpus() == 6
+    assert manager.get_resource_pool("critic").store == [3]
+    with pytest.raises(ValueError, match="role 'reward' is mapped to pool None"):
+        manager.get_resource_pool("reward")
+    with pytest.raises(ResourceError, match="cannot hold these pools together"):
+        ResourcePoolManager({"a": [5], "b": [5]}, {}).create_resource_pool()

@@ -1,0 +1,363 @@
+"""Batches that are still in the workers: who fetches which rows from whom, and when."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+
+from protocol import BatchData, DataProto, DataProtoFuture
+from protocol.batches import Batch, balanced_sizes, batch_rows, slice_batch
+from protocol.errors import (
+    BatchError,
+    BatchTypeError,
+    ChunkError,
+    ConflictError,
+    MissingKeyError,
+    RowCountError,
+)
+from protocol.future import How, Source
+
+
+@dataclass
+class Producer:
+    """A source that remembers what it was asked for."""
+
+    batch: Batch
+    seconds: float = 0.0
+    waits: int = 0
+    fetched: list[tuple[int, int]] = field(default_factory=list)
+
+    def _wait(self, timeout: float | None) -> None:
+        if timeout is not None and timeout < self.seconds:
+            raise TimeoutError(f"not done within {timeout} s")
+        time.sleep(self.seconds)
+
+    def rows(self, timeout: float | None) -> int:
+        self._wait(timeout)
+        self.waits += 1
+        return batch_rows(self.batch)
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+        self._wait(timeout)
+        self.fetched.append((start, stop))
+        return slice_batch(self.batch, start, stop)
+
+
+def produce(*sizes: int, kind: type[Any] = DataProto) -> list[Producer]:
+    """One producer per size; row i of them all holds i."""
+    bounds = np.cumsum([0, *sizes]).tolist()
+    numbers = [torch.arange(a, b) for a, b in pairwise(bounds)]
+    if kind is TensorDict:
+        return [Producer(TensorDict({"ids": t, "twice": 2 * t}, [len(t)])) for t in numbers]
+    return [Producer(DataProto.from_dict({"ids": t, "twice": 2 * t})) for t in numbers]
+
+
+def future(*sizes: int) -> DataProtoFuture:
+    return DataProtoFuture(produce(*sizes))
+
+
+def tensors(batch: Batch) -> TensorDict:
+    found = batch.batch if isinstance(batch, DataProto) else batch
+    assert isinstance(found, TensorDict)
+    return found
+
+
+def ids(batch: Batch) -> list[int]:
+    return list(tensors(batch)["ids"].tolist())
+
+
+def copied(lazy: DataProtoFuture) -> DataProtoFuture:
+    twin = pickle.loads(pickle.dumps(lazy))
+    assert isinstance(twin, DataProtoFuture)
+    return twin
+
+
+sizes_of_producers = st.lists(st.integers(0, 5), min_size=1, max_size=5)
+parts_of_consumers = st.integers(1, 6)
+
+
+class TestFetching:
+    @pytest.mark.parametrize("kind", [DataProto, TensorDict])
+    def test_get_brings_all_rows_in_order(self, kind: type[Any]) -> None:
+        batch = DataProtoFuture(produce(2, 0, 3, kind=kind)).get()
+        assert isinstance(batch, kind)
+        assert ids(batch) == [0, 1, 2, 3, 4]
+
+    def test_a_future_is_a_source(self) -> None:
+        assert isinstance(future(1), Source)
+        assert ids(DataProtoFuture([future(1, 2), *produce(1)]).get()) == [0, 1, 2, 0]
+
+    def test_length_and_rows_fetch_nothing(self) -> None:
+        producers = produce(2, 3)
+        assert len(DataProtoFuture(producers)) == 5
+        assert DataProtoFuture(producers).rows(timeout=1) == 5
+        assert not any(producer.fetched for producer in producers)
+
+    def test_rows_are_asked_for_once(self) -> None:
+        producers = produce(2, 3)
+        lazy = DataProtoFuture(producers)
+        assert len(lazy) == len(lazy)
+        lazy.chunk(5)[0].get()
+        assert [producer.waits for producer in producers] == [1, 1]
+
+    def test_what_one_source_has_is_not_copied(self) -> None:
+        producers = produce(2, 3)
+        fetched = DataProtoFuture(producers).fetch(2, 5)
+        tensors(fetched)["ids"][0] = 7
+        assert tensors(producers[1].batch)["ids"][0] == 7
+
+    @given(sizes=sizes_of_producers, data=st.data())
+    @settings(deadline=None, max_examples=40)
+    def test_only_sources_that_have_the_rows_are_asked(
+        self, sizes: list[int], data: st.DataObject
+    ) -> None:
+        start = data.draw(st.integers(0, sum(sizes)))
+        stop = data.draw(st.integers(start, sum(sizes)))
+        producers = produce(*sizes)
+        assert ids(DataProtoFuture(producers).fetch(start, stop)) == list(range(start, stop))
+        if start < stop:
+            for producer in producers:
+                mine = set(ids(producer.batch)) & set(range(start, stop))
+                assert sum(b - a for a, b in producer.fetched) == len(mine)
+                assert bool(producer.fetched) == bool(mine)
+
+    @pytest.mark.parametrize("sizes", [(0,), (0, 0), (0, 2), (2, 2)])
+    def test_zero_rows_come_with_their_columns_from_one_source(self, sizes: tuple[int]) -> None:
+        producers = produce(*sizes)
+        batch = DataProtoFuture(producers).fetch(0, 0)
+        assert batch_rows(batch) == 0
+        assert set(tensors(batch).keys()) == {"ids", "twice"}
+        assert sum(len(producer.fetched) for producer in producers) == 1
+
+    def test_zero_rows_come_from_a_source_that_has_rows(self) -> None:
+        producers = produce(0, 2, 2)
+        DataProtoFuture(producers).fetch(1, 1)
+        assert [producer.fetched for producer in producers] == [[], [(0, 0)], []]
+
+    @pytest.mark.parametrize(("start", "stop"), [(-1, 1), (0, 4), (2, 1)])
+    def test_rows_that_are_not_there_are_refused(self, start: int, stop: int) -> None:
+        with pytest.raises(RowCountError, match=f"rows {start}:{stop} .* 3 rows"):
+            future(1, 2).fetch(start, stop)
+
+    def test_there_must_be_a_source(self) -> None:
+        with pytest.raises(BatchError, match="at least one source"):
+            DataProtoFuture([])
+
+    def test_repr_never_waits(self) -> None:
+        producers = produce(2, 3)
+        lazy = DataProtoFuture(producers)
+        assert repr(lazy) == "DataProtoFuture(rows=?, sources=2)"
+        assert [producer.waits for producer in producers] == [0, 0]
+        assert len(lazy) == 5
+        assert repr(lazy) == "DataProtoFuture(rows=5, sources=2)"
+
+
+class TestDeadline:
+    def test_a_timeout_of_a_source_passes_through(self) -> None:
+        lazy = DataProtoFuture([Producer(DataProto(), seconds=1.0)])
+        with pytest.raises(TimeoutError, match="not done"):
+            lazy.get(timeout=0.01)
+        with pytest.raises(TimeoutError, match="not done"):
+            lazy.select(["ids"]).chunk(1)[0].rows(timeout=0.01)
+
+    def test_one_timeout_covers_all_waits(self) -> None:
+        producers = produce(1, 1, 1)
+        for producer in producers:
+            producer.seconds = 0.05
+        with pytest.raises(TimeoutError):
+            DataProtoFuture(producers).get(timeout=0.12)
+        assert [producer.waits for producer in producers] == [1, 1, 0]
+
+    def test_a_deadline_reaches_the_sources_through_every_view(self) -> None:
+        seen: list[float | None] = []
+
+        class Recorder(Producer):
+            def _wait(self, timeout: float | None) -> None:
+                seen.append(timeout)
+
+        lazy = DataProtoFuture([Recorder(producer.batch) for producer in produce(3)])
+        view = lazy.union(lazy.select(["ids"])).unpadded(1).shards(3, "padded")[2]
+        view.get(timeout=9.0)
+        assert seen
+        assert all(timeout is not None and 0 < timeout <= 9.0 for timeout in seen)
+        seen.clear()
+        view.get()
+        assert set(seen) == {None}
+
+
+class TestShards:
+    @given(sizes=sizes_of_producers, parts=parts_of_consumers)
+    @settings(deadline=None, max_examples=40)
+    def test_balanced_shards_are_the_whole_batch_and_touch_only_their_producers(
+        self, sizes: list[int], parts: int
+    ) -> None:
+        producers = produce(*sizes)
+        whole = list(range(sum(sizes)))
+        bounds = np.cumsum([0, *balanced_sizes(sum(sizes), parts)]).tolist()
+        shards = DataProtoFuture(producers).shards(parts, "balanced")
+        found = []
+        for shard, (start, stop) in zip(shards, pairwise(bounds), strict=True):
+            for producer in producers:
+                producer.fetched.clear()
+            found.append(ids(copied(shard).get()))
+            assert ids(shard.get()) == found[-1] == whole[start:stop]
+            touched = [bool(producer.fetched) for producer in producers]
+            overlapping = [bool({*ids(p.batch)} & {*whole[start:stop]}) for p in producers]
+            assert touched == overlapping or start == stop
+        assert sum(found, []) == whole  # noqa: RUF017
+
+    @given(sizes=sizes_of_producers, parts=parts_of_consumers)
+    @settings(deadline=None, max_examples=40)
+    def test_padded_shards_are_equal_and_cutting_the_padding_gives_the_whole_batch(
+        self, sizes: list[int], parts: int
+    ) -> None:
+        lazy = future(*sizes)
+        rows = sum(sizes)
+        shards = lazy.shards(parts, "padded")
+        assert [len(copied(shard)) for shard in shards] == [-(-rows // parts)] * parts
+        padded = [i for shard in shards for i in ids(shard.get())]
+        assert padded == [*range(rows), *[rows - 1] * (len(padded) - rows)]
+        joined = DataProtoFuture.concat(shards)
+        assert ids(joined.unpadded(len(padded) - rows).get()) == list(range(rows))
+        for start, stop in [(0, 1), (len(padded) - 1, len(padded)), (len(padded), len(padded))]:
+            if 0 <= start <= stop <= len(padded):
+                assert ids(joined.fetch(start, stop)) == padded[start:stop]
+
+    @given(size=st.integers(0, 4), parts=parts_of_consumers, again=st.integers(1, 3))
+    @settings(deadline=None, max_examples=30)
+    def test_chunks_can_be_chunked_again(self, size: int, parts: int, again: int) -> None:
+        whole = list(range(size * parts * again))
+        lazy = future(*balanced_sizes(len(whole), 3))
+        pieces = [piece for chunk in lazy.chunk(parts) for piece in chunk.chunk(again)]
+        assert [len(piece) for piece in pieces] == [size] * len(pieces)
+        assert ids(copied(DataProtoFuture.concat(pieces)).get()) == whole
+
+    def test_rows_that_do_not_divide_are_refused_once_they_are_known(self) -> None:
+        producers = produce(2, 3)
+        chunks = DataProtoFuture(producers).chunk(2)
+        assert [producer.waits for producer in producers] == [0, 0]
+        for use in (len, DataProtoFuture.get, lambda chunk: chunk.fetch(0, 1)):
+            with pytest.raises(ChunkError, match=r"only support equal chunk.* 5 and chunk 2\."):
+                use(chunks[1])
+        assert not any(producer.fetched for producer in producers)
+
+    def test_less_than_one_chunk_is_refused_at_once(self) -> None:
+        with pytest.raises(ChunkError, match="got 0"):
+            future(2).chunk(0)
+
+    def test_an_unknown_way_to_cut_is_refused_at_once(self) -> None:
+        with pytest.raises(BatchError, match=r"how must be one of .*'balanced'.*; got 'even'"):
+            future(2).shards(2, "even")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("how", ["equal", "balanced", "padded"])
+    def test_zero_rows_make_shards_of_zero_rows(self, how: How) -> None:
+        for shard in future(0, 0).shards(3, how):
+            assert ids(shard.get()) == []
+
+
+class TestViews:
+    def test_views_wait_for_nothing_until_used(self) -> None:
+        producers = produce(2, 2)
+        lazy = DataProtoFuture(producers)
+        view = DataProtoFuture.concat(lazy.select(["ids"]).union(lazy).unpadded(1).chunk(3))
+        assert [producer.waits for producer in producers] == [0, 0]
+        assert ids(view.get()) == [0, 1, 2]
+
+    @pytest.mark.parametrize("keys", ["ids", ["ids"], iter(["ids"])])
+    def test_selected_columns_are_all_that_is_kept(self, keys: Any) -> None:
+        batch = copied(future(2, 2).select(keys)).get()
+        assert set(tensors(batch).keys()) == {"ids"}
+        assert ids(batch) == [0, 1, 2, 3]
+
+    def test_a_missing_column_is_named_when_rows_are_fetched(self) -> None:
+        lazy = future(2).select(["ids", "nope"])
+        assert len(lazy) == 2
+        with pytest.raises(MissingKeyError, match="nope"):
+            lazy.get()
+
+    def test_a_union_joins_columns_of_differently_spread_producers(self) -> None:
+        joined = copied(future(1, 3).select(["ids"]).union(future(2, 2).select(["twice"])))
+        batch = joined.fetch(1, 3)
+        assert tensors(batch)["ids"].tolist() == [1, 2]
+        assert tensors(batch)["twice"].tolist() == [2, 4]
+
+    def test_a_union_of_differing_rows_is_refused_once_they_are_known(self) -> None:
+        joined = future(2).union(future(3))
+        with pytest.raises(RowCountError, match="equally many rows; got 2 and 3"):
+            len(joined)
+
+    def test_a_union_of_differing_values_is_refused_when_fetched(self) -> None:
+        other = DataProtoFuture([Producer(DataProto.from_dict({"ids": torch.ones(2).long()}))])
+        with pytest.raises(ConflictError, match="ids"):
+            future(2).union(other).get()
+
+    def test_nobody_fetches_padding(self) -> None:
+        producers = produce(2, 2)
+        assert ids(DataProtoFuture(producers).unpadded(2).get()) == [0, 1]
+        assert producers[1].fetched == []
+
+    def test_padding_may_be_known_only_later(self) -> None:
+        lazy = future(3, 2)
+        padded = DataProtoFuture.concat(lazy.shards(4, "padded"))
+        assert ids(padded.unpadded(lambda: -len(lazy) % 4).get()) == [0, 1, 2, 3, 4]
+
+    @pytest.mark.parametrize("padding", [-1, 3])
+    def test_more_padding_than_rows_is_refused_once_they_are_known(self, padding: int) -> None:
+        lazy = future(2).unpadded(padding)
+        with pytest.raises(RowCountError, match=f"between 0 and 2 rows; got {padding}"):
+            len(lazy)
+
+    def test_there_must_be_something_to_concatenate(self) -> None:
+        with pytest.raises(BatchError, match="at least one"):
+            DataProtoFuture.concat([])
+
+
+class TestPickling:
+    def test_known_rows_travel_along(self) -> None:
+        lazy = future(2, 3)
+        assert len(lazy) == 5
+        assert repr(copied(lazy)) == "DataProtoFuture(rows=5, sources=2)"
+
+    def test_a_twin_behaves_the_same(self) -> None:
+        for lazy in (future(2, 3), *future(2, 3).shards(2, "balanced")):
+            assert ids(copied(lazy).get()) == ids(lazy.get())
+
+
+class TestBatchData:
+    def test_batches_and_futures_can_be_chunked_and_lists_of_them_concatenated(self) -> None:
+        proto = DataProto.from_dict({"ids": torch.arange(4)})
+        for data in (proto, TensorDict({"ids": torch.arange(4)}, [4]), future(4)):
+            assert BatchData(data).is_chunkable()
+            assert not BatchData(data).is_concatable()
+            parts = BatchData(data).chunk(2)
+            assert isinstance(parts, list)
+            assert [len(part) for part in parts] == [2, 2]
+            assert not BatchData(parts).is_chunkable()
+            assert BatchData(parts).is_concatable()
+            joined = BatchData(tuple(parts)).concat()
+            assert type(joined) is type(data)
+            assert len(joined) == 4
+
+    @pytest.mark.parametrize("data", [3, None, [], [3], [DataProto(), 3], [DataProto(), future(1)]])
+    def test_anything_else_is_refused(self, data: object) -> None:
+        assert not BatchData(data).is_chunkable()
+        assert not BatchData(data).is_concatable()
+        with pytest.raises(BatchTypeError, match="can be chunked; got"):
+            BatchData(data).chunk(2)
+        with pytest.raises(BatchTypeError, match="can be concatenated; got"):
+            BatchData(data).concat()
+
+    @pytest.mark.parametrize("kind", [DataProto, TensorDict])
+    def test_rows_that_do_not_divide_are_refused(self, kind: type[Any]) -> None:
+        with pytest.raises(ChunkError, match="only support equal chunk"):
+            BatchData(produce(5, kind=kind)[0].batch).chunk(2)
