@@ -81,15 +81,17 @@ def difference(a: object, b: object) -> str:
     ]
     if not differ:
         return f"same rows of {columns.describe(a)}, laid out differently"
-    i = differ[0]
-    here, there = (short(_plain(columns.row(column, i)), 40) for column in (a, b))
-    return (
-        f"{len(differ)} of {columns.rows(a)} rows differ, first row {i}: {here} here, {there} there"
-    )
+    row, count = differ[0], f"{len(differ)} of {columns.rows(a)} rows differ"
+    x, y = (_flat(columns.row(column, row)) for column in (a, b))
+    for i, (here, there) in enumerate(zip(x, y, strict=False)):
+        if not columns.equal(here, there):
+            at = f"row {row}" if len(x) == 1 else f"row {row} element {i}"
+            return f"{count}, first {at}: {short(here, 40)} here, {short(there, 40)} there"
+    return f"{count}, first row {row}: {len(x)} elements here, {len(y)} there"
 
 
-def _plain(value: Any) -> Any:
-    """A row as one would type it: up to a few numbers of a tensor."""
-    return (
-        value.flatten()[:8].tolist() if isinstance(value, torch.Tensor) and value.dim() else value
-    )
+def _flat(row: Any) -> list[Any]:
+    """The elements of one row; an object is one element."""
+    if isinstance(row, torch.Tensor):
+        return row.flatten().tolist()
+    return row.ravel().tolist() if isinstance(row, np.ndarray) else [row]

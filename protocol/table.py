@@ -221,7 +221,7 @@ class Table:
         return self._new(self._tensors(), self.non_tensor_batch, len(self))
 
     def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
-        twin = self._map(lambda column: copy.deepcopy(columns.cat([column]), memo), len(self))
+        twin = self._map(lambda column: _deepcopy(column, memo), len(self))
         twin.meta_info = copy.deepcopy(self.meta_info, memo)
         return twin
 
@@ -256,6 +256,14 @@ class Table:
             *summary.diff("non_tensor_batch", self.non_tensor_batch, other.non_tensor_batch),
             *summary.diff("meta_info", self.meta_info, other.meta_info),
         ]
+
+
+def _deepcopy(column: Column, memo: dict[int, Any]) -> Column:
+    """A copy in its own memory; of a tensor, without the graph that computed it."""
+    if not isinstance(column, torch.Tensor):
+        return copy.deepcopy(column, memo)
+    twin = columns.cat([column.detach()])
+    return twin.requires_grad_(column.requires_grad) if isinstance(twin, torch.Tensor) else twin
 
 
 def _restore(cls: type[_Self], payload: tuple[Any, ...]) -> _Self:

@@ -73,8 +73,8 @@ class Layout:
         return len(self.dp_ranks)
 
     def subset(self, ranks: Sequence[int]) -> Layout:
-        """The layout of these ranks alone, their shards numbered anew in the same order."""
-        kept = sorted({self.dp_ranks[rank] for rank in ranks})
+        """The layout of these ranks alone, their shards numbered anew in the order they come."""
+        kept = list(dict.fromkeys(self.dp_ranks[rank] for rank in ranks))
         return Layout(
             tuple(kept.index(self.dp_ranks[rank]) for rank in ranks),
             tuple(self.collects[rank] for rank in ranks),

@@ -155,15 +155,15 @@ class BoundMethod:
     ) -> BoundMethod:
         """The same method with a deadline, or on some ranks only.
 
-        With `ranks`, the call goes as if these were the whole group.
+        With `ranks`, the call goes as if these, in this order, were the whole group.
 
         Raises:
             ValueError: a rank that the group does not have, or no rank.
         """
         chosen = self.call_options.ranks if ranks is None else tuple(ranks)
         size = self.group.world_size
-        if chosen is not None and (not chosen or any(not 0 <= r < size for r in chosen)):
-            raise ValueError(f"ranks must be among 0 … {size - 1}, at least one; got {chosen}")
+        if chosen is not None and (not chosen or len(set(chosen) & set(range(size))) < len(chosen)):
+            raise ValueError(f"ranks must be some of 0 … {size - 1}, each once; got {chosen}")
         timeout_s = self.call_options.timeout_s if timeout_s is None else timeout_s
         return BoundMethod(
             self.group, self.__name__, self.function, self.spec, CallOptions(timeout_s, chosen)

@@ -152,7 +152,7 @@ class Host:
         """Run one method of one role."""
         try:
             args, kwargs = _arguments(envelope, values)
-            output = self._method(envelope)(*args, **kwargs)
+            output = _checked(self._method(envelope)(*args, **kwargs))
         except Exception as error:
             raise self._failure(envelope.role, envelope.method, error) from None
         return output if envelope.answers else None
@@ -215,10 +215,10 @@ class AsyncHost(Host):
             if inspect.iscoroutinefunction(method):
                 pending = self._run_async(method, envelope, values)
                 self._end_turn(envelope)
-                output = await pending
+                output = _checked(await pending)
             else:
                 args, kwargs = await self._resolve(envelope, values)
-                output = method(*args, **kwargs)
+                output = _checked(method(*args, **kwargs))
         except Exception as error:
             raise self._failure(envelope.role, envelope.method, error) from None
         finally:
@@ -227,9 +227,7 @@ class AsyncHost(Host):
         return output if envelope.answers else None
 
     @ray.method(num_returns=2)
-    async def call_deferred(
-        self, envelope: Envelope, *values: Any
-    ) -> tuple[int | None, Any]:
+    async def call_deferred(self, envelope: Envelope, *values: Any) -> tuple[int | None, Any]:
         return _with_rows(await self.call(envelope, *values))
 
     async def _run_async(
@@ -288,6 +286,13 @@ def _is_future(value: Any) -> bool:
     """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
     module = sys.modules.get("protocol.future")
     return module is not None and isinstance(value, module.DataProtoFuture)
+
+
+def _checked(output: Any) -> Any:
+    """Ray would take a generator for several results."""
+    if inspect.isgenerator(output) or inspect.isasyncgen(output):
+        raise TypeError("the method returned a generator, which cannot be sent; return a list")
+    return output
 
 
 def _with_rows(output: Any) -> tuple[int | None, Any]:

@@ -62,7 +62,7 @@ class Hosts:
         self.address = address
         self._caller = uuid.uuid4().hex
         self._turns = None if ordered else [0] * len(self.handles)
-        self._broken: str | None = None
+        self.broken: str | None = None
         self._running: tuple[tuple[int, Any], ...] = ()
         self._running_why = ""
 
@@ -141,9 +141,9 @@ class Hosts:
     def is_alive(self, handle: Any) -> bool:
         """Whether a host lives; if not, the group is broken from now on."""
         alive: bool = actors(handle._actor_id.hex())["State"] != "DEAD"
-        if not alive and self._broken is None:
-            self._broken = f"the group lost a rank: {handle} died"
-            logger.error(self._broken)
+        if not alive and self.broken is None:
+            self.broken = f"the group lost a rank: {handle} died"
+            logger.error(self.broken)
         return alive
 
     def site(self, role: str, method: str, rank: int) -> CallSite:
@@ -152,17 +152,19 @@ class Hosts:
 
     def check_usable(self) -> None:
         """Raise GroupBrokenError where a call could not be trusted, or would wait for ever."""
-        if self._broken is not None:
-            raise GroupBrokenError(self._broken)
+        if self.broken is not None:
+            raise GroupBrokenError(self.broken)
+        if not self.settle(0):
+            ranks = [rank for rank, _ in self._running]
+            raise GroupBrokenError(f"ranks {ranks} are still in a call that {self._running_why}")
+
+    def settle(self, timeout_s: float) -> bool:
+        """Wait for the ranks that were still busy when a call failed; whether they finished."""
         if self._running:
             refs = [ref for _, ref in self._running]
-            _, pending = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-            if pending:
-                ranks = [rank for rank, ref in self._running if ref in pending]
-                raise GroupBrokenError(
-                    f"ranks {ranks} are still in a call that {self._running_why}"
-                )
-            self._running = ()
+            _, pending = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=False)
+            self._running = tuple(item for item in self._running if item[1] in pending)
+        return not self._running
 
     def failed(self, error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -> Exception:
         """Note what a failed call means for the group; the error to raise."""
@@ -187,13 +189,13 @@ class Hosts:
     def _note(self, diagnosis: Diagnosis, why: str) -> None:
         self._running, self._running_why = diagnosis.running, why
         if diagnosis.died:
-            self._broken = f"the group lost a rank: {diagnosis.error.args[0]}"
-            logger.error(self._broken)
+            self.broken = f"the group lost a rank: {diagnosis.error.args[0]}"
+            logger.error(self.broken)
 
     def close(self) -> None:
         """End all processes; calls then raise GroupBrokenError."""
         handles, self.handles = self.handles, []
-        self._broken = self._broken or "the group is closed"
+        self.broken = self.broken or "the group is closed"
         if ray.is_initialized():
             _kill(handles)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
 
 import pytest
 import ray
@@ -20,14 +18,7 @@ from single_controller.ray import (
     merge_resource_pool,
     split_resource_pool,
 )
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    """Poll a condition of the cluster, which learns of freed resources by heartbeat."""
-    pause, deadline = threading.Event(), time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        pause.wait(0.05)
-    return condition()
+from tests.waiting import eventually
 
 
 def free_cpus() -> float:

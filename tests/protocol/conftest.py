@@ -76,7 +76,8 @@ def batches(draw: st.DrawFn, min_rows: int = 0, max_rows: int = 7) -> DataProto:
     rows = draw(st.integers(min_rows, max_rows))
     kinds = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(DTYPES), st.integers(0, 3))
     tensors = {
-        f"t{i}": make_column(rows, *kind) for i, kind in enumerate(draw(st.lists(kinds, max_size=3)))
+        f"t{i}": make_column(rows, *kind)
+        for i, kind in enumerate(draw(st.lists(kinds, max_size=3)))
     }
     names = draw(st.lists(st.sampled_from(["numbers", "strings", "objects"]), max_size=2))
     arrays = {f"a{i}": make_array(rows, name) for i, name in enumerate(names)}

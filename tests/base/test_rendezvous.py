@@ -1,0 +1,102 @@
+"""The port that ranks meet at: bound before it is published, and held until it is served."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from single_controller.base.rendezvous import Rendezvous
+from single_controller.errors import ResourceError
+
+HERE = "127.0.0.1"
+
+
+@pytest.fixture
+def meet() -> Iterator[Callable[..., Rendezvous]]:
+    """Makes rendezvous, and lets go of those that nobody served."""
+    made: list[Rendezvous] = []
+
+    def make(*args: Any, **kwargs: Any) -> Rendezvous:
+        made.append(Rendezvous(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one._socket.close()
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_the_port_is_held_from_the_moment_it_is_known(meet: Callable[..., Rendezvous]) -> None:
+    held = meet(HERE)
+    assert (held.address, held.port > 0) == (HERE, True)
+    with socket.socket() as rival, pytest.raises(OSError, match="in use"):
+        rival.bind(("", held.port))
+    with pytest.raises(ResourceError):
+        meet(HERE, held.port)
+
+
+def test_two_that_let_the_system_choose_never_get_one_port(
+    meet: Callable[..., Rendezvous],
+) -> None:
+    assert len({meet(HERE).port for _ in range(20)}) == 20
+
+
+def test_a_taken_port_is_named(taken: int) -> None:
+    with pytest.raises(ResourceError, match=rf"master_port {taken} cannot be bound on {HERE}"):
+        Rendezvous(HERE, taken)
+
+
+def test_the_first_free_port_of_a_range_is_bound(
+    meet: Callable[..., Rendezvous], taken: int
+) -> None:
+    if taken > 65_500:
+        pytest.skip("the system chose a port at the very end")
+    assert taken < meet(HERE, port_range=[taken, taken + 30]).port <= taken + 30
+
+
+def test_a_range_without_a_free_port_is_named(taken: int) -> None:
+    with pytest.raises(ResourceError, match=rf"master_port_range \[{taken}, {taken}\]"):
+        Rendezvous(HERE, port_range=[taken, taken])
+
+
+@pytest.mark.parametrize("options", [{"port": 70_000}, {"port_range": [70_000, 70_001]}])
+def test_a_number_that_is_no_port_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises((ResourceError, ValueError), match="70000"):
+        Rendezvous(HERE, **options)
+
+
+def test_ranks_meet_in_the_store_also_one_that_came_before_it_was_served(
+    meet: Callable[..., Rendezvous],
+) -> None:
+    from torch.distributed import TCPStore
+
+    held = meet(HERE)
+    read: list[bytes] = []
+
+    def join(write: bool) -> None:
+        store = TCPStore(HERE, held.port, is_master=False, timeout=timedelta(seconds=10))
+        if write:
+            store.set("key", "value")
+        else:
+            read.append(store.get("key"))
+
+    early = threading.Thread(target=join, args=(False,), daemon=True)
+    early.start()
+    held.serve()
+    join(write=True)
+    early.join(timeout=10)
+    assert read == [b"value"]
+    with pytest.raises(ResourceError):
+        Rendezvous(HERE, held.port)

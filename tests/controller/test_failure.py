@@ -1,0 +1,130 @@
+"""What the driver sees when a worker raises, dies or does not come back."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
+from single_controller.base import Worker
+from single_controller.base.decorator import Dispatch, register
+from single_controller.base.dispatch import PerRank
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from tests.waiting import eventually
+
+
+class OddError(Exception):
+    def __init__(self, code: int, *, hint: str) -> None:
+        super().__init__(f"code {code}")
+        self.code, self.hint = code, hint
+
+
+class Fragile(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def act(self, what: str) -> Any:
+        if what == "raise":
+            return {}["missing"]
+        if what == "odd":
+            raise OddError(7, hint="twist")
+        if what == "die":
+            os._exit(3)
+        if what == "generator":
+            return (x for x in ())
+        if what == "lock":
+            return threading.Lock()
+        if what.startswith("wait"):
+            threading.Event().wait(float(what[4:]))
+        return what
+
+
+@pytest.fixture(scope="module")
+def group(pool: RayResourcePool) -> Iterator[RayWorkerGroup]:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Fragile)) as two:
+        yield two
+
+
+def test_an_error_names_role_method_rank_node_and_pid_and_keeps_its_type(
+    group: RayWorkerGroup,
+) -> None:
+    with pytest.raises(KeyError) as caught:
+        group.act(PerRank(["fine", "raise"]))
+    error = caught.value
+    assert isinstance(error, WorkerError)
+    assert (error.role, error.method, error.rank) == ("Fragile", "act", 1)
+    assert error.pid == group.describe().rows[1].pid
+    assert error.node_ip == group.describe().rows[1].node
+    assert 'return {}["missing"]' in error.remote_traceback
+    assert "Fragile.act failed on rank 1" in str(error)
+    assert "host.py" not in error.remote_traceback
+    assert isinstance(pickle.loads(pickle.dumps(error)), KeyError)
+
+
+def test_several_failing_ranks_are_counted_and_the_first_is_shown(group: RayWorkerGroup) -> None:
+    with pytest.raises(WorkerError, match=r"1 other rank failed as well") as caught:
+        group.act("raise")
+    assert caught.value.failed_ranks == 2
+
+
+def test_an_error_type_with_an_odd_constructor_still_arrives(group: RayWorkerGroup) -> None:
+    with pytest.raises(WorkerError, match="OddError: code 7"):
+        group.act("odd")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("lock", r"cannot pickle '_thread.lock'"), ("generator", r"returned a generator.*list")],
+)
+def test_an_output_that_cannot_be_sent_is_an_error_of_that_rank(
+    group: RayWorkerGroup, what: str, message: str
+) -> None:
+    with pytest.raises(WorkerError, match=f"(?s)rank 1.*{message}"):
+        group.act(PerRank(["fine", what]))
+
+
+def test_a_failing_rank_is_reported_while_others_wait_and_the_group_recovers(
+    group: RayWorkerGroup,
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyError):
+        group.act(PerRank(["wait6", "raise"]))
+    assert time.monotonic() - began < 5.5
+    with pytest.raises(GroupBrokenError, match=r"ranks \[0\] are still in a call that failed"):
+        group.act("fine")
+    group._hosts.settle(60)
+    assert group.act("fine") == ["fine"] * 2
+
+
+def test_a_death_is_named_and_breaks_the_group(pool: RayResourcePool) -> None:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Fragile)) as group:
+        with pytest.raises(WorkerDiedError, match=r"Fragile\.act: rank 1 .* died") as caught:
+            group.act(PerRank(["wait1", "die"]))
+        assert caught.value.rank == 1
+        with pytest.raises(GroupBrokenError, match="lost a rank"):
+            group.act("fine")
+
+
+def test_the_aliveness_check_breaks_the_group_of_a_dead_idle_worker(
+    pool: RayResourcePool,
+) -> None:
+    import signal
+
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Fragile)) as group:
+        group.start_worker_aliveness_check(every_n_seconds=0.05)
+        os.kill(group.describe().rows[1].pid, signal.SIGKILL)
+        assert eventually(lambda: group._hosts.broken is not None)
+        with pytest.raises(GroupBrokenError, match="lost a rank"):
+            group.act("fine")
+
+
+def test_a_closed_group_says_so_and_closing_twice_is_fine(pool: RayResourcePool) -> None:
+    group = RayWorkerGroup(pool, RayClassWithInitArgs(Fragile))
+    group.close()
+    group.close()
+    with pytest.raises(GroupBrokenError, match="the group is closed"):
+        group.act("fine")

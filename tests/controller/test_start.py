@@ -1,0 +1,128 @@
+"""Starting and attaching: the environment, the rendezvous, detached groups."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+import ray
+
+from single_controller import CallTimeoutError, ResourceError
+from single_controller.base import Worker
+from single_controller.base.decorator import Dispatch, register
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from tests.waiting import eventually
+
+
+class Member(Worker):
+    def __init__(self, seconds: float = 0) -> None:
+        import threading
+
+        threading.Event().wait(seconds)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def environment(self) -> dict[str, str]:
+        return {key: os.environ.get(key, "") for key in (*self.env_keys(), "EXTRA")}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def all_reduce(self) -> tuple[float, str, Any]:
+        import torch
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        total = torch.tensor([self.rank + 1.0])
+        dist.all_reduce(total)
+        return total.item(), str(self.device), self.get_master_addr_port()
+
+
+def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
+    pool: RayResourcePool,
+) -> None:
+    spec = RayClassWithInitArgs(Member)
+    with (
+        RayWorkerGroup(pool, spec, name_prefix="a_", worker_env={"EXTRA": "1"}) as first,
+        RayWorkerGroup(pool, spec) as second,
+    ):
+        for rank, env in enumerate(first.environment()):
+            assert env == {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": "2",
+                "RAY_LOCAL_RANK": str(rank),
+                "RAY_LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": first.master_address,
+                "MASTER_PORT": str(first.master_port),
+                "WG_PREFIX": "a_",
+                "WG_BACKEND": "ray",
+                "EXTRA": "1",
+            }
+        assert first.worker_names == ["a_Member_0:0", "a_Member_0:1"]
+        assert first.master_port != second.master_port
+        for group in (first, second, first):
+            address = (group.master_address, group.master_port)
+            assert group.all_reduce() == [(3.0, "cpu", address)] * 2
+        with pytest.raises(OSError, match="in use"), socket.socket() as probe:
+            probe.bind(("", first.master_port))
+
+
+def test_worker_env_must_not_set_what_each_rank_gets_its_own_of(pool: RayResourcePool) -> None:
+    with pytest.raises(ValueError, match="must not set MASTER_PORT, RANK"):
+        RayWorkerGroup(
+            pool, RayClassWithInitArgs(Member), worker_env={"RANK": "0", "MASTER_PORT": "1"}
+        )
+
+
+def test_a_master_port_that_is_taken_is_named(pool: RayResourcePool) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=f"master_port {port} cannot be bound"):
+            RayWorkerGroup(pool, RayClassWithInitArgs(Member), master_port=port)
+        spec = RayClassWithInitArgs(Member)
+        with RayWorkerGroup(pool, spec, master_port_range=[port, port + 50]) as group:
+            assert port < group.master_port <= port + 50
+
+
+def test_a_constructor_that_does_not_return_is_given_up_by_rank(pool: RayResourcePool) -> None:
+    spec = RayClassWithInitArgs(Member, seconds=600)
+    with pytest.raises(CallTimeoutError, match=r"ranks \[0, 1\] .*\['Member'\]") as caught:
+        RayWorkerGroup(pool, spec, startup_timeout_s=0.5)
+    assert caught.value.pending_ranks == (0, 1)
+
+
+def test_a_group_needs_something_to_start_and_somewhere(pool: RayResourcePool) -> None:
+    with pytest.raises(ValueError, match="ray_cls_with_init must say what to start"):
+        RayWorkerGroup(pool)
+    with pytest.raises(ValueError, match="needs a resource_pool"):
+        RayWorkerGroup()
+
+
+def test_another_group_object_attaches_to_running_hosts(pool: RayResourcePool) -> None:
+    spec = RayClassWithInitArgs(Member)
+    started = RayWorkerGroup(pool, spec, name_prefix="kept_", detached=True)
+    for found in (
+        RayWorkerGroup.from_detached(name_prefix="kept_", ray_cls_with_init=spec),
+        RayWorkerGroup.from_detached(
+            worker_names=started.worker_names[::-1], ray_cls_with_init=spec
+        ),
+        RayWorkerGroup(worker_handles=started.workers, ray_cls_with_init=spec),
+    ):
+        assert [env["RANK"] for env in found.environment()] == ["0", "1"]
+        assert found.master_port == started.master_port
+    found.close()
+    assert eventually(lambda: "kept_Member_0:0" not in ray.util.list_named_actors())
+
+
+def test_different_counts_per_node_start_all_workers(cluster: None) -> None:
+    with (
+        RayResourcePool([1, 2], cpus_per_process=0.5) as uneven,
+        RayWorkerGroup(uneven, RayClassWithInitArgs(Member)) as group,
+    ):
+        assert [env["RANK"] for env in group.environment()] == ["0", "1", "2"]
+        assert {env["LOCAL_WORLD_SIZE"] for env in group.environment()} == {"3"}
+        assert [row[0] for row in group.all_reduce()] == [6.0] * 3

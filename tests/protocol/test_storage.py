@@ -1,0 +1,137 @@
+"""What is saved is loaded, and nothing else is."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors.torch import save_file
+
+from protocol import columns
+from protocol.data_proto import DataProto
+from protocol.errors import StorageError
+from tests.protocol.conftest import DTYPES, LAYOUTS, batches, make_column
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "batch"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_layout_survives(path: Path, dtype: torch.dtype) -> None:
+    for rows in (0, 3):
+        tensors = {layout: make_column(rows, layout, dtype) for layout in LAYOUTS}
+        data = DataProto.from_dict(tensors)
+        data.save_to_disk(path)
+        loaded = DataProto.load_from_disk(path)
+        assert data.diff(loaded) == []
+        assert [t.requires_grad for t in loaded._tensors().values()] == [
+            t.requires_grad for t in tensors.values()
+        ]
+
+
+@settings(max_examples=20)
+@given(data=batches())
+def test_every_batch_survives_with_pickle(
+    tmp_path_factory: pytest.TempPathFactory, data: DataProto
+) -> None:
+    path = tmp_path_factory.mktemp("storage") / "batch"
+    data.save_to_disk(path, allow_pickle=True)
+    assert data.diff(DataProto.load_from_disk(path, allow_pickle=True)) == []
+
+
+def test_json_needs_no_pickle(path: Path) -> None:
+    meta = {"step": 3, "nan": float("nan"), "deep": {"a": [1, None, {"b": "\ud800 é"}]}}
+    arrays = {
+        "s": np.array(["a", "bcd"]),
+        "t": np.array(["2020-01-01", "NaT"], dtype="M8[s]"),
+        "o": columns.as_object_array([{"role": "user"}, [1, [2]]]),
+        "o2": np.array([["a", None], ["b", 1.5]], dtype=object),
+    }
+    data = DataProto(None, arrays, {**meta, "tensor": torch.ones(2)})
+    data.save_to_disk(str(path))
+    loaded = DataProto.load_from_disk(str(path))
+    assert data.diff(loaded) == []
+    loaded.non_tensor_batch["s"][0] = "x"
+    loaded.meta_info["tensor"] += 1
+
+
+@pytest.mark.parametrize("value", [(1, 2), {1: 2}, np.float64(1), {1, 2}, 1j, b"x"], ids=repr)
+def test_what_is_not_json_needs_pickle_on_both_sides(path: Path, value: object) -> None:
+    data = DataProto(meta_info={"k": [value]})
+    with pytest.raises(StorageError, match=r"meta_info\['k'\].*allow_pickle=True"):
+        data.save_to_disk(path)
+    assert not path.exists()
+    data.save_to_disk(path, allow_pickle=True)
+    with pytest.raises(StorageError, match=r"batch: meta_info\['k'\] holds pickled objects"):
+        DataProto.load_from_disk(path)
+    assert data.diff(DataProto.load_from_disk(path, allow_pickle=True)) == []
+
+
+def test_loading_runs_no_code_unless_allowed(path: Path) -> None:
+    mark = path.with_name("ran")
+    data = DataProto(non_tensor_batch={"x": columns.as_object_array([_Touch(mark)])})
+    data.save_to_disk(path, allow_pickle=True)
+    with pytest.raises(StorageError):
+        DataProto.load_from_disk(path)
+    assert not mark.exists()
+
+
+class _Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_damaged_or_foreign_file_is_named(path: Path, sample: DataProto) -> None:
+    sample.save_to_disk(path)
+    whole = path.read_bytes()
+    for size in (0, 4, 40, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(StorageError, match=rf"{path}.*damaged"):
+            DataProto.load_from_disk(path)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(StorageError, match=str(path)):
+        DataProto.load_from_disk(path, allow_pickle=True)
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(StorageError, match="not one that holds a batch"):
+        DataProto.load_from_disk(path)
+    header = {"format": "single_controller.DataProto", "version": "99"}
+    save_file({"index": torch.ones(2)}, path, header)
+    with pytest.raises(StorageError, match="version 99"):
+        DataProto.load_from_disk(path)
+    save_file({"index": torch.ones(2, dtype=torch.uint8)}, path, {**header, "version": "1"})
+    with pytest.raises(StorageError, match="damaged"):
+        DataProto.load_from_disk(path)
+    with pytest.raises(FileNotFoundError, match="no batch to load"):
+        DataProto.load_from_disk(path.with_name("absent"))
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(
+    path: Path, sample: DataProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample.save_to_disk(path)
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("protocol.storage.save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        sample.repeat(2).save_to_disk(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["batch"]
+    assert sample.diff(DataProto.load_from_disk(path)) == []
+
+
+def test_what_was_loaded_does_not_depend_on_the_file(path: Path, sample: DataProto) -> None:
+    sample.save_to_disk(path)
+    loaded = DataProto.load_from_disk(path)
+    path.write_bytes(b"")
+    loaded.batch["a"].add_(1)
+    assert loaded.batch["a"].tolist() == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,180 @@
+"""What crosses a process boundary arrives equal, writable and private."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+
+from protocol import columns, wire
+from protocol.data_proto import DataProto
+from protocol.errors import BatchError
+from tests.protocol.conftest import DTYPES, LAYOUTS, batches, make_column
+
+
+def send(value: Any) -> tuple[bytes, list[memoryview]]:
+    """The pickle and its buffers, read-only as a shared-memory store hands them out."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return data, [memoryview(bytes(buffer)) for buffer in buffers]
+
+
+def receive(sent: tuple[bytes, list[memoryview]]) -> Any:
+    return pickle.loads(sent[0], buffers=sent[1])
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().values() if tensor.is_nested else tensor.detach()  # type: ignore[no-any-return]
+
+
+@given(batches())
+def test_a_batch_arrives_equal(data: DataProto) -> None:
+    for arrived in (
+        receive(send(data)),
+        *(pickle.loads(pickle.dumps(data, protocol)) for protocol in (2, 4, 5)),
+        copy.deepcopy(data),
+        copy.copy(data),
+    ):
+        assert data.diff(arrived) == []
+        for key, column in arrived._tensors().items():
+            assert column.requires_grad == data._tensors()[key].requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_every_layout_arrives_writable_and_private(
+    dtype: torch.dtype, layout: str, rows: int
+) -> None:
+    column = make_column(rows, layout, dtype)
+    data = DataProto.from_dict({"x": column})
+    sent = send(data)
+    first, second = receive(sent).batch["x"], receive(sent).batch["x"]
+    assert columns.equal(first, column)
+    assert first.is_leaf
+    dense(first).fill_(1)
+    assert columns.equal(second, column)
+    in_band = pickle.loads(pickle.dumps(data, 5)).batch["x"]
+    dense(in_band).fill_(1)
+    assert columns.equal(data.batch["x"], make_column(rows, layout, dtype))
+
+
+def test_arrays_arrive_writable_and_private() -> None:
+    arrays = {
+        "n": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "s": np.array(["a", "bcd"]),
+        "t": np.array(["2020-01-01", "NaT"], dtype="M8[D]"),
+        "r": np.array([(1, 2.0), (3, 4.0)], dtype=[("i", "i4"), ("f", "f8")]),
+        "e": np.broadcast_to(np.arange(2)[:, None], (2, 4)),
+    }
+    data = DataProto(None, arrays, {"tensor": torch.ones(2), "array": np.ones(2)})
+    sent = send(data)
+    first, second = receive(sent), receive(sent)
+    assert data.diff(first) == []
+    for key in arrays:
+        first.non_tensor_batch[key][:] = first.non_tensor_batch[key][::-1].copy()
+    first.meta_info["tensor"] += 1
+    first.meta_info["array"] += 1
+    assert data.diff(second) == []
+
+
+def test_numbers_leave_out_of_band_and_without_a_copy() -> None:
+    tensor, array = torch.arange(10_000), np.arange(10_000.0)
+    data = DataProto.from_dict({"x": tensor}, {"a": array}, {"t": torch.zeros(10_000)})
+    buffers: list[pickle.PickleBuffer] = []
+    payload = pickle.dumps(data, protocol=5, buffer_callback=buffers.append)
+    assert len(payload) < 1_000
+    addresses = {np.frombuffer(buffer, np.uint8).ctypes.data for buffer in buffers}
+    assert {tensor.data_ptr(), array.ctypes.data} <= addresses
+
+
+def test_an_expanded_tensor_sends_only_its_real_bytes() -> None:
+    data = DataProto.from_dict({"x": torch.ones(4, 1).expand(4, 1000)})
+    sent = send(data)
+    assert sum(len(buffer) for buffer in sent[1]) == 16
+    assert receive(sent).batch["x"].is_contiguous()
+
+
+def test_a_chunk_sends_only_its_rows() -> None:
+    data = DataProto.from_dict(
+        {"x": torch.zeros(100, 8), "j": make_column(100, "jagged", DTYPES[0])}
+    )
+    sent = send(data.chunk(10)[3])
+    assert sum(len(buffer) for buffer in sent[1]) < 10 * 32 + 11 * 8 + 100
+
+
+def test_borrowed_tensors_are_views_of_the_buffers() -> None:
+    data = DataProto.from_dict({"x": torch.arange(64)}, {"a": np.arange(64)})
+    sent = send(data)
+    addresses = {np.frombuffer(buffer, np.uint8).ctypes.data for buffer in sent[1]}
+    with wire.borrow():
+        borrowed = receive(sent)
+    assert data.diff(borrowed) == []
+    assert {borrowed.batch["x"].data_ptr(), borrowed.non_tensor_batch["a"].ctypes.data} == addresses
+    assert receive(sent).batch["x"].data_ptr() not in addresses
+    whole = DataProto.concat([borrowed])
+    assert whole.batch["x"].data_ptr() not in addresses
+
+
+def test_borrowed_memory_outlives_the_list_of_buffers() -> None:
+    data = DataProto.from_dict({"x": torch.arange(1 << 16)})
+    with wire.borrow():
+        borrowed = receive(send(data))
+    for _ in range(10):
+        bytearray(1 << 19)
+    assert data.diff(borrowed) == []
+
+
+def test_another_wire_version_is_refused() -> None:
+    payload = wire.pack(None, {}, {})
+    with pytest.raises(BatchError, match=r"wire format 99.* reads 1"):
+        wire.unpack((99, *payload[1:]))
+    with pytest.raises(BatchError, match="same version"):
+        wire.unpack_tensordict((99, None))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_bare_tensordict_arrives_equal(protocol: int) -> None:
+    batch = TensorDict(
+        {
+            "x": torch.ones(2, 3, dtype=torch.bfloat16),
+            "j": make_column(2, "jagged2", torch.int64),
+            "one": NonTensorData({"a": 1}, batch_size=[2]),
+            "each": NonTensorStack(NonTensorData("p"), NonTensorData(None)),
+            "inner": TensorDict({"y": torch.zeros(2, 1)}, [2, 1]),
+        },
+        [2],
+        device="cpu",
+    )
+    packed = wire.pack_tensordict(batch, protocol)
+    sent = send(packed) if protocol == 5 else (pickle.dumps(packed, protocol), [])
+    arrived = wire.unpack_tensordict(receive(sent))
+    assert columns.equal(arrived, batch)
+    assert arrived["one"] == {"a": 1}
+    assert arrived.get("each").tolist() == ["p", None]
+    assert arrived["inner"].batch_size == torch.Size([2, 1])
+    assert arrived.device == torch.device("cpu")
+    arrived["x"].zero_()
+    assert batch["x"].sum() == 6
+
+
+def test_a_subclass_arrives_as_itself() -> None:
+    data = _Special.from_dict({"x": torch.ones(2)})
+    assert type(receive(send(data))) is _Special
+
+
+class _Special(DataProto):
+    pass
+
+
+def test_batches_can_be_sent_without_ray() -> None:
+    code = "import sys, protocol.data_proto, protocol.storage; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

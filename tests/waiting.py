@@ -1,0 +1,15 @@
+"""Waiting for what a cluster learns a moment later."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    """Poll `condition` until it holds or the time is up; whether it held."""
+    pause, deadline = threading.Event(), time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        pause.wait(0.05)
+    return condition()
