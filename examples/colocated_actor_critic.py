@@ -1,6 +1,7 @@
 """An actor and a critic in one process per device, each called as a group from this driver.
 
 Run it with `make demo`, or: python examples/colocated_actor_critic.py --ranks 4 --uneven
+It starts Ray here, or uses the cluster at RAY_ADDRESS.
 """
 
 from __future__ import annotations
@@ -59,8 +60,11 @@ def main() -> int:
     )
     args = parser.parse_args()
 
-    logical_cpus = max(args.ranks, os.cpu_count() or 1)
-    ray.init(num_cpus=logical_cpus, include_dashboard=False, logging_level="ERROR")
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level="ERROR")
+    else:
+        logical_cpus = max(args.ranks, os.cpu_count() or 1)
+        ray.init(num_cpus=logical_cpus, include_dashboard=False, logging_level="ERROR")
     actor_class, critic_class = make_workers(args.uneven)
     roles = {
         "actor": RayClassWithInitArgs(cls=actor_class),

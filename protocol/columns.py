@@ -15,6 +15,7 @@ from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexE
 
 __all__ = [
     "Column",
+    "Index",
     "as_object_array",
     "cat",
     "describe",
@@ -254,6 +255,8 @@ def repeat(
     count = rows(column)
     if not isinstance(times, (int, np.integer)):
         counts = torch.as_tensor(times)
+        if counts.numel() == 0:  # an empty list becomes a float tensor
+            counts = counts.long()
         if counts.shape != (count,) or counts.is_floating_point() or (counts < 0).any():
             raise BatchError(
                 f"repeat_times must hold one count (>= 0) for each of {count} rows; got {times!r}"

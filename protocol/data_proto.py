@@ -125,8 +125,7 @@ class DataProto(Table):
             ConflictError: a key occurs twice among tensors, arrays and meta_info.
         """
         rows, device = len(self), None if self.batch is None else self.batch.device
-        parts = join_kinds(self._tensors(), self.non_tensor_batch, self.meta_info, rows)
-        return TensorDict(parts, [rows], device=device)
+        return join_kinds(self._tensors(), self.non_tensor_batch, self.meta_info, rows, device)
 
     def is_padding_enabled(self) -> bool:
         """Whether this batch may be padded to a number of rows that divides."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
 from protocol import columns, summary
 from protocol.errors import (
@@ -16,7 +16,6 @@ from protocol.errors import (
     BatchTypeError,
     ConflictError,
     MissingKeyError,
-    RowCountError,
 )
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "require_keys",
     "union_columns",
     "union_numpy_dict",
-    "union_tensor_dict",
 ]
 
 _C = TypeVar("_C")
@@ -95,25 +93,6 @@ def union_columns(a: Mapping[str, _C], b: Mapping[str, _C]) -> dict[str, _C]:
                 f"{summary.difference(a[key], column)}; pop or rename one of them"
             )
     return {**a, **b}
-
-
-def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> TensorDict:
-    """A new TensorDict with the keys of both, which must have the same batch size.
-
-    Raises:
-        RowCountError: they have not.
-        ConflictError: both have a key, with different values.
-    """
-    for value in (tensor_dict1, tensor_dict2):
-        if not isinstance(value, TensorDictBase):
-            raise BatchTypeError(f"a TensorDict is needed, got {type(value).__name__}")
-    if tensor_dict1.batch_size != tensor_dict2.batch_size:
-        raise RowCountError(
-            "Two tensor dict must have identical batch size. "
-            f"Got {tensor_dict1.batch_size} and {tensor_dict2.batch_size}"
-        )
-    both = union_columns(dict(tensor_dict1.items()), dict(tensor_dict2.items()))
-    return TensorDict(both, tensor_dict1.batch_size, device=tensor_dict1.device)
 
 
 def union_numpy_dict(

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, is_non_tensor
 
 from protocol.columns import as_object_array
 from protocol.errors import ConflictError
+from protocol.tensordict_rows import build, stack
 
 __all__ = ["join_kinds", "split_kinds"]
 
@@ -36,17 +38,15 @@ def join_kinds(
     arrays: Mapping[str, np.ndarray[Any, Any]],
     shared: Mapping[str, Any],
     rows: int,
-) -> dict[Any, Any]:
-    """The source of a TensorDict that `split_kinds` takes apart again.
+    device: torch.device | None = None,
+) -> TensorDict:
+    """The TensorDict that `split_kinds` takes apart again.
 
     Raises:
         ConflictError: a key occurs twice.
     """
     source = dict(tensors)
-    stacks = {
-        key: NonTensorStack(*(NonTensorData(value) for value in array))
-        for key, array in arrays.items()
-    }
+    stacks = {key: stack(list(array)) for key, array in arrays.items()}
     whole = {key: NonTensorData(value, batch_size=[rows]) for key, value in shared.items()}
     for part in (stacks, whole):
         twice = sorted(source.keys() & part.keys())
@@ -56,4 +56,4 @@ def join_kinds(
                 "TensorDict each key is unique: rename or pop one of them"
             )
         source.update(part)
-    return source
+    return build(source, [rows], device)

@@ -20,10 +20,10 @@ __all__ = [
     "serialize_tensordict",
 ]
 
-SerializedTensor: TypeAlias = "tuple[str, tuple[int, ...], memoryview]"
+_Serialized: TypeAlias = "tuple[str, tuple[int, ...], memoryview]"
 
 
-def serialize_single_tensor(obj: torch.Tensor) -> SerializedTensor:
+def serialize_single_tensor(obj: torch.Tensor) -> _Serialized:
     """`(dtype, shape, bytes)` of a dense tensor; the bytes are a view of a contiguous CPU tensor.
 
     >>> serialize_single_tensor(torch.zeros(2, 3))[:2]

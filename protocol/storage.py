@@ -25,7 +25,7 @@ __all__ = ["STORAGE_VERSION", "load", "save"]
 
 STORAGE_VERSION = 1
 
-Entry: TypeAlias = "dict[str, Any]"  # how one value is stored; JSON, and names of tensors
+_Entry: TypeAlias = "dict[str, Any]"  # how one value is stored; JSON, and names of tensors
 
 _FORMAT = "single_controller.DataProto"
 _INDEX = "index"  # the tensor that holds the JSON; the header of a safetensors file is too small
@@ -126,10 +126,10 @@ class _Writer:
         self.tensors: dict[str, torch.Tensor] = {}
         self.allow_pickle = allow_pickle
 
-    def encode_all(self, part: str, values: Mapping[Any, Any]) -> list[tuple[Any, Entry]]:
+    def encode_all(self, part: str, values: Mapping[Any, Any]) -> list[tuple[Any, _Entry]]:
         return [(key, self._encode(f"{part}[{key!r}]", value)) for key, value in values.items()]
 
-    def _encode(self, name: str, value: Any) -> Entry:
+    def _encode(self, name: str, value: Any) -> _Entry:
         if isinstance(value, torch.Tensor) and value.is_nested:
             values, offsets, ragged_idx = jagged_parts(value.detach())
             return {
@@ -180,13 +180,13 @@ class _Reader:
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], allow_pickle: bool) -> None:
         self.path, self.tensors, self.allow_pickle = path, tensors, allow_pickle
 
-    def decode_all(self, part: str, entries: list[tuple[Any, Entry]]) -> dict[Any, Any]:
+    def decode_all(self, part: str, entries: list[tuple[Any, _Entry]]) -> dict[Any, Any]:
         return {
             tuple(key) if isinstance(key, list) else key: self._decode(f"{part}[{key!r}]", entry)
             for key, entry in entries
         }
 
-    def _decode(self, name: str, entry: Entry) -> Any:
+    def _decode(self, name: str, entry: _Entry) -> Any:
         kind = entry["kind"]
         if kind == "tensor":
             dtype: torch.dtype = getattr(torch, entry["dtype"])

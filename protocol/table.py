@@ -19,9 +19,9 @@ from protocol.columns import Column, Index
 from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
 from protocol.keyed import leaves, require_keys
 
-__all__ = ["DataProtoItem", "Table"]
+__all__ = ["Array", "DataProtoItem", "Table"]
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 _Self = TypeVar("_Self", bound="Table")
@@ -234,7 +234,7 @@ class Table:
         tensors = sum(columns.nbytes(column) for column in self._tensors().values())
         arrays = sum(columns.nbytes(column) for column in self.non_tensor_batch.values())
         start = f"{prefix}, " if prefix else ""
-        logger.info(
+        _logger.info(
             "%sSize of tensordict: %s GB, size of non_tensor_batch: %s GB",
             *(start, tensors / 2**30, arrays / 2**30),
         )

@@ -15,6 +15,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 
 from protocol.columns import jagged_parts
 from protocol.errors import BatchError
+from protocol.tensordict_rows import build, stack
 
 __all__ = [
     "WIRE_VERSION",
@@ -27,8 +28,8 @@ __all__ = [
 
 WIRE_VERSION = 1
 
-Payload: TypeAlias = "tuple[Any, ...]"
-Buffer: TypeAlias = "pickle.PickleBuffer | bytes | bytearray | memoryview"
+_Payload: TypeAlias = "tuple[Any, ...]"
+_Buffer: TypeAlias = "pickle.PickleBuffer | bytes | bytearray | memoryview"
 
 _borrowing: ContextVar[bool] = ContextVar("_borrowing", default=False)
 
@@ -37,7 +38,7 @@ class _Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     sent: tuple[int, ...]  # like shape, but 1 where the dim was expanded
-    data: Buffer
+    data: _Buffer
     requires_grad: bool
 
 
@@ -51,7 +52,7 @@ class _Jagged(NamedTuple):
 class _Array(NamedTuple):
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    data: Buffer
+    data: _Buffer
 
 
 class _Shared(NamedTuple):  # NonTensorData: one value for all rows
@@ -75,12 +76,13 @@ def pack(
     non_tensor_batch: Mapping[str, np.ndarray[Any, Any]],
     meta_info: Mapping[str, Any],
     protocol: int = pickle.HIGHEST_PROTOCOL,
-) -> Payload:
+) -> _Payload:
     """A picklable value from which `unpack` builds the same batch in another process.
 
     Nothing is copied here for contiguous CPU tensors: pickle them with protocol 5 and a
     `buffer_callback` before they change. Tensors below the top level of meta_info and inside object
-    columns are pickled the ordinary way.
+    columns are pickled the ordinary way. An array deeper in an object than a row of a column may
+    arrive read-only, as pickle leaves it.
     """
     payload = (
         WIRE_VERSION,
@@ -92,7 +94,7 @@ def pack(
 
 
 def unpack(
-    payload: Payload,
+    payload: _Payload,
 ) -> tuple[TensorDict | None, dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
     """The `(batch, non_tensor_batch, meta_info)` that were packed, on the CPU.
 
@@ -111,13 +113,13 @@ def unpack(
     )
 
 
-def pack_tensordict(batch: TensorDict, protocol: int = pickle.HIGHEST_PROTOCOL) -> Payload:
+def pack_tensordict(batch: TensorDict, protocol: int = pickle.HIGHEST_PROTOCOL) -> _Payload:
     """`pack` for a bare TensorDict, which may hold non-tensor data and other TensorDicts."""
     payload = (WIRE_VERSION, _encode(batch))
     return payload if protocol >= 5 else _in_band(payload)
 
 
-def unpack_tensordict(payload: Payload) -> TensorDict:
+def unpack_tensordict(payload: _Payload) -> TensorDict:
     """The TensorDict that `pack_tensordict` packed; memory and errors as for `unpack`."""
     (batch,) = _check(payload)
     return _decode(batch)  # type: ignore[no-any-return]
@@ -141,7 +143,7 @@ def borrow() -> Iterator[None]:
         _borrowing.reset(token)
 
 
-def _check(payload: Payload) -> Payload:
+def _check(payload: _Payload) -> _Payload:
     if payload[0] != WIRE_VERSION:
         raise BatchError(
             f"a batch arrived in wire format {payload[0]!r}, but this process reads "
@@ -208,15 +210,26 @@ def _decode(value: Any) -> Any:
         if not data.numel():
             return np.empty(value.shape, value.dtype)
         return data.numpy().view(value.dtype).reshape(value.shape)
+    if type(value) is np.ndarray and value.dtype.kind == "O" and not _borrowing.get():
+        _own_rows(value)
     if isinstance(value, _Shared):
         return NonTensorData(value.value, batch_size=value.batch_size)
     if isinstance(value, _PerRow):
-        return NonTensorStack(*(NonTensorData(item) for item in value.values))
+        return stack(value.values)
     if isinstance(value, _TensorDict):
         columns = {key: _decode(column) for key, column in value.columns.items()}
-        device = "cpu" if value.has_device else None
-        return TensorDict(columns, value.batch_size, device=device, names=value.names)
+        device = torch.device("cpu") if value.has_device else None
+        batch = build(columns, value.batch_size, device)
+        batch.names = value.names
+        return batch
     return value
+
+
+def _own_rows(column: np.ndarray[Any, Any]) -> None:
+    """Replace the arrays in an object column, which pickle makes views of the received buffers."""
+    for index, item in np.ndenumerate(column):
+        if type(item) is np.ndarray and not item.flags.writeable:
+            column[index] = item.copy()
 
 
 def _decode_tensor(packed: _Tensor) -> torch.Tensor:
@@ -230,7 +243,7 @@ def _decode_tensor(packed: _Tensor) -> torch.Tensor:
     return tensor.requires_grad_(packed.requires_grad)
 
 
-def _bytes(buffer: Buffer) -> torch.Tensor:
+def _bytes(buffer: _Buffer) -> torch.Tensor:
     """The buffer as a flat uint8 tensor: private and writable unless borrowed."""
     source = np.frombuffer(memoryview(buffer), np.uint8)
     if isinstance(buffer, bytearray) or not source.size:

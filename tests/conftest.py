@@ -12,7 +12,7 @@ from single_controller.ray import RayResourcePool
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", namespace="tests")
+    ray.init(num_cpus=8, num_gpus=0, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -17,15 +17,18 @@ from single_controller.ray.pools import (
     merge_resource_pool,
     split_resource_pool,
 )
+from single_controller.ray.roles import Colocated, colocate
 from single_controller.ray.store import parallel_put
 from single_controller.ray.worker_group import RayWorkerGroup
 
 __all__ = [
+    "Colocated",
     "RayClassWithInitArgs",
     "RayResourcePool",
     "RayWorkerGroup",
     "ResourcePoolManager",
     "SubRayResourcePool",
+    "colocate",
     "create_colocated_worker_cls",
     "create_colocated_worker_cls_fused",
     "create_colocated_worker_raw_cls",

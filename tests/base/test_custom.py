@@ -190,7 +190,7 @@ def test_a_mapping_outside_the_dp_ranks_is_refused(mapping: list[int]) -> None:
 def test_wrong_lists_masks_and_outputs_are_refused() -> None:
     with pytest.raises(DispatchError, match="length 3"):
         dispatch_nd_compute([0, 1], 2, Group(), [1, 2, 3])
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         collect_nd_compute([True], Group(), [1, 2])
     with pytest.raises(DispatchError, match="DataProto or TensorDict"):
         collect_nd_compute_dataproto([True, True], Group(), [proto(1), 3])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from protocol import DataProto
 from single_controller.base.custom import CustomMode, make_nd_compute_dataproto_dispatch_fn
 from single_controller.base.decorator import (
     DISPATCH_MODE_FN_REGISTRY,
@@ -24,7 +25,15 @@ from single_controller.base.decorator import (
     registered_methods,
     update_dispatch_mode,
 )
-from single_controller.base.dispatch import AllToAll, ByRows, Direct, Mode, OneToAll, RankZero
+from single_controller.base.dispatch import (
+    AllToAll,
+    ByRows,
+    Direct,
+    Layout,
+    Mode,
+    OneToAll,
+    RankZero,
+)
 from single_controller.base.worker import Worker
 from single_controller.errors import RegistrationError
 
@@ -192,6 +201,15 @@ def test_dispatch_and_execute_have_verls_members() -> None:
         "execute_all",
         "execute_rank_zero",
     ]
+
+
+@pytest.mark.parametrize("name", DISPATCH[:-1])
+def test_every_dispatch_member_can_dispatch_and_collect(name: str) -> None:
+    args = {"DP_COMPUTE": ([1, 2],), "DP_COMPUTE_PROTO_WITH_FUNC": (len,)}.get(name, ())
+    mode = mode_of(dispatch_mode=getattr(Dispatch, name))
+    plan, calls = mode.dispatch(Layout.flat(2), args, {})
+    assert len(calls) == 2
+    assert mode.collect(plan, [DataProto() for _ in plan.answers]) is not None
 
 
 @pytest.mark.parametrize("member", [*Dispatch.members(), *Execute.members()], ids=repr)

@@ -19,6 +19,7 @@ from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
     RayWorkerGroup,
+    colocate,
     create_colocated_worker_cls,
     create_colocated_worker_cls_fused,
     create_colocated_worker_raw_cls,
@@ -255,3 +256,17 @@ def test_a_fused_spec_spawns_like_a_colocated_one(pool: RayResourcePool) -> None
     specs = {"actor": SPECS["actor"]}
     with RayWorkerGroup(pool, create_colocated_worker_cls_fused(specs)) as group:
         assert group.spawn(specs)["actor"].name() == ["actor-1"] * 2
+
+
+def test_colocate_gives_each_role_as_an_attribute(pool: RayResourcePool) -> None:
+    with colocate(pool, actor=Actor, critic=SPECS["critic"]) as group:
+        assert (
+            group.critic.sub(group.actor.add(zeros())).batch["a"].tolist() == [-10] * 5 + [-9] * 5
+        )
+        assert len(group.describe().rows) == 4
+        with pytest.raises(AttributeError, match=r"no role 'crtic'; the roles are \['actor', 'c"):
+            _ = group.crtic
+    with pytest.raises(ValueError, match="a role cannot be called 'close'"):
+        colocate(pool, close=Actor)
+    with pytest.raises(RegistrationError, match="needs a subclass of"):
+        colocate(pool, actor=dict)

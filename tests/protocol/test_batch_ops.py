@@ -22,13 +22,14 @@ from protocol.batch_ops import (
 )
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
-from protocol.keyed import union_numpy_dict, union_tensor_dict
+from protocol.keyed import union_numpy_dict
 from protocol.serialize import (
     deserialize_single_tensor,
     deserialize_tensordict,
     serialize_single_tensor,
     serialize_tensordict,
 )
+from protocol.tensordict_utils import union_tensor_dict
 from tests.protocol.conftest import DTYPES, LAYOUTS, batches, make_column
 
 

@@ -86,6 +86,17 @@ def test_arrays_arrive_writable_and_private() -> None:
     assert data.diff(second) == []
 
 
+def test_arrays_in_an_object_column_arrive_writable() -> None:
+    rows = columns.as_object_array([np.arange(2), None, np.arange(3)])
+    data = DataProto(non_tensor_batch={"x": rows})
+    sent = send(data)
+    first, second = receive(sent), receive(sent)
+    first.non_tensor_batch["x"][0] += 1
+    assert data.diff(second) == []
+    with wire.borrow():
+        assert not receive(sent).non_tensor_batch["x"][0].flags.writeable
+
+
 def test_numbers_leave_out_of_band_and_without_a_copy() -> None:
     tensor, array = torch.arange(10_000), np.arange(10_000.0)
     data = DataProto.from_dict({"x": tensor}, {"a": array}, {"t": torch.zeros(10_000)})

@@ -1,0 +1,268 @@
+"""A worker knows its place, whatever its subclass does, and says where it stands in meshes."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from single_controller.base.worker import Worker, WorkerContext, building
+
+CONTEXT = WorkerContext(
+    rank=5,
+    world_size=8,
+    local_rank=0,
+    local_world_size=4,
+    node_rank=1,
+    master_addr="10.0.0.1",
+    master_port=29_500,
+    prefix="group",
+    backend="ray",
+)
+KEYS = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "4",
+    "RAY_LOCAL_RANK": "1",
+    "RAY_LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+    "WG_PREFIX": "group",
+    "WG_BACKEND": "ray",
+}
+
+
+@dataclass
+class FakeMesh:
+    """What `register_mesh` reads of a torch DeviceMesh."""
+
+    mesh_dim_names: tuple[str, ...] | None
+    shape: tuple[int, ...]
+    coordinate: tuple[int, ...] | None
+
+    def get_coordinate(self) -> tuple[int, ...] | None:
+        return self.coordinate
+
+
+def place(worker: Any) -> tuple[int, int, int, int]:
+    return worker.rank, worker.world_size, worker.local_rank, worker.local_world_size
+
+
+def here(cls: type[Worker] = Worker, **context: Any) -> Any:
+    with building(WorkerContext(**context)):
+        return cls()
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in Worker.env_keys():
+        monkeypatch.delenv(key, raising=False)
+
+
+def test_the_environment_is_every_key_and_tells_torch_to_join_the_store() -> None:
+    environment = CONTEXT.environment()
+    assert {key: environment.pop(key) for key in Worker.env_keys()} == KEYS
+    assert set(Worker.env_keys()) == set(KEYS)
+    assert environment == {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def test_a_worker_made_outside_a_group_reads_its_place_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key, value in CONTEXT.environment().items():
+        monkeypatch.setenv(key, value)
+    worker = Worker()
+    assert place(worker) == (5, 8, 0, 4)
+    assert worker.get_master_addr_port() == ("10.0.0.1", 29_500)
+    assert WorkerContext.from_environment().environment() == CONTEXT.environment()
+
+
+def test_without_any_environment_a_worker_is_alone() -> None:
+    worker = Worker()
+    assert place(worker) == (0, 1, 0, 1)
+    assert worker.fused_worker_dict == {}
+
+
+def test_a_subclass_without_super_init_knows_its_place_from_the_first_line_on() -> None:
+    class Forgetful(Worker):
+        def __init__(self, x: int, *, y: int) -> None:
+            self.seen = (self.rank, x, y)
+            self._register_dispatch_collect_info("m", 1, True)
+
+    with building(CONTEXT):
+        worker = Forgetful(1, y=2)
+    assert worker.seen == (5, 1, 2)
+    assert place(worker) == (5, 8, 0, 4)
+    assert worker._query_dispatch_info("m") == 1
+
+
+def test_a_worker_that_a_worker_makes_stands_in_the_same_place_with_its_own_meshes() -> None:
+    class Outer(Worker):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Worker()
+            self.inner._register_dispatch_collect_info("m", 1, True)
+
+    with building(CONTEXT):
+        outer = Outer()
+    assert place(outer.inner) == place(outer) == (5, 8, 0, 4)
+    assert outer.get_dispatch_collect()["dispatch_dp_rank"] == {}
+
+
+def test_the_context_ends_with_the_block_also_after_an_error() -> None:
+    def fail() -> None:
+        with building(CONTEXT):
+            raise KeyError("constructor")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert Worker().world_size == 1
+
+
+def test_roles_of_one_process_see_each_other_by_name() -> None:
+    peers: dict[str, Any] = {}
+    with building(WorkerContext(peers=peers)):
+        peers["actor"], peers["critic"] = Worker(), Worker()
+    assert peers["actor"].get_fused_worker_by_name("critic") is peers["critic"]
+    assert peers["actor"].get_fused_worker_by_name("other") is None
+    assert peers["actor"].fused_worker_dict == peers
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("cpu", torch.device("cpu")), ("cuda", torch.device("cuda", 2))]
+)
+def test_the_device_is_the_ranks_own(name: str, device: torch.device) -> None:
+    assert here(device_name=name, local_rank=2).device == device
+
+
+def test_visible_devices_are_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert Worker().get_cuda_visible_devices() == "not set"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert Worker().get_cuda_visible_devices() == "3"
+    assert Worker("0,1").get_cuda_visible_devices() == "0,1"
+
+
+@pytest.mark.parametrize(
+    "name", ["get_available_master_addr_port", "get_availale_master_addr_port"]
+)
+def test_an_address_for_the_users_own_rendezvous_can_be_bound(name: str) -> None:
+    address, port = getattr(Worker(), name)()
+    with socket.socket() as probe:
+        probe.bind((address, port))
+
+
+# rank = pp * 4 + dp * 2 + tp
+CUBE = [(pp, dp, tp) for pp in range(2) for dp in range(2) for tp in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "dp_ranks", "collects"),
+    [
+        ({}, (0, 0, 1, 1, 0, 0, 1, 1), {4, 6}),
+        ({"collect": {"tp": 0, "pp": 0}}, (0, 0, 1, 1, 0, 0, 1, 1), {0, 2}),
+        ({"collect": {"tp": -1, "pp": 1}}, (0, 0, 1, 1, 0, 0, 1, 1), {5, 7}),
+        ({"collect": {"pp": -1}}, (0, 0, 1, 1, 0, 0, 1, 1), {4, 6}),
+        ({"dp": "tp", "collect": {"dp": 1, "pp": 0}}, (0, 1) * 4, {2, 3}),
+        ({"dp": ("pp", "dp"), "collect": {"tp": 0}}, (0, 0, 1, 1, 2, 2, 3, 3), {0, 2, 4, 6}),
+        ({"dp": ("dp", "pp"), "collect": {"tp": 0}}, (0, 0, 2, 2, 1, 1, 3, 3), {0, 2, 4, 6}),
+        ({"dp": ("pp", "dp", "tp"), "collect": {}}, tuple(range(8)), set(range(8))),
+    ],
+)
+def test_a_mesh_of_three_dimensions_gives_each_rank_its_shard_and_says_who_answers(
+    options: dict[str, Any], dp_ranks: tuple[int, ...], collects: set[int]
+) -> None:
+    workers = [here(rank=rank, world_size=8) for rank in range(8)]
+    for worker, at in zip(workers, CUBE, strict=True):
+        worker.register_mesh(FakeMesh(("pp", "dp", "tp"), (2, 2, 2), at), mesh_name="m", **options)
+    assert tuple(worker._query_dispatch_info("m") for worker in workers) == dp_ranks
+    assert {w.rank for w in workers if w._query_collect_info("m")} == collects
+    assert [w.query_collect_info("m") for w in workers] == [r in collects for r in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        (FakeMesh(("x", "tp"), (2, 2), (0, 0)), {}),
+        (FakeMesh(("dp", "tp"), (2, 2), (0, 0)), {"collect": {"pp": 0}}),
+        (FakeMesh(("dp",), (2,), None), {}),
+        (FakeMesh(None, (2,), (0,)), {}),
+    ],
+)
+def test_a_mesh_without_the_dimensions_or_without_this_rank_is_refused(
+    mesh: Any, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"mesh 'default' needs the dimensions.*rank 0"):
+        Worker().register_mesh(mesh, **options)
+
+
+def test_another_place_in_a_mesh_that_is_registered_is_refused_with_both() -> None:
+    worker = here(rank=3)
+    worker._register_dispatch_collect_info("m", 0, True)
+    worker._register_dispatch_collect_info("m", 0, True)
+    with pytest.raises(ValueError, match=r"'m' is registered already on rank 3.*0, True.*1, True"):
+        worker._register_dispatch_collect_info("m", dp_rank=1, is_collect=True)
+    assert worker._query_dispatch_info("m") == 0
+
+
+@pytest.mark.parametrize(
+    "query", ["_query_dispatch_info", "_query_collect_info", "query_collect_info"]
+)
+def test_an_unknown_mesh_names_the_known_ones_and_is_caught_as_verls_error(query: str) -> None:
+    worker = Worker()
+    worker._register_dispatch_collect_info("actor", 0, True)
+    for known in (ValueError, AssertionError):
+        with pytest.raises(known, match=r"'critic' is not registered.*Worker.*actor"):
+            getattr(worker, query)("critic")
+
+
+def test_a_worker_takes_over_all_meshes_of_the_worker_it_nests() -> None:
+    outer, inner = Worker(), Worker()
+    inner._register_dispatch_collect_info("train", 1, True)
+    inner._register_dispatch_collect_info("infer", 2, False)
+    outer.set_dispatch_collect("train", **inner.get_dispatch_collect())
+    assert outer.get_dispatch_collect() == {
+        "dispatch_dp_rank": {"train": 1, "infer": 2},
+        "collect_dp_rank": {"train": True, "infer": False},
+    }
+
+
+def test_a_nested_workers_only_mesh_is_taken_over_under_the_name_that_is_asked_for() -> None:
+    """veRL's engine workers register "train" and are taken over as "ref" and "actor"."""
+    outer = Worker()
+    for name, dp_rank in (("ref", 0), ("actor", 1)):
+        inner = Worker()
+        inner._register_dispatch_collect_info("train", dp_rank, True)
+        outer.set_dispatch_collect(mesh_name=name, **inner.get_dispatch_collect())
+    assert [outer._query_dispatch_info(name) for name in ("ref", "actor")] == [0, 1]
+
+
+def test_a_mesh_is_taken_over_once() -> None:
+    outer, first, second = Worker(), Worker(), Worker()
+    first._register_dispatch_collect_info("actor", 1, False)
+    second._register_dispatch_collect_info("actor", 0, True)
+    outer.set_dispatch_collect("actor", **first.get_dispatch_collect())
+    for known in (ValueError, AssertionError):
+        with pytest.raises(known, match="actor"):
+            outer.set_dispatch_collect("actor", **second.get_dispatch_collect())
+    assert outer._query_dispatch_info("actor") == 1
+
+
+def test_changing_what_get_dispatch_collect_returned_changes_no_worker() -> None:
+    worker = Worker()
+    worker._register_dispatch_collect_info("m", 0, True)
+    worker.get_dispatch_collect()["dispatch_dp_rank"]["m"] = 7
+    assert worker._query_dispatch_info("m") == 0
+
+
+def test_a_function_sent_to_a_worker_runs_with_it_or_on_rank_zero_without() -> None:
+    worker = here(rank=3)
+    assert worker.execute_with_func_generator(lambda w, x, y=0: (w.rank, x, y), 1, y=2) == (3, 1, 2)
+    assert worker.execute_func_rank_zero(lambda x, y=0: (x, y), 1, y=2) == (1, 2)

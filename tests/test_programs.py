@@ -1,0 +1,85 @@
+"""What README shows and what `make demo` runs, each as a program of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+
+def without_the_machine(text: str) -> list[str]:
+    """The words of a text, with addresses and process ids made equal."""
+    text = re.sub(r"\b\d+\.\d+\.\d+\.\d+\b", "ADDRESS", text)
+    return re.sub(r"(ADDRESS +cpu +)\d+", r"\1PID", text).split()
+
+
+@pytest.mark.parametrize(("program", "output"), SHOWN, ids=["first screen", "why num_gpus"])
+def test_readme_programs_print_what_readme_says(program: str, output: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    hidden = {} if "num_gpus" in program else {"CUDA_VISIBLE_DEVICES": ""}
+    done = run(str(tmp_path / "program.py"), **hidden)
+    assert without_the_machine(done.stdout) == without_the_machine(output), done.stderr
+
+
+def demo(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return run("examples/colocated_actor_critic.py", *options, **env)
+
+
+@pytest.fixture
+def address(cluster: None) -> str:
+    """The session's cluster: starting one for each program would take most of the time."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def test_the_demo_prints_the_table_and_the_seeds_numbers() -> None:
+    done = demo(CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    table = re.findall(r"^(\d) +(actor|critic) +[\d.]+ +cpu +(\d+)$", done.stdout, re.MULTILINE)
+    assert [(rank, role) for rank, role, _ in table] == [
+        (r, s) for r in "01" for s in ("actor", "critic")
+    ]
+    assert len({pid for _, _, pid in table}) == 2
+    assert "running on cpu" in done.stdout
+    assert "actor.add:  [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]" in done.stdout
+    assert f"critic.sub: {[-10] * 10}" in done.stdout
+
+
+def test_the_demo_ends_in_the_clear_error_where_rows_do_not_divide(address: str) -> None:
+    done = demo("--ranks", "4", RAY_ADDRESS=address)
+    assert done.returncode == 1
+    assert "DispatchError: actor.add" in done.stderr
+    assert "only support equal chunk" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_takes_uneven_rows_when_told(address: str) -> None:
+    done = demo("--ranks", "4", "--uneven", "--device", "cpu", RAY_ADDRESS=address)
+    assert done.returncode == 0, done.stderr
+    assert "actor.add:  [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]" in done.stdout
+
+
+def test_the_demo_says_what_is_missing_where_a_device_is_asked_for(address: str) -> None:
+    done = demo("--device", "cuda", RAY_ADDRESS=address)
+    assert done.returncode == 1
+    assert re.search(r"GPU +2 +0 +0", done.stderr), done.stderr
