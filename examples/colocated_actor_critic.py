@@ -7,6 +7,7 @@ It starts Ray here, or uses the cluster at RAY_ADDRESS.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from typing import Any
@@ -48,6 +49,11 @@ def make_workers(uneven: bool) -> tuple[type[Worker], type[Worker]]:
     return Actor, Critic
 
 
+def share_of_a_gpu(ranks: int) -> float:
+    """1, or what lets all ranks share the one GPU that a development machine may have."""
+    return math.floor(1000 / ranks) / 1000 if ray.cluster_resources().get("GPU") == 1 else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
@@ -70,13 +76,21 @@ def main() -> int:
         "actor": RayClassWithInitArgs(cls=actor_class),
         "critic": RayClassWithInitArgs(cls=critic_class, config={"b": 10}),
     }
-    pool = RayResourcePool(process_on_nodes=[args.ranks], use_gpu=args.device != "cpu")
+    pool = RayResourcePool(
+        process_on_nodes=[args.ranks],
+        use_gpu=args.device != "cpu",
+        gpus_per_process=share_of_a_gpu(args.ranks),
+    )
     data = DataProto.from_dict({"a": torch.zeros(args.rows)})
     try:
-        with pool, RayWorkerGroup(
-            pool, create_colocated_worker_cls(roles), device_name=args.device
-        ) as hosts:
-            print(f"running on {pool.device(args.device).name}\n\n{hosts.describe()}\n")
+        with (
+            pool,
+            RayWorkerGroup(
+                pool, create_colocated_worker_cls(roles), device_name=args.device
+            ) as hosts,
+        ):
+            shared = "" if pool.gpus_per_process == 1 else f", {args.ranks} ranks on one device"
+            print(f"running on {pool.device(args.device).name}{shared}\n\n{hosts.describe()}\n")
             group = hosts.spawn(prefix_set=roles.keys())
             print("actor.add: ", group["actor"].add(data).batch["a"].int().tolist())
             print("critic.sub:", group["critic"].sub(data).batch["a"].int().tolist())

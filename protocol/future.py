@@ -59,13 +59,16 @@ class Source(Protocol):
 class DataProtoFuture:
     """The rows of several sources, one after another, as one batch that is not here yet.
 
-    It never changes, can be pickled, and is itself a Source. Every method but `get`, `fetch`,
-    `rows` and `len()` returns at once; what does not fit together is then reported by these four.
+    It can be pickled, and is itself a Source. Every method but `get`, `fetch`, `rows` and `len()`
+    returns at once; what does not fit together is then reported by these four.
+
+    Attributes:
+        auto_padding: whether a group may pad it when its rows do not divide over the ranks.
     """
 
-    __slots__ = ("_sizes", "_sources")
+    __slots__ = ("_sizes", "_sources", "auto_padding")
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], auto_padding: bool = False) -> None:
         """The rows of `sources`, in that order. Fetches and waits for nothing.
 
         Raises:
@@ -75,6 +78,7 @@ class DataProtoFuture:
             raise BatchError("a DataProtoFuture needs at least one source; got none")
         self._sources = tuple(sources)
         self._sizes: tuple[int, ...] | None = None  # rows per source, once all are known
+        self.auto_padding = auto_padding
 
     def __repr__(self) -> str:
         rows = "?" if self._sizes is None else sum(self._sizes)
@@ -109,6 +113,7 @@ class DataProtoFuture:
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Batch:
         """Fetch rows `start:stop`, only from the sources that have some of them.
 
+        All rows come from all sources, so that the meta_info of one without rows is not lost.
         No rows are fetched as such, from one source, for their columns.
 
         Raises:
@@ -119,10 +124,10 @@ class DataProtoFuture:
         sizes = self._rows_per_source(deadline)
         if not 0 <= start <= stop <= sum(sizes):
             raise RowCountError(f"rows {start}:{stop} are not in a batch of {sum(sizes)} rows")
-        parts = []
+        whole, parts = (start, stop) == (0, sum(sizes)), []
         for source, size, end in zip(self._sources, sizes, accumulate(sizes), strict=True):
             first, last = max(start, end - size), min(stop, end)
-            if first < last:
+            if first < last or whole:
                 offset = end - size
                 parts.append(source.fetch(first - offset, last - offset, deadline.left()))
         if not parts:
@@ -179,14 +184,6 @@ class DataProtoFuture:
         under one key ConflictError when rows are fetched.
         """
         return DataProtoFuture([_Union(self, other)])
-
-    def unpadded(self, padding: int | Callable[[], int]) -> DataProtoFuture:
-        """Without the last `padding` rows, which nobody fetches. Fetches nothing.
-
-        A function is called when the rows are first needed, where they are needed: it is pickled
-        with the future. More padding than rows raises RowCountError once they are known.
-        """
-        return DataProtoFuture([_Unpadded(self, padding)])
 
 
 class _Deadline:
@@ -255,24 +252,6 @@ class _Union:
         deadline = _Deadline(timeout)
         left = self.left.fetch(start, stop, timeout)
         return union_batches(left, self.right.fetch(start, stop, deadline.left()))
-
-
-@dataclass(frozen=True)
-class _Unpadded:
-    """A batch without the rows at its end that padding added."""
-
-    whole: DataProtoFuture
-    padding: int | Callable[[], int]
-
-    def rows(self, timeout: float | None) -> int:
-        rows = self.whole.rows(timeout)
-        padding = self.padding if isinstance(self.padding, int) else self.padding()
-        if not 0 <= padding <= rows:
-            raise RowCountError(f"padding must be between 0 and {rows} rows; got {padding}")
-        return rows - padding
-
-    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
-        return self.whole.fetch(start, stop, timeout)
 
 
 class BatchData:

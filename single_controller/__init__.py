@@ -3,6 +3,14 @@
 `single_controller.base` holds what workers and modes are, `single_controller.ray` the groups.
 """
 
+from single_controller.base import (
+    Broadcast,
+    ClassWithInitArgs,
+    PerRank,
+    ResourcePool,
+    Worker,
+    WorkerGroup,
+)
 from single_controller.errors import (
     CallTimeoutError,
     DispatchError,
@@ -17,14 +25,20 @@ from single_controller.errors import (
 )
 
 __all__ = [
+    "Broadcast",
     "CallTimeoutError",
+    "ClassWithInitArgs",
     "DispatchError",
     "GroupBrokenError",
+    "PerRank",
     "RegistrationError",
     "ResourceError",
+    "ResourcePool",
     "SingleControllerError",
     "UnknownMethodError",
     "UnknownRoleError",
+    "Worker",
     "WorkerDiedError",
     "WorkerError",
+    "WorkerGroup",
 ]

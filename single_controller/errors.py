@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import pickle
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "CallTimeoutError",
@@ -56,7 +56,7 @@ class CallTimeoutError(SingleControllerError, TimeoutError):
     """A call did not finish in time. `pending_ranks` were still running."""
 
     def __init__(self, message: str, pending_ranks: Sequence[int]) -> None:
-        super().__init__(message)
+        Exception.__init__(self, message)
         self.pending_ranks = tuple(pending_ranks)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,7 +81,7 @@ class WorkerError(SingleControllerError, RuntimeError):
     failed_ranks: int
 
     def __init__(self, message: str, **where: Any) -> None:
-        super().__init__(message)
+        Exception.__init__(self, message)  # not the next in line: that may be the cause's type
         self._where = where
         self.failed_ranks = 1
         for name, value in where.items():
@@ -101,19 +101,25 @@ class WorkerError(SingleControllerError, RuntimeError):
         return cls(message, **where)
 
     @staticmethod
-    def wrap(cause: BaseException, **where: Any) -> WorkerError:
-        """The error to raise for `cause`: a `WorkerError` that is also a `type(cause)`."""
+    def wrap(
+        cause: BaseException, dumps: Callable[[Any], bytes] = pickle.dumps, **where: Any
+    ) -> WorkerError:
+        """The error to raise for `cause`: a `WorkerError` that is also a `type(cause)`.
+
+        `dumps` pickles the cause's type and state; one that knows classes of the driver's own
+        program, as cloudpickle does, lets it be caught as such there.
+        """
         try:
-            pickled = pickle.dumps(cause)
+            text = str(cause)
         except Exception:
-            pickled = b""
-        what = f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+            text = ""
+        what = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
         message = (
             f"{where['role']}.{where['method']} failed on rank {where['rank']} "
             f"(node {where['node_ip']}, pid {where['pid']}): {_shorten(what)}"
         )
         where["remote_traceback"] = _shorten(where["remote_traceback"], 20_000)
-        return _rebuild_worker_error(message, where, pickled if len(pickled) < 50_000 else b"")
+        return _rebuild_worker_error(message, where, _pickled(cause, dumps))
 
 
 class WorkerDiedError(WorkerError):
@@ -126,21 +132,47 @@ def _shorten(text: str, limit: int = 2_000) -> str:
     return text if len(text) <= limit else f"{text[:half]}\n… cut …\n{text[-half:]}"
 
 
+def _native(cause_type: Any) -> Any:
+    return next(base for base in cause_type.__mro__ if base.__module__ == "builtins")
+
+
+def _pickled(cause: BaseException, dumps: Callable[[Any], bytes]) -> bytes:
+    """Type, arguments and attributes of `cause`, or its type alone where the rest is too much.
+
+    Not `cause` itself: pickle calls its constructor, which may take other arguments.
+    """
+    args = _native(type(cause)).__reduce__(cause)[1]  # OSError's has the file name, args has not
+    forms: list[tuple[Any, ...]] = [(type(cause), args, vars(cause)), (type(cause), (), {})]
+    for parts in forms:
+        try:
+            pickled = dumps(parts)
+        except Exception:
+            continue
+        if len(pickled) < 50_000:
+            return pickled
+    return b""
+
+
+def _build(error_type: Any, cause_type: Any, args: Any, state: Any) -> Any:
+    error = cause_type.__new__(error_type, *args)
+    _native(cause_type).__init__(error, *args)  # such as OSError's errno, kept outside __dict__
+    error.__dict__.update(state)
+    return error
+
+
 def _rebuild_worker_error(message: str, where: Mapping[str, Any], pickled: bytes) -> WorkerError:
     """A `WorkerError` of the cause's type too, where that type is known here and allows it."""
+    error: Any
     try:
-        cause = pickle.loads(pickled)
-        error_type = _dual_type(cast(Any, type(cause)))
-        error = type(cause).__new__(error_type, *cause.args)
-        native = next(base for base in type(cause).__mro__ if base.__module__ == "builtins")
-        native.__init__(error, *cause.args)  # such as OSError's errno, kept outside __dict__
-        error.__dict__.update(vars(cause))
+        cause_type, args, state = pickle.loads(pickled)
+        cause = _build(cause_type, cause_type, args, state)
+        error = _build(_dual_type(cause_type), cause_type, args, state)
     except Exception:
         error, cause = WorkerError.__new__(WorkerError), None
     WorkerError.__init__(error, message, **where)
     error.__cause__ = cause
-    error._pickled_cause = pickled  # type: ignore[attr-defined]
-    return error
+    error._pickled_cause = pickled
+    return error  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -1,7 +1,15 @@
 """Backend-neutral parts: workers, registration, dispatch, groups."""
 
+from single_controller.base.plan import Broadcast, PerRank
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.worker import Worker
 from single_controller.base.worker_group import ClassWithInitArgs, WorkerGroup
 
-__all__ = ["ClassWithInitArgs", "ResourcePool", "Worker", "WorkerGroup"]
+__all__ = [
+    "Broadcast",
+    "ClassWithInitArgs",
+    "PerRank",
+    "ResourcePool",
+    "Worker",
+    "WorkerGroup",
+]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
-from single_controller.base.dispatch import ByRows, Call, Layout, Mode, PerElement, Plan
+from single_controller.base.dispatch import ByRows, Mode, PerElement
+from single_controller.base.plan import Call, Layout, Plan
 from single_controller.errors import DispatchError, RegistrationError
 
 __all__ = [
@@ -180,7 +181,7 @@ def _lists(
     mode: Mode, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     plan, calls = mode.dispatch(layout, args, kwargs)
-    if plan.padding is not None:
+    if plan.padding is not None and plan.padding().added:
         raise DispatchError(
             "a batch with padding enabled cannot go through a bare dispatch function, which has "
             "no way to remove the padding again: register the method with the mode itself"

@@ -1,6 +1,7 @@
 """`register` marks the methods that a group may call; `Dispatch` and `Execute` name the ways.
 
-How a mode splits and merges is in `dispatch`; calling is left to the group.
+How a mode splits and merges is in `dispatch`; calling is left to the group. The functions for
+meshes are here as well because veRL has them here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
-from single_controller.base.custom import CustomMode, Functions, mode_from_functions, mode_functions
+from single_controller.base.custom import (
+    CustomMode,
+    Functions,
+    collect_lazy_compute_data_proto,
+    collect_nd_compute,
+    collect_nd_compute_dataproto,
+    dispatch_lazy_compute_data_proto,
+    dispatch_nd_compute,
+    dispatch_nd_compute_dataproto,
+    make_nd_compute_dataproto_dispatch_fn,
+    mode_from_functions,
+    mode_functions,
+)
 from single_controller.base.dispatch import (
     AllToAll,
     ByRows,
@@ -27,8 +40,15 @@ __all__ = [
     "Dispatch",
     "Execute",
     "MethodSpec",
+    "collect_lazy_compute_data_proto",
+    "collect_nd_compute",
+    "collect_nd_compute_dataproto",
+    "dispatch_lazy_compute_data_proto",
+    "dispatch_nd_compute",
+    "dispatch_nd_compute_dataproto",
     "get_predefined_dispatch_fn",
     "get_predefined_execute_fn",
+    "make_nd_compute_dataproto_dispatch_fn",
     "method_spec",
     "register",
     "register_dispatch_mode",
@@ -37,12 +57,12 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-E = TypeVar("E", bound="OpenEnum")
+E = TypeVar("E", bound="_OpenEnum")
 
 _SPEC = "__single_controller_spec__"
 
 
-class OpenEnum:
+class _OpenEnum:
     """An enumeration to which members can be added; a member crosses processes by its name."""
 
     _members: ClassVar[dict[str, Any]]
@@ -73,7 +93,7 @@ class OpenEnum:
         return type(self).register, (self.name,)
 
 
-class Dispatch(OpenEnum):
+class Dispatch(_OpenEnum):
     """How arguments are spread over the ranks, and outputs merged. README has the table."""
 
     RANK_ZERO: ClassVar[Dispatch]
@@ -86,7 +106,7 @@ class Dispatch(OpenEnum):
     DIRECT_ROLLOUT_METHOD: ClassVar[Dispatch]
 
 
-class Execute(OpenEnum):
+class Execute(_OpenEnum):
     """Which ranks run the method. With RANK_ZERO, rank 0 gets all arguments whole."""
 
     ALL: ClassVar[Execute]
@@ -121,7 +141,9 @@ def register_dispatch_mode(
     Raises:
         RegistrationError: the name is taken, or a function cannot be called.
     """
-    if dispatch_mode_name in {mode.name for mode in DISPATCH_MODE_FN_REGISTRY}:
+    if hasattr(_OpenEnum, dispatch_mode_name) or dispatch_mode_name in {
+        mode.name for mode in DISPATCH_MODE_FN_REGISTRY
+    }:
         raise RegistrationError(
             f"dispatch_mode_name {dispatch_mode_name!r} is taken; update_dispatch_mode changes it"
         )

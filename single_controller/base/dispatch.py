@@ -13,120 +13,24 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
+from single_controller.base.plan import Broadcast, Call, Layout, Padding, PerRank, Plan
 from single_controller.errors import DispatchError
 
 if TYPE_CHECKING:
     from protocol import DataProtoFuture
+    from protocol.future import Source
 
 __all__ = [
     "AllToAll",
-    "Broadcast",
     "ByRows",
-    "Call",
     "Direct",
-    "Layout",
     "Mode",
     "OneToAll",
-    "Padding",
     "PerElement",
-    "PerRank",
-    "Plan",
     "RankZero",
 ]
 
 Spread: TypeAlias = Callable[[str, Any], Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """Marks an argument that every rank gets whole, whatever the mode does with others."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class PerRank:
-    """Marks an argument of which rank i gets `values[i]`, whatever the mode does with others."""
-
-    values: Sequence[Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a mode needs to know of a group.
-
-    `dp_ranks[i]`, below `dp_size`, is the shard that rank i gets; `collects[i]` tells whether
-    its output counts.
-    """
-
-    dp_ranks: tuple[int, ...]
-    collects: tuple[bool, ...]
-    dp_size: int
-
-    @classmethod
-    def flat(cls, world_size: int) -> Layout:
-        """Every rank is its own data-parallel rank."""
-        return cls(tuple(range(world_size)), (True,) * world_size, world_size)
-
-    @property
-    def world_size(self) -> int:
-        return len(self.dp_ranks)
-
-    def subset(self, ranks: Sequence[int]) -> Layout:
-        """The layout of these ranks alone, their shards numbered anew in the order they come."""
-        kept = list(dict.fromkeys(self.dp_ranks[rank] for rank in ranks))
-        return Layout(
-            tuple(kept.index(self.dp_ranks[rank]) for rank in ranks),
-            tuple(self.collects[rank] for rank in ranks),
-            len(kept),
-        )
-
-    def collecting_ranks(self) -> tuple[int, ...]:
-        """The ranks whose outputs count, in the order of their shards."""
-        ranks = [rank for rank, collects in enumerate(self.collects) if collects]
-        return tuple(sorted(ranks, key=lambda rank: (self.dp_ranks[rank], rank)))
-
-
-@dataclass(frozen=True)
-class Call:
-    """One rank's arguments."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Rows that dispatch added behind `rows` real ones, so that `parts` shards come out equal."""
-
-    rows: int
-    parts: int
-
-    @property
-    def shard_rows(self) -> int:
-        return -(-self.rows // self.parts)
-
-    @property
-    def added(self) -> int:
-        return self.shard_rows * self.parts - self.rows
-
-    def real_rows(self, part: int) -> int:
-        """How many rows of shard `part` were in the caller's batch."""
-        return min(self.shard_rows, max(0, self.rows - part * self.shard_rows))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What dispatch decided for a call, kept until collect.
-
-    `answers` are the ranks whose outputs collect reads, in its order, and `shards` the shard
-    that each of them got. `padding` is a function because the rows of a future are known only
-    once it is done.
-    """
-
-    answers: tuple[int, ...]
-    shards: tuple[int, ...] = ()
-    padding: Callable[[], Padding] | None = None
 
 
 @dataclass(frozen=True)
@@ -342,7 +246,7 @@ class ByRows(Mode):
         padding: Callable[[], Padding] | None = None
         if pads and _is_future(batches[0]):
             padding = partial(_padding_of, batches[0], parts)
-        elif pads and batch_rows(batches[0]) % parts:
+        elif pads:
             padding = partial(Padding, batch_rows(batches[0]), parts)
         return replace(self.plan(layout), padding=padding), calls
 
@@ -384,13 +288,17 @@ class ByRows(Mode):
 
         if self.merge == "list":
             return list(handles)
-        future = DataProtoFuture(handles)
-        padding = plan.padding
-        return future if padding is None else future.unpadded(lambda: padding().added)
+        if plan.padding is None:
+            return DataProtoFuture(handles)
+        real = [
+            _RealRows(handle, shard, plan.padding)
+            for handle, shard in zip(handles, plan.shards, strict=True)
+        ]
+        return DataProtoFuture(real, auto_padding=True)
 
     def _unpadded(self, plan: Plan, outputs: Sequence[Any]) -> list[Any]:
         """Cut the rows that padding added; in a list, outputs of another length stay."""
-        if plan.padding is None:
+        if plan.padding is None or not plan.padding().added:
             return list(outputs)
         from protocol.batches import batch_rows, is_batch, slice_batch
 
@@ -400,11 +308,7 @@ class ByRows(Mode):
             if rows == padding.shard_rows:
                 output = output if rows == real else slice_batch(output, 0, real)
             elif rows and self.merge == "concat":
-                raise DispatchError(
-                    f"padding cannot be removed: shard {shard} went out with {padding.shard_rows} "
-                    f"rows and came back with {rows}. Register the method with uneven=True, "
-                    "which needs no padding"
-                )
+                raise _cannot_unpad(shard, padding.shard_rows, rows)
             kept.append(output)
         return kept
 
@@ -425,9 +329,36 @@ def _padding_of(future: DataProtoFuture, parts: int) -> Padding:
     return Padding(len(future), parts)
 
 
+@dataclass(frozen=True)
+class _RealRows:
+    """A source of a shard's rows without its padding."""
+
+    source: Source
+    shard: int
+    padding: Callable[[], Padding]
+
+    def rows(self, timeout: float | None) -> int:
+        rows, padding = self.source.rows(timeout), self.padding()
+        if not padding.added:
+            return rows
+        if rows and rows != padding.shard_rows:
+            raise _cannot_unpad(self.shard, padding.shard_rows, rows)
+        return min(rows, padding.real_rows(self.shard))
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Any:
+        return self.source.fetch(start, stop, timeout)
+
+
+def _cannot_unpad(shard: int, sent: int, came: int) -> DispatchError:
+    return DispatchError(
+        f"padding cannot be removed: shard {shard} went out with {sent} rows and came back with "
+        f"{came}. Register the method with uneven=True, which needs no padding"
+    )
+
+
 def _padding_enabled(batch: Any) -> bool:
     from protocol import DataProto, DataProtoConfig
 
     if isinstance(batch, DataProto):
         return batch.is_padding_enabled()
-    return DataProtoConfig.auto_padding
+    return DataProtoConfig.auto_padding or (_is_future(batch) and batch.auto_padding)

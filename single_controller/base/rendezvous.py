@@ -6,7 +6,6 @@ Who learns the address is left to the backends.
 from __future__ import annotations
 
 import contextlib
-import errno
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -41,7 +40,7 @@ class Rendezvous:
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._store: Any = None
         for candidate in ports:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, OverflowError):
                 self._socket.bind(("", candidate))
                 self._socket.listen(2048)
                 self.port: int = self._socket.getsockname()[1]
@@ -49,8 +48,8 @@ class Rendezvous:
         self._socket.close()
         asked = f"master_port {port}" if port_range is None else f"master_port_range {port_range}"
         raise ResourceError(
-            f"{asked} cannot be bound on {address}: {errno.errorcode[errno.EADDRINUSE]}. "
-            "Name a free port, or none to let the system choose one"
+            f"{asked} cannot be bound on {address}, being taken or no port at all. Name a free "
+            "port, or none to let the system choose one"
         )
 
     def serve(self) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from single_controller.base.decorator import Dispatch, Execute, register
 from single_controller.device import CPU, device_kind
+from single_controller.errors import DispatchError
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +236,7 @@ class Worker:
 
     def _mesh(self, mesh_name: str) -> tuple[int, bool]:
         if mesh_name not in self._meshes:
-            raise ValueError(
+            raise DispatchError(
                 f"mesh {mesh_name!r} is not registered on rank {self.rank} of "
                 f"{type(self).__name__}; registered: {sorted(self._meshes) or 'none'}. Call "
                 "register_mesh, or _register_dispatch_collect_info, before the first call"
@@ -265,6 +266,11 @@ class Worker:
         self, mesh_name: str, dispatch_dp_rank: dict[str, int], collect_dp_rank: dict[str, bool]
     ) -> None:
         """Take over the meshes of a nested worker, `mesh_name` among them."""
+        if mesh_name in self._meshes:
+            raise DispatchError(f"mesh {mesh_name!r} is registered already")
+        if mesh_name not in dispatch_dp_rank and len(dispatch_dp_rank) == 1:
+            dispatch_dp_rank = {mesh_name: next(iter(dispatch_dp_rank.values()))}
+            collect_dp_rank = {mesh_name: next(iter(collect_dp_rank.values()))}
         for name in {mesh_name, *dispatch_dp_rank}:
             self._meshes[name] = (dispatch_dp_rank[name], collect_dp_rank[name])
 

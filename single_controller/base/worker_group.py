@@ -16,7 +16,8 @@ from typing import Any
 
 from single_controller.base.custom import CustomMode
 from single_controller.base.decorator import MethodSpec, registered_methods
-from single_controller.base.dispatch import Call, Layout, Mode, OneToAll, Plan, RankZero
+from single_controller.base.dispatch import Mode, OneToAll, RankZero
+from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.worker import Worker
 from single_controller.errors import (
@@ -120,6 +121,11 @@ class CallFuture:
         return asyncio.to_thread(self.result).__await__()
 
 
+def _check_timeout(timeout_s: float | None) -> None:
+    if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s >= 0):
+        raise ValueError(f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}")
+
+
 class BoundMethod:
     """A role's method on a group: call it, `submit` it, or set `options` first."""
 
@@ -164,6 +170,7 @@ class BoundMethod:
         size = self.group.world_size
         if chosen is not None and (not chosen or len(set(chosen) & set(range(size))) < len(chosen)):
             raise ValueError(f"ranks must be some of 0 … {size - 1}, each once; got {chosen}")
+        _check_timeout(timeout_s)
         timeout_s = self.call_options.timeout_s if timeout_s is None else timeout_s
         return BoundMethod(
             self.group, self.__name__, self.function, self.spec, CallOptions(timeout_s, chosen)
@@ -338,9 +345,8 @@ class WorkerGroup(abc.ABC):
     def _execute(
         self, mode: Mode, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Pending:
-        if self._worker_cls is not None and not callable(
-            getattr(self._worker_cls, method_name, None)
-        ):
+        known = self._worker_cls is None or callable(getattr(self._worker_cls, method_name, None))
+        if not self.role or not known:
             raise UnknownMethodError(self._explain_missing(method_name))
         plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
         return self._submit(method_name, calls, plan.answers, CallOptions())

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError
 
-from single_controller.base.dispatch import Call
+from single_controller.base.plan import Call
 from single_controller.base.worker_group import Pending
 from single_controller.errors import CallTimeoutError
 from single_controller.ray.failure import CallSite, translate

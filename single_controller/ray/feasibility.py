@@ -93,12 +93,23 @@ class PoolRequest:
                 changes.append(f"{asks}={share:g}")
             largest = max(self.counts) * need
             if name == "CPU":
-                changes.append(f"a node with {largest:g} CPUs (ray.init(num_cpus={largest:g}))")
+                if cpus := self._larger_node(nodes):
+                    changes.append(f"a node with {cpus:g} CPUs (ray.init(num_cpus={cpus:g}))")
             elif name.startswith("accelerator_type:"):
                 changes.append("another accelerator_type, or None")
             else:
                 changes.append(f"use_gpu=False; or nodes with {largest:g} {name}s")
         return changes or ["more nodes: each resource alone would do, but not together"]
+
+    def _larger_node(self, nodes: Sequence[NodeResources]) -> float:
+        """CPUs of a node that, in place of a single one or beside several, makes it fit; or 0."""
+        for processes in range(1, sum(self.counts) + 1):
+            cpus = processes * self.bundle["CPU"]
+            total = {**(nodes[0].total if nodes else {}), "CPU": cpus}
+            node = NodeResources("", total, total)
+            if self.fits([node, *(nodes if len(nodes) > 1 else ())]):
+                return cpus
+        return 0
 
     def _fewer_processes(self, nodes: Sequence[NodeResources]) -> tuple[int, ...]:
         counts = list(self.counts)

@@ -183,6 +183,7 @@ class Host:
         )
         return WorkerError.wrap(
             error,
+            ray.cloudpickle.dumps,
             role=role,
             method=method,
             rank=self._context.rank,

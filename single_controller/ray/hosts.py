@@ -6,7 +6,9 @@ What is called on them is left to `calls`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,7 @@ from single_controller.ray.placement import Bundle, RayResourcePool
 
 __all__ = ["Hosts", "StartOptions"]
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _ASYNC_CALLS_IN_FLIGHT = 10_000
 
@@ -84,16 +86,15 @@ class Hosts:
         handles: list[Any] = []
         names = _names(spec, bundles, options.prefix)
         is_async = needs_event_loop(spec.roles)
-        actor = ray.remote(AsyncHost if is_async else Host)
+        actor = _actor_class(is_async)
         common = _actor_options(pool, kind, spec, options, is_async)
         try:
             for name, bundle in zip(names, bundles, strict=True):
                 place = PlacementGroupSchedulingStrategy(
                     placement_group=bundle.group, placement_group_bundle_index=bundle.index
                 )
-                handles.append(
-                    actor.options(**common, name=name, scheduling_strategy=place).remote()
-                )
+                own = {"name": name, "scheduling_strategy": place}
+                handles.append(actor.options(**{**common, **own}).remote())
             address, infos = _set_up(handles, bundles, kind, spec, options)
         except BaseException:
             _kill(handles)
@@ -119,6 +120,11 @@ class Hosts:
             ordered,
         )
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that each host holds."""
+        return self.infos[0].roles
+
     def turn(self, rank: int) -> tuple[str, int] | None:
         """The next call's place in a rank's order, where Ray keeps none."""
         return None if self._turns is None else (self._caller, self._turns[rank])
@@ -143,7 +149,7 @@ class Hosts:
         alive: bool = actors(handle._actor_id.hex())["State"] != "DEAD"
         if not alive and self.broken is None:
             self.broken = f"the group lost a rank: {handle} died"
-            logger.error(self.broken)
+            _logger.error(self.broken)
         return alive
 
     def site(self, role: str, method: str, rank: int) -> CallSite:
@@ -190,7 +196,7 @@ class Hosts:
         self._running, self._running_why = diagnosis.running, why
         if diagnosis.died:
             self.broken = f"the group lost a rank: {diagnosis.error.args[0]}"
-            logger.error(self.broken)
+            _logger.error(self.broken)
 
     def close(self) -> None:
         """End all processes; calls then raise GroupBrokenError."""
@@ -198,6 +204,11 @@ class Hosts:
         self.broken = self.broken or "the group is closed"
         if ray.is_initialized():
             _kill(handles)
+
+
+@functools.cache
+def _actor_class(is_async: bool) -> Any:
+    return ray.remote(AsyncHost if is_async else Host)
 
 
 def _kill(handles: Sequence[Any]) -> None:
@@ -216,13 +227,16 @@ def _names(spec: ActorSpec, bundles: Sequence[Bundle], prefix: str) -> list[str]
 def _actor_options(
     pool: RayResourcePool, kind: DeviceKind, spec: ActorSpec, options: StartOptions, is_async: bool
 ) -> dict[str, Any]:
-    share = 1 / pool.max_colocate_count
     resources: dict[str, float] = {}
-    made: dict[str, Any] = {"num_cpus": pool.cpus_per_process * share, "resources": resources}
+    made: dict[str, Any] = {
+        "num_cpus": _share(pool.cpus_per_process, pool.max_colocate_count),
+        "resources": resources,
+    }
+    gpus = _share(pool.gpus_per_process, pool.max_colocate_count)
     if kind is not CPU and kind.resource == "GPU":
-        made["num_gpus"] = pool.gpus_per_process * share
+        made["num_gpus"] = gpus
     elif kind is not CPU:
-        resources[kind.resource] = pool.gpus_per_process * share
+        resources[kind.resource] = gpus
     if options.detached:
         made["lifetime"] = "detached"
     if is_async:
@@ -237,6 +251,11 @@ def _actor_options(
             "env_vars": {**runtime_env.get("env_vars", {}), **env},
         }
     return {**made, **given}
+
+
+def _share(amount: float, parts: int) -> float:
+    """1/parts of an amount, rounded down as Ray counts, so that all parts fit."""
+    return math.floor(amount / parts * 10_000) / 10_000
 
 
 def _worker_env(worker_env: Mapping[str, str] | None) -> dict[str, str]:

@@ -6,7 +6,6 @@ Processes are owned by `hosts`, a call on its way by `calls`.
 from __future__ import annotations
 
 import difflib
-import logging
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from single_controller.base.dispatch import Call
+from single_controller.base.plan import Call
+from single_controller.base.worker import Worker
 from single_controller.base.worker_group import (
     CallOptions,
     Pending,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["RayWorkerGroup"]
-
-logger = logging.getLogger(__name__)
 
 
 class RayWorkerGroup(WorkerGroup):
@@ -112,14 +110,23 @@ class RayWorkerGroup(WorkerGroup):
         self.ray_cls_with_init = ray_cls_with_init
         self.call_timeout_s = call_timeout_s
         self._hosts = hosts
+        self._classes: dict[str, type[Worker]] = {}
         if ray_cls_with_init is not None:
-            self._spec = ray_cls_with_init.actor_spec()
+            roles = ray_cls_with_init.actor_spec().roles
+            self._classes = {role: spec.cls for role, spec in roles.items()}
+            if tuple(roles) != hosts.roles:
+                raise ValueError(
+                    f"the running hosts hold roles {list(hosts.roles)}, and ray_cls_with_init says "
+                    f"{list(roles)}"
+                )
             self._take_role(ray_cls_with_init.role)
+        elif len(hosts.roles) == 1:
+            self._take_role(hosts.roles[0])
 
     def _take_role(self, role: str) -> None:
         self.role = role
-        if role:
-            self._bind(self._spec.roles[role].cls)
+        if role in self._classes:
+            self._bind(self._classes[role])
 
     @classmethod
     def from_detached(
@@ -194,21 +201,22 @@ class RayWorkerGroup(WorkerGroup):
         self.__dict__.update(self.spawn(prefix_set))
 
     def _view(self, role: str) -> RayWorkerGroup:
-        roles = list(self._spec.roles)
+        roles = self._hosts.roles
         if role not in roles:
             close = difflib.get_close_matches(str(role), roles, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UnknownRoleError(f"unknown role {role!r}: {hint}The hosts hold {roles}")
+            raise UnknownRoleError(f"unknown role {role!r}: {hint}The hosts hold {list(roles)}")
         view = object.__new__(type(self))
         WorkerGroup.__init__(view, self.resource_pool)
         view.resource_pool, view.ray_cls_with_init = self.resource_pool, self.ray_cls_with_init
-        view.call_timeout_s, view._hosts, view._spec = self.call_timeout_s, self._hosts, self._spec
+        view.call_timeout_s = self.call_timeout_s
+        view._hosts, view._classes = self._hosts, self._classes
         view._take_role(role)
         return view
 
     def _explain_missing(self, name: str) -> str:
         if not self.role:
-            roles = list(self._spec.roles)
+            roles = list(self._hosts.roles)
             return f"this group is the host of roles {roles}: call {name!r} on spawn({roles})[role]"
         return super()._explain_missing(name)
 
@@ -249,7 +257,7 @@ class RayWorkerGroup(WorkerGroup):
 
     def describe(self) -> GroupTable:
         """rank → role → node → device → pid, as a value that prints as a table."""
-        roles = (self.role,) if self.role else tuple(self._spec.roles)
+        roles = (self.role,) if self.role else self._hosts.roles
         return GroupTable.of(self._hosts.infos, roles)
 
     def start_worker_aliveness_check(self, every_n_seconds: float = 1) -> None:

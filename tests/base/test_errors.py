@@ -191,10 +191,6 @@ def test_a_timeout_tells_the_pending_ranks_also_after_pickling() -> None:
     assert (str(error), error.pending_ranks) == ("late", (1, 2))
 
 
-def test_a_timeout_carries_the_stacks_of_the_ranks_that_hang() -> None:
-    assert hasattr(CallTimeoutError("late", [1]), "stacks")
-
-
 @pytest.mark.parametrize(
     ("error", "also"),
     [

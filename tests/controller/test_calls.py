@@ -14,10 +14,9 @@ from tensordict import TensorDict
 
 from protocol import DataProto, DataProtoFuture
 from single_controller import CallTimeoutError, DispatchError, UnknownMethodError, WorkerError
-from single_controller.base import Worker
+from single_controller.base import PerRank, Worker
 from single_controller.base.custom import make_nd_compute_dataproto_dispatch_fn
 from single_controller.base.decorator import Dispatch, Execute, register
-from single_controller.base.dispatch import PerRank
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from single_controller.ray import calls as calls_module
 

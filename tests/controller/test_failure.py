@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
-from single_controller.base import Worker
+from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
-from single_controller.base.dispatch import PerRank
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from tests.waiting import eventually
 

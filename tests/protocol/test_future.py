@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import time
+import threading
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -40,7 +40,7 @@ class Producer:
     def _wait(self, timeout: float | None) -> None:
         if timeout is not None and timeout < self.seconds:
             raise TimeoutError(f"not done within {timeout} s")
-        time.sleep(self.seconds)
+        threading.Event().wait(self.seconds)
 
     def rows(self, timeout: float | None) -> int:
         self._wait(timeout)
@@ -129,9 +129,9 @@ class TestFetching:
             for producer in producers:
                 mine = set(ids(producer.batch)) & set(range(start, stop))
                 assert sum(b - a for a, b in producer.fetched) == len(mine)
-                assert bool(producer.fetched) == bool(mine)
+                assert bool(producer.fetched) == bool(mine or stop - start == sum(sizes))
 
-    @pytest.mark.parametrize("sizes", [(0,), (0, 0), (0, 2), (2, 2)])
+    @pytest.mark.parametrize("sizes", [(0,), (0, 2), (2, 2)])
     def test_zero_rows_come_with_their_columns_from_one_source(self, sizes: tuple[int]) -> None:
         producers = produce(*sizes)
         batch = DataProtoFuture(producers).fetch(0, 0)
@@ -186,7 +186,7 @@ class TestDeadline:
                 seen.append(timeout)
 
         lazy = DataProtoFuture([Recorder(producer.batch) for producer in produce(3)])
-        view = lazy.union(lazy.select(["ids"])).unpadded(1).shards(3, "padded")[2]
+        view = lazy.union(lazy.select(["ids"])).shards(3, "padded")[2]
         view.get(timeout=9.0)
         assert seen
         assert all(timeout is not None and 0 < timeout <= 9.0 for timeout in seen)
@@ -213,7 +213,7 @@ class TestShards:
             assert ids(shard.get()) == found[-1] == whole[start:stop]
             touched = [bool(producer.fetched) for producer in producers]
             overlapping = [bool({*ids(p.batch)} & {*whole[start:stop]}) for p in producers]
-            assert touched == overlapping or start == stop
+            assert touched == overlapping or stop - start in (0, sum(sizes))
         assert sum(found, []) == whole  # noqa: RUF017
 
     @given(sizes=sizes_of_producers, parts=parts_of_consumers)
@@ -228,7 +228,6 @@ class TestShards:
         padded = [i for shard in shards for i in ids(shard.get())]
         assert padded == [*range(rows), *[rows - 1] * (len(padded) - rows)]
         joined = DataProtoFuture.concat(shards)
-        assert ids(joined.unpadded(len(padded) - rows).get()) == list(range(rows))
         for start, stop in [(0, 1), (len(padded) - 1, len(padded)), (len(padded), len(padded))]:
             if 0 <= start <= stop <= len(padded):
                 assert ids(joined.fetch(start, stop)) == padded[start:stop]
@@ -269,9 +268,9 @@ class TestViews:
     def test_views_wait_for_nothing_until_used(self) -> None:
         producers = produce(2, 2)
         lazy = DataProtoFuture(producers)
-        view = DataProtoFuture.concat(lazy.select(["ids"]).union(lazy).unpadded(1).chunk(3))
+        view = DataProtoFuture.concat(lazy.select(["ids"]).union(lazy).chunk(4))
         assert [producer.waits for producer in producers] == [0, 0]
-        assert ids(view.get()) == [0, 1, 2]
+        assert ids(view.get()) == [0, 1, 2, 3]
 
     @pytest.mark.parametrize("keys", ["ids", ["ids"], iter(["ids"])])
     def test_selected_columns_are_all_that_is_kept(self, keys: Any) -> None:
@@ -301,21 +300,10 @@ class TestViews:
         with pytest.raises(ConflictError, match="ids"):
             future(2).union(other).get()
 
-    def test_nobody_fetches_padding(self) -> None:
-        producers = produce(2, 2)
-        assert ids(DataProtoFuture(producers).unpadded(2).get()) == [0, 1]
-        assert producers[1].fetched == []
-
-    def test_padding_may_be_known_only_later(self) -> None:
-        lazy = future(3, 2)
-        padded = DataProtoFuture.concat(lazy.shards(4, "padded"))
-        assert ids(padded.unpadded(lambda: -len(lazy) % 4).get()) == [0, 1, 2, 3, 4]
-
-    @pytest.mark.parametrize("padding", [-1, 3])
-    def test_more_padding_than_rows_is_refused_once_they_are_known(self, padding: int) -> None:
-        lazy = future(2).unpadded(padding)
-        with pytest.raises(RowCountError, match=f"between 0 and 2 rows; got {padding}"):
-            len(lazy)
+    def test_all_rows_bring_the_meta_info_of_sources_without_rows(self) -> None:
+        metrics = [DataProto(meta_info={"metrics": {"loss": i}}) for i in range(3)]
+        lazy = DataProtoFuture([Producer(batch) for batch in metrics])
+        assert lazy.get().meta_info == {"metrics": {"loss": [0, 1, 2]}}
 
     def test_there_must_be_something_to_concatenate(self) -> None:
         with pytest.raises(BatchError, match="at least one"):

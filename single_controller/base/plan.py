@@ -1,0 +1,102 @@
+"""The values that dispatch works with: markers, layouts, calls, plans. The modes are in
+`dispatch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Broadcast", "Call", "Layout", "Padding", "PerRank", "Plan"]
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Marks an argument that every rank gets whole, whatever the mode does with others."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """Marks an argument of which rank i gets `values[i]`, whatever the mode does with others."""
+
+    values: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a mode needs to know of a group.
+
+    `dp_ranks[i]`, below `dp_size`, is the shard that rank i gets; `collects[i]` tells whether
+    its output counts.
+    """
+
+    dp_ranks: tuple[int, ...]
+    collects: tuple[bool, ...]
+    dp_size: int
+
+    @classmethod
+    def flat(cls, world_size: int) -> Layout:
+        """Every rank is its own data-parallel rank."""
+        return cls(tuple(range(world_size)), (True,) * world_size, world_size)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.dp_ranks)
+
+    def subset(self, ranks: Sequence[int]) -> Layout:
+        """The layout of these ranks alone, their shards numbered anew in the order they come."""
+        kept = list(dict.fromkeys(self.dp_ranks[rank] for rank in ranks))
+        return Layout(
+            tuple(kept.index(self.dp_ranks[rank]) for rank in ranks),
+            tuple(self.collects[rank] for rank in ranks),
+            len(kept),
+        )
+
+    def collecting_ranks(self) -> tuple[int, ...]:
+        """The ranks whose outputs count, in the order of their shards."""
+        ranks = [rank for rank, collects in enumerate(self.collects) if collects]
+        return tuple(sorted(ranks, key=lambda rank: (self.dp_ranks[rank], rank)))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rank's arguments."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Rows that dispatch added behind `rows` real ones, so that `parts` shards come out equal."""
+
+    rows: int
+    parts: int
+
+    @property
+    def shard_rows(self) -> int:
+        return -(-self.rows // self.parts)
+
+    @property
+    def added(self) -> int:
+        return self.shard_rows * self.parts - self.rows
+
+    def real_rows(self, part: int) -> int:
+        """How many rows of shard `part` were in the caller's batch."""
+        return min(self.shard_rows, max(0, self.rows - part * self.shard_rows))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What dispatch decided for a call, kept until collect.
+
+    `answers` are the ranks whose outputs collect reads, in its order, and `shards` the shard
+    that each of them got. `padding` is a function because the rows of a future are known only
+    once it is done.
+    """
+
+    answers: tuple[int, ...]
+    shards: tuple[int, ...] = ()
+    padding: Callable[[], Padding] | None = None
