@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test test-oldest lint types check clean
 
 demo: $(READY)
 	$(BIN)/python examples/colocated_actor_critic.py $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest -o filterwarnings=default $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -21,9 +24,16 @@ types: $(READY)
 check: test lint types
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv* build *.egg-info
+
+define INSTALL
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(filter constraints%,$^) -e '.[dev]'
+touch $@
+endef
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	$(INSTALL)
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(INSTALL)

@@ -89,8 +89,10 @@ def main() -> int:
                 pool, create_colocated_worker_cls(roles), device_name=args.device
             ) as hosts,
         ):
-            shared = "" if pool.gpus_per_process == 1 else f", {args.ranks} ranks on one device"
-            print(f"running on {pool.device(args.device).name}{shared}\n\n{hosts.describe()}\n")
+            device = pool.device(args.device).name
+            shared = device != "cpu" and pool.gpus_per_process < 1
+            note = f", {args.ranks} ranks on one device" if shared else ""
+            print(f"running on {device}{note}\n\n{hosts.describe()}\n")
             group = hosts.spawn(prefix_set=roles.keys())
             print("actor.add: ", group["actor"].add(data).batch["a"].int().tolist())
             print("critic.sub:", group["critic"].sub(data).batch["a"].int().tolist())

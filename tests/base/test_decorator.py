@@ -6,6 +6,8 @@ import copy
 import importlib
 import inspect
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -290,3 +292,12 @@ def test_a_mode_without_functions_in_this_process_can_be_neither_used_nor_update
 )
 def test_names_are_where_verls_programs_import_them_from(module: str, names: list[str]) -> None:
     assert [n for n in names if not hasattr(importlib.import_module(module), n)] == []
+
+
+def test_a_worker_process_registers_methods_without_torch() -> None:
+    program = (
+        "import sys, single_controller.ray.host, single_controller.base.decorator\n"
+        "print([name for name in ('torch', 'tensordict', 'protocol') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
