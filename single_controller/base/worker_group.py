@@ -87,8 +87,8 @@ class Pending(abc.ABC):
         """Whether every rank has finished, well or not."""
 
     @abc.abstractmethod
-    def cancel(self) -> None:
-        """Drop the call where it has not started."""
+    def cancel(self) -> bool:
+        """Ask for the call to be dropped where it has not started; whether that can be asked."""
 
     @abc.abstractmethod
     def handles(self, batched: bool) -> list[Any]:
@@ -113,9 +113,13 @@ class CallFuture:
         """Whether every rank has finished, well or not."""
         return self._pending.done()
 
-    def cancel(self) -> None:
-        """Drop the call where it has not started; `result` then raises."""
-        self._pending.cancel()
+    def cancel(self) -> bool:
+        """Ask for the call to be dropped where its turn has not come; False if it will run.
+
+        Hosts with an `async def` method can drop it, and `result` then raises
+        `concurrent.futures.CancelledError`; the others run all that they were sent.
+        """
+        return self._pending.cancel()
 
     def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.to_thread(self.result).__await__()

@@ -17,6 +17,7 @@ from single_controller.errors import CallTimeoutError
 from single_controller.ray.failure import CallSite, translate
 from single_controller.ray.host import Late
 from single_controller.ray.hosts import Hosts
+from single_controller.ray.parcel import Parcel
 
 __all__ = ["Outbox", "RayPending", "RemoteBatch"]
 
@@ -39,11 +40,13 @@ class Outbox:
     def _outgoing(self, value: Any) -> Any:
         if isinstance(value, ray.ObjectRef):
             return Late(value)
-        key = id(value)
-        if self._uses[key] == 1 or _travels_inline(value):
+        if _travels_inline(value):
             return value
+        key = id(value)
+        if self._uses[key] == 1:
+            return Parcel(value)
         if key not in self._stored:
-            self._stored[key] = ray.put(value)
+            self._stored[key] = ray.put(Parcel(value))
         return self._stored[key]
 
 
@@ -140,8 +143,8 @@ class RayPending(Pending):
         ready, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0, fetch_local=False)
         return len(ready) == len(self._refs)
 
-    def cancel(self) -> None:
-        self._hosts.cancel(self._refs, self._turns)
+    def cancel(self) -> bool:
+        return self._hosts.cancel(self._turns)
 
     def handles(self, batched: bool) -> list[Any]:
         if not batched:

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from single_controller.errors import WorkerDiedError, WorkerError
+from single_controller.ray.host import CallDroppedError
 
 __all__ = ["CallSite", "Diagnosis", "diagnose", "translate"]
 
@@ -45,6 +52,8 @@ def translate(error: Exception, site: CallSite) -> Exception:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, WorkerError):
         return cause
+    if isinstance(cause, CallDroppedError):
+        return CancelledError(f"{site.role}.{site.method} was cancelled on rank {site.rank}")
     where: dict[str, Any] = {**vars(site), "remote_traceback": str(error), "when": time.time()}
     if isinstance(error, ActorDiedError | ActorUnavailableError | WorkerCrashedError):
         return WorkerDiedError(

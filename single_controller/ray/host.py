@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,18 @@ from single_controller.base.worker import WorkerContext, building
 from single_controller.device import DeviceKind
 from single_controller.errors import WorkerError
 from single_controller.ray.actor_spec import RoleSpec
+from single_controller.ray.parcel import ArrivedParcel
 
-__all__ = ["AsyncHost", "Envelope", "Host", "HostInfo", "HostPlace", "Late", "needs_event_loop"]
+__all__ = [
+    "AsyncHost",
+    "CallDroppedError",
+    "Envelope",
+    "Host",
+    "HostInfo",
+    "HostPlace",
+    "Late",
+    "needs_event_loop",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,10 @@ class Late:
     """A reference among the arguments, which the host resolves when the call's turn comes."""
 
     ref: ray.ObjectRef[Any]
+
+
+class CallDroppedError(Exception):
+    """The caller cancelled a call before its turn came."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +217,8 @@ class AsyncHost(Host):
     """
 
     def __init__(self) -> None:
+        # Ray warns of a `ray.get` that would block the loop; the ones here wait in threads.
+        ray._private.worker.blocking_get_inside_async_warned = True
         self._next: dict[str, int] = {}
         self._waiting: dict[tuple[str, int], asyncio.Event] = {}
         self._dropped: set[tuple[str, int]] = set()
@@ -258,7 +273,7 @@ class AsyncHost(Host):
             if envelope.turn in self._dropped:
                 self._dropped.remove(envelope.turn)
                 self._end_turn(envelope)
-                raise CancelledError(f"{envelope.role}.{envelope.method} was cancelled")
+                raise CallDroppedError
 
     def _end_turn(self, envelope: Envelope) -> None:
         if envelope.turn is not None:
@@ -276,6 +291,8 @@ def _arguments(envelope: Envelope, values: Sequence[Any]) -> tuple[list[Any], di
 
 
 def _resolved(value: Any, materialize: bool) -> Any:
+    if isinstance(value, ArrivedParcel):
+        return value.value()
     if isinstance(value, Late):
         return ray.get(value.ref)
     if materialize and _is_future(value):

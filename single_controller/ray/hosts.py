@@ -135,14 +135,15 @@ class Hosts:
         self._turns[rank] += 1
         return self._turns[rank] - 1
 
-    def cancel(self, refs: Sequence[Any], turns: Sequence[tuple[int, int]]) -> None:
-        """Drop calls that have not started. `turns` are their ranks and places in the order."""
-        if self._turns is None:
-            for ref in refs:
-                ray.cancel(ref)
-        else:
-            for rank, number in turns:
-                self.handles[rank].drop.remote((self._caller, number))
+    def cancel(self, turns: Sequence[tuple[int, int]]) -> bool:
+        """Ask for calls to be dropped whose turn has not come, by rank and place in its order.
+
+        Only hosts with a loop can be asked: another one reads nothing until its call returns, and
+        Ray runs what is queued there even after `ray.cancel`.
+        """
+        for rank, number in turns:
+            self.handles[rank].drop.remote((self._caller, number))
+        return bool(turns)
 
     def is_alive(self, handle: Any) -> bool:
         """Whether a host lives; if not, the group is broken from now on."""

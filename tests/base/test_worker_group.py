@@ -52,7 +52,7 @@ class Done(Pending):
     def done(self) -> bool:
         return True
 
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
         self.cancelled = True
 
     def handles(self, batched: bool) -> list[Any]:

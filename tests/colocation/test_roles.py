@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from protocol import DataProto
@@ -78,6 +81,10 @@ class Critic(Worker):
     async def wait_for_note(self) -> list[str]:
         while "go on" not in self.log:
             await asyncio.sleep(0.01)
+        return self.log
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def notes(self) -> list[str]:
         return self.log
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
@@ -153,14 +160,40 @@ def test_a_dispatched_batch_is_not_changed(roles: dict[str, RayWorkerGroup]) -> 
 def test_async_methods_interleave_and_others_keep_their_order(
     roles: dict[str, RayWorkerGroup],
 ) -> None:
-    import ray
-
     waiting = roles["critic"].wait_for_note()
     for i in range(30):
         roles["critic"].note(f"note {i}")
     roles["critic"].note("go on")
     for log in ray.get(waiting, timeout=30):
         assert log == [*(f"note {i}" for i in range(30)), "go on"]
+
+
+class Unreadable:
+    def __reduce__(self) -> Any:
+        return int, ("not a number",)
+
+
+def test_a_call_that_fails_before_it_runs_holds_up_no_later_one(
+    roles: dict[str, RayWorkerGroup],
+) -> None:
+    lost = roles["critic"].note(Unreadable())
+    roles["critic"].note("after")
+    assert roles["critic"].name() == ["critic"] * 2
+    with pytest.raises(ValueError, match="invalid literal"):
+        ray.get(lost)
+
+
+def test_a_cancelled_call_holds_up_no_later_one(roles: dict[str, RayWorkerGroup]) -> None:
+    @ray.remote(num_cpus=0)
+    def slow() -> str:
+        return str(threading.Event().wait(1))
+
+    roles["critic"].note(slow.remote())
+    dropped = roles["critic"].note.submit("never")
+    assert dropped.cancel()
+    with pytest.raises(CancelledError, match=r"critic\.note"):
+        dropped.result(timeout=30)
+    assert "never" not in roles["critic"].notes()[0]
 
 
 def test_a_spec_is_not_changed_by_starting_from_it(roles: dict[str, RayWorkerGroup]) -> None:

@@ -245,7 +245,7 @@ def test_an_argument_that_several_ranks_get_is_stored_once(
     )
     big = torch.zeros(1000)
     group.echo(big, y=big)
-    assert stored == [big]
+    assert [parcel._value for parcel in stored] == [big]
     group.replicated(batch(4))
     assert len(stored) == 2
     group.echo(1, y="short")
@@ -297,6 +297,16 @@ def test_submit_returns_at_once_and_await_works(group: RayWorkerGroup) -> None:
         return await asyncio.gather(*(group.echo.submit(i) for i in range(3)))
 
     assert asyncio.run(main()) == [[(r, i, None) for r in (0, 1)] for i in range(3)]
+
+
+def test_a_host_without_a_loop_says_that_it_cannot_drop_a_call(group: RayWorkerGroup) -> None:
+    before = group.count()
+    blocking = group.block.submit(0.5)
+    sent = group.echo.submit("once")
+    assert not sent.cancel()
+    assert sent.result(timeout=30) == [(0, "once", None), (1, "once", None)]
+    blocking.result()
+    assert group.count() == [count + 1 for count in before]
 
 
 def test_options_choose_ranks_and_a_deadline(group: RayWorkerGroup) -> None:

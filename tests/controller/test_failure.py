@@ -64,6 +64,21 @@ def test_an_error_names_role_method_rank_node_and_pid_and_keeps_its_type(
     assert isinstance(pickle.loads(pickle.dumps(error)), KeyError)
 
 
+class Unreadable:
+    """It pickles, and cannot be unpickled anywhere."""
+
+    def __reduce__(self) -> Any:
+        return int, ("not a number",)
+
+
+def test_an_argument_that_cannot_be_read_fails_its_call_and_no_other(
+    group: RayWorkerGroup,
+) -> None:
+    with pytest.raises(ValueError, match=r"Fragile.act failed on rank 0.*invalid literal"):
+        group.act(Unreadable())
+    assert group.act("fine") == ["fine"] * 2
+
+
 def test_several_failing_ranks_are_counted_and_the_first_is_shown(group: RayWorkerGroup) -> None:
     with pytest.raises(WorkerError, match=r"1 other rank failed as well") as caught:
         group.act("raise")
