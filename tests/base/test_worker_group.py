@@ -54,6 +54,7 @@ class Done(Pending):
 
     def cancel(self) -> bool:
         self.cancelled = True
+        return True
 
     def handles(self, batched: bool) -> list[Any]:
         return [Rows(x) if batched else ("ref", x) for x in self.outputs]
