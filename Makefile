@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+VERL := .venv-verl/.ready
 
-.PHONY: demo test test-oldest lint types check clean
+.PHONY: demo test test-oldest lint types check bench bench-verl clean
 
 demo: $(READY)
 	$(BIN)/python examples/colocated_actor_critic.py $(ARGS)
@@ -23,6 +24,12 @@ types: $(READY)
 
 check: test lint types
 
+bench: $(READY)
+	$(BIN)/python benchmarks/data_proto.py $(ARGS)
+
+bench-verl: $(READY) $(VERL)
+	$(BIN)/python benchmarks/data_proto.py --verl-python $(VERL:.ready=bin/python) $(ARGS)
+
 clean:
 	rm -rf .venv* build *.egg-info
 
@@ -37,3 +44,11 @@ $(READY): pyproject.toml constraints.txt
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(INSTALL)
+
+# The original, less most of what it asks for, to measure against.
+$(VERL):
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 ray==2.60.0 tensordict==0.10.0 'numpy<3' omegaconf transformers
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
+	touch $@

@@ -14,8 +14,7 @@ from tensordict import TensorDict
 from protocol import columns
 from protocol.columns import Column
 from protocol.data_proto import DataProto
-from protocol.errors import BatchError, BatchTypeError, RowCountError
-from protocol.keyed import leaves
+from protocol.errors import BatchError, BatchTypeError, MissingKeyError, RowCountError
 from protocol.table import DataProtoItem
 
 __all__ = [
@@ -59,28 +58,19 @@ def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
     """
     if not x:
         raise BatchError("cannot collate zero rows: pass at least one")
-    rows = [({} if item.batch is None else leaves(item.batch)) for item in x]
-    for i, item in enumerate(x):
-        if rows[i].keys() != rows[0].keys() or item.non_tensor_batch.keys() != set(
-            x[0].non_tensor_batch
-        ):
-            raise BatchError(
-                f"rows to collate must have the same keys; row 0 has {_keys(x[0])} "
-                f"and row {i} has {_keys(item)}"
+    rows = [item._tensors() for item in x]
+    keys = [[*tensors, *item.non_tensor_batch] for tensors, item in zip(rows, x, strict=True)]
+    for i, have in enumerate(keys):
+        if set(have) != set(keys[0]):
+            raise MissingKeyError(
+                f"rows to collate must have the same keys; row 0 has {keys[0]}, row {i} has {have}"
             )
     batch = None
     if x[0].batch is not None:
         tensors = {key: _stack(key, [row[key] for row in rows]) for key in rows[0]}
         batch = TensorDict(tensors, [len(x)], device=x[0].batch.device)
-    arrays = {
-        key: columns.as_object_array([item.non_tensor_batch[key] for item in x])
-        for key in x[0].non_tensor_batch
-    }
-    return DataProto(batch, arrays)
-
-
-def _keys(item: DataProtoItem) -> list[str]:
-    return [*([] if item.batch is None else item.batch.keys()), *item.non_tensor_batch]
+    objects = {key: [item.non_tensor_batch[key] for item in x] for key in x[0].non_tensor_batch}
+    return DataProto(batch, {k: columns.as_object_array(v) for k, v in objects.items()})
 
 
 def _stack(key: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -122,7 +112,7 @@ def _reshape(data: DataProto, dims: int, sizes: list[int] | None) -> DataProto:
         first = [int(np.prod(column.shape[:dims]))] if sizes is None else sizes
         return column.reshape(*first, *column.shape[dims:])
 
-    tensors = {k: reshape(k, v) for k, v in _tensors(data).items()}
+    tensors = {k: reshape(k, v) for k, v in data._tensors().items()}
     arrays = {k: reshape(k, v) for k, v in data.non_tensor_batch.items()}
     return DataProto.from_dict(tensors, arrays, data.meta_info)  # type: ignore[arg-type]
 
@@ -134,7 +124,7 @@ def all_gather_data_proto(data: DataProto, process_group: dist.ProcessGroup | No
     their device, everything else as pickled objects. meta_info stays that of this rank.
     """
     world = dist.get_world_size(process_group)
-    tensors = _tensors(data)
+    tensors = data._tensors()
     dense = {key: t for key, t in tensors.items() if type(t) is torch.Tensor and not t.is_nested}
     rest = data.select([key for key in tensors if key not in dense], meta_info_keys=[])
     others: list[Any] = [None] * world
@@ -145,15 +135,11 @@ def all_gather_data_proto(data: DataProto, process_group: dist.ProcessGroup | No
     whole = DataProto.concat([shard for shard, _ in others])
     gathered = {key: _all_gather(dense[key], counts, process_group) for key in dense}
     if data.batch is not None:
-        jagged = {key: t.to(tensors[key].device) for key, t in _tensors(whole).items()}
+        jagged = {key: t.to(tensors[key].device) for key, t in whole._tensors().items()}
         both = {**gathered, **jagged}
         source = {key: both[key] for key in tensors}
         data.batch = TensorDict(source, [sum(counts)], device=data.batch.device)
     data.non_tensor_batch = whole.non_tensor_batch
-
-
-def _tensors(data: DataProto) -> dict[Any, torch.Tensor]:
-    return {} if data.batch is None else leaves(data.batch)
 
 
 def _all_gather(

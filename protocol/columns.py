@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
 from tensordict import is_tensor_collection
 
 from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
+from protocol.shards import check_sizes
 
 __all__ = [
     "Column",
@@ -19,9 +20,12 @@ __all__ = [
     "as_object_array",
     "cat",
     "describe",
+    "differing_dim",
     "equal",
+    "flat_bytes",
     "from_rows",
     "is_nested",
+    "jagged",
     "jagged_parts",
     "nbytes",
     "normalize_index",
@@ -41,7 +45,7 @@ Index: TypeAlias = "slice | Sequence[int] | Sequence[bool] | np.ndarray[Any, Any
 # n + 1 `offsets` into that dim. Everything below is arithmetic on these two.
 
 
-def is_nested(column: object) -> bool:
+def is_nested(column: object) -> TypeGuard[torch.Tensor]:
     """Whether this is a nested tensor, jagged or strided: its rows differ in length."""
     return isinstance(column, torch.Tensor) and column.is_nested
 
@@ -75,9 +79,7 @@ def from_rows(tensors: Sequence[torch.Tensor], ragged_idx: int | None = None) ->
     """
     if not tensors:
         raise BatchError("a jagged tensor needs at least one row to know its dtype; got none")
-    if ragged_idx is None:
-        dims = [len(set(sizes)) > 1 for sizes in zip(*(t.shape for t in tensors), strict=False)]
-        ragged_idx = dims.index(True) + 1 if True in dims else 1
+    ragged_idx = ragged_idx or differing_dim(tensors) or 1
     dim = ragged_idx - 1
     kinds = {(t.dtype, t.shape[:dim], t.shape[dim + 1 :], t.dim() > dim) for t in tensors}
     if len(kinds) > 1 or tensors[0].dim() <= dim:
@@ -86,10 +88,17 @@ def from_rows(tensors: Sequence[torch.Tensor], ragged_idx: int | None = None) ->
             + ", ".join(sorted({f"{t.dtype} {tuple(t.shape)}" for t in tensors}))
         )
     lengths = torch.tensor([t.shape[dim] for t in tensors], device=tensors[0].device)
-    return _jagged(torch.cat(list(tensors), dim), _offsets(lengths), ragged_idx)
+    return jagged(torch.cat(list(tensors), dim), _offsets(lengths), ragged_idx)
 
 
-def _jagged(values: torch.Tensor, offsets: torch.Tensor, ragged_idx: int) -> torch.Tensor:
+def differing_dim(tensors: Sequence[torch.Tensor]) -> int | None:
+    """The first dim, counted with the batch dim, in which rows differ; None if there is none."""
+    sizes = enumerate(zip(*(t.shape for t in tensors), strict=False), start=1)
+    return next((dim for dim, lengths in sizes if len(set(lengths)) > 1), None)
+
+
+def jagged(values: torch.Tensor, offsets: torch.Tensor, ragged_idx: int) -> torch.Tensor:
+    """The nested tensor that `jagged_parts` takes apart."""
     return torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=ragged_idx)
 
 
@@ -115,9 +124,7 @@ def rows(column: Column) -> int:
 
 def nbytes(column: Column) -> int:
     """Bytes of the elements; of an object array, of the references only."""
-    if isinstance(column, torch.Tensor) and column.is_nested:
-        return jagged_parts(column)[0].nbytes
-    return column.nbytes
+    return (jagged_parts(column)[0] if is_nested(column) else column).nbytes
 
 
 def describe(column: Column) -> str:
@@ -130,12 +137,15 @@ def describe(column: Column) -> str:
     return f"{str(column.dtype).removeprefix('torch.')}{layout} ({', '.join(sizes)}{end})"
 
 
-def _shape(column: torch.Tensor) -> list[object]:
-    if not column.is_nested:
-        return list(column.shape)
-    if column.layout is torch.jagged:
-        return list(column.shape)
-    return [column.size(0), *("*" for _ in range(column.dim() - 1))]
+def _shape(column: torch.Tensor) -> Sequence[object]:
+    strided = column.is_nested and column.layout is not torch.jagged
+    return [column.size(0), *"*" * (column.dim() - 1)] if strided else column.shape
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a dense tensor as uint8 on the CPU; a view where it can be."""
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8)
 
 
 def take(column: Column, index: torch.Tensor) -> Column:
@@ -148,13 +158,13 @@ def take(column: Column, index: torch.Tensor) -> Column:
         return column.index_select(0, index)
     values, offsets, ragged_idx = jagged_parts(column)
     starts, lengths = offsets[:-1][index], offsets.diff()[index]
-    return _jagged(*_gather(values, starts, lengths, ragged_idx - 1), ragged_idx)
+    return jagged(*_gather(values, starts, lengths, ragged_idx - 1), ragged_idx)
 
 
 def row(column: Column, at: int) -> Any:
     """Row `at` (not negative) without the batch dim: a view of a tensor, an element of an array."""
-    one = slice_rows(column, at, at + 1)
-    return jagged_parts(one)[0] if isinstance(one, torch.Tensor) and one.is_nested else one[0]
+    one: Any = slice_rows(column, at, at + 1) if is_nested(column) else column[at]
+    return jagged_parts(one)[0] if is_nested(one) else one
 
 
 def slice_rows(column: Column, start: int, stop: int, step: int = 1) -> Column:
@@ -176,17 +186,16 @@ def split(column: Column, sizes: Sequence[int]) -> list[Column]:
     Raises:
         RowCountError: the sizes do not sum to the rows of the column.
     """
-    if sum(sizes) != rows(column) or min(sizes, default=0) < 0:
-        raise RowCountError(f"sizes must sum to {rows(column)} rows; got {list(sizes)}")
+    check_sizes(sizes, rows(column))
     if isinstance(column, torch.Tensor) and not column.is_nested:
-        return list(torch.split(column, list(sizes)))
+        return list(column.split_with_sizes(list(sizes)))  # torch.split takes twice as long
     bounds = pairwise(accumulate(sizes, initial=0))
     if not isinstance(column, torch.Tensor):
         return [column[a:b] for a, b in bounds]
     values, offsets, ragged_idx = jagged_parts(column)
     at = offsets.tolist()
     return [
-        _jagged(
+        jagged(
             values.narrow(ragged_idx - 1, at[a], at[b] - at[a]),
             offsets[a : b + 1] - at[a],
             ragged_idx,
@@ -218,9 +227,8 @@ def cat(columns: Sequence[Column]) -> Column:
     parts = [jagged_parts(column) for column in columns]  # type: ignore[arg-type]
     ragged_idx = parts[0][2]
     values = torch.cat([values for values, _, _ in parts], ragged_idx - 1)
-    return _jagged(
-        values, _offsets(torch.cat([offsets.diff() for _, offsets, _ in parts])), ragged_idx
-    )
+    lengths = torch.cat([offsets.diff() for _, offsets, _ in parts])
+    return jagged(values, _offsets(lengths), ragged_idx)
 
 
 def _signature(column: Column) -> tuple[object, ...]:
@@ -264,12 +272,7 @@ def repeat(
         return take(column, torch.repeat_interleave(torch.arange(count), counts.cpu()))
     if times < 0:
         raise BatchError(f"repeat_times must not be negative; got {times}")
-    times = int(times)
-    if isinstance(column, torch.Tensor) and not column.is_nested:
-        if interleave:
-            return column.repeat_interleave(times, dim=0)
-        return column.repeat(times, *([1] * (column.dim() - 1)))
-    index = torch.arange(count)
+    index, times = torch.arange(count), int(times)
     return take(column, index.repeat_interleave(times) if interleave else index.repeat(times))
 
 
@@ -299,9 +302,7 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
             f"list, ndarray or tensor; got {index!r:.80}"
         )
     try:
-        at = (
-            index if isinstance(index, torch.Tensor) else torch.from_numpy(np.asarray(index).copy())
-        )
+        at = index if isinstance(index, torch.Tensor) else torch.from_numpy(np.array(index))
     except (TypeError, ValueError):
         at = torch.empty(0, 0)
     if at.numel() == 0 and at.dim() == 1 and at.dtype != torch.bool:
@@ -323,6 +324,9 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
     return torch.where(at < 0, at + rows, at)
 
 
+_ATOMS = frozenset({str, bytes, int, bool, type(None)})
+
+
 def equal(a: object, b: object) -> bool:
     """Deep equality in which NaN equals NaN and cycles end.
 
@@ -332,6 +336,8 @@ def equal(a: object, b: object) -> bool:
 
 
 def _equal(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
+    if type(a) in _ATOMS and type(a) is type(b):  # most of what object columns hold
+        return bool(a == b)
     if a is b or (id(a), id(b)) in visiting:
         return True
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):

@@ -15,12 +15,7 @@ from tensordict import TensorDict
 from protocol import columns, meta, storage
 from protocol.columns import Column, Index
 from protocol.config import DataProtoConfig
-from protocol.errors import (
-    BatchError,
-    BatchTypeError,
-    ConflictError,
-    RowCountError,
-)
+from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
 from protocol.keyed import cat_columns, require_keys, union_columns
 from protocol.kinds import join_kinds, split_kinds
 from protocol.sampling import balance, mini_batches
@@ -160,7 +155,8 @@ class DataProto(Table):
         Raises:
             MissingKeyError: a key is not there; then nothing is removed.
         """
-        tensors, arrays, shared = self._tensors(), self.non_tensor_batch, self.meta_info
+        rows, tensors = len(self), self._tensors()
+        arrays, shared = self.non_tensor_batch, self.meta_info
         require_keys(batch_keys or (), tensors, "batch")
         require_keys(non_tensor_batch_keys or (), arrays, "non_tensor_batch")
         require_keys(meta_info_keys or (), shared, "meta_info")
@@ -169,9 +165,7 @@ class DataProto(Table):
             {key: arrays.pop(key) for key in non_tensor_batch_keys or ()},
             {key: shared.pop(key) for key in meta_info_keys or ()},
         )
-        if self.batch is not None:
-            size = self.batch.batch_size
-            self.batch = TensorDict(tensors, size, device=self.batch.device)
+        self._batch = self._unbuilt(tensors, (rows,))
         return popped
 
     def rename(
@@ -324,8 +318,7 @@ class DataProto(Table):
                 f"repeat_times must be an int >= 0, got {repeat_times!r}: "
                 "sample_level_repeat takes one count per row"
             )
-        rows = len(self) * int(repeat_times)
-        return self._map(lambda column: columns.repeat(column, repeat_times, interleave), rows)
+        return self._rows(columns.repeat(torch.arange(len(self)), repeat_times, interleave))
 
     def sample_level_repeat(self, repeat_times: Sequence[int] | torch.Tensor | Array) -> DataProto:
         """Row i `repeat_times[i]` times, which may be zero."""
@@ -334,8 +327,7 @@ class DataProto(Table):
                 "repeat_times type must be in [list, torch.Tensor, np.ndarray, tuple], "
                 f"got {type(repeat_times)}"
             )
-        index = columns.repeat(torch.arange(len(self)), repeat_times, interleave=True)
-        return self._rows(index)
+        return self._rows(columns.repeat(torch.arange(len(self)), repeat_times, interleave=True))
 
     def unfold_column_chunks(
         self, n_split: int, split_keys: Sequence[str] | None = None
@@ -344,10 +336,8 @@ class DataProto(Table):
 
         A column of shape (rows, n_split * k, ...) becomes (rows * n_split, k, ...).
         """
-        keys = list(split_keys or [])
-        require_keys(
-            keys, {**self._tensors(), **self.non_tensor_batch}, "batch or non_tensor_batch"
-        )
+        keys, everything = list(split_keys or []), {**self._tensors(), **self.non_tensor_batch}
+        require_keys(keys, everything, "batch or non_tensor_batch")
         total = len(self) * n_split
 
         def unfold(key: str, column: Column) -> Column:

@@ -11,17 +11,13 @@ import torch
 from tensordict import TensorDictBase
 
 from protocol import columns, summary
-from protocol.errors import (
-    BatchError,
-    BatchTypeError,
-    ConflictError,
-    MissingKeyError,
-)
+from protocol.errors import BatchError, BatchTypeError, ConflictError, MissingKeyError
 
 __all__ = [
     "cat_columns",
     "leaves",
     "require_keys",
+    "require_same_keys",
     "union_columns",
     "union_numpy_dict",
 ]
@@ -57,20 +53,25 @@ def require_keys(keys: Iterable[str], part: Mapping[str, Any], name: str) -> Non
         raise MissingKeyError(f"no {missing} in {name}, which has the keys {list(part)}")
 
 
+def require_same_keys(parts: Sequence[Iterable[Any]], what: str, name: str) -> None:
+    """Raise MissingKeyError unless all parts have the keys of the first."""
+    first = set(parts[0])
+    for i, keys in enumerate(map(set, parts)):
+        if keys != first:
+            lacks, adds = (sorted(map(str, some)) for some in (first - keys, keys - first))
+            raise MissingKeyError(
+                f"{what} must all have the same set of keys; "
+                f"{name} {i} lacks {lacks} and adds {adds}, comparing {name} 0 and {name} {i}"
+            )
+
+
 def cat_columns(shards: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """Concatenate the columns of all shards, key by key.
 
     Raises:
         BatchError: the shards differ in keys, or a column in kind, dtype or trailing shape.
     """
-    keys = set(shards[0])
-    for i, shard in enumerate(shards):
-        if set(shard) != keys:
-            raise BatchError(
-                f"batches to concatenate must have the same keys; {name} of shard {i} lacks "
-                f"{sorted(keys - set(shard), key=str)} and adds "
-                f"{sorted(set(shard) - keys, key=str)}, compared with shard 0"
-            )
+    require_same_keys(shards, "batches to concatenate", f"{name} of shard")
     whole = {}
     for key in shards[0]:
         try:

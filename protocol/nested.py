@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 
-from protocol.columns import cat, from_rows, is_nested, jagged_parts
+from protocol.columns import cat, differing_dim, from_rows, is_nested, jagged, jagged_parts
 from protocol.errors import BatchError, BatchTypeError
 
 __all__ = [
@@ -43,18 +43,12 @@ def nested_tensor_from_tensor_list(
         )
     dim = dims.pop()
     if ragged_idx is None:
-        ragged_idx = _differing_dim(tensors) or dim
+        ragged_idx = differing_dim(tensors) or dim
     if not 1 <= ragged_idx <= dim:
         raise BatchError(
             f"ragged_idx must be in [1, {dim}] for rows of {dim} dims. Got ragged_idx={ragged_idx}"
         )
     return from_rows(tensors, ragged_idx)
-
-
-def _differing_dim(rows: Sequence[torch.Tensor]) -> int | None:
-    """The first dim, counted with the batch dim, in which the rows differ."""
-    sizes = enumerate(zip(*(row.shape for row in rows), strict=True), start=1)
-    return next((dim for dim, lengths in sizes if len(set(lengths)) > 1), None)
 
 
 def concat_nested_tensors(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -85,10 +79,10 @@ def maybe_fix_3d_position_ids(data: TensorDict) -> None:
     Some versions of torch and tensordict lose it on the way through pickle or `consolidate`, and
     take dim 1 for the ragged one. Anything else is left as it is.
     """
-    ids = data.get("position_ids", None)
-    if not is_nested(ids) or ids.layout is not torch.jagged or ids._ragged_idx != 1:
+    ids: Any = data.get("position_ids", None)
+    nested: bool = is_nested(ids)
+    if not nested or ids.layout is not torch.jagged or ids._ragged_idx != 1:
         return
     values, offsets = ids.values(), ids.offsets()
     if values.dim() == 2 and values.shape[1] == int(offsets[-1]):
-        fixed = torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=2)
-        data.set("position_ids", fixed)
+        data.set("position_ids", jagged(values, offsets, 2))

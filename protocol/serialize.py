@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from protocol.columns import from_rows, is_nested, jagged_parts
+from protocol.columns import flat_bytes, from_rows, is_nested, jagged, jagged_parts
 from protocol.errors import BatchTypeError
 from protocol.keyed import leaves
 
@@ -34,8 +34,7 @@ def serialize_single_tensor(obj: torch.Tensor) -> _Serialized:
             f"a dense tensor is needed, got {type(obj).__name__}: "
             "serialize_tensordict also takes nested ones"
         )
-    flat = obj.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data
+    data = flat_bytes(obj).numpy().data
     return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), data
 
 
@@ -74,9 +73,7 @@ def deserialize_tensordict(arr: Any) -> TensorDict:
             columns[key] = from_rows([deserialize_single_tensor(row) for row in packed[1]], 1)
         else:
             values, offsets = map(deserialize_single_tensor, packed[1:3])
-            columns[key] = torch.nested.nested_tensor_from_jagged(
-                values, offsets, jagged_dim=packed[3]
-            )
+            columns[key] = jagged(values, offsets, packed[3])
     return TensorDict(columns, tuple(batch_size), device=device)
 
 

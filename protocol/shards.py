@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from protocol.errors import ChunkError
+from collections.abc import Sequence
 
-__all__ = ["balanced_sizes", "equal_sizes", "padded_sizes"]
+from protocol.errors import ChunkError, RowCountError
+
+__all__ = ["balanced_sizes", "check_sizes", "equal_sizes", "padded_sizes"]
 
 
 def equal_sizes(rows: int, parts: int) -> list[int]:
@@ -51,3 +53,9 @@ def padded_sizes(rows: int, parts: int) -> list[int]:
 def _check_parts(parts: int) -> None:
     if parts < 1:
         raise ChunkError(f"a batch is split into at least one chunk; got {parts}")
+
+
+def check_sizes(sizes: Sequence[int], rows: int) -> None:
+    """Raise RowCountError unless the sizes sum to `rows` and none is negative."""
+    if sum(sizes) != rows or min(sizes, default=0) < 0:
+        raise RowCountError(f"sizes must sum to {rows} rows; got {list(sizes)}")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
-from protocol.columns import as_object_array, jagged_parts
+from protocol.columns import as_object_array, flat_bytes, jagged, jagged_parts
 from protocol.errors import StorageError
 from protocol.keyed import leaves
 
@@ -31,15 +31,7 @@ _FORMAT = "single_controller.DataProto"
 _INDEX = "index"  # the tensor that holds the JSON; the header of a safetensors file is too small
 # Other dtypes are stored as bytes.
 _FLOATS = ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"]
-_NATIVE = [
-    *_FLOATS,
-    "bool",
-    "uint8",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-]  # the other dtypes are stored as bytes
+_NATIVE = [*_FLOATS, "bool", "uint8", "int8", "int16", "int32", "int64"]
 _DAMAGE = (
     *(SafetensorError, OSError, EOFError, pickle.UnpicklingError),
     *(AttributeError, LookupError, RuntimeError, TypeError, ValueError),
@@ -143,18 +135,16 @@ class _Writer:
             dtype, shape = str(value.dtype).removeprefix("torch."), list(value.shape)
             tensor = value.detach().resolve_conj().resolve_neg().cpu()
             if dtype not in _NATIVE:
-                tensor = tensor.contiguous().reshape(-1).view(torch.uint8)
+                tensor = flat_bytes(tensor)
             entry = {"kind": "tensor", "at": self._add(name, tensor), "dtype": dtype}
             return {**entry, "shape": shape, "requires_grad": value.requires_grad}
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufcmMSU":
             data = self._add(name, _as_bytes(value.tobytes()))
             return {"kind": "array", "at": data, "dtype": value.dtype.str, "shape": value.shape}
-        if (
-            type(value) is np.ndarray
-            and value.dtype.kind == "O"
-            and _is_json(value.ravel().tolist())
-        ):
-            return {"kind": "objects", "shape": value.shape, "items": value.ravel().tolist()}
+        if type(value) is np.ndarray and value.dtype.kind == "O":
+            items = value.ravel().tolist()
+            if _is_json(items):
+                return {"kind": "objects", "shape": value.shape, "items": items}
         if _is_json(value):
             return {"kind": "json", "value": value}
         if not self.allow_pickle:
@@ -196,10 +186,8 @@ class _Reader:
             return tensor.reshape(entry["shape"]).requires_grad_(entry["requires_grad"])
         if kind == "jagged":
             values, offsets = (self._decode(name, entry[part]) for part in ("values", "offsets"))
-            jagged = torch.nested.nested_tensor_from_jagged(
-                values, offsets, jagged_dim=entry["ragged_idx"]
-            )
-            return jagged.requires_grad_(entry["requires_grad"])
+            column = jagged(values, offsets, entry["ragged_idx"])
+            return column.requires_grad_(entry["requires_grad"])
         if kind == "array":
             data = self.tensors[entry["at"]].numpy()
             return np.frombuffer(bytearray(data), entry["dtype"]).reshape(entry["shape"])

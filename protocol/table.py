@@ -6,9 +6,10 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, TypeAlias, TypeVar, overload
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -18,31 +19,69 @@ from protocol import columns, summary, wire
 from protocol.columns import Column, Index
 from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
 from protocol.keyed import leaves, require_keys
+from protocol.shards import check_sizes
 
 __all__ = ["Array", "DataProtoItem", "Table"]
 
 _logger = logging.getLogger(__name__)
+_building = threading.RLock()
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 _Self = TypeVar("_Self", bound="Table")
 
 
-@dataclass
-class DataProtoItem:
-    """One row: tensors without the batch dim, one object per array, the whole meta_info."""
+class _Unbuilt(NamedTuple):
+    """What a TensorDict is built from once someone asks for it; cutting a batch does not."""
 
+    tensors: Mapping[Any, Column]
+    batch_size: tuple[int, ...]
+    device: torch.device | None
+
+
+@dataclass
+class _Fields:
     batch: TensorDict | None = None
     non_tensor_batch: dict[str, Any] = field(default_factory=dict)
     meta_info: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(eq=False, repr=False)
-class Table:
-    """Columns of equal rows, of two kinds (tensors and arrays), and meta_info about all rows."""
+class _Parts(_Fields):
+    """Tensors, arrays and meta_info, with the TensorDict built when it is first asked for."""
 
-    batch: TensorDict | None = None
-    non_tensor_batch: dict[str, Array] = field(default_factory=dict)
-    meta_info: dict[str, Any] = field(default_factory=dict)
+    _batch: TensorDict | _Unbuilt | None
+
+    @property
+    def batch(self) -> TensorDict | None:
+        """The tensors; None if there are none."""
+        if isinstance(self._batch, _Unbuilt):
+            with _building:  # what one thread writes into it must not be lost to another's
+                if isinstance(self._batch, _Unbuilt):
+                    tensors, size, device = self._batch
+                    self._batch = TensorDict(dict(tensors), size, device=device)
+        return self._batch
+
+    @batch.setter
+    def batch(self, batch: TensorDict | None) -> None:
+        self._batch = batch
+
+    def _tensors(self) -> dict[Any, Any]:
+        if isinstance(self._batch, _Unbuilt):
+            return dict(self._batch.tensors)
+        return {} if self._batch is None else leaves(self._batch)
+
+    def _unbuilt(self, tensors: Mapping[Any, Any], size: tuple[int, ...]) -> Any:
+        """Other tensors on the same device; None if there are none here."""
+        return None if self._batch is None else _Unbuilt(tensors, size, self._batch.device)
+
+
+@dataclass
+class DataProtoItem(_Parts):
+    """One row: tensors without the batch dim, one object per array, the whole meta_info."""
+
+
+@dataclass(eq=False, repr=False)
+class Table(_Parts):
+    """Columns of equal rows, of two kinds (tensors and arrays), and meta_info about all rows."""
 
     def __post_init__(self) -> None:
         self.non_tensor_batch = dict(self.non_tensor_batch or {})
@@ -55,10 +94,10 @@ class Table:
         Raises:
             BatchError: they are not, or the TensorDict has not exactly one batch dim.
         """
-        if self.batch is not None and len(self.batch.batch_size) != 1:
+        if self._batch is not None and len(self._batch.batch_size) != 1:
             raise BatchError(
                 "a batch has one batch dim (num_batch_dims=1); "
-                f"got a TensorDict of batch_size {list(self.batch.batch_size)}"
+                f"got a TensorDict of batch_size {list(self._batch.batch_size)}"
             )
         for key, array in self.non_tensor_batch.items():
             if not isinstance(array, np.ndarray):
@@ -75,10 +114,7 @@ class Table:
         self: _Self, tensors: Mapping[Any, Column], arrays: Mapping[str, Column], rows: int
     ) -> _Self:
         """A batch like this one, with a copy of its meta_info and other columns."""
-        batch = None
-        if self.batch is not None:
-            batch = TensorDict(dict(tensors), [rows], device=self.batch.device)
-        return type(self)(batch, arrays, self.meta_info)  # type: ignore[arg-type]
+        return type(self)(self._unbuilt(tensors, (rows,)), arrays, self.meta_info)  # type: ignore
 
     def _map(self: _Self, function: Callable[[Any], Column], rows: int) -> _Self:
         """Apply a function to every column; each result has `rows` rows."""
@@ -86,12 +122,9 @@ class Table:
         arrays = {key: function(column) for key, column in self.non_tensor_batch.items()}
         return self._new(tensors, arrays, rows)
 
-    def _tensors(self) -> dict[Any, torch.Tensor]:
-        return {} if self.batch is None else leaves(self.batch)
-
     def __len__(self) -> int:
-        if self.batch is not None:
-            return int(self.batch.batch_size[0])
+        if self._batch is not None:
+            return int(self._batch.batch_size[0])
         return columns.rows(next(iter(self.non_tensor_batch.values()), np.empty(0)))
 
     def __iter__(self) -> Iterator[DataProtoItem]:
@@ -121,12 +154,9 @@ class Table:
         if not -rows <= row < rows:
             raise RowIndexError(f"row {row} is out of range for a batch of {rows} rows")
         row %= rows
-        batch = None
-        if self.batch is not None:
-            tensors = {key: columns.row(column, row) for key, column in self._tensors().items()}
-            batch = TensorDict(tensors, [], device=self.batch.device)
+        tensors = {key: columns.row(column, row) for key, column in self._tensors().items()}
         arrays = {key: array[row] for key, array in self.non_tensor_batch.items()}
-        return DataProtoItem(batch, arrays, dict(self.meta_info))
+        return DataProtoItem(self._unbuilt(tensors, ()), arrays, dict(self.meta_info))
 
     def _rows(self: _Self, index: Index) -> _Self:
         at = columns.normalize_index(index, len(self))
@@ -177,23 +207,15 @@ class Table:
         Raises:
             RowCountError: the sizes do not sum to the rows.
         """
-        if sum(sizes) != len(self) or min(sizes, default=0) < 0:
-            raise RowCountError(f"sizes must sum to {len(self)} rows, got {list(sizes)}")
+        check_sizes(sizes, len(self))
+        tensors = {key: columns.split(c, sizes) for key, c in self._tensors().items()}
         arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
         return [
-            type(self)(batch, {key: parts[i] for key, parts in arrays.items()}, self.meta_info)  # type: ignore[misc]
-            for i, batch in enumerate(self._split_batch(sizes))
-        ]
-
-    def _split_batch(self, sizes: Sequence[int]) -> Sequence[TensorDict | None]:
-        if self.batch is None or not sizes:
-            return [None] * len(sizes)
-        tensors = self._tensors()
-        if not any(map(columns.is_nested, tensors.values())):
-            return self.batch.split(list(sizes))  # a third faster than column by column
-        parts = {key: columns.split(column, sizes) for key, column in tensors.items()}
-        return [
-            TensorDict({key: parts[key][i] for key in parts}, [size], device=self.batch.device)
+            self._new(
+                {key: parts[i] for key, parts in tensors.items()},
+                {key: parts[i] for key, parts in arrays.items()},
+                size,
+            )
             for i, size in enumerate(sizes)
         ]
 

@@ -10,13 +10,8 @@ import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
 from protocol import tensordict_rows
-from protocol.errors import (
-    BatchError,
-    BatchTypeError,
-    ConflictError,
-    MissingKeyError,
-    RowCountError,
-)
+from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
+from protocol.keyed import require_same_keys
 from protocol.nested import nested_tensor_from_tensor_list
 
 __all__ = [
@@ -103,13 +98,7 @@ def list_of_dict_to_tensordict(list_of_dicts: list[dict[str, Any]]) -> TensorDic
     """
     if not list_of_dicts:
         raise BatchError("list_of_dicts must have at least one dict, to know the keys; got none")
-    keys = set(list_of_dicts[0])
-    for row, values in enumerate(list_of_dicts):
-        if differing := sorted(keys ^ set(values)):
-            raise MissingKeyError(
-                f"all dicts must have the same keys; {differing} are in only one of row 0 and "
-                f"row {row}"
-            )
+    require_same_keys(list_of_dicts, "dicts", "row")
     columns_of = {key: [values[key] for values in list_of_dicts] for key in list_of_dicts[0]}
     return tensordict_rows.build(
         {key: _column_of_rows(key, rows) for key, rows in columns_of.items()}, [len(list_of_dicts)]

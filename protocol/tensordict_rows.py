@@ -16,8 +16,10 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 
 from protocol import columns
 from protocol.columns import Column
-from protocol.errors import BatchError, MissingKeyError, RowCountError
+from protocol.errors import BatchError, RowCountError
+from protocol.keyed import require_same_keys
 from protocol.nested import concat_nested_tensors
+from protocol.shards import check_sizes
 
 __all__ = ["build", "concat", "count_rows", "put", "slice_rows", "split", "stack", "take"]
 
@@ -77,8 +79,7 @@ def split(td: TensorDict, sizes: Sequence[int]) -> list[TensorDict]:
     Raises:
         RowCountError: the sizes do not sum to the rows.
     """
-    if sum(sizes) != count_rows(td) or min(sizes, default=0) < 0:
-        raise RowCountError(f"sizes must sum to {count_rows(td)} rows; got {list(sizes)}")
+    check_sizes(sizes, count_rows(td))
     return _map(td, sizes, lambda column: columns.split(column, sizes))
 
 
@@ -119,12 +120,7 @@ def concat(data: Sequence[TensorDict]) -> TensorDict:
     """
     counts = [count_rows(td) for td in data]
     first = data[0]
-    for shard, td in enumerate(data):
-        if differing := sorted(map(str, set(first.keys()) ^ set(td.keys()))):
-            raise MissingKeyError(
-                "TensorDicts to concatenate must all have the same set of keys; "
-                f"{differing} are in only one of shard 0 and shard {shard}"
-            )
+    require_same_keys([td.keys() for td in data], "TensorDicts to concatenate", "shard")
     size = torch.Size([sum(counts), *first.batch_size[1:]])
     joined = {
         key: _join(str(key), [value, *(td.get(key) for td in data[1:])], counts, size)

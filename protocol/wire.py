@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase, is_non_tensor
 
-from protocol.columns import jagged_parts
+from protocol.columns import flat_bytes, jagged, jagged_parts
 from protocol.errors import BatchError
 from protocol.tensordict_rows import build, stack
 
@@ -191,8 +191,7 @@ def _encode_tensor(tensor: torch.Tensor) -> _Tensor:
         if stride == 0 and shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     sent = tuple(tensor.shape)
-    flat = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    data = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data)
+    data = pickle.PickleBuffer(flat_bytes(tensor).numpy().data)
     return _Tensor(dtype, shape, sent, data, requires_grad)
 
 
@@ -201,10 +200,7 @@ def _decode(value: Any) -> Any:
         return _decode_tensor(value)
     if isinstance(value, _Jagged):
         values, offsets = _decode_tensor(value.values), _decode_tensor(value.offsets)
-        column = torch.nested.nested_tensor_from_jagged(
-            values, offsets, jagged_dim=value.ragged_idx
-        )
-        return column.requires_grad_(value.requires_grad)
+        return jagged(values, offsets, value.ragged_idx).requires_grad_(value.requires_grad)
     if isinstance(value, _Array):
         data = _bytes(value.data)
         if not data.numel():
