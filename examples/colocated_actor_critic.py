@@ -65,6 +65,8 @@ def main() -> int:
         "--uneven", action="store_true", help="let shards differ by a row, so any rows fit"
     )
     args = parser.parse_args()
+    if args.ranks < 1:
+        parser.error(f"--ranks must be at least 1; got {args.ranks}")
 
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level="ERROR")

@@ -166,7 +166,11 @@ def _rebuild_worker_error(message: str, where: Mapping[str, Any], pickled: bytes
     try:
         cause_type, args, state = pickle.loads(pickled)
         cause = _build(cause_type, cause_type, args, state)
-        error = _build(_dual_type(cause_type), cause_type, args, state)
+        error_type = _dual_type(cause_type)
+        if error_type is WorkerError:
+            error = WorkerError.__new__(WorkerError)
+        else:
+            error = _build(error_type, cause_type, args, state)
     except Exception:
         error, cause = WorkerError.__new__(WorkerError), None
     WorkerError.__init__(error, message, **where)
@@ -177,6 +181,12 @@ def _rebuild_worker_error(message: str, where: Mapping[str, Any], pickled: bytes
 
 @functools.cache
 def _dual_type(cause_type: Any) -> type[WorkerError]:
+    """A `WorkerError` that is a `cause_type`, save where Python gives raising one a meaning."""
+    if not issubclass(cause_type, Exception) or issubclass(
+        cause_type, StopIteration | StopAsyncIteration
+    ):
+        return WorkerError
+
     def reduce(self: Any) -> tuple[Any, ...]:
         return _rebuild_worker_error, (self.args[0], self._where, self._pickled_cause)
 

@@ -50,6 +50,7 @@ ORDER = [
     "single_controller.base.dispatch",
     "single_controller.base.custom",
     "single_controller.base.decorator",
+    "single_controller.base.method",
     "single_controller.base.rendezvous",
     "single_controller.base.worker",
     "single_controller.base.worker_group",

@@ -229,7 +229,8 @@ class ByRows(Mode):
                 raise DispatchError("the first argument must be a function, which all ranks get")
             args = (Broadcast(args[0]), *args[1:])
         batches = [v for v in (*args, *kwargs.values()) if _splits(v)]
-        pads = not self.uneven and any(_padding_enabled(batch) for batch in batches)
+        auto_padding = any(_padding_enabled(batch) for batch in batches)
+        pads = auto_padding and not self.uneven
         parts = layout.dp_size
 
         def spread(name: str, value: Any) -> Sequence[Any]:
@@ -248,7 +249,7 @@ class ByRows(Mode):
             padding = partial(_padding_of, batches[0], parts)
         elif pads:
             padding = partial(Padding, batch_rows(batches[0]), parts)
-        return replace(self.plan(layout), padding=padding), calls
+        return replace(self.plan(layout), padding=padding, auto_padding=auto_padding), calls
 
     def _shards(self, name: str, batch: Any, parts: int, pads: bool) -> Sequence[Any]:
         from protocol.batches import balanced_sizes, batch_rows, equal_sizes, pad_batch, split_batch
@@ -289,12 +290,12 @@ class ByRows(Mode):
         if self.merge == "list":
             return list(handles)
         if plan.padding is None:
-            return DataProtoFuture(handles)
+            return DataProtoFuture(handles, plan.auto_padding)
         real = [
             _RealRows(handle, shard, plan.padding)
             for handle, shard in zip(handles, plan.shards, strict=True)
         ]
-        return DataProtoFuture(real, auto_padding=True)
+        return DataProtoFuture(real, plan.auto_padding)
 
     def _unpadded(self, plan: Plan, outputs: Sequence[Any]) -> list[Any]:
         """Cut the rows that padding added; in a list, outputs of another length stay."""

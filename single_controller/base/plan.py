@@ -94,9 +94,10 @@ class Plan:
 
     `answers` are the ranks whose outputs collect reads, in its order, and `shards` the shard
     that each of them got. `padding` is a function because the rows of a future are known only
-    once it is done.
+    once it is done. `auto_padding`: a future of the result may be padded in turn.
     """
 
     answers: tuple[int, ...]
     shards: tuple[int, ...] = ()
     padding: Callable[[], Padding] | None = None
+    auto_padding: bool = False

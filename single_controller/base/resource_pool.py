@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 __all__ = ["ResourcePool"]
 
@@ -26,6 +27,11 @@ class ResourcePool:
         n_gpus_per_node: int = 8,
     ) -> None:
         self._store: list[int] = []
+        if not isinstance(process_on_nodes, Sequence | None):
+            raise ValueError(
+                "process_on_nodes must list the processes of each node, such as [2]; "
+                f"got {process_on_nodes!r}"
+            )
         for count in process_on_nodes or ():
             self.add_node(count)
         if max_colocate_count < 1:
@@ -35,12 +41,13 @@ class ResourcePool:
 
     def add_node(self, process_count: int) -> None:
         """Append a node with `process_count` processes."""
-        if not isinstance(process_count, int) or process_count < 1:
+        whole = isinstance(process_count, Integral) and not isinstance(process_count, bool)
+        if not whole or process_count < 1:
             raise ValueError(
                 "process_on_nodes must hold positive integers, one per node; "
                 f"got {process_count!r} for node {len(self._store)}"
             )
-        self._store.append(process_count)
+        self._store.append(int(process_count))
 
     @property
     def store(self) -> list[int]:
@@ -53,6 +60,9 @@ class ResourcePool:
 
     def __call__(self) -> list[int]:
         return self.store
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.store})"
 
     def local_world_size_list(self) -> list[int]:
         """For each rank, how many ranks its node has: `[2, 1]` gives `[2, 2, 1]`."""

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from single_controller.base.decorator import Dispatch, Execute, register
@@ -140,17 +141,17 @@ class Worker:
     def world_size(self) -> int:
         return self._context.world_size
 
-    @property
+    @cached_property
     def local_rank(self) -> int:
         """Index of this worker's device among the devices that its process sees."""
         return self._context.local_rank
 
-    @property
+    @cached_property
     def local_world_size(self) -> int:
         """How many ranks of this group its node has."""
         return self._context.local_world_size
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """The device this rank was given, `cpu` without an accelerator."""
         import torch

@@ -6,17 +6,15 @@ Starting processes, moving arguments and waiting are left to the backends.
 from __future__ import annotations
 
 import abc
-import asyncio
 import difflib
 import inspect
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from single_controller.base.custom import CustomMode
-from single_controller.base.decorator import MethodSpec, registered_methods
+from single_controller.base.decorator import registered_methods
 from single_controller.base.dispatch import Mode, OneToAll, RankZero
+from single_controller.base.method import BoundMethod, CallOptions, MethodBinding, Pending
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.worker import Worker
@@ -27,11 +25,7 @@ from single_controller.errors import (
 )
 
 __all__ = [
-    "BoundMethod",
-    "CallFuture",
-    "CallOptions",
     "ClassWithInitArgs",
-    "Pending",
     "WorkerGroup",
     "check_workers_alive",
     "worker_class",
@@ -67,143 +61,6 @@ def worker_class(cls: Any, role: str) -> type[Worker]:
     return cls
 
 
-@dataclass(frozen=True)
-class CallOptions:
-    """What a caller may ask of one call beyond its arguments."""
-
-    timeout_s: float | None = None
-    ranks: tuple[int, ...] | None = None
-
-
-class Pending(abc.ABC):
-    """A call on its way: what `WorkerGroup._submit` returns."""
-
-    @abc.abstractmethod
-    def wait(self, timeout_s: float | None) -> list[Any]:
-        """The outputs of the ranks that answer. Raises what went wrong."""
-
-    @abc.abstractmethod
-    def done(self) -> bool:
-        """Whether every rank has finished, well or not."""
-
-    @abc.abstractmethod
-    def cancel(self) -> bool:
-        """Ask for the call to be dropped where it has not started; whether that can be asked."""
-
-    @abc.abstractmethod
-    def handles(self, batched: bool) -> list[Any]:
-        """For each rank that answers, a source of its batch or a reference to its output."""
-
-
-class CallFuture:
-    """The result of a call that was submitted; `await` works too."""
-
-    def __init__(self, method: BoundMethod, plan: Plan, pending: Pending) -> None:
-        self._method, self._plan, self._pending = method, plan, pending
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Wait at most `timeout` seconds (None: as the call was told) for the merged result.
-
-        Raises:
-            WorkerError: a rank raised. CallTimeoutError: not all ranks finished in time.
-        """
-        return self._method.collect(self._plan, self._pending.wait(timeout))
-
-    def done(self) -> bool:
-        """Whether every rank has finished, well or not."""
-        return self._pending.done()
-
-    def cancel(self) -> bool:
-        """Ask for the call to be dropped where its turn has not come; False if it will run.
-
-        Hosts with an `async def` method can drop it, and `result` then raises
-        `concurrent.futures.CancelledError`; the others run all that they were sent.
-        """
-        return self._pending.cancel()
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return asyncio.to_thread(self.result).__await__()
-
-
-def _check_timeout(timeout_s: float | None) -> None:
-    if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s >= 0):
-        raise ValueError(f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}")
-
-
-class BoundMethod:
-    """A role's method on a group: call it, `submit` it, or set `options` first."""
-
-    def __init__(
-        self,
-        group: WorkerGroup,
-        name: str,
-        function: Callable[..., Any],
-        spec: MethodSpec,
-        options: CallOptions = CallOptions(),
-    ) -> None:
-        mode = spec.mode()
-        self.group, self.spec, self.call_options = group, spec, options
-        self.function = function
-        self.mode = mode.for_group(group) if isinstance(mode, CustomMode) else mode
-        self.__name__ = name
-        self.__doc__ = function.__doc__
-        signature = inspect.signature(function)
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
-        self._check = self.__signature__.bind if self.mode.signature_kept else None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.group._invoke(self, args, kwargs)
-
-    def submit(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> CallFuture:
-        """Send the call and return at once, whatever `blocking` the method is registered with."""
-        method = self.options(timeout_s=timeout_s) if timeout_s is not None else self
-        plan, pending = self.group._send(method, args, kwargs, deferred=False)
-        return CallFuture(self, plan, pending)
-
-    def options(
-        self, *, timeout_s: float | None = None, ranks: Iterable[int] | None = None
-    ) -> BoundMethod:
-        """The same method with a deadline, or on some ranks only.
-
-        With `ranks`, the call goes as if these, in this order, were the whole group.
-
-        Raises:
-            ValueError: a rank that the group does not have, or no rank.
-        """
-        chosen = self.call_options.ranks if ranks is None else tuple(ranks)
-        size = self.group.world_size
-        if chosen is not None and (not chosen or len(set(chosen) & set(range(size))) < len(chosen)):
-            raise ValueError(f"ranks must be some of 0 … {size - 1}, each once; got {chosen}")
-        _check_timeout(timeout_s)
-        timeout_s = self.call_options.timeout_s if timeout_s is None else timeout_s
-        return BoundMethod(
-            self.group, self.__name__, self.function, self.spec, CallOptions(timeout_s, chosen)
-        )
-
-    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise TypeError where the worker's method would not take these arguments."""
-        if self._check is not None:
-            try:
-                self._check(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{self.title}: {error}") from None
-
-    def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
-        """Merge the outputs; an error says which method's they were."""
-        try:
-            return self.mode.collect(plan, outputs)
-        except DispatchError as error:
-            raise DispatchError(f"{self.title}: {error}") from error.__cause__
-
-    @property
-    def title(self) -> str:
-        """The method as messages name it: `actor.update(batch: DataProto) -> DataProto`."""
-        return f"{self.group.role}.{self.__name__}{self.__signature__}"
-
-    def __repr__(self) -> str:
-        return f"<{self.title}, {self.spec.dispatch_mode}>"
-
-
 class WorkerGroup(abc.ABC):
     """All ranks of one role, called as if they were one local object.
 
@@ -215,6 +72,7 @@ class WorkerGroup(abc.ABC):
 
     def __init__(self, resource_pool: ResourcePool | None = None, **kwargs: Any) -> None:
         self._worker_cls: type[Worker] | None = None
+        self._methods: dict[str, MethodBinding] = {}
         self._layouts: dict[str, Layout] = {}
 
     @property
@@ -236,12 +94,11 @@ class WorkerGroup(abc.ABC):
 
     def _invoke(self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call, from the user's arguments to the merged result."""
-        mode, deferred = method.mode, not method.spec.blocking
+        mode, deferred = method.mode, not method.binding.spec.blocking
         plan, pending = self._send(method, args, kwargs, deferred)
         if deferred:
             return mode.promise(plan, pending.handles(mode.batched))
-        outputs = pending.wait(None)
-        return method.collect(plan, outputs)
+        return method.collect(plan, pending.wait(None))
 
     def _send(
         self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
@@ -260,11 +117,11 @@ class WorkerGroup(abc.ABC):
             calls = [at.get(rank) for rank in range(layout.world_size)]
             answers = tuple(ranks[i] for i in answers)
         pending = self._submit(
-            method.__name__,
+            method.binding.name,
             calls,
             answers,
             options,
-            materialize=method.spec.materialize_futures,
+            materialize=method.binding.spec.materialize_futures,
             deferred=deferred and mode.batched,
         )
         return plan, pending
@@ -293,17 +150,22 @@ class WorkerGroup(abc.ABC):
         """
         self._worker_cls = cls
         for name, (function, spec) in registered_methods(cls).items():
-            if hasattr(type(self), name):
+            if hasattr(type(self), name) or name in vars(self):
                 raise RegistrationError(
                     f"{cls.__name__}.{name} is registered under a name that every group has of "
                     "its own; rename the method"
                 )
-            self.__dict__[name] = BoundMethod(self, name, function, spec)
+            self._methods[name] = MethodBinding(name, function, spec)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_worker_cls" not in self.__dict__:
+        if name.startswith("__") or "_methods" not in self.__dict__:
             raise AttributeError(name)
+        if name in self._methods:
+            return BoundMethod(self, self._methods[name])
         raise UnknownMethodError(self._explain_missing(name))
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *self._methods]
 
     def _explain_missing(self, name: str) -> str:
         cls = self._worker_cls

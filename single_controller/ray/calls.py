@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError
 
+from single_controller.base.method import Pending
 from single_controller.base.plan import Call
-from single_controller.base.worker_group import Pending
 from single_controller.errors import CallTimeoutError
 from single_controller.ray.failure import CallSite, translate
 from single_controller.ray.host import Late
@@ -134,7 +134,8 @@ class RayPending(Pending):
             outputs = ray.get(self._refs, timeout=left)
         except GetTimeoutError:
             limit = timeout_s if timeout_s is not None else self._timeout_s
-            raise self._hosts.timed_out(self._refs, self._sites, limit or 0) from None
+            give_up = timeout_s is None
+            raise self._hosts.timed_out(self._refs, self._sites, limit or 0, give_up) from None
         except Exception as error:
             raise self._hosts.failed(error, self._refs, self._sites) from None
         return [outputs[i] for i in self._answers]

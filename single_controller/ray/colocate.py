@@ -44,7 +44,10 @@ class ColocatedClasses(RayClassWithInitArgs):
         options = self._own_options()
         for role, spec in self._specs.items():
             one = spec.actor_spec()
-            roles[role] = one.roles[spec.role]
+            for name, role_spec in one.roles.items():
+                name = role if name == spec.role else name
+                if roles.setdefault(name, role_spec) is not role_spec:
+                    raise RegistrationError(f"two roles of one host are called {name!r}")
             for key, value in one.options.items():
                 if options.setdefault(key, value) != value:
                     raise RegistrationError(
@@ -52,6 +55,9 @@ class ColocatedClasses(RayClassWithInitArgs):
                         f"{options[key]!r} and, for role {role!r}, {value!r}"
                     )
         return ActorSpec(roles, options)
+
+    def __repr__(self) -> str:
+        return f"ColocatedClasses({self._specs})"
 
 
 def _ray_spec(role: str, spec: Any) -> RayClassWithInitArgs:

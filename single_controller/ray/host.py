@@ -23,7 +23,7 @@ from single_controller.base.worker import WorkerContext, building
 from single_controller.device import DeviceKind
 from single_controller.errors import WorkerError
 from single_controller.ray.actor_spec import RoleSpec
-from single_controller.ray.parcel import ArrivedParcel
+from single_controller.ray.parcel import ArrivedParcel, Packed
 
 __all__ = [
     "AsyncHost",
@@ -166,9 +166,9 @@ class Host:
         try:
             args, kwargs = _arguments(envelope, values)
             output = _checked(self._method(envelope)(*args, **kwargs))
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             raise self._failure(envelope.role, envelope.method, error) from None
-        return output if envelope.answers else None
+        return Packed.wrap(output) if envelope.answers else None
 
     @ray.method(num_returns=2)
     def call_deferred(self, envelope: Envelope, *values: Any) -> tuple[int | None, Any]:
@@ -180,20 +180,11 @@ class Host:
     def _method(self, envelope: Envelope) -> Callable[..., Any]:
         return getattr(self._workers[envelope.role], envelope.method)  # type: ignore[no-any-return]
 
-    def _failure(self, role: str, method: str, error: Exception) -> Exception:
+    def _failure(self, role: str, method: str, error: BaseException) -> Exception:
         """What to raise for `error`; one that another worker raised passes as it is."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, WorkerError):
             return cause
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename != __file__] or frames
-        text = "".join(
-            [
-                "Traceback on the worker (most recent call last):\n",
-                *traceback.format_list(own),
-                *traceback.format_exception_only(error),
-            ]
-        )
         return WorkerError.wrap(
             error,
             ray.cloudpickle.dumps,
@@ -202,7 +193,7 @@ class Host:
             rank=self._context.rank,
             node_ip=_node_ip(),
             pid=os.getpid(),
-            remote_traceback=text,
+            remote_traceback=_own_traceback(error),
             when=time.time(),
         )
 
@@ -234,13 +225,16 @@ class AsyncHost(Host):
                 output = _checked(await pending)
             else:
                 args, kwargs = await self._resolve(envelope, values)
-                output = _checked(method(*args, **kwargs))
-        except Exception as error:
+                output = method(*args, **kwargs)
+                output = _checked(await output if inspect.isawaitable(output) else output)
+        except SystemExit as request:  # which would end the loop and leave the process
+            os._exit(request.code if isinstance(request.code, int) else 1)
+        except BaseException as error:
             raise self._failure(envelope.role, envelope.method, error) from None
         finally:
             if pending is None:
                 self._end_turn(envelope)
-        return output if envelope.answers else None
+        return Packed.wrap(output) if envelope.answers else None
 
     @ray.method(num_returns=2)
     async def call_deferred(self, envelope: Envelope, *values: Any) -> tuple[int | None, Any]:
@@ -271,7 +265,6 @@ class AsyncHost(Host):
                 event = self._waiting[envelope.turn] = asyncio.Event()
                 await event.wait()
             if envelope.turn in self._dropped:
-                self._dropped.remove(envelope.turn)
                 self._end_turn(envelope)
                 raise CallDroppedError
 
@@ -279,6 +272,7 @@ class AsyncHost(Host):
         if envelope.turn is not None:
             caller, number = envelope.turn
             self._next[caller] = number + 1
+            self._dropped.discard(envelope.turn)
             event = self._waiting.pop((caller, number + 1), None)
             if event is not None:
                 event.set()
@@ -306,8 +300,26 @@ def _is_future(value: Any) -> bool:
     return module is not None and isinstance(value, module.DataProtoFuture)
 
 
+def _own_traceback(error: BaseException) -> str:
+    """The traceback with its causes, without the frames of this package and of Ray."""
+    ours = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
+    shown: traceback.TracebackException | None
+    shown = whole = traceback.TracebackException.from_exception(error)
+    while shown is not None:
+        own = [frame for frame in shown.stack if not frame.filename.startswith(ours)]
+        shown.stack = traceback.StackSummary.from_list(own or shown.stack)
+        shown = shown.__cause__ or shown.__context__
+    return "".join(["On the worker: ", *whole.format()])
+
+
 def _checked(output: Any) -> Any:
     """Ray would take a generator for several results."""
+    if inspect.iscoroutine(output):
+        output.close()
+        raise TypeError(
+            "the method returned a coroutine: it is async under a decorator that hides it; let the "
+            "decorator's own function be `async def`"
+        )
     if inspect.isgenerator(output) or inspect.isasyncgen(output):
         raise TypeError("the method returned a generator, which cannot be sent; return a list")
     return output

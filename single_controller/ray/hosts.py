@@ -9,6 +9,8 @@ import contextlib
 import functools
 import logging
 import math
+import re
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,7 @@ from single_controller.ray.failure import CallSite, Diagnosis, diagnose
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace, needs_event_loop
 from single_controller.ray.placement import Bundle, RayResourcePool
 
-__all__ = ["Hosts", "StartOptions"]
+__all__ = ["Hosts", "StartOptions", "running_names"]
 
 _logger = logging.getLogger(__name__)
 
@@ -65,8 +67,8 @@ class Hosts:
         self._caller = uuid.uuid4().hex
         self._turns = None if ordered else [0] * len(self.handles)
         self.broken: str | None = None
-        self._running: tuple[tuple[int, Any], ...] = ()
-        self._running_why = ""
+        self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
+        self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
 
     @classmethod
     def start(
@@ -94,7 +96,7 @@ class Hosts:
                     placement_group=bundle.group, placement_group_bundle_index=bundle.index
                 )
                 own = {"name": name, "scheduling_strategy": place}
-                handles.append(actor.options(**{**common, **own}).remote())
+                handles.append(_launch(actor, {**common, **own}))
             address, infos = _set_up(handles, bundles, kind, spec, options)
         except BaseException:
             _kill(handles)
@@ -124,6 +126,11 @@ class Hosts:
     def roles(self) -> tuple[str, ...]:
         """The roles that each host holds."""
         return self.infos[0].roles
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the hosts have another caller, with an order of its own."""
+        ordered = self._turns is None
+        return Hosts, (self.handles, self.names, self.infos, self.address, ordered)
 
     def turn(self, rank: int) -> tuple[str, int] | None:
         """The next call's place in a rank's order, where Ray keeps none."""
@@ -162,13 +169,13 @@ class Hosts:
         if self.broken is not None:
             raise GroupBrokenError(self.broken)
         if not self.settle(0):
-            ranks = [rank for rank, _ in self._running]
-            raise GroupBrokenError(f"ranks {ranks} are still in a call that {self._running_why}")
+            ranks = sorted({rank for rank, _, _ in self._running})
+            raise GroupBrokenError(f"ranks {ranks} are still in a call that {self._running[0][2]}")
 
     def settle(self, timeout_s: float) -> bool:
         """Wait for the ranks that were still busy when a call failed; whether they finished."""
         if self._running:
-            refs = [ref for _, ref in self._running]
+            refs = [ref for _, ref, _ in self._running]
             _, pending = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=False)
             self._running = tuple(item for item in self._running if item[1] in pending)
         return not self._running
@@ -180,12 +187,13 @@ class Hosts:
         return diagnosis.error
 
     def timed_out(
-        self, refs: Sequence[Any], sites: Sequence[CallSite], timeout_s: float
+        self, refs: Sequence[Any], sites: Sequence[CallSite], timeout_s: float, give_up: bool
     ) -> CallTimeoutError:
-        """Note which ranks are still running; the error to raise."""
+        """The error to raise for ranks still running; with `give_up`, note them for later calls."""
         _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
-        running = tuple((s.rank, ref) for ref, s in zip(refs, sites, strict=True) if ref in pending)
-        self._running, self._running_why = running, f"was given up after {timeout_s:g} s"
+        running = [(s.rank, ref) for ref, s in zip(refs, sites, strict=True) if ref in pending]
+        if give_up:
+            self._note_running(running, f"was given up after {timeout_s:g} s")
         ranks = [rank for rank, _ in running]
         return CallTimeoutError(
             f"{sites[0].role}.{sites[0].method}: ranks {ranks} of {len(self.handles)} had not "
@@ -194,10 +202,15 @@ class Hosts:
         )
 
     def _note(self, diagnosis: Diagnosis, why: str) -> None:
-        self._running, self._running_why = diagnosis.running, why
+        self._note_running(diagnosis.running, why)
         if diagnosis.died:
             self.broken = f"the group lost a rank: {diagnosis.error.args[0]}"
             _logger.error(self.broken)
+
+    def _note_running(self, running: Sequence[tuple[int, Any]], why: str) -> None:
+        known = {ref for _, ref, _ in self._running}
+        added = tuple((rank, ref, why) for rank, ref in running if ref not in known)
+        self._running = (*self._running, *added)
 
     def close(self) -> None:
         """End all processes; calls then raise GroupBrokenError."""
@@ -212,10 +225,32 @@ def _actor_class(is_async: bool) -> Any:
     return ray.remote(AsyncHost if is_async else Host)
 
 
+def _launch(actor: Any, options: Mapping[str, Any]) -> Any:
+    try:
+        return actor.options(**options).remote()
+    except ValueError as error:
+        raise ResourceError(f"Ray cannot start a host with {dict(options)}: {error}") from error
+
+
 def _kill(handles: Sequence[Any]) -> None:
     for handle in handles:
         with contextlib.suppress(Exception):
             ray.kill(handle)
+
+
+def running_names(prefix: str, spec: ActorSpec | None) -> list[str]:
+    """Names of running hosts that were started with `prefix` and, where given, with `spec`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    roles = re.escape("_".join(spec.roles)) if spec else ".+"
+    pattern = re.compile(rf"{re.escape(prefix)}{roles}_\d+:\d+")
+    named = ray.util.list_named_actors()
+    found = [name for name in named if pattern.fullmatch(name)]
+    if not found:
+        raise ValueError(f"no running host has name_prefix {prefix!r}; named actors: {named}")
+    return found
 
 
 def _names(spec: ActorSpec, bundles: Sequence[Bundle], prefix: str) -> list[str]:

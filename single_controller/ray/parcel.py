@@ -5,11 +5,30 @@ that call with its role and rank, and not Ray's own reading of the task, which n
 from __future__ import annotations
 
 import pickle
+import sys
 from typing import Any
 
 from ray import cloudpickle
 
-__all__ = ["ArrivedParcel", "Parcel"]
+__all__ = ["ArrivedParcel", "Packed", "Parcel"]
+
+
+class Packed:
+    """A bare TensorDict that travels as a DataProto does; it arrives as a TensorDict."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from protocol import wire
+
+        return wire.unpack_tensordict, (wire.pack_tensordict(self._batch),)
+
+    @classmethod
+    def wrap(cls, value: Any) -> Any:
+        """`value`, or a TensorDict packed. Where tensordict is not loaded, there is none."""
+        module = sys.modules.get("tensordict")
+        return cls(value) if module is not None and isinstance(value, module.TensorDict) else value
 
 
 class Parcel:
@@ -20,16 +39,28 @@ class Parcel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         buffers: list[pickle.PickleBuffer] = []
-        data = cloudpickle.dumps(self._value, protocol=5, buffer_callback=buffers.append)
+        data = cloudpickle.dumps(
+            Packed.wrap(self._value), protocol=5, buffer_callback=buffers.append
+        )
         return ArrivedParcel, (data, *buffers)
 
 
 class ArrivedParcel:
-    """A value that has arrived, not read yet."""
+    """A value that has arrived in its receiver's own memory, or what reading it raised.
+
+    It is read at once, within Ray's reading of the task, because that is where Ray notes the
+    references it holds; the error waits until the call asks.
+    """
 
     def __init__(self, data: bytes, *buffers: Any) -> None:
-        self._data, self._buffers = data, buffers
+        self._value, self._error = None, None
+        try:
+            self._value = pickle.loads(data, buffers=[bytearray(buffer) for buffer in buffers])
+        except Exception as error:
+            self._error = error
 
     def value(self) -> Any:
-        """Read it. Raises whatever its unpickling raises."""
-        return pickle.loads(self._data, buffers=self._buffers)
+        """The value. Raises what reading it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value

@@ -101,6 +101,9 @@ class RayResourcePool(ResourcePool):
         placement_timeout_s: float = 60,
     ) -> None:
         super().__init__(process_on_nodes, max_colocate_count)
+        for name, amount in (("cpus", cpus_per_process), ("gpus", gpus_per_process)):
+            if not amount > 0:
+                raise ValueError(f"{name}_per_process must be more than 0; got {amount!r}")
         self.use_gpu = use_gpu
         self.name_prefix = name_prefix or uuid.uuid4().hex[:8]
         self.detached = detached
@@ -162,11 +165,20 @@ class RayResourcePool(ResourcePool):
         Raises:
             ResourceError: the cluster cannot hold the pool, or did not free it in time.
         """
-        return _bundles_of(self._reserve(strategy, None, self.device(device_name)))
+        kind = self.device(device_name)
+        groups = self._reserve(strategy, None, kind)
+        if kind is not CPU and kind.resource not in groups[0].bundle_specs[0]:
+            raise ResourceError(
+                f"the pool was reserved without {kind.resource}: its bundles are "
+                f"{groups[0].bundle_specs[0]}, and device_name={device_name!r} was asked for"
+            )
+        return _bundles_of(groups)
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
         if self.pgs is not None:
             return self.pgs
+        if not self.store:
+            raise ValueError("process_on_nodes must name the processes of at least one node")
         request = self.request(kind, strategy)
         if not request.fits(nodes := cluster_nodes()):
             raise ResourceError("the cluster cannot hold this pool: " + request.explain(nodes))
@@ -227,7 +239,13 @@ def _bundles_of(groups: Sequence[PlacementGroup]) -> tuple[Bundle, ...]:
     addresses = _node_addresses()
     bundles = []
     for group in groups:
-        nodes = placement_group_table(group)["bundles_to_node_id"]
+        table = placement_group_table(group)
+        nodes = table.get("bundles_to_node_id", {})
+        if table.get("state") != "CREATED" or not set(nodes.values()) <= set(addresses):
+            raise ResourceError(
+                "the pool's reservation is gone: Ray was started anew, a node was lost, or it was "
+                "removed. close() the pool to reserve it again"
+            )
         for index in range(group.bundle_count):
             bundles.append(Bundle(group, index, nodes[index], addresses[nodes[index]]))
     return tuple(bundles)

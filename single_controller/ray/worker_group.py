@@ -13,19 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.worker import Worker
-from single_controller.base.worker_group import (
-    CallOptions,
-    Pending,
-    WorkerGroup,
-    check_workers_alive,
-)
-from single_controller.errors import UnknownRoleError
+from single_controller.base.worker_group import WorkerGroup, check_workers_alive
+from single_controller.errors import RegistrationError, UnknownRoleError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.calls import Outbox, RayPending
 from single_controller.ray.host import Envelope
-from single_controller.ray.hosts import Hosts, StartOptions
+from single_controller.ray.hosts import Hosts, StartOptions, running_names
 from single_controller.ray.placement import RayResourcePool
 from single_controller.ray.table import GroupTable
 
@@ -88,8 +84,16 @@ class RayWorkerGroup(WorkerGroup):
         startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
         if resource_pool is None:
             hosts = _attach(worker_names, worker_handles, startup_timeout_s)
-        elif ray_cls_with_init is None:
-            raise ValueError("ray_cls_with_init must say what to start on the resource_pool")
+        elif not isinstance(ray_cls_with_init, RayClassWithInitArgs):
+            raise RegistrationError(
+                "ray_cls_with_init must say what to start, as RayClassWithInitArgs(cls, ...) or "
+                f"create_colocated_worker_cls(...); got {ray_cls_with_init!r}"
+            )
+        elif detached and not resource_pool.detached:
+            raise ValueError(
+                "detached=True needs a pool with detached=True: the group would die with the "
+                "pool's reservation when this driver exits"
+            )
         else:
             options = StartOptions(
                 prefix=name_prefix if name_prefix is not None else f"{uuid.uuid4().hex[:6]}_",
@@ -148,8 +152,8 @@ class RayWorkerGroup(WorkerGroup):
             ValueError: there are no such actors, or they are not all ranks of one group.
         """
         if worker_names is None and worker_handles is None and name_prefix is not None:
-            named = ray.util.list_named_actors()
-            worker_names = [name for name in named if name.startswith(name_prefix)]
+            spec = ray_cls_with_init.actor_spec() if ray_cls_with_init else None
+            worker_names = running_names(name_prefix, spec)
         return cls(
             None,
             ray_cls_with_init,
@@ -190,7 +194,8 @@ class RayWorkerGroup(WorkerGroup):
         Raises:
             UnknownRoleError: the hosts hold no such role.
         """
-        return {role: self._view(role) for role in prefix_set}
+        wanted = [prefix_set] if isinstance(prefix_set, str) else prefix_set
+        return {role: self._view(role) for role in wanted}
 
     def fuse(self, prefix_set: Iterable[str]) -> None:
         """Make each named role's group an attribute of this one: `group.actor.update(batch)`.
@@ -198,7 +203,11 @@ class RayWorkerGroup(WorkerGroup):
         Raises:
             UnknownRoleError: the hosts hold no such role.
         """
-        self.__dict__.update(self.spawn(prefix_set))
+        views = self.spawn(prefix_set)
+        for role in views:
+            if hasattr(type(self), role) or role in self._methods:
+                raise ValueError(f"role {role!r} cannot be an attribute: groups have one already")
+        self.__dict__.update(views)
 
     def _view(self, role: str) -> RayWorkerGroup:
         roles = self._hosts.roles
@@ -235,25 +244,30 @@ class RayWorkerGroup(WorkerGroup):
         outbox = Outbox(calls)
         answering = set(answers)
         sites, refs, rows_refs, turns = [], [], [], []
-        for rank, call in enumerate(calls):
-            if call is None:
-                continue
-            turn = hosts.turn(rank)
-            envelope = Envelope(
-                self.role, method, tuple(call.kwargs), materialize, rank in answering, turn
-            )
-            handle, values = hosts.handles[rank], outbox.values(call)
-            if deferred:
-                rows_ref, ref = handle.call_deferred.remote(envelope, *values)
-                rows_refs.append(rows_ref)
-            else:
-                ref = handle.call.remote(envelope, *values)
-            if turn is not None:
-                turns.append((rank, hosts.end_turn(rank)))
-            refs.append(ref)
-            sites.append(hosts.site(self.role, method, rank))
+        with hosts.sending:
+            for rank, call in enumerate(calls):
+                if call is None:
+                    continue
+                turn = hosts.turn(rank)
+                envelope = Envelope(
+                    self.role, method, tuple(call.kwargs), materialize, rank in answering, turn
+                )
+                handle, values = hosts.handles[rank], outbox.values(call)
+                if deferred:
+                    rows_ref, ref = handle.call_deferred.remote(envelope, *values)
+                    rows_refs.append(rows_ref)
+                else:
+                    ref = handle.call.remote(envelope, *values)
+                if turn is not None:
+                    turns.append((rank, hosts.end_turn(rank)))
+                refs.append(ref)
+                sites.append(hosts.site(self.role, method, rank))
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         return RayPending(hosts, sites, refs, rows_refs, turns, answers, timeout_s)
+
+    def __repr__(self) -> str:
+        what = self.role or f"roles {list(self._hosts.roles)}"
+        return f"<RayWorkerGroup of {what} on {self.world_size} ranks>"
 
     def describe(self) -> GroupTable:
         """rank → role → node → device → pid, as a value that prints as a table."""

@@ -16,15 +16,10 @@ from protocol.batches import batch_rows, slice_batch
 from single_controller.base import ClassWithInitArgs, Worker, WorkerGroup
 from single_controller.base.custom import make_nd_compute_dataproto_dispatch_fn
 from single_controller.base.decorator import Dispatch, Execute, register
-from single_controller.base.dispatch import Broadcast, Call, PerRank
+from single_controller.base.method import CallFuture, CallOptions, Pending
+from single_controller.base.plan import Broadcast, Call, PerRank
 from single_controller.base.worker import WorkerContext, building
-from single_controller.base.worker_group import (
-    CallFuture,
-    CallOptions,
-    Pending,
-    check_workers_alive,
-    worker_class,
-)
+from single_controller.base.worker_group import check_workers_alive, worker_class
 from single_controller.errors import DispatchError, RegistrationError, UnknownMethodError
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import ray
 import torch
 
 from protocol import DataProto
-from single_controller import RegistrationError, UnknownRoleError, WorkerError
+from single_controller import RegistrationError, UnknownRoleError, WorkerDiedError, WorkerError
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import (
@@ -27,6 +29,7 @@ from single_controller.ray import (
     create_colocated_worker_cls_fused,
     create_colocated_worker_raw_cls,
 )
+from tests.waiting import eventually
 
 
 class Actor(Worker):
@@ -194,6 +197,50 @@ def test_a_cancelled_call_holds_up_no_later_one(roles: dict[str, RayWorkerGroup]
     with pytest.raises(CancelledError, match=r"critic\.note"):
         dropped.result(timeout=30)
     assert "never" not in roles["critic"].notes()[0]
+
+
+def test_threads_may_call_the_same_roles_at_once(roles: dict[str, RayWorkerGroup]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(lambda _: roles["critic"].name(), range(40), timeout=60))
+    assert outputs == [["critic"] * 2] * 40
+
+
+def test_a_group_may_be_called_from_another_process_too(roles: dict[str, RayWorkerGroup]) -> None:
+    @ray.remote(num_cpus=0)
+    def elsewhere(group: RayWorkerGroup) -> list[str]:
+        return group.name()
+
+    assert ray.get(elsewhere.remote(roles["critic"]), timeout=60) == ["critic"] * 2
+    assert roles["critic"].name() == ["critic"] * 2
+
+
+def test_an_async_role_that_exits_is_a_death_and_no_hang(pool: RayResourcePool) -> None:
+    class Leaving(Worker):
+        @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+        async def leave(self) -> None: ...
+
+        @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+        def exit(self) -> None:
+            sys.exit(3)
+
+    with (
+        RayWorkerGroup(pool, RayClassWithInitArgs(Leaving), call_timeout_s=60) as group,
+        pytest.raises(WorkerDiedError, match=r"Leaving\.exit"),
+    ):
+        group.exit()
+
+
+def test_a_dropped_group_ends_its_processes_without_waiting_for_the_collector(
+    pool: RayResourcePool,
+) -> None:
+    gc.disable()
+    try:
+        group = RayWorkerGroup(pool, SPECS["actor"])
+        pids = group.pid()
+        del group
+        assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+    finally:
+        gc.enable()
 
 
 def test_a_spec_is_not_changed_by_starting_from_it(roles: dict[str, RayWorkerGroup]) -> None:

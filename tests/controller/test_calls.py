@@ -1,9 +1,7 @@
-"""Calls through Ray: what travels, what comes back, in which of the forms a call has."""
+"""Calls through Ray: what travels, and what comes back."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,127 +10,12 @@ import ray
 import torch
 from tensordict import TensorDict
 
-from protocol import DataProto, DataProtoFuture
-from single_controller import CallTimeoutError, DispatchError, UnknownMethodError, WorkerError
+from protocol import DataProto
+from single_controller import DispatchError, UnknownMethodError, WorkerError
 from single_controller.base import PerRank, Worker
-from single_controller.base.custom import make_nd_compute_dataproto_dispatch_fn
-from single_controller.base.decorator import Dispatch, Execute, register
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from single_controller.ray import RayWorkerGroup
 from single_controller.ray import calls as calls_module
-
-
-class Probe(Worker):
-    def __init__(self, meshes: bool = True) -> None:
-        super().__init__()
-        self.calls = 0
-        if meshes:
-            self._register_dispatch_collect_info("tp", dp_rank=0, is_collect=self.rank == 1)
-            self._register_dispatch_collect_info("dp", dp_rank=self.rank, is_collect=True)
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def count(self) -> int:
-        return self.calls
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def echo(self, x: Any, y: Any = None) -> Any:
-        self.calls += 1
-        return self.rank, x, y
-
-    @register()
-    def scatter(self, x: Any, y: Any = None) -> Any:
-        return self.rank, x, y
-
-    @register(dispatch_mode=Dispatch.RANK_ZERO)
-    def lead(self, x: Any) -> Any:
-        return self.rank, x
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
-    def lead_too(self, x: Any) -> Any:
-        return self.rank, x
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
-    def later(self, x: Any) -> Any:
-        return self.rank, x
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
-    def add_rank(self, data: Any) -> Any:
-        if isinstance(data, DataProto):
-            data.batch["a"] += self.rank
-            data.non_tensor_batch["s"] = data.non_tensor_batch["s"] + f"@{self.rank}"
-            data.meta_info["metrics"] = {"rank": self.rank}
-        else:
-            data["a"] = data["a"] + self.rank
-        return data
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
-    def add_rank_later(self, data: DataProto) -> DataProto:
-        return self.add_rank(data)
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False)
-    def grow(self, data: DataProto) -> DataProto:
-        return data.repeat(1 + self.rank)
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True)
-    def uneven_rows(self, data: DataProto) -> DataProto:
-        data.meta_info["metrics"] = {"rows": len(data)}
-        return data
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
-    def metric(self, data: DataProto) -> dict[str, float]:
-        return {"sum": data.batch["a"].sum().item(), "rank": self.rank}
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
-    def no_batch(self, data: DataProto) -> int:
-        return 3
-
-    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn("tp"))
-    def replicated(self, data: DataProto) -> DataProto:
-        data.batch["a"] += self.rank
-        return data
-
-    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn("dp"))
-    def meshed(self, data: DataProto) -> DataProto:
-        return self.add_rank(data)
-
-    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn("absent"))
-    def lost(self, data: DataProto) -> DataProto:
-        return data
-
-    @register(dispatch_mode=Dispatch.DIRECT_ROLLOUT_METHOD)
-    def direct(self) -> None: ...
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def block(self, seconds: float) -> None:
-        import threading
-
-        threading.Event().wait(seconds)
-
-    def unregistered(self, x: int) -> int:
-        return self.rank * x
-
-
-@pytest.fixture(scope="module")
-def group(pool: RayResourcePool) -> Iterator[RayWorkerGroup]:
-    with RayWorkerGroup(pool, RayClassWithInitArgs(Probe)) as two:
-        yield two
-
-
-@pytest.fixture(scope="module")
-def three(cluster: None) -> Iterator[RayWorkerGroup]:
-    with (
-        RayResourcePool([3], cpus_per_process=0.5) as pool,
-        RayWorkerGroup(pool, RayClassWithInitArgs(Probe, meshes=False)) as group,
-    ):
-        yield group
-
-
-def batch(rows: int = 6, **options: Any) -> DataProto:
-    strings = np.array([f"s{i}" for i in range(rows)], dtype=object)
-    return DataProto.from_dict({"a": torch.arange(float(rows))}, {"s": strings}, **options)
-
-
-def values(data: DataProto) -> list[float]:
-    return data.batch["a"].tolist()
+from tests.controller.probe import batch, values
 
 
 def test_one_to_all_gives_every_rank_everything(group: RayWorkerGroup) -> None:
@@ -155,12 +38,6 @@ def test_rank_zero_modes_call_rank_zero_alone(group: RayWorkerGroup) -> None:
 def test_a_direct_method_is_refused_on_the_group(group: RayWorkerGroup) -> None:
     with pytest.raises(NotImplementedError, match="Direct rollout call is forbidden"):
         group.direct()
-
-
-def test_without_blocking_references_come_in_the_shape_of_the_result(
-    group: RayWorkerGroup,
-) -> None:
-    assert ray.get(group.later("x")) == [(0, "x"), (1, "x")]
 
 
 def test_a_batch_is_split_computed_on_and_merged(group: RayWorkerGroup) -> None:
@@ -260,65 +137,20 @@ def test_a_worker_may_write_into_what_it_received(group: RayWorkerGroup) -> None
     assert torch.equal(shared.batch["a"], before)
 
 
-def test_a_future_goes_to_a_group_of_another_size_by_rows(
-    group: RayWorkerGroup, three: RayWorkerGroup
-) -> None:
-    future = group.grow(batch(5))
-    assert isinstance(future, DataProtoFuture)
-    assert len(future) == 7
-    assert values(three.uneven_rows(future)) == [0, 1, 2, 3, 3, 4, 4]
-    chained = group.add_rank_later(three.grow(batch(3)))
-    assert values(chained.get()) == [0, 1, 1, 3, 3, 3]
+def test_arguments_outside_of_batches_are_private_and_writable_too(group: RayWorkerGroup) -> None:
+    shared = {"a": np.zeros(100_000), "t": torch.zeros(100_000)}
+    assert group.write(shared) == [2.0, 2.0]
+    assert shared["a"].sum() == 0
 
 
-def test_a_future_that_does_not_divide_is_refused_where_its_rows_are_known(
+def test_a_method_under_a_decorator_that_hides_its_signature_can_be_called(
     group: RayWorkerGroup,
 ) -> None:
-    with pytest.raises(AssertionError, match="only support equal chunk"):
-        group.add_rank(group.grow(batch(5)))
+    assert group.hidden(1, y=2) == [(0, 1, 2), (1, 1, 2)]
 
 
-def test_what_failed_in_a_producer_reaches_the_consumer_as_first_cause(
-    group: RayWorkerGroup, three: RayWorkerGroup
-) -> None:
-    broken = DataProto.from_dict({"b": torch.zeros(4)})
-    with pytest.raises(KeyError) as caught:
-        three.uneven_rows(group.add_rank_later(broken))
-    assert isinstance(caught.value, WorkerError)
-    assert caught.value.method == "add_rank_later"
-
-
-def test_submit_returns_at_once_and_await_works(group: RayWorkerGroup) -> None:
-    future = group.add_rank.submit(batch())
-    assert values(future.result(timeout=60)) == [0, 1, 2, 4, 5, 6]
-    assert future.done()
-
-    async def main() -> list[Any]:
-        return await asyncio.gather(*(group.echo.submit(i) for i in range(3)))
-
-    assert asyncio.run(main()) == [[(r, i, None) for r in (0, 1)] for i in range(3)]
-
-
-def test_a_host_without_a_loop_says_that_it_cannot_drop_a_call(group: RayWorkerGroup) -> None:
-    before = group.count()
-    blocking = group.block.submit(0.5)
-    sent = group.echo.submit("once")
-    assert not sent.cancel()
-    assert sent.result(timeout=30) == [(0, "once", None), (1, "once", None)]
-    blocking.result()
-    assert group.count() == [count + 1 for count in before]
-
-
-def test_options_choose_ranks_and_a_deadline(group: RayWorkerGroup) -> None:
-    assert group.echo.options(ranks=[1])("x") == [(1, "x", None)]
-    assert values(group.add_rank.options(ranks=[1, 0])(batch(2))) == [1, 1]
-    with pytest.raises(CallTimeoutError, match=r"block: ranks \[0, 1\] of 2") as caught:
-        group.block.options(timeout_s=0.2)(1.5)
-    assert caught.value.pending_ranks == (0, 1)
-    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] are still in a call"):
-        group.count()
-    group._hosts.settle(60)
-    assert len(group.count()) == 2
+def test_attributes_of_workers_may_have_the_names_of_ours(group: RayWorkerGroup) -> None:
+    assert group.execute_all_sync("own_device") == ["mine"] * 2
 
 
 def test_wrong_arguments_are_a_type_error_before_anything_is_sent(group: RayWorkerGroup) -> None:

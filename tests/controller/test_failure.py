@@ -29,6 +29,15 @@ class Fragile(Worker):
     def act(self, what: str) -> Any:
         if what == "raise":
             return {}["missing"]
+        if what == "chain":
+            try:
+                os.stat("/no/such/file")
+            except OSError as error:
+                raise RuntimeError("load failed") from error
+        if what == "stop":
+            raise StopIteration(5)
+        if what == "interrupt":
+            raise KeyboardInterrupt
         if what == "odd":
             raise OddError(7, hint="twist")
         if what == "die":
@@ -74,7 +83,7 @@ class Unreadable:
 def test_an_argument_that_cannot_be_read_fails_its_call_and_no_other(
     group: RayWorkerGroup,
 ) -> None:
-    with pytest.raises(ValueError, match=r"Fragile.act failed on rank 0.*invalid literal"):
+    with pytest.raises(ValueError, match=r"Fragile.act failed on rank [01].*invalid literal"):
         group.act(Unreadable())
     assert group.act("fine") == ["fine"] * 2
 
@@ -88,6 +97,40 @@ def test_several_failing_ranks_are_counted_and_the_first_is_shown(group: RayWork
 def test_an_error_type_with_an_odd_constructor_still_arrives(group: RayWorkerGroup) -> None:
     with pytest.raises(WorkerError, match="OddError: code 7"):
         group.act("odd")
+
+
+def test_the_cause_of_an_error_is_shown_with_it_and_our_own_frames_are_not(
+    group: RayWorkerGroup,
+) -> None:
+    with pytest.raises(RuntimeError, match="load failed") as caught:
+        group.act("chain")
+    text = str(caught.value)
+    assert "FileNotFoundError" in text
+    assert "/no/such/file" in text
+    assert "host.py" not in text
+
+
+@pytest.mark.parametrize("what", ["stop", "interrupt"])
+def test_an_exception_with_a_meaning_to_python_arrives_as_a_plain_worker_error(
+    group: RayWorkerGroup, what: str
+) -> None:
+    with pytest.raises(WorkerError, match=r"Fragile\.act failed on rank 0") as caught:
+        group.act(PerRank([what, "fine"]))
+    assert not isinstance(caught.value, StopIteration | KeyboardInterrupt)
+
+
+def test_every_call_that_is_still_running_keeps_the_group_from_waiting(
+    group: RayWorkerGroup,
+) -> None:
+    failing, slow = group.act.submit("raise"), group.act.options(timeout_s=0.5).submit("wait3")
+    with pytest.raises(TimeoutError):
+        slow.result()
+    with pytest.raises(KeyError):
+        failing.result()
+    with pytest.raises(GroupBrokenError, match="still in a call that was given up"):
+        group.act("fine")
+    group._hosts.settle(60)
+    assert group.act("fine") == ["fine"] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import ray
+from ray.util.placement_group import remove_placement_group
 
 from single_controller import ResourceError
 from single_controller.base import Worker
@@ -78,6 +79,43 @@ def test_a_full_pool_refuses_one_more_group_instead_of_hanging(cluster: None) ->
         pool.placement_timeout_s = 0.5
         with pytest.raises(ResourceError, match=r"ranks \[0\] got no process.*max_colocate"):
             RayWorkerGroup(pool, spec)
+
+
+def test_a_pool_reserved_for_cpus_refuses_another_device(cluster: None) -> None:
+    with RayResourcePool([1]) as pool:
+        pool.get_placement_groups()
+        with pytest.raises(ResourceError, match=r"reserved without GPU.*device_name='cuda'"):
+            RayWorkerGroup(pool, RayClassWithInitArgs(Worker), device_name="cuda")
+
+
+def test_a_reservation_that_is_gone_says_so(cluster: None) -> None:
+    pool = RayResourcePool([1])
+    for group in pool.get_placement_groups():
+        remove_placement_group(group)
+    assert eventually(lambda: free_cpus() == 8)
+    with pytest.raises(ResourceError, match=r"reservation is gone.*close\(\) the pool"):
+        RayWorkerGroup(pool, RayClassWithInitArgs(Worker))
+    pool.close()
+    with pool, RayWorkerGroup(pool, RayClassWithInitArgs(Worker)) as group:
+        assert group.world_size == 1
+
+
+def test_a_host_that_asks_for_more_than_a_bundle_is_refused(cluster: None) -> None:
+    spec = RayClassWithInitArgs(Worker)
+    spec.update_options({"num_cpus": 2})
+    with RayResourcePool([1]) as pool, pytest.raises(ResourceError, match="cannot start a host"):
+        RayWorkerGroup(pool, spec)
+
+
+@pytest.mark.parametrize("options", [{"cpus_per_process": 0}, {"gpus_per_process": -1}])
+def test_amounts_that_are_not_positive_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="_per_process must be more than 0"):
+        RayResourcePool([1], **options)
+
+
+def test_an_empty_pool_is_refused(cluster: None) -> None:
+    with pytest.raises(ValueError, match="at least one node"):
+        RayResourcePool([]).get_placement_groups()
 
 
 def test_pools_split_again_and_merge(cluster: None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from single_controller import CallTimeoutError, ResourceError
+from single_controller import CallTimeoutError, RegistrationError, ResourceError
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
@@ -96,15 +96,19 @@ def test_a_constructor_that_does_not_return_is_given_up_by_rank(pool: RayResourc
 
 
 def test_a_group_needs_something_to_start_and_somewhere(pool: RayResourcePool) -> None:
-    with pytest.raises(ValueError, match="ray_cls_with_init must say what to start"):
-        RayWorkerGroup(pool)
+    for wrong in (None, Member, RayWorkerGroup):
+        with pytest.raises(RegistrationError, match="ray_cls_with_init must say what to start"):
+            RayWorkerGroup(pool, wrong)
     with pytest.raises(ValueError, match="needs a resource_pool"):
         RayWorkerGroup()
 
 
 def test_another_group_object_attaches_to_running_hosts(pool: RayResourcePool) -> None:
     spec = RayClassWithInitArgs(Member)
-    started = RayWorkerGroup(pool, spec, name_prefix="kept_", detached=True)
+    with pytest.raises(ValueError, match="needs a pool with detached=True"):
+        RayWorkerGroup(pool, spec, detached=True)
+    kept = RayResourcePool([2], detached=True, cpus_per_process=0.5)
+    started = RayWorkerGroup(kept, spec, name_prefix="kept_", detached=True)
     for found in (
         RayWorkerGroup.from_detached(name_prefix="kept_", ray_cls_with_init=spec),
         RayWorkerGroup.from_detached(
@@ -114,7 +118,16 @@ def test_another_group_object_attaches_to_running_hosts(pool: RayResourcePool) -
     ):
         assert [env["RANK"] for env in found.environment()] == ["0", "1"]
         assert found.master_port == started.master_port
+    with pytest.raises(ValueError, match="no running host has name_prefix 'kept'"):
+        RayWorkerGroup.from_detached(name_prefix="kept", ray_cls_with_init=spec)
+    with pytest.raises(ValueError, match=r"hold roles \['Member'\], and .* says \['Worker'\]"):
+        RayWorkerGroup(
+            worker_handles=started.workers, ray_cls_with_init=RayClassWithInitArgs(Worker)
+        )
+    unbound = RayWorkerGroup(worker_handles=started.workers)
+    assert [env["RANK"] for env in unbound.execute_all_sync("environment")] == ["0", "1"]
     found.close()
+    kept.close()
     assert eventually(lambda: "kept_Member_0:0" not in ray.util.list_named_actors())
 
 

@@ -1,0 +1,177 @@
+"""A role's method on a group, and the future of a call of it. Sending is left to the group."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import inspect
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from single_controller.base.custom import CustomMode
+from single_controller.base.decorator import MethodSpec
+from single_controller.base.plan import Plan
+from single_controller.errors import DispatchError
+
+__all__ = ["BoundMethod", "CallFuture", "CallOptions", "MethodBinding", "Pending"]
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What a caller may ask of one call beyond its arguments."""
+
+    timeout_s: float | None = None
+    ranks: tuple[int, ...] | None = None
+
+
+class Pending(abc.ABC):
+    """A call on its way: what a group's `_submit` returns."""
+
+    @abc.abstractmethod
+    def wait(self, timeout_s: float | None) -> list[Any]:
+        """The outputs of the ranks that answer. Raises what went wrong.
+
+        `timeout_s` only ends this wait; None: wait as long as the call was told it may take.
+        """
+
+    @abc.abstractmethod
+    def done(self) -> bool:
+        """Whether every rank has finished, well or not."""
+
+    @abc.abstractmethod
+    def cancel(self) -> bool:
+        """Ask for the call to be dropped where it has not started; whether that can be asked."""
+
+    @abc.abstractmethod
+    def handles(self, batched: bool) -> list[Any]:
+        """For each rank that answers, a source of its batch or a reference to its output."""
+
+
+class _Group(Protocol):
+    """What a method needs of its group."""
+
+    role: str
+
+    @property
+    def world_size(self) -> int: ...
+
+    def _invoke(
+        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
+
+    def _send(
+        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
+    ) -> tuple[Plan, Pending]: ...
+
+
+class CallFuture:
+    """The result of a call that was submitted; `await` works too."""
+
+    def __init__(self, method: BoundMethod, plan: Plan, pending: Pending) -> None:
+        self._method, self._plan, self._pending = method, plan, pending
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the merged result, at most `timeout` seconds; then the call still runs on.
+
+        Raises:
+            WorkerError: a rank raised. CallTimeoutError: not all ranks finished in time.
+        """
+        return self._method.collect(self._plan, self._pending.wait(timeout))
+
+    def done(self) -> bool:
+        """Whether every rank has finished, well or not."""
+        return self._pending.done()
+
+    def cancel(self) -> bool:
+        """Ask for the call to be dropped where its turn has not come; False if it will run.
+
+        Only hosts with an `async def` method can be asked. `result` then raises
+        `concurrent.futures.CancelledError`, or gives the result where the call was under way.
+        """
+        return self._pending.cancel()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.to_thread(self.result).__await__()
+
+    def __repr__(self) -> str:
+        return f"<future of {self._method.title}, {'done' if self.done() else 'running'}>"
+
+
+class MethodBinding:
+    """What calls of a registered method need and a group knows once: mode, signature, checks."""
+
+    def __init__(self, name: str, function: Callable[..., Any], spec: MethodSpec) -> None:
+        self.name, self.function, self.spec, self.mode = name, function, spec, spec.mode()
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())
+        if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+            del parameters[0]  # self
+        self.signature = signature.replace(parameters=parameters)
+        self.bind = self.signature.bind if self.mode.signature_kept else None
+
+
+class BoundMethod:
+    """A role's method on a group: call it, `submit` it, or set `options` first."""
+
+    def __init__(
+        self, group: _Group, binding: MethodBinding, options: CallOptions = CallOptions()
+    ) -> None:
+        mode = binding.mode
+        self.group, self.binding, self.call_options = group, binding, options
+        self.mode = mode.for_group(group) if isinstance(mode, CustomMode) else mode
+        self.__name__ = binding.name
+        self.__doc__ = binding.function.__doc__
+        self.__signature__ = binding.signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.group._invoke(self, args, kwargs)
+
+    def submit(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> CallFuture:
+        """Send the call and return at once, whatever `blocking` the method is registered with."""
+        method = self.options(timeout_s=timeout_s) if timeout_s is not None else self
+        plan, pending = self.group._send(method, args, kwargs, deferred=False)
+        return CallFuture(self, plan, pending)
+
+    def options(
+        self, *, timeout_s: float | None = None, ranks: Iterable[int] | None = None
+    ) -> BoundMethod:
+        """The same method with a deadline, or on some ranks only.
+
+        With `ranks`, the call goes as if these, in this order, were the whole group.
+
+        Raises:
+            ValueError: a rank that the group does not have, no rank, or no time.
+        """
+        chosen = self.call_options.ranks if ranks is None else tuple(ranks)
+        size = self.group.world_size
+        if chosen is not None and (not chosen or len(set(chosen) & set(range(size))) < len(chosen)):
+            raise ValueError(f"ranks must be some of 0 … {size - 1}, each once; got {chosen}")
+        if timeout_s is None:
+            timeout_s = self.call_options.timeout_s
+        elif not (isinstance(timeout_s, int | float) and timeout_s >= 0):
+            raise ValueError(f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}")
+        return BoundMethod(self.group, self.binding, CallOptions(timeout_s, chosen))
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise TypeError where the worker's method would not take these arguments."""
+        if self.binding.bind is not None:
+            try:
+                self.binding.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{self.title}: {error}") from None
+
+    def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
+        """Merge the outputs; an error says which method's they were."""
+        try:
+            return self.mode.collect(plan, outputs)
+        except DispatchError as error:
+            raise DispatchError(f"{self.title}: {error}") from error.__cause__
+
+    @property
+    def title(self) -> str:
+        """The method as messages name it: `actor.update(batch: DataProto) -> DataProto`."""
+        return f"{self.group.role}.{self.__name__}{self.__signature__}"
+
+    def __repr__(self) -> str:
+        return f"<{self.title}, {self.binding.spec.dispatch_mode}>"
