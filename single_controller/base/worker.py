@@ -159,17 +159,17 @@ class Worker:
         name = self._context.device_name
         return torch.device(name) if name == CPU.name else torch.device(name, self.local_rank)
 
-    def get_master_addr_port(self) -> tuple[str, int]:
-        """Where `torch.distributed` of this group meets."""
-        return self._context.master_addr, self._context.master_port
+    def get_master_addr_port(self) -> tuple[str, str]:
+        """Where `torch.distributed` of this group meets, as it stands in the environment."""
+        return self._context.master_addr, str(self._context.master_port)
 
-    def get_available_master_addr_port(self) -> tuple[str, int]:
+    def get_available_master_addr_port(self) -> tuple[str, str]:
         """This node's address and a port that was free a moment ago, for a rendezvous of the
         user's own. Another program may take it; the group's own rendezvous has no such gap.
         """
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return _node_ip(), probe.getsockname()[1]
+            return _node_ip(), str(probe.getsockname()[1])
 
     get_availale_master_addr_port = get_available_master_addr_port  # veRL's spelling
 

@@ -19,10 +19,11 @@ import ray
 from ray.exceptions import RayTaskError
 
 from single_controller.base.rendezvous import Rendezvous
-from single_controller.base.worker import WorkerContext, building
+from single_controller.base.worker import Worker, WorkerContext, building
 from single_controller.device import DeviceKind
 from single_controller.errors import WorkerError
 from single_controller.ray.actor_spec import RoleSpec
+from single_controller.ray.colocate import FusedWorker
 from single_controller.ray.parcel import ArrivedParcel, Packed
 
 __all__ = [
@@ -130,13 +131,16 @@ class Host:
         os.environ.update(self._context.environment())
         if place.rank == 0:
             self._rendezvous.serve()
-        self._workers = self._context.peers
+        self._workers: dict[str, Worker] = {}
         for role, spec in roles.items():
             try:
                 with building(self._context):
-                    self._workers[role] = spec.cls(*spec.args, **spec.kwargs)
+                    worker = spec.cls(*spec.args, **spec.kwargs)
             except Exception as error:
                 raise self._failure(role, "__init__", error) from None
+            self._workers[role] = worker
+            if not isinstance(worker, FusedWorker):
+                self._context.peers[role] = worker
         self._kind = kind
         return self._info()
 
@@ -163,19 +167,22 @@ class Host:
 
     def call(self, envelope: Envelope, *values: Any) -> Any:
         """Run one method of one role."""
-        try:
-            args, kwargs = _arguments(envelope, values)
-            output = _checked(self._method(envelope)(*args, **kwargs))
-        except (Exception, KeyboardInterrupt) as error:
-            raise self._failure(envelope.role, envelope.method, error) from None
-        return Packed.wrap(output) if envelope.answers else None
+        return Packed.wrap(self._run(envelope, values))
 
     @ray.method(num_returns=2)
     def call_deferred(self, envelope: Envelope, *values: Any) -> tuple[int | None, Any]:
         """As `call`, with the output's rows apart from it: whoever needs some of the rows can
         tell whether to fetch it.
         """
-        return _with_rows(self.call(envelope, *values))
+        return _with_rows(self._run(envelope, values))
+
+    def _run(self, envelope: Envelope, values: Sequence[Any]) -> Any:
+        try:
+            args, kwargs = _arguments(envelope, values)
+            output = _checked(self._method(envelope)(*args, **kwargs))
+        except (Exception, KeyboardInterrupt) as error:
+            raise self._failure(envelope.role, envelope.method, error) from None
+        return output if envelope.answers else None
 
     def _method(self, envelope: Envelope) -> Callable[..., Any]:
         return getattr(self._workers[envelope.role], envelope.method)  # type: ignore[no-any-return]
@@ -215,6 +222,9 @@ class AsyncHost(Host):
         self._dropped: set[tuple[str, int]] = set()
 
     async def call(self, envelope: Envelope, *values: Any) -> Any:
+        return Packed.wrap(await self._run_in_turn(envelope, values))
+
+    async def _run_in_turn(self, envelope: Envelope, values: Sequence[Any]) -> Any:
         await self._turn(envelope)
         pending = None
         try:
@@ -234,11 +244,11 @@ class AsyncHost(Host):
         finally:
             if pending is None:
                 self._end_turn(envelope)
-        return Packed.wrap(output) if envelope.answers else None
+        return output if envelope.answers else None
 
     @ray.method(num_returns=2)
     async def call_deferred(self, envelope: Envelope, *values: Any) -> tuple[int | None, Any]:
-        return _with_rows(await self.call(envelope, *values))
+        return _with_rows(await self._run_in_turn(envelope, values))
 
     async def _run_async(
         self, method: Callable[..., Any], envelope: Envelope, values: Sequence[Any]
@@ -328,7 +338,7 @@ def _checked(output: Any) -> Any:
 def _with_rows(output: Any) -> tuple[int | None, Any]:
     from protocol.batches import batch_rows, is_batch
 
-    return batch_rows(output) if is_batch(output) else None, output
+    return batch_rows(output) if is_batch(output) else None, Packed.wrap(output)
 
 
 def _node_ip() -> str:

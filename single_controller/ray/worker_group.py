@@ -183,9 +183,9 @@ class RayWorkerGroup(WorkerGroup):
         return self._hosts.address[0]
 
     @property
-    def master_port(self) -> int:
+    def master_port(self) -> str:
         """The port of `master_address`, as bound by rank 0's process."""
-        return self._hosts.address[1]
+        return str(self._hosts.address[1])
 
     def spawn(self, prefix_set: Iterable[str]) -> dict[str, RayWorkerGroup]:
         """A group for each named role of the hosts. They share the processes; closing one, or

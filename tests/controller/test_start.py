@@ -55,7 +55,7 @@ def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
                 "RAY_LOCAL_RANK": str(rank),
                 "RAY_LOCAL_WORLD_SIZE": "2",
                 "MASTER_ADDR": first.master_address,
-                "MASTER_PORT": str(first.master_port),
+                "MASTER_PORT": first.master_port,
                 "WG_PREFIX": "a_",
                 "WG_BACKEND": "ray",
                 "EXTRA": "1",
@@ -66,7 +66,7 @@ def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
             address = (group.master_address, group.master_port)
             assert group.all_reduce() == [(3.0, "cpu", address)] * 2
         with pytest.raises(OSError, match="in use"), socket.socket() as probe:
-            probe.bind(("", first.master_port))
+            probe.bind(("", int(first.master_port)))
 
 
 def test_worker_env_must_not_set_what_each_rank_gets_its_own_of(pool: RayResourcePool) -> None:
@@ -85,7 +85,7 @@ def test_a_master_port_that_is_taken_is_named(pool: RayResourcePool) -> None:
             RayWorkerGroup(pool, RayClassWithInitArgs(Member), master_port=port)
         spec = RayClassWithInitArgs(Member)
         with RayWorkerGroup(pool, spec, master_port_range=[port, port + 50]) as group:
-            assert port < group.master_port <= port + 50
+            assert port < int(group.master_port) <= port + 50
 
 
 def test_a_constructor_that_does_not_return_is_given_up_by_rank(pool: RayResourcePool) -> None:
