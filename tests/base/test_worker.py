@@ -80,7 +80,7 @@ def test_a_worker_made_outside_a_group_reads_its_place_from_the_environment(
         monkeypatch.setenv(key, value)
     worker = Worker()
     assert place(worker) == (5, 8, 0, 4)
-    assert worker.get_master_addr_port() == ("10.0.0.1", 29_500)
+    assert worker.get_master_addr_port() == ("10.0.0.1", "29500")
     assert WorkerContext.from_environment().environment() == CONTEXT.environment()
 
 
@@ -156,7 +156,7 @@ def test_visible_devices_are_what_the_environment_says(monkeypatch: pytest.Monke
 def test_an_address_for_the_users_own_rendezvous_can_be_bound(name: str) -> None:
     address, port = getattr(Worker(), name)()
     with socket.socket() as probe:
-        probe.bind((address, port))
+        probe.bind((address, int(port)))
 
 
 # rank = pp * 4 + dp * 2 + tp

@@ -1,0 +1,110 @@
+"""What docs/from_verl.md says: its two programs, its names, and its rows not tested elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from protocol import DataProto
+from single_controller.port import port
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "from_verl.md").read_text(encoding="utf-8")
+BEFORE, AFTER = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PRINTED = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)[0]
+SAME, ABSENT = (
+    PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0] for title in ("The same", "Absent")
+)
+
+
+def test_the_program_after_is_what_port_makes_of_the_program_before() -> None:
+    assert port(BEFORE) == (AFTER, [], [])
+
+
+def test_the_ported_trainer_prints_what_verl_prints(cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "trainer.py").write_text(AFTER, encoding="utf-8")
+    address = str(ray.get_runtime_context().gcs_address)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "trainer.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.stdout == PRINTED, done.stderr
+
+
+def test_the_table_of_imports_is_what_port_does() -> None:
+    table = PAGE.partition("## Changing the imports")[2].partition("## A small trainer")[0]
+    rows = re.findall(r"^\| `(verl[.\w]+)`.* \| `([.\w]+)` \|$", table, re.MULTILINE)
+    assert len(rows) == 5
+    for old, new in rows:
+        start = "from {} import {}".format(*old.rsplit(".", 1))
+        ported = port(start)
+        name = new.rpartition(".")
+        expected = f"from {name[0]} import {name[2]}" if name[0] else f"import {new}"
+        assert (ported.text, ported.problems) == (expected, [])
+
+
+@pytest.mark.parametrize("name", re.findall(r"^\| `(verl\.[\w.]+)`", ABSENT, re.MULTILINE))
+def test_a_name_listed_as_absent_is_one_that_port_cannot_map(name: str) -> None:
+    program = "from {} import {}".format(*name.rsplit(".", 1))
+    assert port(program) == (program, [(1, f"{name}, left as it was")], [])
+
+
+def test_every_name_listed_as_the_same_is_a_public_one() -> None:
+    import protocol
+    import single_controller.base
+    import single_controller.base.decorator
+    import single_controller.ray
+
+    owners = [
+        protocol,
+        single_controller.base,
+        single_controller.base.decorator,
+        single_controller.ray,
+        DataProto,
+        protocol.DataProtoConfig,
+        single_controller.base.Worker,
+        RayWorkerGroup,
+    ]
+    quoted = re.findall(r"`([\w.]+)`", SAME)
+    names = [name.rpartition(".")[2] for name in quoted if not name.startswith("verl")]
+    known = {"VERL_AUTO_PADDING", "tensordict_utils", "_sync", "_async"}
+    missing = [n for n in names if not any(hasattr(owner, n) for owner in owners)]
+    assert sorted(set(missing) - known) == []
+
+
+def test_concat_keeps_metrics_that_only_some_shards_have() -> None:
+    shards = [DataProto(meta_info={"metrics": m}) for m in ({"a": 1.0}, {"a": 2.0, "b": 3.0})]
+    assert DataProto.concat(shards).meta_info["metrics"] == {"a": [1.0, 2.0], "b": [3.0]}
+
+
+def test_several_keys_are_renamed_at_once() -> None:
+    data = DataProto.from_dict({"a": torch.zeros(2), "b": torch.ones(2)}).rename(
+        ["a", "b"], ["c", "d"]
+    )
+    assert {key: value.tolist() for key, value in data.batch.items()} == {
+        "c": [0.0, 0.0],
+        "d": [1.0, 1.0],
+    }
+
+
+def test_a_detached_group_needs_a_detached_pool(cluster: None) -> None:
+    from single_controller import Worker
+
+    with (
+        RayResourcePool([1]) as pool,
+        pytest.raises(ValueError, match="detached=True needs a pool with detached=True"),
+    ):
+        RayWorkerGroup(pool, RayClassWithInitArgs(Worker), detached=True)
