@@ -107,6 +107,8 @@ class MethodBinding:
         parameters = list(signature.parameters.values())
         if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
             del parameters[0]  # self
+        # @ray.remote adds this one to the methods of a class and of its bases
+        parameters = [p for p in parameters if p.name != "_ray_trace_ctx"]
         self.signature = signature.replace(parameters=parameters)
         self.bind = self.signature.bind if self.mode.signature_kept else None
 

@@ -158,8 +158,8 @@ class WorkerGroup(abc.ABC):
             self._methods[name] = MethodBinding(name, function, spec)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_methods" not in self.__dict__:
-            raise AttributeError(name)
+        if name.startswith("_") or "_methods" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name in self._methods:
             return BoundMethod(self, self._methods[name])
         raise UnknownMethodError(self._explain_missing(name))

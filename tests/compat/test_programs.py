@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from enum import Enum
@@ -279,6 +280,14 @@ def test_addresses_are_strings_that_can_be_put_into_an_environment(
         monkeypatch.setenv(key, value)
     assert {type(value) for value in environment.values()} == {str}
     assert environment["MASTER_PORT"] == environment["DRIVER_PORT"]
+
+
+def test_a_method_of_a_remote_class_shows_the_signature_that_the_user_wrote(
+    trainer: Trainer,
+) -> None:
+    assert list(inspect.signature(trainer.actor_wg.add).parameters) == ["x", "y"]
+    with pytest.raises(ValueError, match=r"^critic\.compute_values\(data: 'DataProto'\)"):
+        trainer.critic_wg.compute_values(prompts(3))
 
 
 class Hybrid(
