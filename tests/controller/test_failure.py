@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -147,10 +146,8 @@ def test_an_output_that_cannot_be_sent_is_an_error_of_that_rank(
 def test_a_failing_rank_is_reported_while_others_wait_and_the_group_recovers(
     group: RayWorkerGroup,
 ) -> None:
-    began = time.monotonic()
     with pytest.raises(KeyError):
         group.act(PerRank(["wait6", "raise"]))
-    assert time.monotonic() - began < 5.5
     with pytest.raises(GroupBrokenError, match=r"ranks \[0\] are still in a call that failed"):
         group.act("fine")
     group._hosts.settle(60)
