@@ -8,6 +8,7 @@ imported on use: a worker process reads this module to register methods, and nee
 from __future__ import annotations
 
 import abc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +29,7 @@ __all__ = [
     "OneToAll",
     "PerElement",
     "RankZero",
+    "is_future",
 ]
 
 Spread: TypeAlias = Callable[[str, Any], Sequence[Any]]
@@ -245,7 +247,7 @@ class ByRows(Mode):
 
         calls = _per_rank(layout, args, kwargs, spread)
         padding: Callable[[], Padding] | None = None
-        if pads and _is_future(batches[0]):
+        if pads and is_future(batches[0]):
             padding = partial(_padding_of, batches[0], parts)
         elif pads:
             padding = partial(Padding, batch_rows(batches[0]), parts)
@@ -255,7 +257,7 @@ class ByRows(Mode):
         from protocol.batches import balanced_sizes, batch_rows, equal_sizes, pad_batch, split_batch
         from protocol.errors import BatchError
 
-        if _is_future(batch):
+        if is_future(batch):
             return batch.shards(parts, "padded" if pads else "balanced" if self.uneven else "equal")
         try:
             if self.uneven:
@@ -317,13 +319,13 @@ class ByRows(Mode):
 def _splits(value: Any) -> bool:
     from protocol.batches import is_batch
 
-    return _is_future(value) or is_batch(value)
+    return is_future(value) or is_batch(value)
 
 
-def _is_future(value: Any) -> TypeGuard[DataProtoFuture]:
-    from protocol import DataProtoFuture
-
-    return isinstance(value, DataProtoFuture)
+def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
+    """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
+    module = sys.modules.get("protocol.future")
+    return module is not None and isinstance(value, module.DataProtoFuture)
 
 
 def _padding_of(future: DataProtoFuture, parts: int) -> Padding:
@@ -362,4 +364,4 @@ def _padding_enabled(batch: Any) -> bool:
 
     if isinstance(batch, DataProto):
         return batch.is_padding_enabled()
-    return DataProtoConfig.auto_padding or (_is_future(batch) and batch.auto_padding)
+    return DataProtoConfig.auto_padding or (is_future(batch) and batch.auto_padding)

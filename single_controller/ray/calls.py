@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 
+from single_controller.base.dispatch import is_future
 from single_controller.base.method import Pending
 from single_controller.base.plan import Call
 from single_controller.errors import CallTimeoutError
@@ -51,11 +52,9 @@ class Outbox:
 
 
 def _travels_inline(value: Any) -> bool:
-    from protocol import DataProtoFuture
-
     if isinstance(value, str | bytes):
         return len(value) < _INLINE_LENGTH
-    return isinstance(value, (*_INLINE, DataProtoFuture))
+    return isinstance(value, _INLINE) or is_future(value)
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,12 @@ class RayPending(Pending):
         sites: Sequence[CallSite],
         refs: Sequence[Any],
         rows_refs: Sequence[Any],
-        turns: Sequence[tuple[int, int]],
+        turns: Mapping[int, tuple[str, int]],
         answers: Sequence[int],
         timeout_s: float | None,
     ) -> None:
         self._hosts, self._sites, self._refs = hosts, list(sites), list(refs)
-        self._rows_refs, self._turns = list(rows_refs), list(turns)
+        self._rows_refs, self._turns = list(rows_refs), turns
         at = {site.rank: i for i, site in enumerate(sites)}
         self._answers = [at[rank] for rank in answers]
         self._timeout_s = timeout_s

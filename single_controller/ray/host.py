@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
+from single_controller.base.dispatch import is_future
 from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.worker import Worker, WorkerContext, building
 from single_controller.device import DeviceKind
@@ -259,7 +259,7 @@ class AsyncHost(Host):
     async def _resolve(
         self, envelope: Envelope, values: Sequence[Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        if any(isinstance(value, Late) or _is_future(value) for value in values):
+        if any(isinstance(value, Late) or is_future(value) for value in values):
             return await asyncio.to_thread(_arguments, envelope, values)
         return _arguments(envelope, values)
 
@@ -299,15 +299,9 @@ def _resolved(value: Any, materialize: bool) -> Any:
         return value.value()
     if isinstance(value, Late):
         return ray.get(value.ref)
-    if materialize and _is_future(value):
+    if materialize and is_future(value):
         return value.get()
     return value
-
-
-def _is_future(value: Any) -> bool:
-    """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
-    module = sys.modules.get("protocol.future")
-    return module is not None and isinstance(value, module.DataProtoFuture)
 
 
 def _own_traceback(error: BaseException) -> str:

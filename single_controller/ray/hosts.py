@@ -26,7 +26,7 @@ from single_controller.base.worker import Worker
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, GroupBrokenError, ResourceError
 from single_controller.ray.actor_spec import ActorSpec
-from single_controller.ray.failure import CallSite, Diagnosis, diagnose
+from single_controller.ray.failure import CallSite, diagnose
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace, needs_event_loop
 from single_controller.ray.placement import Bundle, RayResourcePool
 
@@ -136,20 +136,19 @@ class Hosts:
         """The next call's place in a rank's order, where Ray keeps none."""
         return None if self._turns is None else (self._caller, self._turns[rank])
 
-    def end_turn(self, rank: int) -> int:
-        """Note that a call has left for a rank; the place it had."""
-        assert self._turns is not None
-        self._turns[rank] += 1
-        return self._turns[rank] - 1
+    def sent(self, rank: int) -> None:
+        """Note that a call has left for a rank."""
+        if self._turns is not None:
+            self._turns[rank] += 1
 
-    def cancel(self, turns: Sequence[tuple[int, int]]) -> bool:
-        """Ask for calls to be dropped whose turn has not come, by rank and place in its order.
+    def cancel(self, turns: Mapping[int, tuple[str, int]]) -> bool:
+        """Ask for calls to be dropped whose turn, by rank, has not come.
 
         Only hosts with a loop can be asked: another one reads nothing until its call returns, and
         Ray runs what is queued there even after `ray.cancel`.
         """
-        for rank, number in turns:
-            self.handles[rank].drop.remote((self._caller, number))
+        for rank, turn in turns.items():
+            self.handles[rank].drop.remote(turn)
         return bool(turns)
 
     def is_alive(self, handle: Any) -> bool:
@@ -183,7 +182,11 @@ class Hosts:
     def failed(self, error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -> Exception:
         """Note what a failed call means for the group; the error to raise."""
         diagnosis = diagnose(error, refs, sites)
-        self._note(diagnosis, f"failed elsewhere: {diagnosis.error.args[0]}")
+        why = diagnosis.error.args[0]
+        self._note_running(diagnosis.running, f"failed elsewhere: {why}")
+        if diagnosis.died:
+            self.broken = f"the group lost a rank: {why}"
+            _logger.error(self.broken)
         return diagnosis.error
 
     def timed_out(
@@ -200,12 +203,6 @@ class Hosts:
             f"finished after {timeout_s:g} s",
             ranks,
         )
-
-    def _note(self, diagnosis: Diagnosis, why: str) -> None:
-        self._note_running(diagnosis.running, why)
-        if diagnosis.died:
-            self.broken = f"the group lost a rank: {diagnosis.error.args[0]}"
-            _logger.error(self.broken)
 
     def _note_running(self, running: Sequence[tuple[int, Any]], why: str) -> None:
         known = {ref for _, ref, _ in self._running}

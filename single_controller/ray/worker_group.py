@@ -243,7 +243,7 @@ class RayWorkerGroup(WorkerGroup):
         hosts.check_usable()
         outbox = Outbox(calls)
         answering = set(answers)
-        sites, refs, rows_refs, turns = [], [], [], []
+        sites, refs, rows_refs, turns = [], [], [], {}
         with hosts.sending:
             for rank, call in enumerate(calls):
                 if call is None:
@@ -259,7 +259,8 @@ class RayWorkerGroup(WorkerGroup):
                 else:
                     ref = handle.call.remote(envelope, *values)
                 if turn is not None:
-                    turns.append((rank, hosts.end_turn(rank)))
+                    turns[rank] = turn
+                hosts.sent(rank)
                 refs.append(ref)
                 sites.append(hosts.site(self.role, method, rank))
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
