@@ -55,7 +55,7 @@ class CustomMode(Mode):
         spread = self.dispatch_fn(self.group, *args, **kwargs)
         if not (isinstance(spread, tuple) and len(spread) == 2 and isinstance(spread[1], Mapping)):
             raise DispatchError(
-                f"{self._name} must return (args, kwargs), each value in them a list with one "
+                f"{self.name} must return (args, kwargs), each value in them a list with one "
                 f"element per rank; got {type(spread).__name__}"
             )
         lists, named = spread
@@ -65,7 +65,7 @@ class CustomMode(Mode):
             if not isinstance(values, Sequence) or len(values) != layout.world_size:
                 came = len(values) if isinstance(values, Sequence) else type(values).__name__
                 raise DispatchError(
-                    f"{self._name}: argument {name!r} must be a list with one element for each of "
+                    f"{self.name}: argument {name!r} must be a list with one element for each of "
                     f"{layout.world_size} ranks; got {came}"
                 )
         ranks = tuple(range(layout.world_size))
@@ -75,8 +75,13 @@ class CustomMode(Mode):
         ]
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
         return getattr(self.dispatch_fn, "__name__", "dispatch_fn")
+
+    @property
+    def returns(self) -> str:  # type: ignore[override]
+        function = getattr(self.collect_fn, "__name__", "collect_fn")
+        return f"what {function} makes of the output{'' if self.rank_zero else 's'}"
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
         return self.collect_fn(self.group, outputs[0] if self.rank_zero else list(outputs))

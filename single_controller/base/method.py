@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from single_controller.base.custom import CustomMode
 from single_controller.base.decorator import MethodSpec
+from single_controller.base.explain import Explanation
 from single_controller.base.plan import Plan
 from single_controller.errors import DispatchError
 
@@ -64,6 +65,10 @@ class _Group(Protocol):
         self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
     ) -> tuple[Plan, Pending]: ...
 
+    def _explain(
+        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Explanation: ...
+
 
 class CallFuture:
     """The result of a call that was submitted; `await` works too."""
@@ -111,6 +116,31 @@ class MethodBinding:
         parameters = [p for p in parameters if p.name != "_ray_trace_ctx"]
         self.signature = signature.replace(parameters=parameters)
         self.bind = self.signature.bind if self.mode.signature_kept else None
+        self.shown = _shown(self.signature)
+
+
+class _Bare:
+    """Text that a signature shows as it is, without quotes."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def _shown(signature: inspect.Signature) -> str:
+    """A signature as its author wrote it: `(batch: DataProto) -> DataProto`."""
+
+    def bare(annotation: Any) -> Any:
+        if annotation is inspect.Signature.empty:
+            return annotation
+        if isinstance(annotation, str):
+            return _Bare(annotation)
+        return _Bare(annotation.__name__) if type(annotation) is type else annotation
+
+    parameters = [p.replace(annotation=bare(p.annotation)) for p in signature.parameters.values()]
+    return str(inspect.Signature(parameters, return_annotation=bare(signature.return_annotation)))
 
 
 class BoundMethod:
@@ -155,6 +185,10 @@ class BoundMethod:
             raise ValueError(f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}")
         return BoundMethod(self.group, self.binding, CallOptions(timeout_s, chosen))
 
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """What the call would do, without calling: see `WorkerGroup.explain`."""
+        return self.group._explain(self, args, kwargs)
+
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise TypeError where the worker's method would not take these arguments."""
         if self.binding.bind is not None:
@@ -173,7 +207,26 @@ class BoundMethod:
     @property
     def title(self) -> str:
         """The method as messages name it: `actor.update(batch: DataProto) -> DataProto`."""
-        return f"{self.group.role}.{self.__name__}{self.__signature__}"
+        return f"{self.group.role}.{self.__name__}{self.binding.shown}"
+
+    @property
+    def mode_title(self) -> str:
+        """`Dispatch.DP_COMPUTE_PROTO`, the name of a mesh, or of a user's dispatch function."""
+        mode, given = self.mode, self.binding.spec.dispatch_mode
+        if self.mode.mesh is not None:
+            return f"mesh {self.mode.mesh!r}"
+        return mode.name if isinstance(mode, CustomMode) else repr(given)
+
+    @property
+    def returns(self) -> str:
+        """What a call gives, in words."""
+        if self.binding.spec.blocking:
+            return self.mode.returns
+        return (
+            "a DataProtoFuture"
+            if self.mode.batched
+            else f"at once, references to {self.mode.returns}"
+        )
 
     def __repr__(self) -> str:
         return f"<{self.title}, {self.binding.spec.dispatch_mode}>"

@@ -14,6 +14,7 @@ from typing import Any
 
 from single_controller.base.decorator import registered_methods
 from single_controller.base.dispatch import Mode, OneToAll, RankZero
+from single_controller.base.explain import Carrier, Explanation, explain_arguments
 from single_controller.base.method import BoundMethod, CallOptions, MethodBinding, Pending
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.resource_pool import ResourcePool
@@ -103,28 +104,68 @@ class WorkerGroup(abc.ABC):
     def _send(
         self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
     ) -> tuple[Plan, Pending]:
-        method.check(args, kwargs)
-        mode, options = method.mode, method.call_options
-        layout = self._layout(mode)
-        ranks = options.ranks
-        try:
-            plan, calls = mode.dispatch(layout.subset(ranks) if ranks else layout, args, kwargs)
-        except DispatchError as error:
-            raise DispatchError(f"{method.title}: {error}") from error.__cause__
-        answers = plan.answers
+        _, plan, calls = self._dispatch(method, args, kwargs)
+        answers, ranks = plan.answers, method.call_options.ranks
         if ranks:
             at = dict(zip(ranks, calls, strict=True))
-            calls = [at.get(rank) for rank in range(layout.world_size)]
+            calls = [at.get(rank) for rank in range(self.world_size)]
             answers = tuple(ranks[i] for i in answers)
         pending = self._submit(
             method.binding.name,
             calls,
             answers,
-            options,
+            method.call_options,
             materialize=method.binding.spec.materialize_futures,
-            deferred=deferred and mode.batched,
+            deferred=deferred and method.mode.batched,
         )
         return plan, pending
+
+    def _dispatch(
+        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Layout, Plan, list[Call | None]]:
+        """The layout of the ranks that are asked for, the plan, and these ranks' calls."""
+        method.check(args, kwargs)
+        ranks = method.call_options.ranks
+        layout = self._layout(method.mode)
+        layout = layout.subset(ranks) if ranks else layout
+        try:
+            return layout, *method.mode.dispatch(layout, args, kwargs)
+        except DispatchError as error:
+            raise DispatchError(f"{method.title}: {error}") from error.__cause__
+
+    def explain(self, method_name: str, *args: Any, **kwargs: Any) -> Explanation:
+        """What `group.<method_name>(*args, **kwargs)` would do, as a value that prints as a table:
+        which rank gets which rows, keys and bytes, how they travel, what comes back.
+
+        Nothing is sent, save that the workers are asked once where they stand in a mesh. A
+        dispatch function of the user's own runs.
+
+        Raises:
+            What the call itself would raise before anything is sent.
+        """
+        if method_name not in self._methods:
+            raise UnknownMethodError(self._explain_missing(method_name))
+        return BoundMethod(self, self._methods[method_name]).explain(*args, **kwargs)
+
+    def _explain(
+        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Explanation:
+        layout, plan, calls = self._dispatch(method, args, kwargs)
+        ranks = method.call_options.ranks or range(self.world_size)
+        signature = method.__signature__ if method.mode.signature_kept else None
+        arguments = explain_arguments(signature, layout, plan, calls, ranks, self._carrier(calls))
+        return Explanation(
+            title=method.title,
+            mode=method.mode_title,
+            ranks=tuple(rank for rank, call in zip(ranks, calls, strict=True) if call),
+            answers=tuple(ranks[i] for i in plan.answers),
+            returns=method.returns,
+            arguments=arguments,
+        )
+
+    def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
+        """How the arguments of a call would travel."""
+        return Carrier()
 
     def _layout(self, mode: Mode) -> Layout:
         """The layout that a mode needs; a mesh is asked for once, from the workers."""

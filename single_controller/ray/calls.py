@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from single_controller.base.dispatch import is_future
+from single_controller.base.explain import Carrier, count_uses
 from single_controller.base.method import Pending
 from single_controller.base.plan import Call
 from single_controller.errors import CallTimeoutError
@@ -26,13 +26,22 @@ _INLINE = (int, float, bool, type(None))
 _INLINE_LENGTH = 1_000
 
 
-class Outbox:
+class Outbox(Carrier):
     """Stores an argument once, however many ranks get it."""
 
     def __init__(self, calls: Sequence[Call | None]) -> None:
-        values = (v for call in calls if call for v in (*call.args, *call.kwargs.values()))
-        self._uses = Counter(id(value) for value in values)
+        self._uses = count_uses(calls)
         self._stored: dict[int, Any] = {}
+
+    def way(self, value: Any) -> str:
+        if isinstance(value, ray.ObjectRef) or is_future(value):
+            return "fetched by the rank"
+        if _travels_inline(value):
+            return "within the call"
+        return "by value" if self._uses[id(value)] == 1 else "by reference, stored once"
+
+    def size(self, value: Any) -> int | None:
+        return None if isinstance(value, ray.ObjectRef) else Parcel(value).size()
 
     def values(self, call: Call) -> list[Any]:
         """A call's values as they travel."""

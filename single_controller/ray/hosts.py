@@ -22,6 +22,7 @@ from ray._private.state import actors
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from single_controller.base.table import RankState
 from single_controller.base.worker import Worker
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, GroupBrokenError, ResourceError
@@ -158,6 +159,11 @@ class Hosts:
             self.broken = f"the group lost a rank: {handle} died"
             _logger.error(self.broken)
         return alive
+
+    def states(self) -> list[RankState]:
+        """How each rank is; a rank whose group takes no calls is broken, or dead."""
+        dead = [not self.handles or not self.is_alive(self.handles[i.rank]) for i in self.infos]
+        return ["dead" if gone else "broken" if self.broken else "alive" for gone in dead]
 
     def site(self, role: str, method: str, rank: int) -> CallSite:
         info = self.infos[rank]

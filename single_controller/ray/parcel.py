@@ -44,6 +44,14 @@ class Parcel:
         )
         return ArrivedParcel, (data, *buffers)
 
+    def size(self) -> int | None:
+        """The bytes that go on the way; None where the value cannot be pickled."""
+        try:
+            _, (data, *buffers) = self.__reduce__()
+        except Exception:
+            return None
+        return int(len(data) + sum(buffer.raw().nbytes for buffer in buffers))
+
 
 class ArrivedParcel:
     """A value that has arrived in its receiver's own memory, or what reading it raised.

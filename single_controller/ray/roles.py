@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from single_controller.base.table import GroupTable
 from single_controller.base.worker import Worker
 from single_controller.base.worker_group import ClassWithInitArgs
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.colocate import create_colocated_worker_cls
 from single_controller.ray.placement import RayResourcePool
-from single_controller.ray.table import GroupTable
 from single_controller.ray.worker_group import RayWorkerGroup
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Colocated:
         raise AttributeError(f"no role {name!r}; the roles are {list(roles)}")
 
     def describe(self) -> GroupTable:
-        """rank → role → node → device → pid, as a value that prints as a table."""
+        """rank → role → node → device → pid → state, as a value that prints as a table."""
         return self.hosts.describe()
 
     def close(self) -> None:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from single_controller.base.explain import Carrier
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
+from single_controller.base.table import GroupTable
 from single_controller.base.worker import Worker
 from single_controller.base.worker_group import WorkerGroup, check_workers_alive
 from single_controller.errors import RegistrationError, UnknownRoleError
@@ -23,7 +25,6 @@ from single_controller.ray.calls import Outbox, RayPending
 from single_controller.ray.host import Envelope
 from single_controller.ray.hosts import Hosts, StartOptions, running_names
 from single_controller.ray.placement import RayResourcePool
-from single_controller.ray.table import GroupTable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -266,14 +267,17 @@ class RayWorkerGroup(WorkerGroup):
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         return RayPending(hosts, sites, refs, rows_refs, turns, answers, timeout_s)
 
+    def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
+        return Outbox(calls)
+
     def __repr__(self) -> str:
         what = self.role or f"roles {list(self._hosts.roles)}"
         return f"<RayWorkerGroup of {what} on {self.world_size} ranks>"
 
     def describe(self) -> GroupTable:
-        """rank → role → node → device → pid, as a value that prints as a table."""
+        """rank → role → node → device → pid → state, as a value that prints as a table."""
         roles = (self.role,) if self.role else self._hosts.roles
-        return GroupTable.of(self._hosts.infos, roles)
+        return GroupTable.of(self._hosts.infos, roles, self._hosts.states())
 
     def start_worker_aliveness_check(self, every_n_seconds: float = 1) -> None:
         """Look every so often, in a thread, whether all hosts live; after a death, calls raise

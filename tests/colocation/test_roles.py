@@ -271,7 +271,9 @@ def test_describe_shows_every_role_on_every_rank(
         "node",
         "device",
         "pid",
+        "state",
     ]
+    assert {row.state for row in rows} == {"alive"}
 
 
 def test_a_class_that_is_no_worker_is_refused_by_name() -> None:

@@ -286,7 +286,7 @@ def test_a_method_of_a_remote_class_shows_the_signature_that_the_user_wrote(
     trainer: Trainer,
 ) -> None:
     assert list(inspect.signature(trainer.actor_wg.add).parameters) == ["x", "y"]
-    with pytest.raises(ValueError, match=r"^critic\.compute_values\(data: 'DataProto'\)"):
+    with pytest.raises(ValueError, match=r"^critic\.compute_values\(data: DataProto\)"):
         trainer.critic_wg.compute_values(prompts(3))
 
 

@@ -130,6 +130,26 @@ def test_an_argument_that_several_ranks_get_is_stored_once(
     assert len(stored) == 2
 
 
+def test_explain_says_what_a_call_would_do_and_does_nothing(group: RayWorkerGroup) -> None:
+    before, big, ref = group.count(), torch.zeros(1000), ray.put(1)
+    told = group.explain("echo", big, y=ref)
+    assert [(a.rank, a.name, a.travels, a.shared_with) for a in told.arguments] == [
+        (0, "x", "by reference, stored once", (1,)),
+        (0, "y", "fetched by the rank", (1,)),
+        (1, "x", "by reference, stored once", (0,)),
+        (1, "y", "fetched by the rank", (0,)),
+    ]
+    assert told.arguments[0].bytes > 4000
+    told = group.explain("add_rank", batch(6))
+    assert [(a.rank, a.rows, a.keys, a.travels) for a in told.arguments] == [
+        (rank, 3, ("a", "s"), "by value") for rank in (0, 1)
+    ]
+    assert "returns one batch, the rows of ranks 0, 1" in str(told)
+    assert group.explain("scatter", lambda: 1).arguments[0].bytes
+    assert group.explain("echo", "short").arguments[0].travels == "within the call"
+    assert group.count() == before
+
+
 def test_a_worker_may_write_into_what_it_received(group: RayWorkerGroup) -> None:
     shared = DataProto.from_dict({"a": torch.zeros(4, 1000)})
     before = shared.batch["a"].clone()

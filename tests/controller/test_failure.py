@@ -159,6 +159,7 @@ def test_a_death_is_named_and_breaks_the_group(pool: RayResourcePool) -> None:
         with pytest.raises(WorkerDiedError, match=r"Fragile\.act: rank 1 .* died") as caught:
             group.act(PerRank(["wait1", "die"]))
         assert caught.value.rank == 1
+        assert [row.state for row in group.describe().rows] == ["broken", "dead"]
         with pytest.raises(GroupBrokenError, match="lost a rank"):
             group.act("fine")
 
@@ -180,5 +181,6 @@ def test_a_closed_group_says_so_and_closing_twice_is_fine(pool: RayResourcePool)
     group = RayWorkerGroup(pool, RayClassWithInitArgs(Fragile))
     group.close()
     group.close()
+    assert [row.state for row in group.describe().rows] == ["dead", "dead"]
     with pytest.raises(GroupBrokenError, match="the group is closed"):
         group.act("fine")
