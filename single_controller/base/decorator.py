@@ -203,6 +203,7 @@ class MethodSpec:
     blocking: bool
     materialize_futures: bool
     uneven: bool
+    reads_only: bool = False
 
     def mode(self) -> Mode:
         """The mode that carries this method's calls.
@@ -239,6 +240,7 @@ def register(
     blocking: bool = True,
     materialize_futures: bool = True,
     uneven: bool = False,
+    reads_only: bool = False,
 ) -> Callable[[F], F]:
     """Let groups call a worker's method. The method stays as it is, sync or `async def`.
 
@@ -250,11 +252,17 @@ def register(
             (modes that join batches) or Ray references in the shape of the result.
         materialize_futures: whether the worker gets the batch behind a `DataProtoFuture`.
         uneven: let shards differ by one row, so that any batch fits any number of ranks.
+        reads_only: the method never writes into the tensors and arrays that it gets, so they may
+            be views of memory that others read too, and no byte is copied for it. numpy refuses
+            to write into them; torch does not know, and `SINGLE_CONTROLLER_CHECK_READS=1` in the
+            workers' environment finds a method that wrote anyway.
 
     Raises:
         RegistrationError: an argument is none of these.
     """
-    spec = MethodSpec(dispatch_mode, execute_mode, blocking, materialize_futures, uneven)
+    spec = MethodSpec(
+        dispatch_mode, execute_mode, blocking, materialize_futures, uneven, reads_only
+    )
     get_predefined_execute_fn(execute_mode)
     spec.mode()
 
