@@ -1,0 +1,93 @@
+"""Runs the training: `python -m examples.ppo`, from the project's folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from examples.ppo.records import Records
+from examples.ppo.settings import Settings
+from examples.ppo.train import Roles, make_tokenizer, started, train_step
+from single_controller import SingleControllerError
+
+
+class StopOnRequest:
+    """Turns the first Ctrl-C into a wish to stop after the step under way; the second one acts."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run(settings: Settings, records: Records, roles: Roles, stop: StopOnRequest) -> None:
+    """All steps that are left, with a checkpoint every so often and at the end."""
+    tokenizer = make_tokenizer(settings)
+    records.load(roles)
+    with tqdm(total=settings.steps, initial=records.steps_done, unit="step") as bar:
+        while records.steps_done < settings.steps and not stop.requested:
+            metrics = train_step(settings, roles, tokenizer, records.steps_done)
+            records.add(metrics)
+            bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.2f}")
+            bar.update()
+            if records.steps_done % settings.save_every == 0:
+                records.save(roles)
+    records.save(roles)
+
+
+def report(records: Records) -> None:
+    """The run in a few lines."""
+    history = records.history
+    seconds = [line["seconds"] for line in history]
+    total = sum(s["step"] for s in seconds)
+    print(f"\n{'phase':<15} seconds per step   share")
+    for phase in seconds[-1]:
+        one = sum(s[phase] for s in seconds)
+        print(f"{phase:<15} {one / len(history):16.4f} {one / total:7.1%}")
+    first, last = history[0]["reward"], history[-1]["reward"]
+    print(f"\nreward {first:.3f} → {last:.3f} in {len(history)} steps, {total:.0f} s")
+    print(f"metrics, picture and checkpoint: {records.folder}/")
+
+
+def main() -> int:
+    settings = Settings.parse()
+    try:
+        records = Records(settings)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level="ERROR")
+    else:
+        cpus = max(settings.ranks, os.cpu_count() or 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR")
+    stop = StopOnRequest()
+    try:
+        with started(settings, make_tokenizer(settings)) as roles:
+            run(settings, records, roles, stop)
+    except KeyboardInterrupt:
+        stop.requested = True
+    except SingleControllerError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        records.draw()
+    if records.history:
+        report(records)
+    if records.steps_done < settings.steps:
+        print(f"stopped after {records.steps_done} steps; --resume goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

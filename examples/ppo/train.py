@@ -1,0 +1,184 @@
+"""The driver: one PPO or GRPO step as calls on the roles' groups. What the roles do in their
+processes is in `workers`; what is kept on disk in `records`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from examples.ppo.core_algos import (
+    gae,
+    group_advantages,
+    kl_estimate,
+    masked_mean,
+    penalized_rewards,
+    token_weights,
+    whiten,
+)
+from examples.ppo.settings import Settings
+from examples.ppo.task import CharTokenizer, Tokenizer, make_prompts
+from examples.ppo.workers import Actor, Critic, Reference, Reward
+from protocol import DataProto
+from single_controller.base import Worker
+from single_controller.base.method import CallFuture
+from single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    colocate,
+)
+
+__all__ = ["Roles", "advantages", "make_tokenizer", "started", "train_step"]
+
+Roles = Mapping[str, RayWorkerGroup]
+
+
+def make_tokenizer(settings: Settings) -> Tokenizer:
+    """The model's own tokenizer, or one of characters for a model made on the spot."""
+    if not settings.model:
+        return CharTokenizer()
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def started(settings: Settings, tokenizer: Tokenizer) -> Iterator[Roles]:
+    """The groups of all roles by name, in one process per rank or in one for each role."""
+    classes: dict[str, type[Worker]] = {"actor": Actor, "reference": Reference, "reward": Reward}
+    if settings.algorithm == "ppo":  # GRPO has no value function
+        classes["critic"] = Critic
+    specs = {role: RayClassWithInitArgs(cls, settings, tokenizer) for role, cls in classes.items()}
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(
+            RayResourcePool([settings.ranks], use_gpu=settings.device != "cpu")
+        )
+        if settings.placement == "colocated":
+            yield stack.enter_context(colocate(pool, **specs)).roles
+        else:
+            yield {
+                role: stack.enter_context(RayWorkerGroup(pool, spec))
+                for role, spec in specs.items()
+            }
+
+
+class Seconds:
+    """What each phase of a step took in the workers, and what the step took in all."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.by_phase: dict[str, list[float]] = {}
+
+    def add(self, phase: str, by_rank: list[float]) -> None:
+        known = self.by_phase.get(phase, [0.0] * len(by_rank))
+        self.by_phase[phase] = [a + b for a, b in zip(known, by_rank, strict=True)]
+
+    def batch(self, phase: str, batch: DataProto) -> DataProto:
+        self.add(phase, batch.meta_info.pop("metrics")["seconds"])
+        return batch
+
+    def updates(self, phase: str, futures: list[CallFuture]) -> dict[str, float]:
+        """The mean over updates of their metrics, of which each rank has a share."""
+        means: dict[str, float] = {}
+        for future in futures:
+            shares = future.result()
+            self.add(phase, [share.pop("seconds") for share in shares])
+            for key in shares[0]:
+                total = sum(share[key] for share in shares)
+                means[key] = means.get(key, 0.0) + total / len(futures)
+        return means
+
+    def summary(self) -> dict[str, float]:
+        """Seconds by phase, of the slowest rank; "controller" is when no rank worked."""
+        total = time.perf_counter() - self.began
+        busy = max(map(sum, zip(*self.by_phase.values(), strict=True)))
+        phases = {phase: max(seconds) for phase, seconds in self.by_phase.items()}
+        return {**phases, "controller": total - busy, "step": total}
+
+
+def make_batch(settings: Settings, tokenizer: Tokenizer, step: int) -> DataProto:
+    """The prompts of a step, with the noise that their answers are drawn with.
+
+    Both depend on seed and step alone, so that a resumed run sees what it would have seen.
+    """
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    prompts = make_prompts(
+        settings.task, tokenizer, settings.prompts, settings.digits, generator
+    ).repeat(settings.answers, interleave=True)
+    noise = torch.rand(settings.rows, settings.answer_tokens, generator=generator)
+    groups = torch.arange(settings.prompts).repeat_interleave(settings.answers)
+    extra = {"noise": noise, "groups": groups}
+    return prompts.union(DataProto.from_dict(extra, meta_info={"rows": settings.rows}))
+
+
+def advantages(settings: Settings, batch: DataProto) -> DataProto:
+    """advantages, and for PPO returns, of each token: (rows, tokens)."""
+    columns, mask = batch.batch, batch.batch["response_mask"].float()
+    if settings.algorithm == "grpo":
+        scores = columns["rewards"].sum(1)
+        of_rows = group_advantages(scores, columns["groups"])
+        return DataProto.from_dict({"advantages": of_rows.unsqueeze(1) * mask})
+    rewards = penalized_rewards(
+        columns["rewards"], columns["log_probs"], columns["ref_log_probs"], settings.kl
+    )
+    estimates, returns = gae(rewards, columns["values"], mask, settings.gamma, settings.lam)
+    return DataProto.from_dict({"advantages": whiten(estimates, mask), "returns": returns})
+
+
+def mini_batches(settings: Settings, batch: DataProto, step: int) -> Iterator[DataProto]:
+    """Shuffled mini-batches, the last of a pass with what is left, with their tokens' weights."""
+    for mini in batch.make_iterator(
+        settings.mini_batch,
+        settings.epochs,
+        seed=settings.seed * 1_000_003 + step,
+        dataloader_kwargs={"shuffle": True, "drop_last": False},
+    ):
+        weights = token_weights(mini.batch["response_mask"], settings.algorithm)
+        mini.meta_info["rows"] = len(mini)
+        yield mini.union(DataProto.from_dict({"weights": weights}))
+
+
+def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+    """One step of the algorithm; returns its metrics."""
+    seconds = Seconds()
+    prompts = make_batch(settings, tokenizer, step)
+    batch = prompts.union(seconds.batch("generate", roles["actor"].generate(prompts)))
+
+    # None of these needs another's result: all are on their way before the first is waited for.
+    parts = {
+        "reference": roles["reference"].log_probs.submit(batch),
+        "reward": roles["reward"].score.submit(batch),
+    }
+    if "critic" in roles:
+        parts["values"] = roles["critic"].values.submit(batch)
+    for phase, future in parts.items():
+        batch = batch.union(seconds.batch(phase, future.result()))
+
+    batch = batch.union(advantages(settings, batch))
+
+    learning = [role for role in ("critic", "actor") if role in roles]
+    updates: dict[str, list[CallFuture]] = {role: [] for role in learning}
+    for mini in mini_batches(settings, batch, step):
+        for role in learning:
+            updates[role].append(roles[role].update.submit(mini))
+    learned = {
+        role: seconds.updates(f"update {role}", futures) for role, futures in updates.items()
+    }
+
+    columns, mask = batch.batch, batch.batch["response_mask"]
+    return {
+        "step": step,
+        "reward": float(columns["rewards"].sum(1).mean()),
+        "kl": float(masked_mean(kl_estimate(columns["log_probs"], columns["ref_log_probs"]), mask)),
+        "response_length": float(mask.sum(1).float().mean()),
+        **{f"{role}/{key}": value for role, all_ in learned.items() for key, value in all_.items()},
+        "seconds": seconds.summary(),
+    }
