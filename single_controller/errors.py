@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,22 +54,33 @@ class GroupBrokenError(SingleControllerError, RuntimeError):
 
 
 class CallTimeoutError(SingleControllerError, TimeoutError):
-    """A call did not finish in time. `pending_ranks` were still running."""
+    """A call did not finish in time.
 
-    def __init__(self, message: str, pending_ranks: Sequence[int]) -> None:
+    Attributes: `pending_ranks`, which were still running, and by rank their Python `stacks` as
+    they were then.
+    """
+
+    def __init__(
+        self, message: str, pending_ranks: Sequence[int], stacks: Mapping[int, str] | None = None
+    ) -> None:
         Exception.__init__(self, message)
         self.pending_ranks = tuple(pending_ranks)
+        self.stacks = dict(stacks or {})
+
+    def __str__(self) -> str:
+        return str(self.args[0]) + _show_stacks(self.stacks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.args[0], self.pending_ranks)
+        return type(self), (self.args[0], self.pending_ranks, self.stacks)
 
 
 class WorkerError(SingleControllerError, RuntimeError):
     """A worker raised. It can be caught as the exception type that the worker raised, too.
 
     Attributes: `role`, `method`, `rank`, `node_ip`, `pid`, `remote_traceback` (text), `when`
-    (seconds since the epoch on the worker's node) and `failed_ranks` (how many ranks failed
-    in the same call, this one included).
+    (seconds since the epoch on the worker's node), `log_tail` (the last lines that its process
+    wrote), `failed_ranks` (how many ranks failed in the same call, this one included) and
+    `stuck` (by rank, the stacks of those that waited for it in a collective and were ended).
     """
 
     role: str
@@ -78,20 +90,32 @@ class WorkerError(SingleControllerError, RuntimeError):
     pid: int
     remote_traceback: str
     when: float
+    log_tail: str
     failed_ranks: int
+    stuck: Mapping[int, str]
 
     def __init__(self, message: str, **where: Any) -> None:
         Exception.__init__(self, message)  # not the next in line: that may be the cause's type
         self._where = where
+        self.log_tail = ""
         self.failed_ranks = 1
+        self.stuck = {}
         for name, value in where.items():
             setattr(self, name, value)
 
     def __str__(self) -> str:
         more = self.failed_ranks - 1
         others = f"\n({more} other rank{'s' * (more > 1)} failed as well.)" if more else ""
-        traceback = f"\n\n{self.remote_traceback.rstrip()}" if self.remote_traceback else ""
-        return f"{self.args[0]}{others}{traceback}"
+        return f"{self.args[0]}{others}{self._details()}{self._ended()}"
+
+    def _details(self) -> str:
+        return f"\n\n{self.remote_traceback.rstrip()}" if self.remote_traceback else ""
+
+    def _ended(self) -> str:
+        if not self.stuck:
+            return ""
+        waited = f"\n\nRanks {list(self.stuck)} waited for it in a collective and were ended:"
+        return waited + _show_stacks(self.stuck)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self)._rebuild, (self.args[0], self._where)
@@ -123,7 +147,22 @@ class WorkerError(SingleControllerError, RuntimeError):
 
 
 class WorkerDiedError(WorkerError):
-    """A worker's process ended while it was needed. `remote_traceback` is what Ray knows of it."""
+    """A worker's process ended while it was needed. `remote_traceback` is what Ray knows of it.
+
+    `exit_code` is what it exited with, or minus the signal that killed it; None where nobody
+    knows.
+    """
+
+    exit_code: int | None = None
+
+    def _details(self) -> str:
+        log = self.log_tail
+        return "\n\nThe last lines that it wrote:\n" + textwrap.indent(log, "  ") if log else ""
+
+
+def _show_stacks(stacks: Mapping[int, str]) -> str:
+    shown = [f"\nrank {rank} (most recent call first):\n{text}" for rank, text in stacks.items()]
+    return "\n".join(["", *shown]) if shown else ""
 
 
 def _shorten(text: str, limit: int = 2_000) -> str:

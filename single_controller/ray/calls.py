@@ -14,7 +14,7 @@ from single_controller.base.dispatch import is_future
 from single_controller.base.explain import Carrier, count_uses
 from single_controller.base.method import Pending
 from single_controller.base.plan import Call
-from single_controller.errors import CallTimeoutError
+from single_controller.errors import CallTimeoutError, GroupBrokenError
 from single_controller.ray.failure import CallSite, translate
 from single_controller.ray.host import Late
 from single_controller.ray.hosts import Hosts
@@ -140,12 +140,18 @@ class RayPending(Pending):
             left = max(0.0, self._sent + self._timeout_s - time.monotonic())
         try:
             outputs = ray.get(self._refs, timeout=left)
+            self._hosts.check_current()
         except GetTimeoutError:
             limit = timeout_s if timeout_s is not None else self._timeout_s
             give_up = timeout_s is None
             raise self._hosts.timed_out(self._refs, self._sites, limit or 0, give_up) from None
+        except GroupBrokenError:
+            raise
         except Exception as error:
             raise self._hosts.failed(error, self._refs, self._sites) from None
+        except BaseException:
+            self._hosts.interrupted(self._refs, self._sites)
+            raise
         return [outputs[i] for i in self._answers]
 
     def done(self) -> bool:

@@ -1,30 +1,56 @@
-"""What went wrong with a call, on which rank, and whether the other ranks are still busy.
+"""What went wrong with a call, on which rank, and what the other ranks are doing.
 
-Waiting and marking the group is left to `calls` and `hosts`.
+Waiting for a call is left to `calls`; what a failure means for the group, to `hosts`.
 """
 
 from __future__ import annotations
 
+import re
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
     RayTaskError,
     WorkerCrashedError,
 )
 
 from single_controller.errors import WorkerDiedError, WorkerError
 from single_controller.ray.host import CallDroppedError
+from single_controller.ray.nodes import beside
+from single_controller.ray.process import ExitWatch, ProcessInfo, read_logs, read_stacks
+from single_controller.ray.stacks import collective, readable
 
-__all__ = ["CallSite", "Diagnosis", "diagnose", "translate"]
+__all__ = [
+    "CallSite",
+    "Diagnosis",
+    "diagnose",
+    "died",
+    "dumps",
+    "explain_death",
+    "stuck_ranks",
+    "translate",
+]
 
-_GRACE_S = 1.0  # how long the other ranks of a failed call get to finish
+_GRACE_S = 0.5  # how long the other ranks of a failed call get to finish, twice
+_NODE_S = 3.0  # how long another node may take to answer
+_EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
+
+_DEATHS = (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    WorkerCrashedError,
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +66,15 @@ class CallSite:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The first cause of a failed call, and the ranks that had not finished a moment later."""
+    """The first cause of a failed call, and the ranks that had not finished a moment later.
+
+    `stuck` are those of them, with their stacks, that wait in a collective.
+    """
 
     error: Exception
     died: bool
     running: tuple[tuple[int, Any], ...]
+    stuck: Mapping[int, str] = field(default_factory=dict)
 
 
 def translate(error: Exception, site: CallSite) -> Exception:
@@ -54,23 +84,43 @@ def translate(error: Exception, site: CallSite) -> Exception:
         return cause
     if isinstance(cause, CallDroppedError):
         return CancelledError(f"{site.role}.{site.method} was cancelled on rank {site.rank}")
+    if isinstance(error, _DEATHS):
+        return died(site, str(error))
     where: dict[str, Any] = {**vars(site), "remote_traceback": str(error), "when": time.time()}
-    if isinstance(error, ActorDiedError | ActorUnavailableError | WorkerCrashedError):
-        return WorkerDiedError(
-            f"{site.role}.{site.method}: rank {site.rank} (node {site.node_ip}, pid {site.pid}) "
-            "died or cannot be reached",
-            **where,
-        )
     return WorkerError.wrap(cause if isinstance(cause, Exception) else error, **where)
 
 
-def diagnose(error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -> Diagnosis:
+def died(site: CallSite, said: str) -> WorkerDiedError:
+    """The error to raise for a process that ended, `said` being what Ray knows of it."""
+    return WorkerDiedError(
+        f"{site.role}.{site.method}: rank {site.rank} (node {site.node_ip}, pid {site.pid}) "
+        "died or cannot be reached",
+        **vars(site),
+        remote_traceback=said,
+        when=time.time(),
+    )
+
+
+def diagnose(
+    error: Exception,
+    refs: Sequence[Any],
+    sites: Sequence[CallSite],
+    processes: Mapping[int, ProcessInfo],
+) -> Diagnosis:
     """Why a call failed, from every rank that has finished within a grace period.
 
     A death counts before an exception, an earlier exception before a later one: peers fail
     because of the first cause, usually with a broken connection.
+
+    Args:
+        processes: by rank, where those that do not finish can be looked at.
     """
-    _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=_GRACE_S, fetch_local=False)
+    pending = _pending(refs, _GRACE_S)
+    before: dict[int, str | None] = {}
+    if pending:
+        before = _collectives(_looked_at(processes, pending, refs, sites))
+        pending = _pending(refs, _GRACE_S)
+    stuck = _still_stuck(before, _looked_at(processes, pending, refs, sites))
     errors: list[Exception] = []
     for ref, site in zip(refs, sites, strict=True):
         if ref not in pending:
@@ -83,11 +133,104 @@ def diagnose(error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -
     first = min(errors, key=_order)
     if isinstance(first, WorkerError):
         first.failed_ranks = len(errors)
+        first.stuck = stuck
     running = tuple(
         (site.rank, ref) for ref, site in zip(refs, sites, strict=True) if ref in pending
     )
-    return Diagnosis(first, any(isinstance(e, WorkerDiedError) for e in errors), running)
+    return Diagnosis(first, any(isinstance(e, WorkerDiedError) for e in errors), running, stuck)
 
 
 def _order(error: Exception) -> tuple[bool, float]:
     return not isinstance(error, WorkerDiedError), getattr(error, "when", float("inf"))
+
+
+def _pending(refs: Sequence[Any], timeout_s: float) -> set[Any]:
+    _, left = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s, fetch_local=False)
+    return set(left)
+
+
+def _looked_at(
+    processes: Mapping[int, ProcessInfo],
+    pending: Iterable[Any],
+    refs: Sequence[Any],
+    sites: Sequence[CallSite],
+) -> dict[int, ProcessInfo]:
+    ranks = [site.rank for ref, site in zip(refs, sites, strict=True) if ref in pending]
+    return {rank: processes[rank] for rank in ranks if rank in processes}
+
+
+def dumps(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
+    """By rank, what faulthandler says of each process, or why there is nothing."""
+    found = beside(read_stacks, list(processes.values()), _NODE_S)
+    return {
+        rank: text or f"no stack: node {process.node_ip} did not answer"
+        for (rank, process), text in zip(processes.items(), found, strict=True)
+    }
+
+
+def stuck_ranks(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
+    """The ranks that wait in a collective, in the same one for half a second; their stacks."""
+    before = _collectives(processes)
+    if any(before.values()):
+        time.sleep(_GRACE_S)
+    return _still_stuck(before, processes)
+
+
+def _collectives(processes: Mapping[int, ProcessInfo]) -> dict[int, str | None]:
+    return {rank: collective(dump) for rank, dump in dumps(processes).items()}
+
+
+def _still_stuck(
+    before: Mapping[int, str | None], processes: Mapping[int, ProcessInfo]
+) -> dict[int, str]:
+    suspects = {
+        rank: processes[rank] for rank, found in before.items() if found and rank in processes
+    }
+    return {
+        rank: readable(dump)
+        for rank, dump in dumps(suspects).items()
+        if collective(dump) == before[rank]
+    }
+
+
+def explain_death(
+    error: WorkerDiedError, process: ProcessInfo, watch: ExitWatch | None
+) -> WorkerDiedError:
+    """The same error with how the process ended, and the last lines that it wrote."""
+    code = watch.exit_code(_EXIT_S) if watch else None
+    log = (beside(read_logs, [process], _NODE_S)[0] or "").rstrip()
+    how, code = _ending(error.remote_traceback, log, code)
+    where = {**error._where, "exit_code": code, "log_tail": log}
+    explained = WorkerDiedError(
+        error.args[0].replace("died or cannot be reached", f"died: it {how}"), **where
+    )
+    explained.failed_ranks, explained.stuck = error.failed_ranks, error.stuck
+    return explained
+
+
+def _ending(said: str, log: str, code: int | None) -> tuple[str, int | None]:
+    """How a process ended, from what Ray says, what it wrote, and its code, if that is known."""
+    if "low on memory" in said or "memory usage threshold" in said:
+        return "was ended by Ray because its node was short of memory", code
+    if re.search(r"node (has died|was terminated|died)|Node .* died", said):
+        return "was lost with its node", code
+    told = re.search(r"exit code (-?\d+)", said)
+    if code is None and told and "connection error" not in said:
+        code = int(told[1])
+    if "SIGTERM" in said:
+        return "was ended by signal SIGTERM", code
+    if code is not None and code < 0:
+        return f"was killed by signal {_signal_name(-code)}", code
+    if code is not None:
+        return f"exited with code {code}", code
+    fatal = re.search(r"\*\*\* (SIG[A-Z]+) received", log)
+    if fatal:
+        return f"was killed by signal {fatal[1]}", code
+    return "ended without a word, as after kill -9, a lack of memory or os._exit", code
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

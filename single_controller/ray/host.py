@@ -10,7 +10,7 @@ import inspect
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from single_controller.errors import WorkerError
 from single_controller.ray.actor_spec import RoleSpec
 from single_controller.ray.colocate import FusedWorker
 from single_controller.ray.parcel import ArrivedParcel, Packed
+from single_controller.ray.process import ProcessInfo, arrive, log_tail
+from single_controller.ray.stacks import coroutine_stacks
 
 __all__ = [
     "AsyncHost",
@@ -54,11 +56,17 @@ class HostInfo:
     """What a host found out about itself."""
 
     rank: int
-    node_id: str
-    node_ip: str
-    pid: int
+    process: ProcessInfo
     device: str
     roles: tuple[str, ...]
+
+    @property
+    def node_ip(self) -> str:
+        return self.process.node_ip
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
 
 @dataclass(frozen=True)
@@ -99,9 +107,14 @@ def needs_event_loop(roles: Mapping[str, RoleSpec]) -> bool:
 class Host:
     """One rank's process. Calls run one after another on its main thread.
 
-    Constructing it does nothing, so that all hosts of a group start at once; `bind` on rank 0
-    gives the address that `setup` then takes everywhere.
+    Constructing it does nothing, so that all hosts of a group start at once; after `arrive`,
+    `bind` on rank 0 gives the address that `setup` then takes everywhere.
     """
+
+    def arrive(self) -> ProcessInfo:
+        """Say where this process is, and let others see its stacks from now on."""
+        self._process = arrive(ray.get_runtime_context().get_node_id(), _node_ip())
+        return self._process
 
     def bind(self, port: int, port_range: Sequence[int] | None, address: str) -> tuple[str, int]:
         """Bind the rendezvous of the group to this node (or the given address)."""
@@ -144,6 +157,18 @@ class Host:
         self._kind = kind
         return self._info()
 
+    def restore(self) -> None:
+        """Call the workers' optional `restore()`: this process replaces one that ended."""
+        for role, hook in self._restore_hooks():
+            try:
+                hook()
+            except Exception as error:
+                raise self._failure(role, "restore", error) from None
+
+    def _restore_hooks(self) -> list[tuple[str, Callable[[], Any]]]:
+        found = {role: getattr(worker, "restore", None) for role, worker in self._workers.items()}
+        return [(role, hook) for role, hook in found.items() if callable(hook)]
+
     def whoami(self) -> tuple[HostInfo, tuple[str, int], bool]:
         """For a driver that attaches: who this is, where the group meets, whether Ray keeps the
         order of calls.
@@ -158,9 +183,7 @@ class Host:
         names = f"{kind.name}:{self._context.local_rank} ({kind.resource} {','.join(given)})"
         return HostInfo(
             rank=self._context.rank,
-            node_id=context.get_node_id(),
-            node_ip=_node_ip(),
-            pid=os.getpid(),
+            process=self._process,
             device=names if given else kind.name,
             roles=tuple(self._workers),
         )
@@ -198,8 +221,9 @@ class Host:
             role=role,
             method=method,
             rank=self._context.rank,
-            node_ip=_node_ip(),
-            pid=os.getpid(),
+            node_ip=self._process.node_ip,
+            pid=self._process.pid,
+            log_tail=log_tail(self._process),
             remote_traceback=_own_traceback(error),
             when=time.time(),
         )
@@ -220,6 +244,7 @@ class AsyncHost(Host):
         self._next: dict[str, int] = {}
         self._waiting: dict[tuple[str, int], asyncio.Event] = {}
         self._dropped: set[tuple[str, int]] = set()
+        self._awaiting: set[Coroutine[Any, Any, Any]] = set()
 
     async def call(self, envelope: Envelope, *values: Any) -> Any:
         return Packed.wrap(await self._run_in_turn(envelope, values))
@@ -231,6 +256,7 @@ class AsyncHost(Host):
             method = self._method(envelope)
             if inspect.iscoroutinefunction(method):
                 pending = self._run_async(method, envelope, values)
+                self._awaiting.add(pending)
                 self._end_turn(envelope)
                 output = _checked(await pending)
             else:
@@ -244,6 +270,8 @@ class AsyncHost(Host):
         finally:
             if pending is None:
                 self._end_turn(envelope)
+            else:
+                self._awaiting.discard(pending)
         return output if envelope.answers else None
 
     @ray.method(num_returns=2)
@@ -262,6 +290,19 @@ class AsyncHost(Host):
         if any(isinstance(value, Late) or is_future(value) for value in values):
             return await asyncio.to_thread(_arguments, envelope, values)
         return _arguments(envelope, values)
+
+    async def restore(self) -> None:  # type: ignore[override]
+        for role, hook in self._restore_hooks():
+            try:
+                done = hook()
+                if inspect.isawaitable(done):
+                    await done
+            except Exception as error:
+                raise self._failure(role, "restore", error) from None
+
+    async def coroutines(self) -> str:
+        """What the calls in this process await, where its loop runs."""
+        return coroutine_stacks(self._awaiting)
 
     async def drop(self, turn: tuple[str, int]) -> None:
         """Do not run a call whose turn has not come."""

@@ -6,25 +6,27 @@ Processes are owned by `hosts`, a call on its way by `calls`.
 from __future__ import annotations
 
 import difflib
-import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from single_controller.base.dispatch import Mode
 from single_controller.base.explain import Carrier
 from single_controller.base.method import CallOptions, Pending
-from single_controller.base.plan import Call
+from single_controller.base.plan import Call, Layout
 from single_controller.base.table import GroupTable
 from single_controller.base.worker import Worker
-from single_controller.base.worker_group import WorkerGroup, check_workers_alive
-from single_controller.errors import RegistrationError, UnknownRoleError
+from single_controller.base.worker_group import WorkerGroup
+from single_controller.errors import RegistrationError, UnknownRoleError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.calls import Outbox, RayPending
 from single_controller.ray.host import Envelope
-from single_controller.ray.hosts import Hosts, StartOptions, running_names
+from single_controller.ray.hosts import Hosts
 from single_controller.ray.placement import RayResourcePool
+from single_controller.ray.start import Recipe, StartOptions, running_names
+from single_controller.ray.supervisor import RestartPolicy, Supervisor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,7 +55,11 @@ class RayWorkerGroup(WorkerGroup):
         master_addr, master_port, master_port_range: where `torch.distributed` meets; by default
             rank 0's node and a port that the system chooses.
         startup_timeout_s: how long the roles' constructors may take.
-        call_timeout_s: how long each call may take; None: for ever.
+        call_timeout_s: how long each call may take, unless its method or the call itself says
+            otherwise; None: for ever.
+        on_failure: what a call on a broken group does: "raise", or "restart" the group first. The
+            call that failed raises in any case, and is not repeated.
+        max_restarts: how often "restart" does so.
 
     Raises:
         ResourceError: the cluster cannot hold the pool, or the pool one more group.
@@ -80,8 +86,12 @@ class RayWorkerGroup(WorkerGroup):
         master_port_range: Sequence[int] | None = None,
         startup_timeout_s: float = 600,
         call_timeout_s: float | None = None,
+        on_failure: str = "raise",
+        max_restarts: int = 3,
     ) -> None:
         super().__init__(resource_pool)
+        policy = RestartPolicy(on_failure, max_restarts)
+        recipe = None
         startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
         if resource_pool is None:
             hosts = _attach(worker_names, worker_handles, startup_timeout_s)
@@ -106,15 +116,15 @@ class RayWorkerGroup(WorkerGroup):
                 placement_timeout_s=resource_pool.placement_timeout_s,
                 startup_timeout_s=startup_timeout_s,
             )
-            bundles = resource_pool.bundles("STRICT_PACK" if bin_pack else "PACK", device_name)
-            kind = resource_pool.device(device_name)
-            hosts = Hosts.start(
-                resource_pool, bundles, kind, ray_cls_with_init.actor_spec(), options
-            )
+            strategy = "STRICT_PACK" if bin_pack else "PACK"
+            spec = ray_cls_with_init.actor_spec()
+            recipe = Recipe(resource_pool, strategy, device_name, spec, options)
+            hosts = recipe.start()
         self.resource_pool = resource_pool
         self.ray_cls_with_init = ray_cls_with_init
         self.call_timeout_s = call_timeout_s
-        self._hosts = hosts
+        self._supervisor = Supervisor(hosts, recipe, policy)
+        self._layouts_of = hosts
         self._classes: dict[str, type[Worker]] = {}
         if ray_cls_with_init is not None:
             roles = ray_cls_with_init.actor_spec().roles
@@ -163,6 +173,16 @@ class RayWorkerGroup(WorkerGroup):
             worker_handles=worker_handles,
             **kwargs,
         )
+
+    @property
+    def _hosts(self) -> Hosts:
+        return self._supervisor.hosts
+
+    def _layout(self, mode: Mode) -> Layout:
+        hosts = self._supervisor.usable()
+        if hosts is not self._layouts_of:
+            self._layouts, self._layouts_of = {}, hosts
+        return super()._layout(mode)
 
     @property
     def world_size(self) -> int:
@@ -220,7 +240,8 @@ class RayWorkerGroup(WorkerGroup):
         WorkerGroup.__init__(view, self.resource_pool)
         view.resource_pool, view.ray_cls_with_init = self.resource_pool, self.ray_cls_with_init
         view.call_timeout_s = self.call_timeout_s
-        view._hosts, view._classes = self._hosts, self._classes
+        view._supervisor, view._classes = self._supervisor, self._classes
+        view._layouts_of = self._hosts
         view._take_role(role)
         return view
 
@@ -240,8 +261,7 @@ class RayWorkerGroup(WorkerGroup):
         materialize: bool = True,
         deferred: bool = False,
     ) -> Pending:
-        hosts = self._hosts
-        hosts.check_usable()
+        hosts = self._supervisor.usable()
         outbox = Outbox(calls)
         answering = set(answers)
         sites, refs, rows_refs, turns = [], [], [], {}
@@ -279,19 +299,46 @@ class RayWorkerGroup(WorkerGroup):
         roles = (self.role,) if self.role else self._hosts.roles
         return GroupTable.of(self._hosts.infos, roles, self._hosts.states())
 
-    def start_worker_aliveness_check(self, every_n_seconds: float = 1) -> None:
-        """Look every so often, in a thread, whether all hosts live; after a death, calls raise
-        GroupBrokenError at once.
+    def stacks(self) -> dict[int, str]:
+        """By rank, the Python stack of each thread that runs the worker's code, now; also of
+        ranks that are stuck in C code or in a collective.
         """
+        return self._hosts.stacks()
 
-        def watch() -> None:
-            check_workers_alive(self._hosts.handles, self._hosts.is_alive, every_n_seconds)
+    def restart(self) -> None:
+        """Start the group anew: new processes and rendezvous, the same ranks and devices, all
+        roles built from their specs. Then each worker's `restore()` is called, if it has one.
 
-        threading.Thread(target=watch, daemon=True, name=f"{self.role}-aliveness").start()
+        All groups on these hosts follow. Calls that were under way raise GroupBrokenError.
+
+        Raises:
+            GroupBrokenError: the group is closed, or was started by another driver.
+            What starting a group raises; then it may be tried again.
+        """
+        self._supervisor.restart()
+
+    @property
+    def restarts(self) -> int:
+        """How often the group was restarted."""
+        return self._supervisor.restarts
+
+    def start_worker_aliveness_check(
+        self,
+        every_n_seconds: float = 1,
+        on_death: Callable[[WorkerDiedError], Any] | None = None,
+    ) -> None:
+        """Look every so often, in a thread, whether all processes live. After a death, that is
+        logged, `on_death` is called with it, in that thread, and calls raise GroupBrokenError at
+        once (or restart the group, with `on_failure="restart"`).
+        """
+        self._supervisor.watch(every_n_seconds, on_death)
 
     def close(self) -> None:
-        """End the hosts, with all their roles. Calls raise GroupBrokenError from then on."""
-        self._hosts.close()
+        """End the processes, with all their roles, and return when they are gone.
+
+        Calls raise GroupBrokenError from then on.
+        """
+        self._supervisor.close()
 
     def __enter__(self) -> Self:
         return self

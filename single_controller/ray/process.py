@@ -1,0 +1,198 @@
+"""A host's process as others on its node see it: its Python stacks, its log, how it ended.
+
+`arrive` prepares the process itself. All else runs beside it and works whatever it is doing, also
+where it never comes back from C code. Getting to the right node is left to `nodes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import os
+import select
+import signal
+import struct
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "ExitWatch",
+    "ProcessInfo",
+    "arrive",
+    "end",
+    "is_running",
+    "log_tail",
+    "read_logs",
+    "read_stacks",
+]
+
+_SIGNAL = getattr(signal, "SIGRTMIN", 0) + 7  # a real-time one: programs use those with names
+_POLL_S = 0.01
+_QUIET_S = 0.03
+_STACKS_S = 1.0  # how long a process gets to write its stacks; it takes milliseconds
+_LOG_BYTES = 16_384
+_LOG_LINES = 20
+
+_PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13, with an exit status since 6.15
+_PIDFD_INFO = struct.Struct("QQ11Ii")
+_PIDFD_INFO_EXIT = 8
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """Where a process is, what to signal it for, and where its log is.
+
+    `started` is the kernel's time of its start, since numbers of processes are used again;
+    `stacks_fd` the descriptor, in it, that its stacks are written to, -1 for none.
+    """
+
+    node_id: str
+    node_ip: str
+    pid: int
+    started: int
+    stacks_fd: int
+    log: str
+
+
+def arrive(node_id: str, node_ip: str) -> ProcessInfo:
+    """Let this process write all threads' stacks when it is signalled; who it is.
+
+    The writing happens in C in the signal's handler, so a thread that holds the GIL for good does
+    not keep it from happening. The file is in memory and goes with the process.
+    """
+    descriptor = -1
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("stacks")
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # whoever reads it empties it
+        faulthandler.register(_SIGNAL, file=descriptor, all_threads=True)
+    pid = os.getpid()
+    found = _stat(pid)
+    log = ""
+    with contextlib.suppress(OSError):
+        log = os.readlink("/proc/self/fd/2")
+    return ProcessInfo(node_id, node_ip, pid, found[1] if found else 0, descriptor, log)
+
+
+def is_running(process: ProcessInfo) -> bool:
+    """Whether the process is there, on this node, and no zombie."""
+    found = _stat(process.pid)
+    return found is not None and found[1] == process.started and found[0] not in "ZX"
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """State and start time of a process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[19])
+
+
+def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
+    """The stack of every thread of each process, as faulthandler writes them, or why not."""
+    files = [_signalled(process) for process in processes]
+    deadline = time.monotonic() + _STACKS_S
+    return [
+        _written(file, process, deadline) for file, process in zip(files, processes, strict=True)
+    ]
+
+
+def _signalled(process: ProcessInfo) -> Path | None:
+    if process.stacks_fd < 0 or not is_running(process):
+        return None
+    file = Path(f"/proc/{process.pid}/fd/{process.stacks_fd}")
+    try:
+        os.truncate(file, 0)
+        os.kill(process.pid, _SIGNAL)
+    except OSError:
+        return None
+    return file
+
+
+def _written(file: Path | None, process: ProcessInfo, deadline: float) -> str:
+    """What came, once no more comes."""
+    text, changed = "", time.monotonic()
+    with contextlib.suppress(OSError):  # it may end meanwhile
+        while file is not None:
+            before, text = text, file.read_text(errors="replace")
+            now = time.monotonic()
+            changed = changed if text == before else now
+            if (text and now - changed > _QUIET_S) or now > deadline:
+                break
+            time.sleep(_POLL_S)
+    if text.strip():
+        return text
+    found = _stat(process.pid)
+    if found is None or found[1] != process.started:
+        return f"no stack: process {process.pid} has ended"
+    return f"no stack: process {process.pid} does not answer (its state is {found[0]})"
+
+
+def read_logs(processes: Sequence[ProcessInfo]) -> list[str]:
+    """The last lines of what each process wrote; of a dead one, too."""
+    return [log_tail(process) for process in processes]
+
+
+def log_tail(process: ProcessInfo) -> str:
+    """The last lines on the process's stderr; where there is nothing, on its stdout."""
+    for name in (process.log, process.log.removesuffix(".err") + ".out"):
+        lines: list[str] = []
+        with contextlib.suppress(OSError), open(name, "rb") as file:
+            file.seek(max(0, os.path.getsize(name) - _LOG_BYTES))
+            lines = file.read(_LOG_BYTES).decode(errors="replace").splitlines()
+        lines = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
+        if lines:
+            return "\n".join(lines[-_LOG_LINES:])
+    return ""
+
+
+def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0, wait_s: float = 5.0) -> list[bool]:
+    """Kill each process that does not end by itself within `grace_s`; whether each is gone."""
+    _until(lambda: not any(map(is_running, processes)), grace_s)
+    for process in processes:
+        if is_running(process):
+            with contextlib.suppress(OSError):
+                os.kill(process.pid, signal.SIGKILL)
+    _until(lambda: not any(map(is_running, processes)), wait_s)
+    return [not is_running(process) for process in processes]
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+class ExitWatch:
+    """Tells how a process on this node ended, though this one is not its parent.
+
+    Needs Linux 6.15; elsewhere, and for a process that cannot be watched, nothing is known.
+    """
+
+    def __init__(self, process: ProcessInfo) -> None:
+        self._descriptor = -1
+        with contextlib.suppress(OSError, AttributeError):
+            self._descriptor = os.pidfd_open(process.pid)
+            weakref.finalize(self, os.close, self._descriptor)
+        if not is_running(process):
+            self._descriptor = -1
+
+    def exit_code(self, timeout_s: float) -> int | None:
+        """Wait for the end; the code that it exited with, or minus the signal that killed it."""
+        if self._descriptor < 0:
+            return None
+        waiting = select.poll()
+        waiting.register(self._descriptor, select.POLLIN)
+        if not waiting.poll(timeout_s * 1_000):
+            return None
+        status = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 12, 0))
+        try:
+            fcntl.ioctl(self._descriptor, _PIDFD_GET_INFO, status)
+        except OSError:
+            return None
+        mask, *_, code = _PIDFD_INFO.unpack(bytes(status))
+        return os.waitstatus_to_exitcode(code) if mask & _PIDFD_INFO_EXIT else None

@@ -1,0 +1,104 @@
+"""What faulthandler wrote about a process, read: the threads that matter, and what they wait for.
+
+Getting it written is left to `process`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import ray
+
+__all__ = ["collective", "coroutine_stacks", "readable"]
+
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
+_COLLECTIVES = ("/torch/distributed/", "/ray/util/collective/")
+_OURS = (os.path.dirname(__file__) + os.sep, os.path.dirname(ray.__file__) + os.sep)
+_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_INSTALLED = ("/site-packages/", "/dist-packages/")
+_MAIN = "/default_worker.py"  # where Ray's processes start
+_SERVES = ("actor_method_executor", "async_func", "async_method_executor")  # Ray's side of a call
+
+
+@dataclass(frozen=True)
+class _Frame:
+    file: str
+    line: str
+    name: str
+
+    @property
+    def is_machinery(self) -> bool:
+        """Whether it is Ray's, this package's or Python's own."""
+        python = self.file.startswith(_LIBRARY) and not any(i in self.file for i in _INSTALLED)
+        return python or self.file.startswith(("<", *_OURS))
+
+
+def _threads(dump: str) -> Iterator[list[_Frame]]:
+    """The frames of each thread, the innermost first, as faulthandler writes them."""
+    for part in re.split(r"\n(?=Thread 0x|Current thread 0x)", dump):
+        frames = [_Frame(**match.groupdict()) for match in _FRAME.finditer(part)]
+        if frames:
+            yield frames
+
+
+def readable(dump: str) -> str:
+    """The main thread and those that run the user's code, the innermost frame first.
+
+    Frames below a call's start are Ray's and this package's; they are left out, and so are
+    threads that only serve.
+    """
+    shown = []
+    for frames in _threads(dump):
+        main = frames[-1].file.endswith(_MAIN)
+        if all(frame.is_machinery for frame in frames) and not main:
+            continue
+        served = next((i for i, f in enumerate(frames) if f.name in _SERVES), len(frames))
+        if main and served == len(frames):
+            continue  # between calls
+        lines = [f'  File "{f.file}", line {f.line}, in {f.name}' for f in frames[:served]]
+        while len(lines) > 1 and frames[len(lines) - 1].is_machinery:
+            lines.pop()
+        shown.append("\n".join(lines))
+    if shown:
+        return "\n  -- another thread --\n".join(reversed(shown))
+    return dump.strip() if "File" not in dump else "  in no call"
+
+
+def collective(dump: str) -> str | None:
+    """The stack of a thread that waits in a collective, or to meet for one; None if none does.
+
+    Only the innermost frame counts: a model wrapped by torch.distributed computes inside its
+    frames. Waiting in the user's own frame, such as `tensor.item()` after an asynchronous
+    collective, cannot be told from computing.
+    """
+    for frames in _threads(dump):
+        if any(part in frames[0].file for part in _COLLECTIVES):
+            return str(frames)
+    return None
+
+
+def coroutine_stacks(coroutines: Iterable[Any]) -> str:
+    """What each coroutine awaits, the innermost frame first, without this package's frames."""
+    shown = []
+    for coroutine in coroutines:
+        lines = [
+            f'  File "{f.f_code.co_filename}", line {f.f_lineno}, in {f.f_code.co_name}'
+            for f in reversed(list(_awaited(coroutine)))
+            if not f.f_code.co_filename.startswith(_OURS)
+        ]
+        shown.append("\n".join(lines) or "  waits for its arguments")
+    return "\n  -- another coroutine --\n".join(shown)
+
+
+def _awaited(coroutine: Any) -> Iterator[FrameType]:
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None)
+        if frame is None:
+            return
+        yield frame
+        coroutine = getattr(coroutine, "cr_await", None)

@@ -1,0 +1,258 @@
+"""Starting the processes of a group in two phases: all processes at once, then their roles.
+
+What becomes of them is left to `hosts`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from single_controller.base.worker import Worker
+from single_controller.device import CPU, DeviceKind
+from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
+from single_controller.ray.actor_spec import ActorSpec
+from single_controller.ray.failure import CallSite, diagnose, dumps, explain_death
+from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace, needs_event_loop
+from single_controller.ray.hosts import Hosts, end_processes
+from single_controller.ray.placement import Bundle, RayResourcePool
+from single_controller.ray.process import ExitWatch, ProcessInfo
+from single_controller.ray.stacks import readable
+
+__all__ = ["Recipe", "StartOptions", "running_names"]
+
+_ASYNC_CALLS_IN_FLIGHT = 10_000
+_END_S = 1.0
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """How a group's hosts are started, apart from what they hold."""
+
+    prefix: str
+    detached: bool = False
+    worker_env: Mapping[str, str] | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+    master_port_range: Sequence[int] | None = None
+    placement_timeout_s: float = 60
+    startup_timeout_s: float = 600
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a group's hosts are started from, as often as needed."""
+
+    pool: RayResourcePool
+    strategy: str
+    device_name: str | None
+    spec: ActorSpec
+    options: StartOptions
+
+    def start(self, restored: bool = False) -> Hosts:
+        """Start one host per bundle of the pool; if this fails, none is left.
+
+        Args:
+            restored: call the workers' optional `restore()` when all roles are built.
+
+        Raises:
+            ResourceError: the bundles have no room for it.
+            WorkerError: a role's constructor raised. CallTimeoutError: one did not return.
+        """
+        bundles = self.pool.bundles(self.strategy, self.device_name)
+        kind = self.pool.device(self.device_name)
+        names = _names(self.spec, bundles, self.options.prefix)
+        is_async = needs_event_loop(self.spec.roles)
+        actor = _actor_class(is_async)
+        common = _actor_options(self.pool, kind, self.spec, self.options, is_async)
+        starting = _Starting(self.spec, self.options)
+        try:
+            for name, bundle in zip(names, bundles, strict=True):
+                place = PlacementGroupSchedulingStrategy(
+                    placement_group=bundle.group, placement_group_bundle_index=bundle.index
+                )
+                own = {"name": name, "scheduling_strategy": place}
+                starting.handles.append(_launch(actor, {**common, **own}))
+            address = starting.meet()
+            infos = starting.build(bundles, kind, address)
+            if restored:
+                starting.restore()
+        except BaseException:
+            starting.abandon()
+            raise
+        return Hosts(starting.handles, names, infos, address, ordered=not is_async)
+
+
+@functools.cache
+def _actor_class(is_async: bool) -> Any:
+    return ray.remote(AsyncHost if is_async else Host)
+
+
+def _launch(actor: Any, options: Mapping[str, Any]) -> Any:
+    try:
+        return actor.options(**options).remote()
+    except ValueError as error:
+        raise ResourceError(f"Ray cannot start a host with {dict(options)}: {error}") from error
+
+
+class _Starting:
+    """Hosts on their way; `abandon` leaves nothing of them."""
+
+    def __init__(self, spec: ActorSpec, options: StartOptions) -> None:
+        self.spec, self.options = spec, options
+        self.handles: list[Any] = []
+        self._processes: dict[int, ProcessInfo] = {}
+        self._watches: dict[int, ExitWatch] = {}
+
+    def meet(self) -> tuple[str, int]:
+        """Wait for all processes, and bind the rendezvous in rank 0's; its address."""
+        options = self.options
+        arrived = [handle.arrive.remote() for handle in self.handles]
+        bound = self.handles[0].bind.remote(
+            options.master_port or 0, options.master_port_range, options.master_addr
+        )
+        wait_s = options.placement_timeout_s
+        _, missing = ray.wait(arrived, num_returns=len(arrived), timeout=wait_s)
+        if missing:
+            ranks = [rank for rank, ref in enumerate(arrived) if ref in missing]
+            raise ResourceError(
+                f"ranks {ranks} got no process within placement_timeout_s={wait_s:g}: their "
+                "bundles have no room left. Close groups on this pool, or raise its "
+                "max_colocate_count"
+            )
+        found = self._get(arrived, "arrive", wait_s)
+        self._processes = dict(enumerate(found))
+        self._watches = {rank: ExitWatch(process) for rank, process in enumerate(found)}
+        address: tuple[str, int] = self._get([bound], "bind", wait_s)[0]
+        return address
+
+    def build(
+        self, bundles: Sequence[Bundle], kind: DeviceKind, address: tuple[str, int]
+    ) -> list[HostInfo]:
+        """Build the roles everywhere."""
+        on_node = Counter(bundle.node_id for bundle in bundles)
+        seen: Counter[str] = Counter()
+        roles = ray.put(dict(self.spec.roles))
+        refs = []
+        for rank, (handle, bundle) in enumerate(zip(self.handles, bundles, strict=True)):
+            place = HostPlace(
+                rank,
+                len(self.handles),
+                seen[bundle.node_id],
+                on_node[bundle.node_id],
+                self.options.prefix,
+            )
+            seen[bundle.node_id] += 1
+            refs.append(handle.setup.remote(place, kind, address, roles))
+        return self._get(refs, "setup", self.options.startup_timeout_s)
+
+    def restore(self) -> None:
+        """Let the workers load what they had, where they know how."""
+        refs = [handle.restore.remote() for handle in self.handles]
+        self._get(refs, "restore", self.options.startup_timeout_s)
+
+    def abandon(self) -> None:
+        """End what was started."""
+        with contextlib.suppress(Exception):
+            end_processes(self.handles, list(self._processes.values()), _END_S)
+
+    def _get(self, refs: Sequence[Any], step: str, timeout_s: float) -> list[Any]:
+        try:
+            return ray.get(list(refs), timeout=timeout_s)
+        except GetTimeoutError:
+            _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+            ranks = [rank for rank, ref in enumerate(refs) if ref in pending]
+            processes = {rank: self._processes[rank] for rank in ranks if rank in self._processes}
+            what = "restored" if step == "restore" else "built"
+            raise CallTimeoutError(
+                f"ranks {ranks} had not {what} their roles {list(self.spec.roles)} after "
+                f"startup_timeout_s={timeout_s:g}",
+                ranks,
+                {rank: readable(dump) for rank, dump in dumps(processes).items()},
+            ) from None
+        except Exception as error:
+            raise self._diagnosed(error, refs, step) from None
+
+    def _diagnosed(self, error: Exception, refs: Sequence[Any], step: str) -> Exception:
+        sites = []
+        for rank in range(len(refs)):
+            process = self._processes.get(rank)
+            where = (process.node_ip, process.pid) if process else ("?", 0)
+            sites.append(CallSite("host", step, rank, *where))
+        first = diagnose(error, refs, sites, self._processes).error
+        if isinstance(first, WorkerDiedError) and first.rank in self._processes:
+            return explain_death(first, self._processes[first.rank], self._watches[first.rank])
+        return first
+
+
+def running_names(prefix: str, spec: ActorSpec | None) -> list[str]:
+    """Names of running hosts that were started with `prefix` and, where given, with `spec`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    roles = re.escape("_".join(spec.roles)) if spec else ".+"
+    pattern = re.compile(rf"{re.escape(prefix)}{roles}_\d+:\d+")
+    named = ray.util.list_named_actors()
+    found = [name for name in named if pattern.fullmatch(name)]
+    if not found:
+        raise ValueError(f"no running host has name_prefix {prefix!r}; named actors: {named}")
+    return found
+
+
+def _names(spec: ActorSpec, bundles: Sequence[Bundle], prefix: str) -> list[str]:
+    """`<prefix><roles>_<placement group>:<bundle>`, for `ray list actors` and for attaching."""
+    label = "_".join(spec.roles)
+    groups = list(dict.fromkeys(bundle.group.id for bundle in bundles))
+    return [f"{prefix}{label}_{groups.index(b.group.id)}:{b.index}" for b in bundles]
+
+
+def _actor_options(
+    pool: RayResourcePool, kind: DeviceKind, spec: ActorSpec, options: StartOptions, is_async: bool
+) -> dict[str, Any]:
+    resources: dict[str, float] = {}
+    made: dict[str, Any] = {
+        "num_cpus": _share(pool.cpus_per_process, pool.max_colocate_count),
+        "resources": resources,
+    }
+    gpus = _share(pool.gpus_per_process, pool.max_colocate_count)
+    if kind is not CPU and kind.resource == "GPU":
+        made["num_gpus"] = gpus
+    elif kind is not CPU:
+        resources[kind.resource] = gpus
+    if options.detached:
+        made["lifetime"] = "detached"
+    if is_async:
+        made["max_concurrency"] = _ASYNC_CALLS_IN_FLIGHT
+    env = _worker_env(options.worker_env)
+    given = dict(spec.options)
+    resources.update(given.pop("resources", None) or {})
+    if env:
+        runtime_env = given.get("runtime_env") or {}
+        given["runtime_env"] = {
+            **runtime_env,
+            "env_vars": {**runtime_env.get("env_vars", {}), **env},
+        }
+    return {**made, **given}
+
+
+def _share(amount: float, parts: int) -> float:
+    """1/parts of an amount, rounded down as Ray counts, so that all parts fit."""
+    return math.floor(amount / parts * 10_000) / 10_000
+
+
+def _worker_env(worker_env: Mapping[str, str] | None) -> dict[str, str]:
+    taken = sorted(set(Worker.env_keys()) & set(worker_env or ()))
+    if taken:
+        raise ValueError(f"worker_env must not set {', '.join(taken)}: each rank gets its own")
+    return {key: str(value) for key, value in (worker_env or {}).items()}

@@ -1,0 +1,94 @@
+"""Restarting a group: what is new, what stays, and what no longer counts."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
+from single_controller.base import PerRank, Worker
+from single_controller.base.decorator import Dispatch, register
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, colocate
+from tests.faults.victim import Victim
+
+
+class Other(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_a_restarted_group_has_new_processes_the_same_ranks_and_all_its_roles(
+    pool: RayResourcePool,
+) -> None:
+    with colocate(pool, victim=Victim, other=Other) as both:
+        before, names = both.victim.look(), both.hosts.worker_names
+        old = both.victim.act.submit(PerRank(["fine", "sleep"]))
+        finished = both.other.pid.options(ranks=[0]).submit()
+        assert finished.result() == [before[0][1]]
+        both.victim.restart()
+        after = both.victim.look()
+        assert [rank for rank, *_ in after] == [0, 1]
+        assert not {pid for _, pid, *_ in before} & {pid for _, pid, *_ in after}
+        assert not any(os.path.exists(f"/proc/{pid}") for _, pid, *_ in before)
+        assert [state for _, _, state, _ in after] == ["restored on 0", "restored on 1"]
+        assert both.victim.all_reduce() == [3.0, 3.0]
+        assert both.other.pid() == [pid for _, pid, *_ in after]
+        assert both.hosts.worker_names == names
+        assert [row.pid for row in both.other.describe().rows] == both.other.pid()
+        for former in (old, finished):
+            with pytest.raises(GroupBrokenError, match="the group was restarted"):
+                former.result()
+        assert both.other.restarts == 1
+
+
+def test_a_group_told_to_restart_does_so_on_the_next_call_within_its_budget(
+    pool: RayResourcePool,
+) -> None:
+    spec = RayClassWithInitArgs(Victim)
+    with RayWorkerGroup(pool, spec, on_failure="restart", max_restarts=1) as group:
+        with pytest.raises(KeyError):
+            group.act(PerRank(["fine", "raise"]))
+        assert group.look()[0][2] == "new on 0", "all ranks finished, so nothing is restarted"
+        with pytest.raises(WorkerDiedError):
+            group.act(PerRank(["fine", "kill"]))
+        assert group.look()[1][2] == "restored on 1"
+        with pytest.raises(WorkerDiedError):
+            group.act(PerRank(["exit3", "fine"]))
+        with pytest.raises(GroupBrokenError, match=r"lost a rank.*max_restarts=1"):
+            group.look()
+        group.restart()
+        assert group.act("fine") == ["fine", "fine"]
+        group.close()
+        with pytest.raises(GroupBrokenError, match="a closed group cannot be restarted"):
+            group.restart()
+
+
+class Forgetful(Victim):
+    def restore(self) -> None:
+        raise FileNotFoundError("no checkpoint")
+
+
+def test_a_restart_that_fails_says_why_and_can_be_tried_again(pool: RayResourcePool) -> None:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Forgetful)) as group:
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match=r"Forgetful.restore failed") as caught:
+                group.restart()
+            assert isinstance(caught.value, WorkerError)
+            with pytest.raises(GroupBrokenError, match=r"restart failed.*no checkpoint"):
+                group.look()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_failure": "retry"}, "on_failure must be 'raise' or 'restart'; got 'retry'"),
+        ({"max_restarts": -1}, "max_restarts must be a count; got -1"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(
+    pool: RayResourcePool, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RayWorkerGroup(pool, RayClassWithInitArgs(Victim), **options)  # type: ignore[arg-type]

@@ -1,0 +1,73 @@
+"""What a rank is doing, seen without its help."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from single_controller import CallTimeoutError
+from single_controller.base import PerRank, Worker
+from single_controller.base.decorator import Dispatch, register
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from tests.waiting import eventually
+
+
+@pytest.fixture
+def whole(group: RayWorkerGroup) -> Iterator[RayWorkerGroup]:
+    """Started anew if a test left a rank stuck."""
+    yield group
+    group.restart()
+
+
+def test_a_rank_stuck_in_c_code_with_the_interpreters_lock_is_named_with_its_stack(
+    whole: RayWorkerGroup,
+) -> None:
+    with pytest.raises(CallTimeoutError, match=r"ranks \[1\] of 2 had not finished") as caught:
+        whole.act.options(timeout_s=1)(PerRank(["fine", "in_c"]))
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert error.pending_ranks == (1,)
+    assert list(error.stacks) == [1]
+    lines = error.stacks[1].splitlines()
+    assert "victim.py" in lines[0]
+    assert "in _in_c" in lines[0]
+    assert "in act" in lines[1]
+    assert len(lines) == 2, "frames that are not the user's"
+    assert "rank 1 (most recent call first):\n" + error.stacks[1] in str(error)
+
+
+def test_a_process_that_is_stopped_says_so_instead_of_a_stack(whole: RayWorkerGroup) -> None:
+    pid = whole.look()[0][1]
+    os.kill(pid, signal.SIGSTOP)
+    stacks = whole.stacks()
+    assert f"process {pid} does not answer (its state is T)" in stacks[0]
+    assert stacks[1] == "  in no call"
+
+
+class Awaiting(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def outer(self) -> None:
+        await self.inner()
+
+    async def inner(self) -> None:
+        await asyncio.Event().wait()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def block(self) -> None:
+        signal.pause()
+
+
+def test_what_a_coroutine_awaits_and_what_blocks_its_loop_are_shown(
+    pool: RayResourcePool,
+) -> None:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Awaiting)) as group:
+        group.outer.submit()
+        assert eventually(lambda: all("in inner" in text for text in group.stacks().values()))
+        lines = group.stacks()[0].splitlines()
+        assert [line.rpartition(" ")[2] for line in lines] == ["wait", "inner", "outer"]
+        group.block.submit()
+        assert eventually(lambda: "in block" in group.stacks()[1])
