@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 
-from protocol import columns
+from protocol import checks, columns
 from protocol.columns import Column
 from protocol.data_proto import DataProto
-from protocol.errors import BatchError, BatchTypeError, MissingKeyError, RowCountError
+from protocol.errors import BatchError, MissingKeyError, RowCountError
 from protocol.table import DataProtoItem
 
 __all__ = [
@@ -32,11 +32,8 @@ def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataPr
 
     The batch itself comes back if it divides already, as an empty one does.
     """
-    if not isinstance(data, DataProto):
-        raise BatchTypeError(f"data must be a DataProto, got {type(data).__name__}")
-    if size_divisor < 1:
-        raise BatchError(f"size_divisor must be at least 1, got {size_divisor}")
-    rows = len(data)
+    rows = len(checks.instance(DataProto, "data", data))
+    size_divisor = checks.count("size_divisor", size_divisor, least=1)
     pad_size = -rows % size_divisor
     if not pad_size:
         return data, 0
@@ -45,7 +42,8 @@ def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataPr
 
 def unpad_dataproto(data: DataProto, pad_size: int) -> DataProto:
     """The batch without its last `pad_size` rows, as views; itself if that is 0."""
-    if not 0 <= pad_size <= len(data):
+    pad_size = checks.count("pad_size", pad_size, least=None)
+    if not 0 <= pad_size <= len(checks.instance(DataProto, "data", data)):
         raise RowCountError(f"cannot remove {pad_size} rows from a batch of {len(data)} rows")
     return data.slice(0, len(data) - pad_size) if pad_size else data
 
@@ -56,7 +54,7 @@ def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
     Raises:
         BatchError: there is no row, or rows differ in keys, or in the shape of a tensor.
     """
-    if not x:
+    if not checks.list_of(DataProtoItem, "x", x):
         raise BatchError("cannot collate zero rows: pass at least one")
     rows = [item._tensors() for item in x]
     keys = [[*tensors, *item.non_tensor_batch] for tensors, item in zip(rows, x, strict=True)]
@@ -85,8 +83,9 @@ def _stack(key: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def fold_batch_dim(data: DataProto, new_batch_size: int) -> DataProto:
     """Columns of shape (rows, ...) become (new_batch_size, rows // new_batch_size, ...)."""
-    rows = len(data)
-    if new_batch_size < 1 or rows % new_batch_size:
+    rows = len(checks.instance(DataProto, "data", data))
+    new_batch_size = checks.count("new_batch_size", new_batch_size, least=1)
+    if rows % new_batch_size:
         raise RowCountError(
             f"cannot fold {rows} rows into new_batch_size={new_batch_size}: they do not divide"
         )
@@ -95,9 +94,8 @@ def fold_batch_dim(data: DataProto, new_batch_size: int) -> DataProto:
 
 def unfold_batch_dim(data: DataProto, batch_dims: int = 2) -> DataProto:
     """Merge the first `batch_dims` dims of all columns; undoes `fold_batch_dim`."""
-    if batch_dims < 1:
-        raise BatchError(f"batch_dims must be at least 1, got {batch_dims}")
-    return _reshape(data, batch_dims, None)
+    batch_dims = checks.count("batch_dims", batch_dims, least=1)
+    return _reshape(checks.instance(DataProto, "data", data), batch_dims, None)
 
 
 def _reshape(data: DataProto, dims: int, sizes: list[int] | None) -> DataProto:
@@ -123,8 +121,8 @@ def all_gather_data_proto(data: DataProto, process_group: dist.ProcessGroup | No
     Ranks may hold different numbers of rows. Dense tensors move by the group's own collective on
     their device, everything else as pickled objects. meta_info stays that of this rank.
     """
+    tensors = checks.instance(DataProto, "data", data)._tensors()
     world = dist.get_world_size(process_group)
-    tensors = data._tensors()
     dense = {key: t for key, t in tensors.items() if type(t) is torch.Tensor and not t.is_nested}
     rest = data.select([key for key in tensors if key not in dense], meta_info_keys=[])
     others: list[Any] = [None] * world

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from tensordict import is_tensor_collection
 
-from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
+from protocol import checks, indices
+from protocol.errors import BatchError, BatchTypeError, RowCountError
 from protocol.shards import check_sizes
 
 __all__ = [
     "Column",
-    "Index",
     "as_object_array",
     "cat",
     "describe",
@@ -28,7 +28,6 @@ __all__ = [
     "jagged",
     "jagged_parts",
     "nbytes",
-    "normalize_index",
     "repeat",
     "row",
     "rows",
@@ -38,7 +37,6 @@ __all__ = [
 ]
 
 Column: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
-Index: TypeAlias = "slice | Sequence[int] | Sequence[bool] | np.ndarray[Any, Any] | torch.Tensor"
 
 
 # A nested tensor of n rows is stored as `values`, all rows one after another along one dim, and
@@ -117,6 +115,11 @@ def _gather(
 
 def rows(column: Column) -> int:
     """Number of rows; for a nested tensor, of its components."""
+    if not isinstance(column, (torch.Tensor, np.ndarray)):
+        raise BatchTypeError(
+            f"a column must be a tensor or an array; got {type(column).__name__} "
+            f"{checks.short(column)}"
+        )
     if column.ndim == 0:
         raise RowCountError("a column needs a batch dim; got a 0-dim value")
     return column.size(0) if isinstance(column, torch.Tensor) else len(column)
@@ -262,18 +265,23 @@ def repeat(
     """
     count = rows(column)
     if not isinstance(times, (int, np.integer)):
-        counts = torch.as_tensor(times)
+        counts = indices.numbers("repeat_times", times)
         if counts.numel() == 0:  # an empty list becomes a float tensor
             counts = counts.long()
-        if counts.shape != (count,) or counts.is_floating_point() or (counts < 0).any():
+        whole = counts.shape == (count,) and indices.are_whole(counts)
+        if not whole or ((counts := counts.long()) < 0).any():
             raise BatchError(
                 f"repeat_times must hold one count (>= 0) for each of {count} rows; got {times!r}"
             )
         return take(column, torch.repeat_interleave(torch.arange(count), counts.cpu()))
-    if times < 0:
-        raise BatchError(f"repeat_times must not be negative; got {times}")
-    index, times = torch.arange(count), int(times)
-    return take(column, index.repeat_interleave(times) if interleave else index.repeat(times))
+    times = checks.count("repeat_times", times)
+    index = torch.arange(count)
+    return take(
+        column,
+        index.repeat_interleave(times)
+        if checks.flag("interleave", interleave)
+        else index.repeat(times),
+    )
 
 
 def as_object_array(values: Sequence[object]) -> np.ndarray[Any, Any]:
@@ -282,46 +290,6 @@ def as_object_array(values: Sequence[object]) -> np.ndarray[Any, Any]:
     for i, value in enumerate(values):
         array[i] = value
     return array
-
-
-def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
-    """Any index that selects several rows, as a slice or as int64 positions; both not negative.
-
-    Raises:
-        BatchTypeError: not a slice, list, ndarray, or tensor of integers or booleans.
-        RowIndexError: a row that is not there, or a mask of another length.
-    """
-    if isinstance(index, slice):
-        start, stop, step = index.indices(rows)
-        if step < 0:
-            return torch.arange(rows)[np.arange(start, stop, step)]
-        return slice(start, max(start, stop), step)
-    if not isinstance(index, (list, np.ndarray, torch.Tensor)):
-        raise BatchTypeError(
-            f"Indexing with {type(index)} is not supported: rows are selected by an int, slice, "
-            f"list, ndarray or tensor; got {index!r:.80}"
-        )
-    try:
-        at = index if isinstance(index, torch.Tensor) else torch.from_numpy(np.array(index))
-    except (TypeError, ValueError):
-        at = torch.empty(0, 0)
-    if at.numel() == 0 and at.dim() == 1 and at.dtype != torch.bool:
-        return torch.empty(0, dtype=torch.int64)
-    # A uint8 tensor is refused: torch reads it as a mask, numpy as positions.
-    if at.dim() != 1 or at.is_floating_point() or at.is_complex() or at.dtype == torch.uint8:
-        raise BatchTypeError(
-            f"an index must be one list of integers or booleans; got {index!r:.200} "
-            f"({at.dtype}; make a mask with .bool())"
-        )
-    if at.dtype == torch.bool:
-        if len(at) != rows:
-            raise RowIndexError(f"a mask needs one entry per row: {rows} rows, {len(at)} entries")
-        return at.nonzero().flatten()
-    at = at.to(torch.int64)
-    bad = at[(at < -rows) | (at >= rows)]
-    if len(bad):
-        raise RowIndexError(f"index {int(bad[0])} is out of range for a batch of {rows} rows")
-    return torch.where(at < 0, at + rows, at)
 
 
 _ATOMS = frozenset({str, bytes, int, bool, type(None)})

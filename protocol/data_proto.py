@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from protocol import columns, meta, storage
-from protocol.columns import Column, Index
+from protocol import checks, columns, indices, keyed, meta, storage
+from protocol.columns import Column
 from protocol.config import DataProtoConfig
 from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
-from protocol.keyed import cat_columns, require_keys, union_columns
+from protocol.indices import Index
 from protocol.kinds import join_kinds, split_kinds
 from protocol.sampling import balance, mini_batches
 from protocol.shards import balanced_sizes, equal_sizes
@@ -61,20 +61,17 @@ class DataProto(Table):
         """
         _only_one_batch_dim(num_batch_dims)
         batch = None
-        if tensors:
-            sizes = {key: columns.rows(tensor) for key, tensor in tensors.items()}
+        columns_of, arrays = keyed.checked_tensors(tensors), keyed.checked_arrays(non_tensors)
+        if columns_of:
+            sizes = {key: columns.rows(tensor) for key, tensor in columns_of.items()}
             if len(set(sizes.values())) > 1:
                 raise RowCountError(
                     "Not all the tensor in tensors have the same batch size with batch_dims=1. Got "
                     + ", ".join(f"{key} has {size} rows" for key, size in sizes.items())
                 )
-            batch = TensorDict(dict(tensors), [next(iter(sizes.values()))])
-        arrays = {
-            key: value if isinstance(value, np.ndarray) else columns.as_object_array(value)
-            for key, value in (non_tensors or {}).items()
-        }
-        padding = {meta.PADDING: True} if auto_padding else {}
-        return cls(batch, arrays, {**(meta_info or {}), **padding})
+            batch = TensorDict(columns_of, [next(iter(sizes.values()))])
+        padding = {meta.PADDING: True} if checks.flag("auto_padding", auto_padding) else {}
+        return cls(batch, arrays, {**checks.mapping("meta_info", meta_info), **padding})
 
     @classmethod
     def from_single_dict(
@@ -84,6 +81,7 @@ class DataProto(Table):
         auto_padding: bool = False,
     ) -> DataProto:
         """A batch from one dict that holds tensors and arrays side by side."""
+        data = checks.mapping("data", data)
         for key, value in data.items():
             if not isinstance(value, (torch.Tensor, np.ndarray)):
                 raise BatchTypeError(
@@ -107,11 +105,12 @@ class DataProto(Table):
             ConflictError: a key of `meta_info` has another value in the TensorDict.
         """
         _only_one_batch_dim(num_batch_dims)
+        given = checks.mapping("meta_info", meta_info)
         if tensor_dict is None:
-            return cls(meta_info=dict(meta_info or {}))
-        tensors, arrays, shared = split_kinds(tensor_dict)
+            return cls(meta_info=dict(given))
+        tensors, arrays, shared = split_kinds(checks.tensordict("tensor_dict", tensor_dict))
         batch = TensorDict(tensors, tensor_dict.batch_size, device=tensor_dict.device)
-        return cls(batch, arrays, meta.union(meta_info or {}, shared))
+        return cls(batch, arrays, meta.union(given, shared))
 
     def to_tensordict(self) -> TensorDict:
         """Everything in one TensorDict, from which `from_tensordict` builds this batch again.
@@ -140,6 +139,13 @@ class DataProto(Table):
 
     def to(self, device: torch.device | str | int) -> DataProto:
         """Move the tensors of this batch; returns the batch."""
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise BatchTypeError(
+                f"device must be one of torch's, such as 'cuda:0'; got {checks.short(device)}: "
+                f"{error}"
+            ) from None
         if self.batch is not None:
             self.batch = self.batch.to(device)
         return self
@@ -157,13 +163,16 @@ class DataProto(Table):
         """
         rows, tensors = len(self), self._tensors()
         arrays, shared = self.non_tensor_batch, self.meta_info
-        require_keys(batch_keys or (), tensors, "batch")
-        require_keys(non_tensor_batch_keys or (), arrays, "non_tensor_batch")
-        require_keys(meta_info_keys or (), shared, "meta_info")
+        batch_keys = checks.key_list("batch_keys", batch_keys)
+        non_tensor_batch_keys = checks.key_list("non_tensor_batch_keys", non_tensor_batch_keys)
+        meta_info_keys = checks.key_list("meta_info_keys", meta_info_keys)
+        keyed.require_keys(batch_keys, tensors, "batch")
+        keyed.require_keys(non_tensor_batch_keys, arrays, "non_tensor_batch")
+        keyed.require_keys(meta_info_keys, shared, "meta_info")
         popped = type(self).from_dict(
-            {key: tensors.pop(key) for key in batch_keys or ()},
-            {key: arrays.pop(key) for key in non_tensor_batch_keys or ()},
-            {key: shared.pop(key) for key in meta_info_keys or ()},
+            {key: tensors.pop(key) for key in batch_keys},
+            {key: arrays.pop(key) for key in non_tensor_batch_keys},
+            {key: shared.pop(key) for key in meta_info_keys},
         )
         self._batch = self._unbuilt(tensors, (rows,))
         return popped
@@ -184,13 +193,14 @@ class DataProto(Table):
             raise BatchTypeError(
                 f"keys must be a list or a string, but got {type(old)} and {type(new)}"
             )
+        old, new = ([checks.named("a key", key) for key in keys] for keys in (old, new))
         if len(old) != len(new):
             raise BatchError(
                 f"new_keys and old_keys must have the same length, but got {len(new)} "
                 f"and {len(old)}"
             )
         tensors, names = self._tensors(), dict(zip(old, new, strict=True))
-        require_keys(old, tensors, "batch")
+        keyed.require_keys(old, tensors, "batch")
         renamed = {names.get(key, key): tensor for key, tensor in tensors.items()}
         if len(renamed) != len(tensors):
             raise ConflictError(f"cannot rename {list(old)} to {list(new)}: a new key is taken")
@@ -209,7 +219,11 @@ class DataProto(Table):
 
     def padding(self, padding_size: int, padding_candidate: str = "") -> None:
         """Append `padding_size` copies of the last row, or of the first with candidate "first"."""
-        if padding_candidate not in ("", "first", "last"):
+        if checks.instance(str, "padding_candidate", padding_candidate) not in (
+            "",
+            "first",
+            "last",
+        ):
             raise BatchError(
                 f'padding_candidate must be "first" or "last", got {padding_candidate!r}'
             )
@@ -225,6 +239,7 @@ class DataProto(Table):
             RowCountError: both have columns, and different numbers of rows.
             ConflictError: both have a key, with different values.
         """
+        other = checks.instance(DataProto, "other", other)
         mine, theirs = (bool(b.batch is not None or b.non_tensor_batch) for b in (self, other))
         if mine and theirs and len(self) != len(other):
             raise RowCountError(
@@ -232,9 +247,9 @@ class DataProto(Table):
             )
         batch = self.batch if self.batch is not None else other.batch
         if batch is not None:
-            tensors = union_columns(self._tensors(), other._tensors())
+            tensors = keyed.union_columns(self._tensors(), other._tensors())
             batch = TensorDict(tensors, batch.batch_size, device=batch.device)
-        arrays = union_columns(self.non_tensor_batch, other.non_tensor_batch)
+        arrays = keyed.union_columns(self.non_tensor_batch, other.non_tensor_batch)
         return type(self)(batch, arrays, meta.union(self.meta_info, other.meta_info))
 
     @staticmethod
@@ -245,11 +260,11 @@ class DataProto(Table):
             BatchError: no batch, or they differ in keys, dtypes or trailing shapes.
             ConflictError: their meta_info differs under a key other than "metrics".
         """
-        if not data:
+        if not checks.list_of(DataProto, "data", data):
             raise BatchError("cannot concatenate zero batches: pass at least one")
         first = data[0]
-        tensors = cat_columns([shard._tensors() for shard in data], "batch")
-        arrays = cat_columns([shard.non_tensor_batch for shard in data], "non_tensor_batch")
+        tensors = keyed.cat_columns([shard._tensors() for shard in data], "batch")
+        arrays = keyed.cat_columns([shard.non_tensor_batch for shard in data], "non_tensor_batch")
         batch = None
         if any(shard.batch is not None for shard in data):
             device = None if first.batch is None else first.batch.device
@@ -267,9 +282,7 @@ class DataProto(Table):
 
     def split(self, split_size: int) -> list[DataProto]:
         """Batches of `split_size` rows, the last may have fewer; none if there are no rows."""
-        if split_size < 1:
-            raise BatchError(f"split_size must be at least 1, got {split_size}")
-        rows = len(self)
+        rows, split_size = len(self), checks.count("split_size", split_size, least=1)
         return self.split_sizes([min(split_size, rows - i) for i in range(0, rows, split_size)])
 
     def balanced_chunk(
@@ -285,11 +298,12 @@ class DataProto(Table):
         Args:
             weights: one non-negative number per row.
         """
-        load = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
-        if load.shape != (len(self),) or not bool((load >= 0).all()) or chunks < 1:
+        load = indices.numbers("weights", weights, torch.float64)
+        chunks = checks.count("chunks", chunks, least=1)
+        if load.shape != (len(self),) or not bool((load >= 0).all()):
             raise BatchError(
-                f"balanced_chunk needs chunks >= 1 and one weight >= 0 for each of {len(self)} "
-                f"rows; got {chunks} chunks and weights {meta.short(weights)}"
+                f"balanced_chunk needs one weight >= 0 for each of {len(self)} rows; got "
+                f"{checks.short(weights)}"
             )
         picks = [torch.tensor(rows, dtype=torch.int64) for rows in balance(load.tolist(), chunks)]
         return [self._rows(pick) for pick in picks], torch.cat(picks).argsort()
@@ -297,7 +311,7 @@ class DataProto(Table):
     def group_by(self, key: str) -> dict[Any, DataProto]:
         """One batch per value of a one-dimensional column, in order of first appearance."""
         everything: dict[str, Column] = {**self._tensors(), **self.non_tensor_batch}
-        require_keys([key], everything, "batch or non_tensor_batch")
+        keyed.require_keys([checks.named("key", key)], everything, "batch or non_tensor_batch")
         if columns.is_nested(everything[key]) or everything[key].ndim != 1:
             raise BatchError(
                 f"group_by needs one value per row; column {key!r} is "
@@ -313,9 +327,9 @@ class DataProto(Table):
 
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> DataProto:
         """Every row `repeat_times` times: a a b b with `interleave`, else a b a b."""
-        if not isinstance(repeat_times, (int, np.integer)) or repeat_times < 0:
+        if not isinstance(repeat_times, (int, np.integer)):
             raise BatchTypeError(
-                f"repeat_times must be an int >= 0, got {repeat_times!r}: "
+                f"repeat_times must be an int >= 0, got {checks.short(repeat_times)}: "
                 "sample_level_repeat takes one count per row"
             )
         return self._rows(columns.repeat(torch.arange(len(self)), repeat_times, interleave))
@@ -336,8 +350,10 @@ class DataProto(Table):
 
         A column of shape (rows, n_split * k, ...) becomes (rows * n_split, k, ...).
         """
-        keys, everything = list(split_keys or []), {**self._tensors(), **self.non_tensor_batch}
-        require_keys(keys, everything, "batch or non_tensor_batch")
+        n_split = checks.count("n_split", n_split, least=1)
+        keys = checks.key_list("split_keys", split_keys)
+        everything = {**self._tensors(), **self.non_tensor_batch}
+        keyed.require_keys(keys, everything, "batch or non_tensor_batch")
         total = len(self) * n_split
 
         def unfold(key: str, column: Column) -> Column:
@@ -350,8 +366,6 @@ class DataProto(Table):
                 )
             return column.reshape(total, column.shape[1] // n_split, *column.shape[2:])
 
-        if n_split < 1:
-            raise BatchError(f"n_split must be at least 1, got {n_split}")
         tensors = {key: unfold(key, column) for key, column in self._tensors().items()}
         arrays = {key: unfold(key, column) for key, column in self.non_tensor_batch.items()}
         return self._new(tensors, arrays, total)
@@ -373,10 +387,10 @@ class DataProto(Table):
         Raises:
             BatchError: the rows do not divide, and `drop_last` is not given.
         """
-        picks = mini_batches(len(self), mini_batch_size, epochs, seed, dataloader_kwargs or {})
+        picks = mini_batches(len(self), mini_batch_size, epochs, seed, dataloader_kwargs)
         return map(self._rows, picks)
 
 
 def _only_one_batch_dim(num_batch_dims: int) -> None:
-    if num_batch_dims != 1:
+    if checks.count("num_batch_dims", num_batch_dims) != 1:
         raise BatchError(f"only support num_batch_dims=1, got {num_batch_dims}")

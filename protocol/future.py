@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from tensordict import TensorDict
 
+from protocol import checks
 from protocol.batches import (
     Batch,
     concat_batches,
@@ -74,7 +75,7 @@ class DataProtoFuture:
         Raises:
             BatchError: no source, so that not even the columns of zero rows could be known.
         """
-        if not sources:
+        if not checks.list_of(object, "sources", sources):
             raise BatchError("a DataProtoFuture needs at least one source; got none")
         self._sources = tuple(sources)
         self._sizes: tuple[int, ...] | None = None  # rows per source, once all are known
@@ -168,7 +169,7 @@ class DataProtoFuture:
         Raises:
             BatchError: no future.
         """
-        return DataProtoFuture(data)
+        return DataProtoFuture(checks.list_of(DataProtoFuture, "data", data))
 
     def select(self, keys: Iterable[str]) -> DataProtoFuture:
         """Only these columns, which are all that whoever fetches rows keeps. Fetches nothing.

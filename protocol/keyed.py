@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from protocol import columns, summary
+from protocol import checks, columns, summary
 from protocol.errors import BatchError, BatchTypeError, ConflictError, MissingKeyError
 
 __all__ = [
     "cat_columns",
+    "checked_arrays",
+    "checked_tensors",
     "leaves",
     "require_keys",
     "require_same_keys",
@@ -44,6 +46,40 @@ def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, tor
                 "non_tensor_batch or meta_info, or build the batch with DataProto.from_tensordict"
             )
     return found
+
+
+def checked_tensors(tensors: object) -> dict[Any, torch.Tensor]:
+    """The tensors that a caller gives in a dict; none for None.
+
+    Raises:
+        BatchTypeError: something that is not a tensor, or a key that a TensorDict cannot have.
+    """
+    return {
+        checks.named("a key of tensors", key): checks.instance(
+            torch.Tensor, f"tensors[{key!r}]", tensor
+        )
+        for key, tensor in checks.mapping("tensors", tensors).items()
+    }
+
+
+def checked_arrays(non_tensors: object) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays that a caller gives in a dict, where a list is one object per row.
+
+    Raises:
+        BatchTypeError: something else, such as a string.
+    """
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for key, values in checks.mapping("non_tensors", non_tensors).items():
+        if isinstance(values, np.ndarray):
+            arrays[key] = values
+        elif isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
+            raise BatchTypeError(
+                f"non_tensors[{key!r}] must be an array or a list of one object per row; got "
+                f"{type(values).__name__} {checks.short(values)}"
+            )
+        else:
+            arrays[key] = columns.as_object_array(values)
+    return arrays
 
 
 def require_keys(keys: Iterable[str], part: Mapping[str, Any], name: str) -> None:
@@ -105,7 +141,7 @@ def union_numpy_dict(
         ConflictError: both have a key, with different values.
         BatchTypeError: a value is not an ndarray.
     """
-    for key, value in [*tensor_dict1.items(), *tensor_dict2.items()]:
-        if not isinstance(value, np.ndarray):
-            raise BatchTypeError(f"{key!r} must be an ndarray, got {type(value).__name__}")
+    for name, arrays in (("tensor_dict1", tensor_dict1), ("tensor_dict2", tensor_dict2)):
+        for key, value in checks.instance(dict, name, arrays).items():
+            checks.instance(np.ndarray, f"{name}[{key!r}]", value)
     return union_columns(tensor_dict1, tensor_dict2)

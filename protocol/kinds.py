@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, is_non_tensor
 
+from protocol import checks
 from protocol.columns import as_object_array
 from protocol.errors import ConflictError
 from protocol.tensordict_rows import build, stack
@@ -55,5 +56,9 @@ def join_kinds(
                 f"{twice} occur twice among batch, non_tensor_batch and meta_info, but in a "
                 "TensorDict each key is unique: rename or pop one of them"
             )
-        source.update(part)
+        source.update({_string(key): value for key, value in part.items()})
     return build(source, [rows], device)
+
+
+def _string(key: object) -> str:
+    return checks.instance(str, "a key of non_tensor_batch or meta_info in a TensorDict", key)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from protocol.checks import short
 from protocol.columns import equal
 from protocol.errors import BatchTypeError, ConflictError
 
-__all__ = ["METRICS", "PADDING", "merge", "short", "union"]
+__all__ = ["METRICS", "PADDING", "merge", "union"]
 
 METRICS = "metrics"
 """The one key whose values may differ between shards: they are collected into lists."""
@@ -69,12 +70,6 @@ def union(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
                 f"{short(a[key])} and {short(b[key])}; pop or rename one of them"
             )
     return {**a, **b}
-
-
-def short(value: object, width: int = 80) -> str:
-    """The repr of a value on one line, cut to `width` characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _records(value: object, name: str) -> list[Mapping[str, Any]]:

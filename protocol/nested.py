@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from protocol import checks
 from protocol.columns import cat, differing_dim, from_rows, is_nested, jagged, jagged_parts
 from protocol.errors import BatchError, BatchTypeError
 
@@ -33,7 +34,7 @@ def nested_tensor_from_tensor_list(
         BatchError: no tensor, 0-dim tensors, `ragged_idx` is not one of their dims, or they
             differ in dtype or in another dim.
     """
-    if not tensors:
+    if not checks.list_of(torch.Tensor, "tensors", tensors):
         raise BatchError("Must provide at least one tensor")
     dims = {tensor.dim() for tensor in tensors}
     if len(dims) > 1 or 0 in dims:
@@ -44,6 +45,7 @@ def nested_tensor_from_tensor_list(
     dim = dims.pop()
     if ragged_idx is None:
         ragged_idx = differing_dim(tensors) or dim
+    ragged_idx = checks.count("ragged_idx", ragged_idx, least=None)
     if not 1 <= ragged_idx <= dim:
         raise BatchError(
             f"ragged_idx must be in [1, {dim}] for rows of {dim} dims. Got ragged_idx={ragged_idx}"
@@ -58,7 +60,7 @@ def concat_nested_tensors(tensors: list[torch.Tensor]) -> torch.Tensor:
         BatchError: no tensor, or their rows do not fit into one jagged tensor.
         BatchTypeError: a tensor that is not jagged.
     """
-    for i, tensor in enumerate(tensors):
+    for i, tensor in enumerate(checks.list_of(torch.Tensor, "tensors", tensors)):
         if not is_nested(tensor):
             raise BatchTypeError(
                 f"tensor {i} must be jagged; got a dense {tensor.dtype} {tuple(tensor.shape)}"
@@ -79,7 +81,7 @@ def maybe_fix_3d_position_ids(data: TensorDict) -> None:
     Some versions of torch and tensordict lose it on the way through pickle or `consolidate`, and
     take dim 1 for the ragged one. Anything else is left as it is.
     """
-    ids: Any = data.get("position_ids", None)
+    ids: Any = checks.tensordict("data", data).get("position_ids", None)
     nested: bool = is_nested(ids)
     if not nested or ids.layout is not torch.jagged or ids._ragged_idx != 1:
         return

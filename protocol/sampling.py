@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from protocol import checks
 from protocol.errors import BatchError
 
 __all__ = ["balance", "mini_batches"]
 
 
 def mini_batches(
-    rows: int, size: int, epochs: int, seed: int | None, options: Mapping[str, Any]
+    rows: int, size: int, epochs: int, seed: int | None, options: Mapping[str, Any] | None
 ) -> Iterator[torch.Tensor]:
     """The row numbers of each mini-batch; the same as veRL's for the same seed and options.
 
@@ -24,12 +25,16 @@ def mini_batches(
         BatchError: the rows do not divide by `size` and `drop_last` is not given, or an option is
             not for the caller to set.
     """
+    size = checks.count("mini_batch_size", size, least=1)
+    epochs = checks.count("epochs", epochs)
+    seed = None if seed is None else checks.count("seed", seed, least=None)
+    options = checks.mapping("dataloader_kwargs", options)
     taken = {"dataset", "batch_size", "collate_fn", "generator"} & options.keys()
     if taken:
         raise BatchError(
             f"dataloader_kwargs must not have {sorted(taken)}: use mini_batch_size and seed"
         )
-    if size < 1 or (rows % size and "drop_last" not in options):
+    if rows % size and "drop_last" not in options:
         raise BatchError(
             f"{rows} % {size} != 0: mini_batch_size must divide the rows, or pass "
             'dataloader_kwargs={"drop_last": True} to leave the rest out'
@@ -43,15 +48,21 @@ def _mini_batches(
     if not rows:  # a sampler refuses to shuffle nothing
         return
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    loader: DataLoader[int] = DataLoader(
-        range(rows),  # type: ignore[arg-type]
-        batch_size=size,
-        collate_fn=torch.tensor,
-        generator=generator,
-        **options,
-    )
-    for _ in range(epochs):
-        yield from loader
+    try:
+        loader: DataLoader[int] = DataLoader(
+            range(rows),  # type: ignore[arg-type]
+            batch_size=size,
+            collate_fn=torch.tensor,
+            generator=generator,
+            **options,
+        )
+        for _ in range(epochs):
+            yield from loader
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BatchError(
+            f"torch's DataLoader cannot choose mini-batches of {size} from {rows} rows with "
+            f"dataloader_kwargs={checks.short(dict(options))}: {error}"
+        ) from error
 
 
 def balance(weights: Sequence[float], parts: int) -> list[list[int]]:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
+from protocol import checks
 from protocol.columns import flat_bytes, from_rows, is_nested, jagged, jagged_parts
-from protocol.errors import BatchTypeError
+from protocol.errors import BatchError, BatchTypeError
 from protocol.keyed import leaves
 
 __all__ = [
@@ -40,11 +41,16 @@ def serialize_single_tensor(obj: torch.Tensor) -> _Serialized:
 
 def deserialize_single_tensor(arr: Any) -> torch.Tensor:
     """The tensor that `serialize_single_tensor` took apart, in its own writable memory."""
-    dtype, shape, data = arr
-    flat = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-    if not flat.numel():
-        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
-    return flat.view(getattr(torch, dtype)).reshape(tuple(shape))
+    try:
+        dtype, shape, data = arr
+        flat = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+        if not flat.numel():
+            return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+        return flat.view(getattr(torch, dtype)).reshape(tuple(shape))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise BatchError(
+            f"this is not (dtype, shape, bytes) of a tensor: {checks.short(arr)}: {error}"
+        ) from error
 
 
 def serialize_tensordict(
@@ -56,7 +62,7 @@ def serialize_tensordict(
     where the rows would not tell its ragged dim.
     """
     tensors: dict[str, tuple[Any, ...]] = {}
-    for key, tensor in leaves(batch).items():
+    for key, tensor in leaves(checks.tensordict("batch", batch)).items():
         tensors[key] = _jagged(tensor) if is_nested(tensor) else serialize_single_tensor(tensor)
     device = None if batch.device is None else str(batch.device)
     return tuple(batch.batch_size), device, tensors
@@ -64,17 +70,26 @@ def serialize_tensordict(
 
 def deserialize_tensordict(arr: Any) -> TensorDict:
     """The TensorDict that `serialize_tensordict` took apart."""
-    batch_size, device, tensors = arr
-    columns = {}
-    for key, packed in tensors.items():
-        if packed[0] != "jagged":
-            columns[key] = deserialize_single_tensor(packed)
-        elif len(packed) == 2:
-            columns[key] = from_rows([deserialize_single_tensor(row) for row in packed[1]], 1)
-        else:
-            values, offsets = map(deserialize_single_tensor, packed[1:3])
-            columns[key] = jagged(values, offsets, packed[3])
-    return TensorDict(columns, tuple(batch_size), device=device)
+    try:
+        batch_size, device, tensors = arr
+        columns = {key: _column(packed) for key, packed in tensors.items()}
+        return TensorDict(columns, tuple(batch_size), device=device)
+    except BatchError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BatchError(
+            f"this is not (batch_size, device, tensors) of a TensorDict: {checks.short(arr)}: "
+            f"{error}"
+        ) from error
+
+
+def _column(packed: Any) -> torch.Tensor:
+    if packed[0] != "jagged":
+        return deserialize_single_tensor(packed)
+    if len(packed) == 2:
+        return from_rows([deserialize_single_tensor(row) for row in packed[1]], 1)
+    values, offsets = map(deserialize_single_tensor, packed[1:3])
+    return jagged(values, offsets, packed[3])
 
 
 def _jagged(tensor: torch.Tensor) -> tuple[Any, ...]:

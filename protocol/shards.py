@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from protocol import checks
 from protocol.errors import ChunkError, RowCountError
 
 __all__ = ["balanced_sizes", "check_sizes", "equal_sizes", "padded_sizes"]
@@ -15,7 +16,7 @@ def equal_sizes(rows: int, parts: int) -> list[int]:
     Raises:
         ChunkError: `rows` does not divide by `parts`, or there is no part.
     """
-    _check_parts(parts)
+    parts = _whole(parts)
     if rows % parts:
         raise ChunkError(
             f"only support equal chunk. Got size of DataProto {rows} and chunk {parts}. Two ways "
@@ -35,7 +36,7 @@ def balanced_sizes(rows: int, parts: int) -> list[int]:
     Raises:
         ChunkError: there is no part.
     """
-    _check_parts(parts)
+    parts = _whole(parts)
     size, larger = divmod(rows, parts)
     return [size + 1] * larger + [size] * (parts - larger)
 
@@ -46,13 +47,15 @@ def padded_sizes(rows: int, parts: int) -> list[int]:
     Raises:
         ChunkError: there is no part.
     """
-    _check_parts(parts)
+    parts = _whole(parts)
     return [-(-rows // parts)] * parts
 
 
-def _check_parts(parts: int) -> None:
-    if parts < 1:
-        raise ChunkError(f"a batch is split into at least one chunk; got {parts}")
+def _whole(parts: object) -> int:
+    whole = checks.count("chunks", parts, least=None)
+    if whole < 1:
+        raise ChunkError(f"a batch is split into at least one chunk; got {whole}")
+    return whole
 
 
 def check_sizes(sizes: Sequence[int], rows: int) -> None:

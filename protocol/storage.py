@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
+from protocol import checks
 from protocol.columns import as_object_array, flat_bytes, jagged, jagged_parts
-from protocol.errors import StorageError
+from protocol.errors import BatchTypeError, StorageError
 from protocol.keyed import leaves
 
 __all__ = ["STORAGE_VERSION", "load", "save"]
@@ -53,7 +54,7 @@ def save(
     Raises:
         StorageError: an object is not JSON, and pickle is not allowed.
     """
-    writer = _Writer(allow_pickle)
+    path, writer = _path(filepath), _Writer(checks.flag("allow_pickle", allow_pickle))
     index = {
         "rows": None if batch is None else len(batch),
         "batch": [] if batch is None else writer.encode_all("batch", leaves(batch)),
@@ -61,7 +62,6 @@ def save(
         "meta_info": writer.encode_all("meta_info", meta_info),
     }
     tensors = {**writer.tensors, _INDEX: _as_bytes(json.dumps(index).encode())}
-    path = Path(filepath)
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(tensors, unfinished, {"format": _FORMAT, "version": str(STORAGE_VERSION)})
@@ -83,7 +83,7 @@ def load(
             pickled objects and they are not allowed.
         FileNotFoundError: there is no file.
     """
-    path = Path(filepath)
+    path, allow_pickle = _path(filepath), checks.flag("allow_pickle", allow_pickle)
     if not path.is_file():
         raise FileNotFoundError(f"no batch to load at {path}")
     try:
@@ -109,6 +109,12 @@ def load(
         raise StorageError(
             f"{path} is not a batch that save_to_disk wrote, or it is damaged: {error}"
         ) from error
+
+
+def _path(filepath: object) -> Path:
+    if not isinstance(filepath, (str, os.PathLike)) or not Path(filepath).name:
+        raise BatchTypeError(f"filepath must be the path of a file; got {filepath!r:.80}")
+    return Path(filepath)
 
 
 class _Writer:

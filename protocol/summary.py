@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from protocol import columns
+from protocol.checks import short
 from protocol.columns import Column
-from protocol.meta import short
 
 __all__ = ["data_info", "diff", "difference", "overview"]
 

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 
-from protocol import columns, summary, wire
-from protocol.columns import Column, Index
+from protocol import checks, columns, indices, summary, wire
+from protocol.columns import Column
 from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
+from protocol.indices import Index
 from protocol.keyed import leaves, require_keys
 from protocol.shards import check_sizes
 
@@ -62,6 +63,11 @@ class _Parts(_Fields):
 
     @batch.setter
     def batch(self, batch: TensorDict | None) -> None:
+        if not isinstance(batch, (TensorDictBase, _Unbuilt, type(None))):
+            raise BatchTypeError(
+                f"batch must be a TensorDict or None; got {type(batch).__name__} "
+                f"{checks.short(batch)}: DataProto.from_dict takes a dict of tensors"
+            )
         self._batch = batch
 
     def _tensors(self) -> dict[Any, Any]:
@@ -84,8 +90,8 @@ class Table(_Parts):
     """Columns of equal rows, of two kinds (tensors and arrays), and meta_info about all rows."""
 
     def __post_init__(self) -> None:
-        self.non_tensor_batch = dict(self.non_tensor_batch or {})
-        self.meta_info = dict(self.meta_info or {})
+        self.non_tensor_batch = checks.mapping("non_tensor_batch", self.non_tensor_batch)
+        self.meta_info = checks.mapping("meta_info", self.meta_info)
         self.check_consistency()
 
     def check_consistency(self) -> None:
@@ -159,7 +165,7 @@ class Table(_Parts):
         return DataProtoItem(self._unbuilt(tensors, ()), arrays, dict(self.meta_info))
 
     def _rows(self: _Self, index: Index) -> _Self:
-        at = columns.normalize_index(index, len(self))
+        at = indices.normalize_index(index, len(self))
         if isinstance(at, slice):
             bounds = at.start, at.stop, at.step
             return self._map(
@@ -191,15 +197,19 @@ class Table(_Parts):
         """
         tensors, arrays = self._tensors(), self.non_tensor_batch
         if batch_keys is not None:
-            require_keys(batch_keys, tensors, "batch")
-            tensors = {key: tensors[key] for key in batch_keys}
+            wanted = checks.key_list("batch_keys", batch_keys)
+            require_keys(wanted, tensors, "batch")
+            tensors = {key: tensors[key] for key in wanted}
         if non_tensor_batch_keys is not None:
-            arrays = {key: arrays[key] for key in non_tensor_batch_keys if key in arrays}
+            wanted = checks.key_list("non_tensor_batch_keys", non_tensor_batch_keys)
+            arrays = {key: arrays[key] for key in wanted if key in arrays}
         selected = self._new(tensors, arrays, len(self))
         if meta_info_keys is not None:
-            kept = {key: self.meta_info[key] for key in meta_info_keys if key in self.meta_info}
-            selected.meta_info = kept
-        return copy.deepcopy(selected) if deepcopy else selected
+            wanted = checks.key_list("meta_info_keys", meta_info_keys)
+            selected.meta_info = {
+                key: self.meta_info[key] for key in wanted if key in self.meta_info
+            }
+        return copy.deepcopy(selected) if checks.flag("deepcopy", deepcopy) else selected
 
     def split_sizes(self: _Self, sizes: Sequence[int]) -> list[_Self]:
         """One batch of consecutive rows per size, as views; a size may be zero.
@@ -207,6 +217,9 @@ class Table(_Parts):
         Raises:
             RowCountError: the sizes do not sum to the rows.
         """
+        sizes = [
+            checks.count("sizes", size, None) for size in checks.list_of(object, "sizes", sizes)
+        ]
         check_sizes(sizes, len(self))
         tensors = {key: columns.split(c, sizes) for key, c in self._tensors().items()}
         arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
@@ -228,6 +241,7 @@ class Table(_Parts):
         return self._padded(count, len(self) - 1)
 
     def _padded(self: _Self, count: int, row: int) -> _Self:
+        count = checks.count("the number of padding rows", count, least=None)
         if count < 0 or (count and not len(self)):
             raise BatchError(f"cannot add {count} padding rows to a batch of {len(self)} rows")
         index = torch.cat([torch.arange(len(self)), torch.full((count,), row)])
@@ -255,7 +269,7 @@ class Table(_Parts):
         """Log, at level INFO, how much memory the columns take."""
         tensors = sum(columns.nbytes(column) for column in self._tensors().values())
         arrays = sum(columns.nbytes(column) for column in self.non_tensor_batch.values())
-        start = f"{prefix}, " if prefix else ""
+        start = f"{prefix}, " if checks.instance(str, "prefix", prefix) else ""
         _logger.info(
             "%sSize of tensordict: %s GB, size of non_tensor_batch: %s GB",
             *(start, tensors / 2**30, arrays / 2**30),
@@ -272,6 +286,7 @@ class Table(_Parts):
 
     def diff(self, other: Table) -> list[str]:
         """One readable line per difference from `other`; none if they are equal."""
+        other = checks.instance(Table, "other", other)
         return [
             *([] if len(self) == len(other) else [f"rows: {len(self)} here, {len(other)} there"]),
             *summary.diff("batch", self._tensors(), other._tensors()),

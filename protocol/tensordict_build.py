@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from protocol import tensordict_rows
+from protocol import checks, tensordict_rows
 from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
 from protocol.keyed import require_same_keys
 from protocol.nested import nested_tensor_from_tensor_list
@@ -42,7 +42,10 @@ def get_tensordict(
         ConflictError: a key is in both.
         RowCountError: the values differ in rows, or a tensor has no dim.
     """
-    shared = dict(non_tensor_dict or {})
+    tensor_dict = checks.mapping("tensor_dict", tensor_dict)
+    shared = checks.mapping("non_tensor_dict", non_tensor_dict)
+    for key in (*tensor_dict, *shared):
+        checks.named("a key", key)
     if both := sorted(set(tensor_dict) & set(shared)):
         raise ConflictError(f"keys may be in tensor_dict or in non_tensor_dict; both have {both}")
     rows: int | None = None
@@ -71,7 +74,7 @@ def _column(key: str, value: Any) -> Any:
             f"{key} -> {type(value)} isn't of 'torch.Tensor | list | np.ndarray' type; "
             "a value that all rows share belongs in non_tensor_dict"
         )
-    if any(isinstance(element, torch.Tensor) for element in value):
+    if _count(key, value) and any(isinstance(element, torch.Tensor) for element in value):
         raise BatchTypeError(
             f"{key}: Passing a list makes the data NonTensorStack, which doesn't support "
             "torch.Tensor. Please convert to numpy first, or build one column with torch.stack "
@@ -96,12 +99,13 @@ def list_of_dict_to_tensordict(list_of_dicts: list[dict[str, Any]]) -> TensorDic
         BatchError: no dict, or the tensors of a key do not go together.
         MissingKeyError: a dict lacks a key, or has one that the first lacks.
     """
-    if not list_of_dicts:
+    if not checks.list_of(object, "list_of_dicts", list_of_dicts):
         raise BatchError("list_of_dicts must have at least one dict, to know the keys; got none")
-    require_same_keys(list_of_dicts, "dicts", "row")
-    columns_of = {key: [values[key] for values in list_of_dicts] for key in list_of_dicts[0]}
+    rows = [checks.mapping(f"list_of_dicts[{i}]", row) for i, row in enumerate(list_of_dicts)]
+    require_same_keys(rows, "dicts", "row")
+    columns_of = {key: [row[key] for row in rows] for key in rows[0]}
     return tensordict_rows.build(
-        {key: _column_of_rows(key, rows) for key, rows in columns_of.items()}, [len(list_of_dicts)]
+        {key: _column_of_rows(key, values) for key, values in columns_of.items()}, [len(rows)]
     )
 
 
@@ -118,8 +122,9 @@ def _column_of_rows(key: str, rows: list[Any]) -> Any:
 
 def assign_non_tensor_data(tensor_dict: TensorDict, key: str, val: Any) -> None:
     """Set, in place, one object that all rows share."""
-    value: Any = NonTensorData(unwrap_non_tensor_data(val), batch_size=tensor_dict.batch_size)
-    tensor_dict.set(key, value)
+    size = checks.tensordict("tensor_dict", tensor_dict).batch_size
+    value: Any = NonTensorData(unwrap_non_tensor_data(val), batch_size=size)
+    tensor_dict.set(checks.named("key", key), value)
 
 
 def assign_non_tensor_stack(tensor_dict: TensorDict, key: str, val: list[Any]) -> None:
@@ -128,11 +133,15 @@ def assign_non_tensor_stack(tensor_dict: TensorDict, key: str, val: list[Any]) -
     Raises:
         RowCountError: not one element per row.
     """
-    if tensor_dict.batch_size and len(val) != tensor_dict.batch_size[0]:
+    val = list(checks.list_of(object, checks.named("key", key), val))
+    if (
+        checks.tensordict("tensor_dict", tensor_dict).batch_size
+        and len(val) != tensor_dict.batch_size[0]
+    ):
         raise RowCountError(
             f"{key} needs one element for each of {tensor_dict.batch_size[0]} rows; got {len(val)}"
         )
-    tensordict_rows.put(tensor_dict, key, tensordict_rows.stack(list(val)))
+    tensordict_rows.put(tensor_dict, key, tensordict_rows.stack(val))
 
 
 def assign_non_tensor(tensor_dict: TensorDict, **kwargs: Any) -> TensorDict:

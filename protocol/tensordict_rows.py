@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 
-from protocol import columns
+from protocol import checks, columns
 from protocol.columns import Column
 from protocol.errors import BatchError, RowCountError
 from protocol.keyed import require_same_keys
@@ -60,7 +60,7 @@ def count_rows(td: TensorDict) -> int:
     Raises:
         RowCountError: the TensorDict has no batch dim.
     """
-    if not td.batch_size:
+    if not checks.tensordict("a TensorDict argument", td).batch_size:
         raise RowCountError(
             "a TensorDict with batch_size=[] has no rows to work on; build it with "
             "get_tensordict, or pass batch_size=[rows]"

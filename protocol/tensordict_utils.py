@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 
-from protocol import columns, summary, tensordict_rows
+from protocol import checks, columns, summary, tensordict_rows
 from protocol.errors import (
     BatchError,
     BatchTypeError,
-    ChunkError,
     MissingKeyError,
     RowCountError,
 )
+from protocol.indices import normalize_index
 from protocol.keyed import union_columns
 from protocol.nested import (
     concat_nested_tensors,
@@ -69,12 +69,14 @@ __all__ = [
 
 def get_non_tensor_data(data: TensorDict, key: str, default: Any) -> Any:
     """The shared object under `key`; a tensor or stack as it is; `default` if there is no key."""
-    return unwrap_non_tensor_data(data.get(key, default))
+    checks.named("key", key)
+    return unwrap_non_tensor_data(checks.tensordict("data", data).get(key, default))
 
 
 def get(tensordict: TensorDict, key: str, default: Any = None) -> Any:
     """The tensor, the shared object, or the list of one object per row; `default` if missing."""
-    value = tensordict.get(key, default)
+    checks.named("key", key)
+    value = checks.tensordict("tensordict", tensordict).get(key, default)
     return value.tolist() if isinstance(value, NonTensorStack) else unwrap_non_tensor_data(value)
 
 
@@ -84,11 +86,13 @@ def get_keys(tensordict: TensorDict, keys: Iterable[str]) -> TensorDict:
     Raises:
         MissingKeyError: a key that the TensorDict lacks.
     """
+    have = checks.tensordict("tensordict", tensordict).keys()
     values = {}
-    for key in keys:
-        if key not in tensordict.keys():  # noqa: SIM118
-            have = sorted(map(str, tensordict.keys()))
-            raise MissingKeyError(f"key {key} not in tensordict, which has {have}")
+    for key in checks.key_list("keys", keys):
+        if checks.named("a key", key) not in have:
+            raise MissingKeyError(
+                f"key {key} not in tensordict, which has {sorted(map(str, have))}"
+            )
         values[key] = tensordict.get(key)
     return tensordict_rows.build(values, tensordict.batch_size, tensordict.device)
 
@@ -120,7 +124,8 @@ def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> Ten
         ConflictError: a common key holds different values.
         RowCountError: the batch sizes differ.
     """
-    if tensor_dict1.batch_size != tensor_dict2.batch_size:
+    checks.tensordict("tensor_dict1", tensor_dict1)
+    if tensor_dict1.batch_size != checks.tensordict("tensor_dict2", tensor_dict2).batch_size:
         raise RowCountError(
             "Two tensor dict must have identical batch size. "
             f"Got {tensor_dict1.batch_size} and {tensor_dict2.batch_size}"
@@ -140,7 +145,8 @@ def assert_tensordict_eq(tensordict1: TensorDict, tensordict2: TensorDict) -> No
     Raises:
         BatchError: they are not; the message names the first key that differs and both values.
     """
-    keys1, keys2 = set(tensordict1.keys()), set(tensordict2.keys())
+    keys1 = set(checks.tensordict("tensordict1", tensordict1).keys())
+    keys2 = set(checks.tensordict("tensordict2", tensordict2).keys())
     if keys1 != keys2:
         raise BatchError(
             f"key set diffs. Got tensordict2_key_set={keys2} vs tensordict1_key_set={keys1}"
@@ -167,7 +173,7 @@ def index_select_tensor_dict(
         BatchTypeError: the indices are not one list of integers or booleans.
         RowIndexError: a row that is not there.
     """
-    index = columns.normalize_index(indices, tensordict_rows.count_rows(batch))
+    index = normalize_index(indices, tensordict_rows.count_rows(batch))
     if isinstance(index, slice):
         raise BatchTypeError("indices must be a 1D tensor or a list; for a slice use batch[a:b]")
     return tensordict_rows.take(batch, index)
@@ -194,8 +200,7 @@ def concat_tensordict(data: list[TensorDict]) -> TensorDict:
         MissingKeyError: the keys differ.
         RowCountError: only some have a batch dim.
     """
-    if not data:
-        raise BatchError("Must have at least one tensordict to concatenate")
+    _some_tensordicts(data)
     if not any(td.batch_size for td in data):
         return concat_tensordict_with_none_bsz(data)
     return tensordict_rows.concat(data)
@@ -208,8 +213,7 @@ def concat_tensordict_with_none_bsz(data: list[TensorDict]) -> TensorDict:
         BatchError: nothing to concatenate.
         RowCountError: one has a batch dim.
     """
-    if not data:
-        raise BatchError("Must have at least one tensordict to concatenate")
+    _some_tensordicts(data)
     for shard, td in enumerate(data):
         if td.batch_size:
             raise RowCountError(
@@ -217,6 +221,13 @@ def concat_tensordict_with_none_bsz(data: list[TensorDict]) -> TensorDict:
                 "concat_tensordict joins rows"
             )
     return get_keys(data[0], map(str, data[0].keys()))
+
+
+def _some_tensordicts(data: list[TensorDict]) -> None:
+    for shard, td in enumerate(checks.list_of(object, "data", data)):
+        checks.tensordict(f"data[{shard}]", td)
+    if not data:
+        raise BatchError("Must have at least one tensordict to concatenate")
 
 
 def contiguous(data: TensorDict) -> TensorDict:
@@ -227,7 +238,7 @@ def contiguous(data: TensorDict) -> TensorDict:
             return value
         return contiguous(value) if isinstance(value, TensorDictBase) else value.contiguous()
 
-    values = {key: convert(value) for key, value in data.items()}
+    values = {key: convert(value) for key, value in checks.tensordict("data", data).items()}
     return tensordict_rows.build(values, data.batch_size, data.device)
 
 
@@ -247,7 +258,7 @@ def make_iterator(
         BatchError: the rows do not divide by `mini_batch_size`, and `drop_last` is not given.
     """
     rows = tensordict_rows.count_rows(tensordict)
-    picks = mini_batches(rows, mini_batch_size, epochs, seed, dataloader_kwargs or {})
+    picks = mini_batches(rows, mini_batch_size, epochs, seed, dataloader_kwargs)
     return (tensordict_rows.take(tensordict, index) for index in picks)
 
 
@@ -257,13 +268,9 @@ def pad_to_divisor(data: TensorDict, size_divisor: int) -> tuple[TensorDict, int
     A batch that divides already, so also one of zero rows, is returned as it is.
 
     Raises:
-        BatchTypeError: `data` is not a TensorDict.
-        ChunkError: `size_divisor` is less than one.
+        BatchError: `size_divisor` is less than one.
     """
-    if not isinstance(data, TensorDict):
-        raise BatchTypeError(f"data must be a TensorDict; got {type(data).__name__}")
-    if size_divisor < 1:
-        raise ChunkError(f"size_divisor must be at least 1; got {size_divisor}")
+    size_divisor = checks.count("size_divisor", size_divisor, least=1)
     rows = tensordict_rows.count_rows(data)
     pad_size = -rows % size_divisor
     if pad_size == 0:
@@ -277,8 +284,9 @@ def unpad(data: TensorDict, pad_size: int) -> TensorDict:
     Raises:
         RowCountError: `pad_size` is negative or more than the rows there are.
     """
+    pad_size = checks.count("pad_size", pad_size, least=None)
     if pad_size == 0:
-        return data
+        return checks.tensordict("data", data)
     rows = tensordict_rows.count_rows(data)
     if not 0 <= pad_size <= rows:
         raise RowCountError(f"pad_size must be between 0 and {rows} rows; got {pad_size}")

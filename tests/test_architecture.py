@@ -21,8 +21,10 @@ PACKAGES = ("protocol", "single_controller")
 # Each file may import only from files above it; a package's name stands for its __init__.py.
 ORDER = [
     "protocol.errors",
+    "protocol.checks",
     "protocol.config",
     "protocol.shards",
+    "protocol.indices",
     "protocol.columns",
     "protocol.meta",
     "protocol.summary",

@@ -46,7 +46,7 @@ def test_padding_repeats_rows_from_the_first_on(sample: DataProto) -> None:
     padded, pad_size = pad_dataproto_to_divisor(sample[:2], 5)
     assert (padded.batch["a"].tolist(), pad_size) == ([0, 1, 0, 1, 0], 3)
     assert pad_dataproto_to_divisor(sample, 3)[0] is sample
-    with pytest.raises(BatchTypeError, match="data must be a DataProto"):
+    with pytest.raises(BatchTypeError, match="data must be of type DataProto; got dict"):
         pad_dataproto_to_divisor({}, 3)  # type: ignore[arg-type]
     with pytest.raises(RowCountError, match="cannot remove 9 rows"):
         unpad_dataproto(sample, 9)
@@ -88,7 +88,9 @@ def test_unions_of_dicts_are_new_and_refuse_differences() -> None:
         union_tensor_dict(a, TensorDict({}, [3]))
     nan = {"x": np.array([None, float("nan")], dtype=object)}
     assert union_numpy_dict(nan, {"x": nan["x"].copy(), "y": np.ones(2)}).keys() == {"x", "y"}
-    with pytest.raises(BatchTypeError, match="'y' must be an ndarray"):
+    with pytest.raises(
+        BatchTypeError, match=r"tensor_dict2\['y'\] must be of type ndarray; got list"
+    ):
         union_numpy_dict(nan, {"y": [1]})  # type: ignore[dict-item]
 
 

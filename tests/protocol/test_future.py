@@ -6,6 +6,7 @@ import pickle
 import threading
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,12 +171,21 @@ class TestDeadline:
         with pytest.raises(TimeoutError, match="not done"):
             lazy.select(["ids"]).chunk(1)[0].rows(timeout=0.01)
 
-    def test_one_timeout_covers_all_waits(self) -> None:
-        producers = produce(1, 1, 1)
-        for producer in producers:
-            producer.seconds = 0.05
+    def test_one_timeout_covers_all_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 0.0
+
+        class Slow(Producer):
+            def _wait(self, timeout: float | None) -> None:
+                nonlocal now
+                assert timeout is not None
+                if timeout < 5:
+                    raise TimeoutError
+                now += 5
+
+        monkeypatch.setattr("protocol.future.time", SimpleNamespace(monotonic=lambda: now))
+        producers = [Slow(producer.batch) for producer in produce(1, 1, 1)]
         with pytest.raises(TimeoutError):
-            DataProtoFuture(producers).get(timeout=0.12)
+            DataProtoFuture(producers).get(timeout=12)
         assert [producer.waits for producer in producers] == [1, 1, 0]
 
     def test_a_deadline_reaches_the_sources_through_every_view(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from protocol import meta
+from protocol.checks import short
 from protocol.errors import BatchError, BatchTypeError, ConflictError
 
 
@@ -68,5 +69,5 @@ def test_union_keeps_all_keys_and_refuses_differences() -> None:
 
 
 def test_short_fits_on_one_line() -> None:
-    assert meta.short(torch.zeros(2, 2)) == "tensor([[0., 0.], [0., 0.]])"
-    assert len(meta.short("x" * 1000)) == 80
+    assert short(torch.zeros(2, 2)) == "tensor([[0., 0.], [0., 0.]])"
+    assert len(short("x" * 1000)) == 80

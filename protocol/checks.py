@@ -1,0 +1,114 @@
+"""What a caller may pass: each check returns the argument, or names it, what it must be and what
+came. What arguments mean together is checked where they are used."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from tensordict import TensorDict, TensorDictBase
+
+from protocol.errors import BatchError, BatchTypeError
+
+__all__ = [
+    "count",
+    "flag",
+    "instance",
+    "key_list",
+    "list_of",
+    "mapping",
+    "named",
+    "short",
+    "tensordict",
+]
+
+_T = TypeVar("_T")
+
+
+def short(value: object, width: int = 80) -> str:
+    """The repr of a value on one line, cut to `width` characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _wrong(name: str, wanted: str, value: object) -> BatchTypeError:
+    return BatchTypeError(f"{name} must be {wanted}; got {type(value).__name__} {short(value)}")
+
+
+def instance(kind: type[_T], name: str, value: object) -> _T:
+    """`value`, which must be an instance of `kind`."""
+    if not isinstance(value, kind):
+        raise _wrong(name, f"of type {kind.__name__}", value)
+    return value
+
+
+def tensordict(name: str, value: object) -> TensorDict:
+    """`value`, which must be a TensorDict of whatever kind."""
+    if not isinstance(value, TensorDictBase):
+        raise _wrong(name, "a TensorDict", value)
+    return value
+
+
+def list_of(kind: type[_T], name: str, values: object) -> Sequence[_T]:
+    """A list or tuple of instances of `kind`."""
+    if not isinstance(values, (list, tuple)):
+        raise _wrong(name, f"a list of {kind.__name__}", values)
+    for i, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise _wrong(f"{name}[{i}]", f"of type {kind.__name__}", value)
+    return values
+
+
+def mapping(name: str, value: object) -> dict[Any, Any]:
+    """A dict, or a copy of another mapping as one; an empty one for None."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _wrong(name, "a dict", value)
+    return dict(value.items())  # a TensorDict iterates over its rows
+
+
+def count(name: str, value: object, least: int | None = 0) -> int:
+    """A whole number, also of numpy or torch, as an int that is at least `least`."""
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):
+        whole = None
+    if whole is None:
+        raise _wrong(name, "a whole number", value)
+    if least is not None and whole < least:
+        raise BatchError(f"{name} must be at least {least}; got {whole}")
+    return whole
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False; also 1 and 0, and None for False."""
+    if not isinstance(value, (bool, np.bool_, int, type(None))):
+        raise _wrong(name, "True or False", value)
+    return bool(value)
+
+
+def named(name: str, key: object) -> Any:
+    """A key of a TensorDict: a string, or a tuple of strings where TensorDicts are nested."""
+    if isinstance(key, str) or (
+        isinstance(key, tuple) and key and all(isinstance(k, str) for k in key)
+    ):
+        return key
+    raise _wrong(name, "a string", key)
+
+
+def key_list(name: str, keys: object) -> list[Any]:
+    """Keys in a list, tuple, set or other iterable, each once; none for None.
+
+    A single string is refused: its letters would be taken for keys.
+    """
+    if keys is None:
+        return []
+    if isinstance(keys, (str, bytes)) or not isinstance(keys, Iterable):
+        raise _wrong(name, "a list of keys", keys)
+    try:
+        return list(dict.fromkeys(keys))
+    except TypeError:  # a key that cannot be hashed, or a 0-dim array
+        raise _wrong(name, "a list of keys", keys) from None
