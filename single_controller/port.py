@@ -1,7 +1,8 @@
 """`python -m single_controller.port FILE... [--write]`: a program's imports from veRL become ours.
 
-It edits the text of imports and of dotted uses, nothing else, and lists by line what it could not
-map. Which names exist here it reads from the sources of this library, and imports none of them.
+It edits the text of imports, of dotted uses and of strings that are such a name, nothing else, and
+lists by line what it could not map. Which names exist here it reads from the sources of this
+library, and imports none of them.
 """
 
 from __future__ import annotations
@@ -78,6 +79,19 @@ def _home(old: str) -> str | None:
     return _NAMES.get(old)
 
 
+def _first_found(old: str) -> str | None:
+    """The shortest beginning of a dotted name of veRL that has a home here, or all of a module."""
+    parts = old.split(".")
+    begins = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    found = next((o for o in begins if o not in _MODULES and _home(o) is not None), old)
+    return None if _home(found) is None else found
+
+
+def _new_name(found: str) -> str:
+    """What the module, or name in a module, that veRL calls `found` is called here."""
+    return _MODULES.get(found) or f"{_home(found)}.{found.rpartition('.')[2]}"
+
+
 class _Port:
     """One program on its way. Positions are in UTF-8 bytes, as ast counts them."""
 
@@ -135,22 +149,20 @@ class _Port:
         """Rewrite `verl.protocol.DataProto.concat` up to the class; check that it is here."""
         if names[0] not in self.roots or not all(map(str.isidentifier, names)):
             return
-        parts = [*self.roots[names[0]].split("."), *names[1:]]
-        old = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        found = next((o for o in old if o not in _MODULES and _home(o) is not None), old[-1])
+        old = ".".join([self.roots[names[0]], *names[1:]])
+        found = _first_found(old)
         value: ast.expr = node
-        for _ in range(len(parts) - 1 - old.index(found)):
+        for _ in range(old.count(".") - (found or old).count(".")):
             value = value.value if isinstance(value, ast.Attribute) else value
         start, end = self._span(value)
-        home, dotted = _home(found), names[0] == "verl"
+        dotted = names[0] == "verl"
         moved = re.sub(rb"\s", b"", self.text[start:end]).decode() != found  # an old f-string
-        if home is None or (dotted and moved):
-            self._unknown(node.lineno, found)
+        if found is None or (dotted and moved):
+            self._unknown(node.lineno, found or old)
             self.kept = self.kept or dotted
         elif dotted:
-            self.needed.add(_MODULES.get(found, home))
-            new = _MODULES.get(found) or f"{home}.{found.rpartition('.')[2]}"
-            self.edits.append((start, end, new))
+            self.needed.add(_MODULES.get(found) or str(_home(found)))
+            self.edits.append((start, end, _new_name(found)))
 
     def _from_import(self, statement: ast.ImportFrom, old: str) -> None:
         groups: dict[str, list[ast.alias]] = {}
@@ -184,11 +196,19 @@ class _Port:
                 found[name] = found.get(name, "") + "  " + line[line.index("#") :]
         return found
 
+    def _string(self, node: ast.Constant, old: str) -> None:
+        """Rewrite what `import_module`, `patch` and their like are given."""
+        found, (start, end) = _first_found(old), self._span(node)
+        if found is None or self.text[start + 1 : end - 1] != old.encode():  # not one plain literal
+            self._unknown(node.lineno, repr(old))
+        else:
+            self.edits.append((start + 1, start + 1 + len(found), _new_name(found)))
+
     def _look_at(self, node: ast.AST) -> None:
         """List what else names veRL, and the calls that certainly differ."""
         line: int = getattr(node, "lineno", 0)
         if isinstance(node, ast.Constant) and re.fullmatch(r"verl(\.\w+)+", str(node.value)):
-            self._unknown(line, repr(node.value))
+            self._string(node, str(node.value))
         name = node.arg if isinstance(node, ast.arg) else getattr(node, "id", "")
         stored = isinstance(node, ast.arg) or isinstance(getattr(node, "ctx", None), ast.Store)
         if stored and name in {module.split(".")[0] for module in self.needed}:

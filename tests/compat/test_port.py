@@ -95,6 +95,12 @@ ROOT = Path(__file__).parents[2]
             "from verl.single_controller.base import Worker\r\nx = 1\r\n",
             "from single_controller.base import Worker\r\nx = 1\r\n",
         ),
+        (
+            'import_module("verl.single_controller.ray.base")\n'
+            "patch('verl.protocol.DataProto.concat')\n_target_ = 'verl.DataProto'",
+            'import_module("single_controller.ray.base")\n'
+            "patch('protocol.DataProto.concat')\n_target_ = 'protocol.DataProto'",
+        ),
         ("from .verl import x\nfrom verlib import y\nverl.z\n",) * 2,
     ],
 )
@@ -135,7 +141,8 @@ def test_imports_and_dotted_uses_are_rewritten_and_the_rest_of_the_text_stays(
             [3],
             "import single_controller.device as d\nd.get_device_name()\nd.auto_set_device(1)",
         ),
-        ('patch("verl.protocol.DataProto")\n"""about verl.protocol."""', [1], None),
+        ("logging.getLogger('verl.trainer')\n'about verl.protocol.'", [1], None),
+        ("x = f'verl.protocol'\ny = 'verl.' 'protocol'\nz = r'verl.protocol'", [1, 2, 3], None),
         (
             "import verl\nx = verl.DataProto\ndef f(protocol):\n    protocol = 1",
             [3, 4],
