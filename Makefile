@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERL := .venv-verl/.ready
 
-.PHONY: demo test test-oldest lint types check bench bench-verl clean
+.PHONY: demo ppo test test-oldest test-examples lint types check bench bench-ppo bench-verl clean
 
 demo: $(READY)
 	$(BIN)/python examples/colocated_actor_critic.py $(ARGS)
@@ -14,6 +14,13 @@ test: $(READY)
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest -o filterwarnings=default $(ARGS)
+
+# Trains for minutes: that the examples learn, in every way to place and cut them.
+test-examples: $(READY)
+	$(BIN)/python -m pytest tests/examples -m long -o timeout=300 $(ARGS)
+
+ppo: $(READY)
+	$(BIN)/python -m examples.ppo $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -26,6 +33,9 @@ check: test lint types
 
 bench: $(READY)
 	$(BIN)/python benchmarks/data_proto.py $(ARGS)
+
+bench-ppo: $(READY)
+	PYTHONPATH=. $(BIN)/python benchmarks/ppo.py $(ARGS)
 
 bench-verl: $(READY) $(VERL)
 	$(BIN)/python benchmarks/data_proto.py --verl-python $(VERL:.ready=bin/python) $(ARGS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from typing import Any
 
-import ray
 from tqdm import tqdm
 
+from examples.cluster import connect
 from examples.ppo.records import Records
 from examples.ppo.settings import Settings
 from examples.ppo.train import Roles, make_tokenizer, started, train_step
@@ -65,11 +64,7 @@ def main() -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level="ERROR")
-    else:
-        cpus = max(settings.ranks, os.cpu_count() or 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR")
+    connect(settings.ranks)
     stop = StopOnRequest()
     try:
         with started(settings, make_tokenizer(settings)) as roles:

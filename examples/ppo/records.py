@@ -17,7 +17,7 @@ __all__ = ["Records"]
 
 # Where a run is and how long it goes on may change when it is resumed.
 FREE_TO_CHANGE = {
-    *("steps", "ranks", "device", "shard", "placement", "micro_rows"),
+    *("steps", "ranks", "device", "shard", "placement", "threads", "micro_rows"),
     *("output", "save_every", "resume"),
 }
 

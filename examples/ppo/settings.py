@@ -33,8 +33,8 @@ class Settings:
     algorithm: str = _option("ppo", "how advantages are estimated", ["ppo", "grpo"])
     task: str = _option("sort", "what to do with the digits", ["copy", "reverse", "sort"])
     digits: int = _option(4, "most digits in a prompt; each has at least two")
-    steps: int = _option(150, "PPO steps in all")
-    prompts: int = _option(256, "prompts per step; with grpo, of `answers` rows each")
+    steps: int = _option(80, "PPO steps in all")
+    prompts: int = _option(512, "prompts per step; with grpo, of `answers` rows each")
     answers: int = _option(1, "answers to each prompt; grpo needs two or more")
     seed: int = _option(0, "of weights, prompts and sampling")
 
@@ -44,6 +44,7 @@ class Settings:
     placement: str = _option(
         "colocated", "roles in one process per rank, or each in its own", ["colocated", "separate"]
     )
+    threads: int = _option(0, "CPU threads of a process; 0: the node's cores over its ranks")
     micro_rows: int = _option(0, "most rows in one forward and backward pass; 0: all")
 
     model: str = _option("", "a Hugging Face name or path; default: random weights, sizes below")
@@ -57,7 +58,7 @@ class Settings:
     response_length: int = _option(0, "most tokens of an answer; 0: the right answer's")
     temperature: float = _option(1.0, "of sampling")
     epochs: int = _option(2, "passes over a step's rows")
-    mini_batch: int = _option(64, "rows per update; the last one may be smaller")
+    mini_batch: int = _option(128, "rows per update; the last one may be smaller")
     actor_lr: float = _option(1e-3, "learning rate of the actor")
     critic_lr: float = _option(1e-3, "learning rate of the critic")
     max_grad_norm: float = _option(1.0, "where gradients are clipped")
@@ -105,7 +106,7 @@ class Settings:
         chosen, _ = parser.parse_known_args(arguments)
         parser.set_defaults(**PRESETS[chosen.preset])
         if chosen.algorithm == "grpo":
-            parser.set_defaults(prompts=32, answers=8)
+            parser.set_defaults(prompts=64, answers=8)
         values = vars(parser.parse_args(arguments))
         del values["preset"]
         try:

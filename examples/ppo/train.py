@@ -33,9 +33,26 @@ from single_controller.ray import (
     colocate,
 )
 
-__all__ = ["Roles", "advantages", "make_tokenizer", "started", "train_step"]
+__all__ = [
+    "READS",
+    "Roles",
+    "advantages",
+    "make_batch",
+    "make_tokenizer",
+    "mini_batches",
+    "started",
+    "train_step",
+]
 
 Roles = Mapping[str, RayWorkerGroup]
+
+_ANSWERED = ["prompts", "prompt_mask", "responses", "response_mask"]
+READS = {
+    "reward": [*_ANSWERED, "targets"],
+    "critic": [*_ANSWERED, "returns"],
+    "actor": [*_ANSWERED, "log_probs", "ref_log_probs", "advantages"],
+}
+"""The columns that a role is sent."""
 
 
 def make_tokenizer(settings: Settings) -> Tokenizer:
@@ -153,22 +170,26 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
     batch = prompts.union(seconds.batch("generate", roles["actor"].generate(prompts)))
 
     # None of these needs another's result: all are on their way before the first is waited for.
+    answered = batch.select(READS["reward"])
     parts = {
-        "reference": roles["reference"].log_probs.submit(batch),
-        "reward": roles["reward"].score.submit(batch),
+        "reference": roles["reference"].log_probs.submit(answered),
+        "reward": roles["reward"].score.submit(answered),
     }
     if "critic" in roles:
-        parts["values"] = roles["critic"].values.submit(batch)
+        parts["values"] = roles["critic"].values.submit(answered)
     for phase, future in parts.items():
         batch = batch.union(seconds.batch(phase, future.result()))
 
     batch = batch.union(advantages(settings, batch))
 
-    learning = [role for role in ("critic", "actor") if role in roles]
-    updates: dict[str, list[CallFuture]] = {role: [] for role in learning}
-    for mini in mini_batches(settings, batch, step):
-        for role in learning:
-            updates[role].append(roles[role].update.submit(mini))
+    updates = {
+        role: [
+            roles[role].update.submit(mini)
+            for mini in mini_batches(settings, batch.select(READS[role]), step)
+        ]
+        for role in ("critic", "actor")
+        if role in roles
+    }
     learned = {
         role: seconds.updates(f"update {role}", futures) for role, futures in updates.items()
     }

@@ -25,13 +25,17 @@ from single_controller.device import device_kind, get_torch_device
 __all__ = ["Trained", "join_group", "mixed_precision"]
 
 
-def join_group(worker: Worker) -> None:
-    """Make this process a member of the group's collectives, once for all its roles."""
+def join_group(worker: Worker, threads: int) -> None:
+    """Make this process a member of the group's collectives, once for all its roles.
+
+    Args:
+        threads: that torch may use on a CPU; 0: the node's cores, shared with its other ranks.
+    """
     if dist.is_initialized():
         return
     kind = device_kind(worker.device.type)
     if worker.device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // worker.local_world_size))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // worker.local_world_size))
     else:
         get_torch_device().set_device(worker.device)
     dist.init_process_group(kind.backend)

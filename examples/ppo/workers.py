@@ -61,7 +61,7 @@ class Role(Worker):
     def __init__(self, settings: Settings, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.settings, self.tokenizer = settings, tokenizer
-        join_group(self)
+        join_group(self, settings.threads)
 
     def pieces(self, data: DataProto) -> Iterator[tuple[DataProto, int]]:
         """This rank's rows, at most `micro_rows` at a time, each with its number of rows.

@@ -1,0 +1,41 @@
+"""Times a PPO step of examples/ppo by role, and how much of it no worker was at work.
+
+python benchmarks/ppo.py --steps 30 -- --preset 0.5b --mini-batch 64
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+from examples.cluster import connect
+from examples.ppo.settings import Settings
+from examples.ppo.train import make_tokenizer, started, train_step
+
+WARM_UP = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30, help="that are measured (default 30)")
+    parser.add_argument("options", nargs="*", help="of the training itself, behind --")
+    args = parser.parse_args()
+    settings = Settings.parse(args.options)
+    connect(settings.ranks)
+    tokenizer = make_tokenizer(settings)
+    with started(settings, tokenizer) as roles:
+        print(roles["actor"].describe())
+        steps = [
+            train_step(settings, roles, tokenizer, step)["seconds"]
+            for step in range(WARM_UP + args.steps)
+        ][WARM_UP:]
+    whole = median(seconds["step"] for seconds in steps)
+    for phase in steps[0]:
+        one = median(seconds[phase] for seconds in steps)
+        print(f"{phase:<15} median {1000 * one:9.1f} ms {one / whole:7.1%}")
+    updates = settings.epochs * -(-settings.rows // settings.mini_batch)
+    print(f"{settings.rows} rows, {updates} updates of each model per step")
+
+
+if __name__ == "__main__":
+    main()

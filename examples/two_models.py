@@ -1,0 +1,63 @@
+"""Two models, their data, and what must be true of gradients after one step: what the examples
+`native_ray_groups` and `two_groups` have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "Attention", "check_different", "check_synchronised", "make_data"]
+
+
+class Attention(nn.Module):
+    """Self-attention with 16 heads over (rows, tokens, 1024)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(1024, 3 * 1024), nn.Linear(1024, 1024)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 16, 64)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Sequential):
+    """Two layers over (rows, 512)."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
+
+
+def make_data() -> tuple[Tensor, Tensor]:
+    """A batch for each model: (4, 128, 1024) and (4, 512)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 128, 1024, generator=generator), torch.randn(4, 512, generator=generator)
+
+
+def check_synchronised(name: str, losses: Sequence[float], gradients: Sequence[Tensor]) -> Tensor:
+    """The one gradient of all ranks, whose losses come from different rows.
+
+    Raises:
+        RuntimeError: ranks have different gradients, or the same loss.
+    """
+    same = all(torch.equal(gradients[0], gradient) for gradient in gradients)
+    if not same or len(set(losses)) < len(losses):
+        raise RuntimeError(f"{name}: not one gradient of different rows: losses {losses}")
+    shown = ", ".join(f"{loss:.4f}" for loss in losses)
+    print(f"{name}: losses {shown}; one gradient of norm {gradients[0].norm():.4f}")
+    return gradients[0]
+
+
+def check_different(first: Tensor, second: Tensor) -> None:
+    """Two models have two gradients.
+
+    Raises:
+        RuntimeError: they have one.
+    """
+    if torch.equal(first.flatten()[:512], second.flatten()[:512]):
+        raise RuntimeError("the groups have the same gradient")
+    print("the groups' gradients differ")

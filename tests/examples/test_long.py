@@ -1,0 +1,111 @@
+"""That examples/ppo learns, and that how it is placed and cut makes no difference: minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+pytest.importorskip("transformers", reason="the examples extra is not installed")
+
+from examples.ppo.settings import Settings
+from examples.ppo.train import make_tokenizer, started, train_step
+from tests.examples.runs import TOLERANCE, largest_difference, trained
+
+pytestmark = pytest.mark.long
+
+ROOT = Path(__file__).parents[2]
+UNEVEN = Settings(prompts=9, mini_batch=4, epochs=1, hidden_size=32, device="cpu", threads=1)
+FIRST, LAST, ENOUGH = 0.2, 0.9, 5
+
+
+def rewards(settings: Settings) -> Iterator[float]:
+    """The mean reward of each step, until the last few are good."""
+    seen: list[float] = []
+    with started(settings, make_tokenizer(settings)) as roles:
+        for step in range(settings.steps):
+            seen.append(train_step(settings, roles, make_tokenizer(settings), step)["reward"])
+            yield seen[-1]
+            if len(seen) >= ENOUGH and min(seen[-ENOUGH:]) >= LAST:
+                return
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_learns_to_sort_from_reward_alone(seed: int, cluster: None) -> None:
+    seen = list(rewards(Settings.parse(["--seed", str(seed)])))
+    assert seen[0] <= FIRST
+    assert min(seen[-ENOUGH:]) >= LAST, seen
+
+
+def test_grpo_learns_to_sort_from_reward_alone(cluster: None) -> None:
+    seen = list(rewards(Settings.parse(["--algorithm", "grpo"])))
+    assert seen[0] <= FIRST
+    assert min(seen[-ENOUGH:]) >= LAST, seen
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: None) -> Any:
+    with started(UNEVEN, make_tokenizer(UNEVEN)) as roles:
+        return trained(UNEVEN, roles, range(3))
+
+
+@pytest.mark.parametrize("other", [{"shard": "fsdp2", "micro_rows": 2}, {"placement": "separate"}])
+def test_other_ways_to_shard_and_to_place_the_roles_learn_the_same(
+    other: dict[str, Any], expected: Any
+) -> None:
+    settings = replace(UNEVEN, **other)
+    with started(settings, make_tokenizer(settings)) as roles:
+        got = trained(settings, roles, range(3))
+    for role in ("actor", "critic"):
+        assert largest_difference(got[role], expected[role]) < TOLERANCE
+
+
+def run(*options: str, output: Path, address: str = "") -> subprocess.Popen[str]:
+    """The program; without an address it starts Ray itself, in its own process group."""
+    sizes = ["--prompts", "9", "--mini-batch", "4", "--hidden-size", "32", "--device", "cpu"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "examples.ppo", *sizes, *options, "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": address},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def curves(output: Path) -> list[tuple[Any, ...]]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    keys = ("step", "reward", "kl", "actor/loss", "critic/loss", "actor/grad_norm")
+    return [tuple(line[key] for key in keys) for line in lines]
+
+
+def test_a_run_that_ctrl_c_ended_goes_on_as_if_it_had_not(cluster: None, tmp_path: Path) -> None:
+    address = str(ray.get_runtime_context().gcs_address)
+    whole = run("--steps", "30", output=tmp_path / "whole", address=address)
+    assert whole.wait(120) == 0, whole.stderr.read()  # type: ignore[union-attr]
+
+    cut = run("--steps", "30", output=tmp_path / "cut")
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    assert cut.stderr is not None
+    for line in iter(lambda: cut.stderr.read(80), ""):  # type: ignore[union-attr]
+        if "reward=" in line:
+            break
+    os.killpg(cut.pid, signal.SIGINT)
+    shown = cut.communicate(timeout=60)[1]
+    assert cut.returncode == 130, shown
+    assert "--resume goes on" in shown
+    assert 0 < len(metrics.read_text().splitlines()) < 30
+
+    resumed = run("--steps", "30", "--resume", output=tmp_path / "cut", address=address)
+    assert resumed.wait(120) == 0, resumed.stderr.read()  # type: ignore[union-attr]
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")

@@ -1,0 +1,116 @@
+"""examples/ppo is right: whatever the number of ranks, and after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the examples extra is not installed")
+
+from examples.ppo.records import Records
+from examples.ppo.settings import Settings
+from examples.ppo.train import make_tokenizer, started, train_step
+from tests.examples.runs import TOLERANCE, largest_difference, trained
+
+# 9 rows on 2 ranks, in mini-batches of 4, 4 and 1: the last leaves a rank without rows.
+UNEVEN = Settings(
+    prompts=9, mini_batch=4, epochs=1, hidden_size=32, device="cpu", threads=1, ranks=2
+)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(cluster: None) -> Iterator[Any]:
+    """Roles on two ranks, which cut their rows further, three at a time."""
+    settings = replace(UNEVEN, micro_rows=3)
+    with started(settings, make_tokenizer(settings)) as roles:
+        yield roles
+
+
+def test_two_ranks_learn_what_one_rank_learns_from_the_same_uneven_batches(two_ranks: Any) -> None:
+    settings = replace(UNEVEN, ranks=1)
+    with started(settings, make_tokenizer(settings)) as one_rank:
+        before = trained(settings, one_rank, [])
+        expected = trained(settings, one_rank, range(3))
+    got = trained(UNEVEN, two_ranks, range(3))
+    for role in ("actor", "critic"):
+        assert largest_difference(before[role], expected[role]) > 100 * TOLERANCE
+        assert largest_difference(got[role], expected[role]) < TOLERANCE
+
+
+def test_a_checkpoint_holds_all_that_the_next_steps_depend_on(
+    two_ranks: Any, tmp_path: Path
+) -> None:
+    settings = replace(UNEVEN, output=str(tmp_path), steps=5)
+    records, tokenizer = Records(settings), make_tokenizer(settings)
+    records.add(train_step(settings, two_ranks, tokenizer, 0))
+    records.save(two_ranks)
+    expected = trained(settings, two_ranks, [1, 2])
+    records.add(train_step(settings, two_ranks, tokenizer, 3))
+
+    resumed = Records(replace(settings, resume=True))
+    assert resumed.steps_done == 1
+    assert len(resumed.metrics_file.read_text().splitlines()) == 1
+    resumed.load(two_ranks)
+    got = trained(settings, two_ranks, [1, 2])
+    for role in ("actor", "critic"):
+        assert largest_difference(got[role], expected[role]) == 0
+
+
+def test_a_step_says_what_it_did_and_where_its_time_went(two_ranks: Any, tmp_path: Path) -> None:
+    settings = replace(UNEVEN, output=str(tmp_path))
+    records = Records(settings)
+    for step in range(2):
+        records.add(train_step(settings, two_ranks, make_tokenizer(settings), step))
+    metrics = records.history[-1]
+    assert 0 <= metrics["reward"] <= 1
+    assert metrics["kl"] >= 0
+    assert 1 <= metrics["response_length"] <= settings.answer_tokens
+    seconds = metrics["seconds"]
+    assert set(seconds) == {
+        *("generate", "reference", "reward", "values", "update critic", "update actor"),
+        *("controller", "step"),
+    }
+    assert all(value > 0 for value in seconds.values())
+    assert seconds["controller"] < seconds["step"]
+    records.draw()
+    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path: Path) -> None:
+    settings = replace(UNEVEN, output=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        Records(replace(settings, resume=True))
+    records = Records(settings)
+    records.add({"step": 0})
+    with pytest.raises(ValueError, match="pass --resume"):
+        Records(settings)
+    records.save({})
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        Records(replace(settings, resume=True, seed=1))
+    assert Records(replace(settings, resume=True, ranks=1, steps=99)).steps_done == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--algorithm", "grpo", "--answers", "1"], "answers must be at least 2"),
+        (["--mini-batch", "0"], "mini_batch must be at least 1"),
+        (["--task", "guess"], "invalid choice"),
+        (["--prompts", "1", "--ranks", "-1"], "ranks must be at least 1"),
+    ],
+)
+def test_a_wrong_option_ends_the_program_with_what_was_asked_for(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        Settings.parse(options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_preset_can_be_changed_in_part() -> None:
+    settings = Settings.parse(["--preset", "0.5b", "--layers", "3"])
+    assert (settings.hidden_size, settings.layers, settings.kv_heads) == (896, 3, 2)

@@ -1,0 +1,53 @@
+"""The examples of one file, as programs in a short form on the session's cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="the examples extra is not installed")
+
+from examples import native_ray_groups, pipeline, two_groups
+from examples.ppo.settings import Settings
+
+
+@pytest.mark.parametrize(
+    "main", [native_ray_groups.main, two_groups.main, pipeline.main, Settings.parse]
+)
+def test_every_example_says_how_to_use_it(
+    main: Callable[[list[str]], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "strategy", ["SPREAD", *(pytest.param(s, marks=pytest.mark.long) for s in ("PACK",))]
+)
+def test_both_ways_to_run_two_groups_compute_the_same(
+    strategy: str, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native_ray_groups.main([])
+    native = capsys.readouterr().out
+    two_groups.main(["--strategy", strategy])
+    ours = capsys.readouterr().out
+    results = re.findall(r"^\w+: losses .*norm .*$|^the groups.*$", native, re.MULTILINE)
+    assert len(results) == 3
+    assert [line for line in results if line not in ours] == []
+
+
+def test_the_pipeline_shows_when_each_role_was_at_work(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "folder" / "timelines.png"
+    pipeline.main(["--steps", "2", "--picture", str(picture)])
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^  (?:rollout |training) \|.*█.*▒.*\|$", shown, re.MULTILINE)) == 4
+    assert re.search(r"^pipelined is \d\.\d\d × as fast$", shown, re.MULTILINE)
+    assert picture.read_bytes().startswith(b"\x89PNG")
