@@ -26,13 +26,15 @@ class DeviceKind:
     """What differs between kinds of device.
 
     `name` is torch's, `resource` is Ray's, `visible` the environment variable that selects
-    devices, `backend` the collective backend, `plugin` the package that adds the kind to torch.
+    devices, `backend` the collective backend, `files` the pattern of the device files of a
+    machine, `plugin` the package that adds the kind to torch.
     """
 
     name: str
     resource: str
     visible: str
     backend: str
+    files: str = ""
     plugin: str | None = None
 
     def is_available(self) -> bool:
@@ -51,8 +53,10 @@ class DeviceKind:
 
 CPU = DeviceKind("cpu", "CPU", "", "gloo")
 DEVICE_KINDS = (
-    DeviceKind("cuda", "GPU", "CUDA_VISIBLE_DEVICES", "nccl"),
-    DeviceKind("npu", "NPU", "ASCEND_RT_VISIBLE_DEVICES", "hccl", plugin="torch_npu"),
+    DeviceKind("cuda", "GPU", "CUDA_VISIBLE_DEVICES", "nccl", "/dev/nvidia[0-9]*"),
+    DeviceKind(
+        "npu", "NPU", "ASCEND_RT_VISIBLE_DEVICES", "hccl", "/dev/davinci[0-9]*", plugin="torch_npu"
+    ),
     DeviceKind("xpu", "GPU", "ONEAPI_DEVICE_SELECTOR", "xccl"),
     CPU,
 )

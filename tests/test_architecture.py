@@ -80,6 +80,11 @@ ORDER = [
     "single_controller.ray.roles",
     "single_controller.ray",
     "single_controller.ray.base",
+    "single_controller.ray.running",
+    "single_controller.ray.node_probe",
+    "single_controller.ray.node_checks",
+    "single_controller.ray.doctor",
+    "single_controller.__main__",
 ]
 
 

@@ -1,0 +1,212 @@
+"""Which groups run on a cluster, found from the cluster's own table of actors, and ending them.
+
+The driver that started a group need not be this one, nor alive.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import ray
+from ray._private.state import actors
+
+from single_controller.base.table import aligned
+from single_controller.errors import SingleControllerError
+from single_controller.ray.host import AsyncHost, Host
+
+__all__ = ["RunningGroup", "RunningHost", "groups_table", "kill_group", "running_groups"]
+
+_CLASSES = {Host.__name__, AsyncHost.__name__}
+_NAME = re.compile(r"(.+)_(\d+):(\d+)")  # as hosts are named: group, placement group, bundle
+
+
+@dataclass(frozen=True)
+class RunningHost:
+    """One rank's process. `state` is Ray's, but for those alive: "idle", or "busy" where the host
+    did not answer because a call is running.
+    """
+
+    rank: int
+    node: str
+    pid: int
+    state: str
+    age_s: float
+    actor_id: str
+
+
+@dataclass(frozen=True)
+class RunningGroup:
+    """The hosts of a group by rank. `roles` are known where any host could be asked for them."""
+
+    name: str
+    namespace: str
+    detached: bool
+    roles: tuple[str, ...]
+    hosts: tuple[RunningHost, ...]
+
+
+def running_groups(patience_s: float = 1.0) -> list[RunningGroup]:
+    """The groups of the cluster that this process is connected to, by name.
+
+    Args:
+        patience_s: how long hosts get to say what they hold; one that does not is busy.
+    """
+    found = []
+    for actor in actors().values():
+        match = _NAME.fullmatch(actor["Name"])
+        if actor["ActorClassName"] in _CLASSES and actor["State"] != "DEAD" and match:
+            name, *place = match.groups()
+            found.append((name, _job(actor), tuple(map(int, place)), actor))
+    found.sort(key=lambda item: item[:3])
+    answers = _ask([actor for *_, actor in found], patience_s)
+    return [
+        _group(name, [actor for *_, actor in members], answers)
+        for (name, _), members in groupby(found, key=lambda item: item[:2])
+    ]
+
+
+def _job(actor: Mapping[str, Any]) -> str:
+    """Detached actors outlive their job, and a name is unique among them."""
+    return "" if actor["IsDetached"] else str(actor["JobID"])
+
+
+def _namespaces() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        found.setdefault(actor["name"], []).append(actor["namespace"])
+    return found
+
+
+def _handle(actor: Mapping[str, Any], namespaces: Mapping[str, Sequence[str]]) -> tuple[Any, str]:
+    """The actor's handle and namespace; None and "" where it is gone."""
+    for namespace in namespaces.get(actor["Name"], ()):
+        try:
+            handle = ray.get_actor(actor["Name"], namespace)
+        except ValueError:
+            continue
+        if handle._actor_id.hex() == actor["ActorID"]:
+            return handle, namespace
+    return None, ""
+
+
+def _ask(
+    table: Sequence[Mapping[str, Any]], patience_s: float
+) -> dict[str, tuple[str, tuple[str, ...] | None]]:
+    """For each actor's id, its namespace and roles; None where it did not say in time."""
+    namespaces = _namespaces()
+    places, refs = {}, {}
+    for actor in table:
+        handle, places[actor["ActorID"]] = _handle(actor, namespaces)
+        if handle is not None and actor["State"] == "ALIVE":
+            refs[actor["ActorID"]] = handle.whoami.remote()
+    waiting = list(refs.values())
+    if waiting:
+        ray.wait(waiting, num_returns=len(waiting), timeout=patience_s)
+    return {key: (place, _roles(refs.get(key))) for key, place in places.items()}
+
+
+def _roles(ref: Any) -> tuple[str, ...] | None:
+    if ref is None:
+        return None
+    try:
+        info, *_ = ray.get(ref, timeout=0)
+    except Exception:  # busy, dying, or not set up yet
+        return None
+    roles: tuple[str, ...] = info.roles
+    return roles
+
+
+def _group(
+    name: str,
+    table: Sequence[Mapping[str, Any]],
+    answers: Mapping[str, tuple[str, tuple[str, ...] | None]],
+) -> RunningGroup:
+    hosts = []
+    for rank, actor in enumerate(table):
+        state = actor["State"].lower()
+        if state == "alive":
+            state = "busy" if answers[actor["ActorID"]][1] is None else "idle"
+        since = (actor["StartTime"] or actor["Timestamp"]) / 1_000
+        age = max(0.0, time.time() - since) if since else 0.0
+        where = actor["Address"]["IPAddress"]
+        hosts.append(RunningHost(rank, where, actor["Pid"], state, age, actor["ActorID"]))
+    said = [answers[actor["ActorID"]] for actor in table]
+    roles = next((roles for _, roles in said if roles), ())
+    namespace = next((place for place, _ in said if place), "")
+    return RunningGroup(name, namespace, table[0]["IsDetached"], roles, tuple(hosts))
+
+
+def groups_table(groups: Sequence[RunningGroup]) -> str:
+    """The groups as a table with a line per rank."""
+    rows: list[Sequence[object]] = [("group", "rank", "node", "pid", "roles", "state", "age")]
+    for group in groups:
+        roles = ",".join(group.roles) or "?"
+        rows += [
+            (group.name, host.rank, host.node, host.pid, roles, host.state, _age(host.age_s))
+            for host in group.hosts
+        ]
+    return aligned(rows)
+
+
+def _age(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def kill_group(name: str, namespace: str | None = None, timeout_s: float = 30) -> RunningGroup:
+    """End all hosts of a group, with whatever they are doing, and wait until they are gone.
+
+    Its pool's reservation stays with the driver that made it.
+
+    Args:
+        name: as `running_groups` gives it.
+        namespace: which one, where groups of several drivers have the same name.
+
+    Raises:
+        ValueError: there is no such group, or several. SingleControllerError: a host is still
+            there after `timeout_s`.
+    """
+    groups = running_groups(patience_s=0)
+    named = [g for g in groups if g.name == name and namespace in (None, g.namespace)]
+    if not named:
+        names = sorted({group.name for group in groups})
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no group {name!r} runs here: {hint}Running: {', '.join(names) or '-'}")
+    if len(named) > 1:
+        spaces = [group.namespace for group in named]
+        raise ValueError(f"{len(named)} groups are called {name!r}: name a namespace of {spaces}")
+    group = named[0]
+    namespaces = _namespaces()
+    for host in group.hosts:
+        actor = actors(host.actor_id)
+        handle, _ = _handle(actor, namespaces) if actor else (None, "")
+        if handle is not None:
+            ray.kill(handle)
+    left = _await_death([host.actor_id for host in group.hosts], timeout_s)
+    if left:
+        ranks = [host.rank for host in group.hosts if host.actor_id in left]
+        raise SingleControllerError(
+            f"ranks {ranks} of {name!r} are not gone after {timeout_s:g} s: end their processes "
+            "on their nodes"
+        )
+    return group
+
+
+def _await_death(ids: Sequence[str], timeout_s: float) -> list[str]:
+    """The actors that are not dead in time."""
+    deadline = time.monotonic() + timeout_s
+    left = list(ids)
+    while left:
+        left = [key for key in left if actors(key).get("State", "DEAD") != "DEAD"]
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return left

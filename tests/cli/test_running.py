@@ -1,0 +1,85 @@
+"""The groups of a running cluster, seen and ended by a process that did not start them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from single_controller.errors import GroupBrokenError, WorkerDiedError
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, colocate
+from single_controller.ray.running import kill_group, running_groups
+from tests.controller.probe import Probe
+from tests.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    address = str(ray.get_runtime_context().gcs_address)
+    return subprocess.run(
+        [sys.executable, "-m", "single_controller", *arguments, "--address", address],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+
+def test_another_process_lists_a_group_rank_by_rank_and_ends_it(pool: RayResourcePool) -> None:
+    with colocate(pool, actor=Probe, critic=Probe) as group:
+        prefix = re.escape(group.hosts.worker_names[0].removesuffix("_0:0"))
+        pids = [row.pid for row in group.describe().rows if row.role == "actor"]
+        listed = run("ps")
+        for rank, pid in enumerate(pids):
+            line = rf"^{prefix} +{rank} +[\d.]+ +{pid} +actor,critic +idle +\d+s$"
+            assert re.search(line, listed.stdout, re.MULTILINE), listed.stdout + listed.stderr
+        name = group.hosts.worker_names[0].removesuffix("_0:0")
+        ended = run("kill", name)
+        assert (ended.returncode, ended.stdout) == (0, f"ended the 2 hosts of {name}\n")
+        assert name not in [g.name for g in running_groups()]
+        with pytest.raises((WorkerDiedError, GroupBrokenError)):
+            group.actor.execute_all_sync("query_collect_info", "dp")
+
+
+def test_a_host_in_a_call_is_busy_and_idle_again_afterwards(
+    pool: RayResourcePool, tmp_path: Path
+) -> None:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Probe, meshes=False)) as group:
+        flag = tmp_path / "go"
+        waiting = group.execute_rank_zero_async("execute_func_rank_zero", _wait_for, flag)
+        name = group.worker_names[0].removesuffix("_0:0")
+
+        def states() -> list[str]:
+            [found] = [g for g in running_groups(patience_s=0.5) if g.name == name]
+            assert found.roles == (group.role,)
+            return [host.state for host in found.hosts]
+
+        assert eventually(lambda: states() == ["busy", "idle"])
+        flag.touch()
+        ray.get(waiting, timeout=30)
+        assert eventually(lambda: states() == ["idle", "idle"])
+
+
+def _wait_for(flag: Path) -> None:
+    assert eventually(flag.exists)
+
+
+def test_a_group_of_another_namespace_is_not_ended(cluster: None) -> None:
+    spec = RayClassWithInitArgs(Probe, meshes=False)
+    with (
+        RayResourcePool([1], cpus_per_process=0.1) as pool,
+        RayWorkerGroup(pool, spec, name_prefix="mine_") as group,
+    ):
+        [found] = [g for g in running_groups() if g.name.startswith("mine_")]
+        with pytest.raises(ValueError, match="no group"):
+            kill_group(found.name, namespace="another")
+        with pytest.raises(ValueError, match=f"did you mean '{found.name}'"):
+            kill_group(found.name + "x")
+        assert group.count() == [0]
+        assert kill_group(found.name, namespace=found.namespace).name == found.name
