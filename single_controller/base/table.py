@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-__all__ = ["GroupTable", "RankRow", "RankState", "aligned"]
+__all__ = ["GroupTable", "Place", "RankRow", "RankState", "aligned"]
 
 RankState: TypeAlias = Literal["alive", "dead", "broken"]
 
@@ -19,7 +19,7 @@ def aligned(rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-class _Place(Protocol):
+class Place(Protocol):
     """What is known of the process of a rank."""
 
     @property
@@ -52,7 +52,7 @@ class GroupTable:
 
     @classmethod
     def of(
-        cls, places: Sequence[_Place], roles: Sequence[str], states: Sequence[RankState]
+        cls, places: Sequence[Place], roles: Sequence[str], states: Sequence[RankState]
     ) -> GroupTable:
         return cls(
             tuple(

@@ -18,6 +18,7 @@ from single_controller.base.explain import Carrier, Explanation, explain_argumen
 from single_controller.base.method import BoundMethod, CallOptions, MethodBinding, Pending
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.roles import ClassWithInitArgs, worker_class
 from single_controller.base.worker import Worker
 from single_controller.errors import (
     DispatchError,
@@ -31,35 +32,6 @@ __all__ = [
     "check_workers_alive",
     "worker_class",
 ]
-
-
-class ClassWithInitArgs:
-    """A class and the arguments to construct it with, later and elsewhere."""
-
-    def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
-        self.cls = cls
-        self.args = args
-        self.kwargs = kwargs
-
-    def __call__(self) -> Any:
-        """Construct it here and now."""
-        return self.cls(*self.args, **self.kwargs)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({getattr(self.cls, '__name__', self.cls)})"
-
-
-def worker_class(cls: Any, role: str) -> type[Worker]:
-    """`cls` as a worker class.
-
-    Raises:
-        RegistrationError: it is not a subclass of `Worker`.
-    """
-    if not (isinstance(cls, type) and issubclass(cls, Worker)):
-        raise RegistrationError(
-            f"role {role!r} needs a subclass of single_controller.base.Worker; got {cls!r}"
-        )
-    return cls
 
 
 class WorkerGroup(abc.ABC):

@@ -10,10 +10,9 @@ from typing import Any
 
 from ray.actor import ActorClass
 
-from single_controller.base.worker import Worker
-from single_controller.base.worker_group import ClassWithInitArgs, worker_class
+from single_controller.base.roles import ClassWithInitArgs, RoleSpec, worker_class
 
-__all__ = ["ActorSpec", "RayClassWithInitArgs", "RoleSpec", "unwrap_remote"]
+__all__ = ["ActorSpec", "RayClassWithInitArgs", "unwrap_remote"]
 
 
 def unwrap_remote(cls: Any) -> tuple[Any, dict[str, Any]]:
@@ -22,15 +21,6 @@ def unwrap_remote(cls: Any) -> tuple[Any, dict[str, Any]]:
         inner: Any = cls
         return inner.__ray_actor_class__, dict(inner._default_options)
     return cls, {}
-
-
-@dataclass(frozen=True)
-class RoleSpec:
-    """One role of a host: its class and what to construct it with."""
-
-    cls: type[Worker]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,9 +53,7 @@ class RayClassWithInitArgs(ClassWithInitArgs):
 
     def actor_spec(self) -> ActorSpec:
         """What to start, as a value: later changes to this object do not reach it."""
-        own = RoleSpec(self.cls, tuple(self.args), dict(self.kwargs))
-        fused: Mapping[str, RoleSpec] = getattr(self.cls, "fused_roles", {})
-        return ActorSpec({**fused, self.role: own}, self._own_options())
+        return ActorSpec(self.roles(), self._own_options())
 
     def _own_options(self) -> dict[str, Any]:
         options = dict(self._options)
@@ -73,8 +61,3 @@ class RayClassWithInitArgs(ClassWithInitArgs):
             resources = options.get("resources") or {}
             options["resources"] = {**resources, **self._additional_resource}
         return options
-
-    @property
-    def role(self) -> str:
-        """The role that a group made from this calls; "" if it calls none."""
-        return str(self.cls.__name__)

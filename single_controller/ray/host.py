@@ -9,7 +9,6 @@ import asyncio
 import inspect
 import os
 import time
-import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from single_controller.base.dispatch import is_future
+from single_controller.base.rank import build_roles, checked_output, own_traceback
 from single_controller.base.rendezvous import Rendezvous
-from single_controller.base.worker import Worker, WorkerContext, building
+from single_controller.base.roles import RoleSpec
+from single_controller.base.worker import WorkerContext
 from single_controller.device import DeviceKind
 from single_controller.errors import WorkerError
-from single_controller.ray.actor_spec import RoleSpec
-from single_controller.ray.colocate import FusedWorker
 from single_controller.ray.parcel import ArrivedParcel, Packed
 from single_controller.ray.process import ProcessInfo, arrive, log_tail
 from single_controller.ray.stacks import coroutine_stacks
@@ -36,8 +35,9 @@ __all__ = [
     "HostInfo",
     "HostPlace",
     "Late",
-    "needs_event_loop",
 ]
+
+_OURS = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,6 @@ class Envelope:
     turn: tuple[str, int] | None = None
 
 
-def needs_event_loop(roles: Mapping[str, RoleSpec]) -> bool:
-    """Whether any role has an `async def` method."""
-    return any(
-        inspect.iscoroutinefunction(getattr(role.cls, name, None))
-        for role in roles.values()
-        for name in dir(role.cls)
-    )
-
-
 class Host:
     """One rank's process. Calls run one after another on its main thread.
 
@@ -144,16 +135,7 @@ class Host:
         os.environ.update(self._context.environment())
         if place.rank == 0:
             self._rendezvous.serve()
-        self._workers: dict[str, Worker] = {}
-        for role, spec in roles.items():
-            try:
-                with building(self._context):
-                    worker = spec.cls(*spec.args, **spec.kwargs)
-            except Exception as error:
-                raise self._failure(role, "__init__", error) from None
-            self._workers[role] = worker
-            if not isinstance(worker, FusedWorker):
-                self._context.peers[role] = worker
+        self._workers = dict(build_roles(self._context, roles, self._not_built))
         self._kind = kind
         return self._info()
 
@@ -202,13 +184,16 @@ class Host:
     def _run(self, envelope: Envelope, values: Sequence[Any]) -> Any:
         try:
             args, kwargs = _arguments(envelope, values)
-            output = _checked(self._method(envelope)(*args, **kwargs))
+            output = checked_output(self._method(envelope)(*args, **kwargs))
         except (Exception, KeyboardInterrupt) as error:
             raise self._failure(envelope.role, envelope.method, error) from None
         return output if envelope.answers else None
 
     def _method(self, envelope: Envelope) -> Callable[..., Any]:
         return getattr(self._workers[envelope.role], envelope.method)  # type: ignore[no-any-return]
+
+    def _not_built(self, role: str, error: BaseException) -> Exception:
+        return self._failure(role, "__init__", error)
 
     def _failure(self, role: str, method: str, error: BaseException) -> Exception:
         """What to raise for `error`; one that another worker raised passes as it is."""
@@ -224,7 +209,7 @@ class Host:
             node_ip=self._process.node_ip,
             pid=self._process.pid,
             log_tail=log_tail(self._process),
-            remote_traceback=_own_traceback(error),
+            remote_traceback=own_traceback(error, _OURS),
             when=time.time(),
         )
 
@@ -258,11 +243,11 @@ class AsyncHost(Host):
                 pending = self._run_async(method, envelope, values)
                 self._awaiting.add(pending)
                 self._end_turn(envelope)
-                output = _checked(await pending)
+                output = checked_output(await pending)
             else:
                 args, kwargs = await self._resolve(envelope, values)
                 output = method(*args, **kwargs)
-                output = _checked(await output if inspect.isawaitable(output) else output)
+                output = checked_output(await output if inspect.isawaitable(output) else output)
         except SystemExit as request:  # which would end the loop and leave the process
             os._exit(request.code if isinstance(request.code, int) else 1)
         except BaseException as error:
@@ -343,31 +328,6 @@ def _resolved(value: Any, materialize: bool) -> Any:
     if materialize and is_future(value):
         return value.get()
     return value
-
-
-def _own_traceback(error: BaseException) -> str:
-    """The traceback with its causes, without the frames of this package and of Ray."""
-    ours = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
-    shown: traceback.TracebackException | None
-    shown = whole = traceback.TracebackException.from_exception(error)
-    while shown is not None:
-        own = [frame for frame in shown.stack if not frame.filename.startswith(ours)]
-        shown.stack = traceback.StackSummary.from_list(own or shown.stack)
-        shown = shown.__cause__ or shown.__context__
-    return "".join(["On the worker: ", *whole.format()])
-
-
-def _checked(output: Any) -> Any:
-    """Ray would take a generator for several results."""
-    if inspect.iscoroutine(output):
-        output.close()
-        raise TypeError(
-            "the method returned a coroutine: it is async under a decorator that hides it; let the "
-            "decorator's own function be `async def`"
-        )
-    if inspect.isgenerator(output) or inspect.isasyncgen(output):
-        raise TypeError("the method returned a generator, which cannot be sent; return a list")
-    return output
 
 
 def _with_rows(output: Any) -> tuple[int | None, Any]:

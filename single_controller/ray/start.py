@@ -18,12 +18,13 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from single_controller.base.rank import has_async_method
 from single_controller.base.worker import Worker
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray.actor_spec import ActorSpec
 from single_controller.ray.failure import CallSite, diagnose, dumps, explain_death
-from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace, needs_event_loop
+from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import Hosts, end_processes
 from single_controller.ray.placement import Bundle, RayResourcePool
 from single_controller.ray.process import ExitWatch, ProcessInfo
@@ -72,7 +73,7 @@ class Recipe:
         bundles = self.pool.bundles(self.strategy, self.device_name)
         kind = self.pool.device(self.device_name)
         names = _names(self.spec, bundles, self.options.prefix)
-        is_async = needs_event_loop(self.spec.roles)
+        is_async = has_async_method(self.spec.roles)
         actor = _actor_class(is_async)
         common = _actor_options(self.pool, kind, self.spec, self.options, is_async)
         starting = _Starting(self.spec, self.options)

@@ -5,21 +5,18 @@ Processes are owned by `hosts`, a call on its way by `calls`.
 
 from __future__ import annotations
 
-import difflib
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from single_controller.base.dispatch import Mode
 from single_controller.base.explain import Carrier
+from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call, Layout
-from single_controller.base.table import GroupTable
-from single_controller.base.worker import Worker
-from single_controller.base.worker_group import WorkerGroup
-from single_controller.errors import RegistrationError, UnknownRoleError, WorkerDiedError
+from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.calls import Outbox, RayPending
 from single_controller.ray.host import Envelope
@@ -34,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["RayWorkerGroup"]
 
 
-class RayWorkerGroup(WorkerGroup):
+class RayWorkerGroup(HostGroup):
     """A role's ranks in Ray actors.
 
     Made from a pool and a class, it starts one host per process of the pool. With the class of
@@ -120,28 +117,9 @@ class RayWorkerGroup(WorkerGroup):
             spec = ray_cls_with_init.actor_spec()
             recipe = Recipe(resource_pool, strategy, device_name, spec, options)
             hosts = recipe.start()
-        self.resource_pool = resource_pool
-        self.ray_cls_with_init = ray_cls_with_init
-        self.call_timeout_s = call_timeout_s
         self._supervisor = Supervisor(hosts, recipe, policy)
         self._layouts_of = hosts
-        self._classes: dict[str, type[Worker]] = {}
-        if ray_cls_with_init is not None:
-            roles = ray_cls_with_init.actor_spec().roles
-            self._classes = {role: spec.cls for role, spec in roles.items()}
-            if tuple(roles) != hosts.roles:
-                raise ValueError(
-                    f"the running hosts hold roles {list(hosts.roles)}, and ray_cls_with_init says "
-                    f"{list(roles)}"
-                )
-            self._take_role(ray_cls_with_init.role)
-        elif len(hosts.roles) == 1:
-            self._take_role(hosts.roles[0])
-
-    def _take_role(self, role: str) -> None:
-        self.role = role
-        if role in self._classes:
-            self._bind(self._classes[role])
+        self._start(resource_pool, ray_cls_with_init, call_timeout_s)
 
     @classmethod
     def from_detached(
@@ -178,15 +156,14 @@ class RayWorkerGroup(WorkerGroup):
     def _hosts(self) -> Hosts:
         return self._supervisor.hosts
 
+    def _share_hosts(self, other: Self) -> None:
+        self._supervisor, self._layouts_of = other._supervisor, other._hosts
+
     def _layout(self, mode: Mode) -> Layout:
         hosts = self._supervisor.usable()
         if hosts is not self._layouts_of:
             self._layouts, self._layouts_of = {}, hosts
         return super()._layout(mode)
-
-    @property
-    def world_size(self) -> int:
-        return len(self._hosts.infos)
 
     @property
     def workers(self) -> list[Any]:
@@ -197,59 +174,6 @@ class RayWorkerGroup(WorkerGroup):
     def worker_names(self) -> list[str]:
         """The hosts' actor names by rank, for `from_detached`."""
         return list(self._hosts.names)
-
-    @property
-    def master_address(self) -> str:
-        """Where `torch.distributed` of this group meets."""
-        return self._hosts.address[0]
-
-    @property
-    def master_port(self) -> str:
-        """The port of `master_address`, as bound by rank 0's process."""
-        return str(self._hosts.address[1])
-
-    def spawn(self, prefix_set: Iterable[str]) -> dict[str, RayWorkerGroup]:
-        """A group for each named role of the hosts. They share the processes; closing one, or
-        this group, ends them all.
-
-        Raises:
-            UnknownRoleError: the hosts hold no such role.
-        """
-        wanted = [prefix_set] if isinstance(prefix_set, str) else prefix_set
-        return {role: self._view(role) for role in wanted}
-
-    def fuse(self, prefix_set: Iterable[str]) -> None:
-        """Make each named role's group an attribute of this one: `group.actor.update(batch)`.
-
-        Raises:
-            UnknownRoleError: the hosts hold no such role.
-        """
-        views = self.spawn(prefix_set)
-        for role in views:
-            if hasattr(type(self), role) or role in self._methods:
-                raise ValueError(f"role {role!r} cannot be an attribute: groups have one already")
-        self.__dict__.update(views)
-
-    def _view(self, role: str) -> RayWorkerGroup:
-        roles = self._hosts.roles
-        if role not in roles:
-            close = difflib.get_close_matches(str(role), roles, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UnknownRoleError(f"unknown role {role!r}: {hint}The hosts hold {list(roles)}")
-        view = object.__new__(type(self))
-        WorkerGroup.__init__(view, self.resource_pool)
-        view.resource_pool, view.ray_cls_with_init = self.resource_pool, self.ray_cls_with_init
-        view.call_timeout_s = self.call_timeout_s
-        view._supervisor, view._classes = self._supervisor, self._classes
-        view._layouts_of = self._hosts
-        view._take_role(role)
-        return view
-
-    def _explain_missing(self, name: str) -> str:
-        if not self.role:
-            roles = list(self._hosts.roles)
-            return f"this group is the host of roles {roles}: call {name!r} on spawn({roles})[role]"
-        return super()._explain_missing(name)
 
     def _submit(
         self,
@@ -289,15 +213,6 @@ class RayWorkerGroup(WorkerGroup):
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
         return Outbox(calls)
-
-    def __repr__(self) -> str:
-        what = self.role or f"roles {list(self._hosts.roles)}"
-        return f"<RayWorkerGroup of {what} on {self.world_size} ranks>"
-
-    def describe(self) -> GroupTable:
-        """rank → role → node → device → pid → state, as a value that prints as a table."""
-        roles = (self.role,) if self.role else self._hosts.roles
-        return GroupTable.of(self._hosts.infos, roles, self._hosts.states())
 
     def stacks(self) -> dict[int, str]:
         """By rank, the Python stack of each thread that runs the worker's code, now; also of
@@ -339,12 +254,6 @@ class RayWorkerGroup(WorkerGroup):
         Calls raise GroupBrokenError from then on.
         """
         self._supervisor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_s: float) -> Hosts:

@@ -1,0 +1,163 @@
+"""Groups on hosts, which hold several roles each: a view for each role, all on the same hosts.
+
+What a host is and how a call reaches it is left to the backends.
+"""
+
+from __future__ import annotations
+
+import abc
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.roles import ClassWithInitArgs
+from single_controller.base.table import GroupTable, Place, RankState
+from single_controller.base.worker import Worker
+from single_controller.base.worker_group import WorkerGroup
+from single_controller.errors import UnknownRoleError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["HostGroup", "SomeHosts"]
+
+
+class SomeHosts(Protocol):
+    """What a group needs of its hosts besides calling them."""
+
+    @property
+    def roles(self) -> tuple[str, ...]: ...
+    @property
+    def infos(self) -> Sequence[Place]: ...
+    @property
+    def address(self) -> tuple[str, int]: ...
+    def states(self) -> Sequence[RankState]: ...
+    def close(self) -> None: ...
+
+
+class HostGroup(WorkerGroup):
+    """A role's ranks on hosts, or, with the role "", the hosts of several roles.
+
+    A context manager: leaving it closes the group, and all views on its hosts with it.
+    """
+
+    _classes: Mapping[str, type[Worker]]
+    call_timeout_s: float | None
+
+    @property
+    @abc.abstractmethod
+    def _hosts(self) -> SomeHosts: ...
+
+    @abc.abstractmethod
+    def _share_hosts(self, other: Self) -> None:
+        """Be on the hosts of another group, whatever becomes of them."""
+
+    def _start(
+        self,
+        resource_pool: ResourcePool | None,
+        ray_cls_with_init: ClassWithInitArgs | None,
+        call_timeout_s: float | None,
+    ) -> None:
+        """Be the group of what the hosts hold.
+
+        Raises:
+            ValueError: they hold other roles than `ray_cls_with_init` says.
+        """
+        self.resource_pool = resource_pool
+        self.ray_cls_with_init = ray_cls_with_init
+        self.call_timeout_s = call_timeout_s
+        self._classes = {}
+        hosts = self._hosts
+        if ray_cls_with_init is not None:
+            roles = ray_cls_with_init.roles()
+            self._classes = {role: spec.cls for role, spec in roles.items()}
+            if tuple(roles) != hosts.roles:
+                raise ValueError(
+                    f"the running hosts hold roles {list(hosts.roles)}, and ray_cls_with_init says "
+                    f"{list(roles)}"
+                )
+            self._take_role(ray_cls_with_init.role)
+        elif len(hosts.roles) == 1:
+            self._take_role(hosts.roles[0])
+
+    def _take_role(self, role: str) -> None:
+        self.role = role
+        if role in self._classes:
+            self._bind(self._classes[role])
+
+    @property
+    def world_size(self) -> int:
+        return len(self._hosts.infos)
+
+    @property
+    def master_address(self) -> str:
+        """Where `torch.distributed` of this group meets."""
+        return self._hosts.address[0]
+
+    @property
+    def master_port(self) -> str:
+        """The port of `master_address`, as bound by rank 0's process."""
+        return str(self._hosts.address[1])
+
+    def spawn(self, prefix_set: Iterable[str]) -> dict[str, Self]:
+        """A group for each named role of the hosts. They share the processes; closing one, or
+        this group, ends them all.
+
+        Raises:
+            UnknownRoleError: the hosts hold no such role.
+        """
+        wanted = [prefix_set] if isinstance(prefix_set, str) else prefix_set
+        return {role: self._view(role) for role in wanted}
+
+    def fuse(self, prefix_set: Iterable[str]) -> None:
+        """Make each named role's group an attribute of this one: `group.actor.update(batch)`.
+
+        Raises:
+            UnknownRoleError: the hosts hold no such role.
+        """
+        views = self.spawn(prefix_set)
+        for role in views:
+            if hasattr(type(self), role) or role in self._methods:
+                raise ValueError(f"role {role!r} cannot be an attribute: groups have one already")
+        self.__dict__.update(views)
+
+    def _view(self, role: str) -> Self:
+        roles = self._hosts.roles
+        if role not in roles:
+            close = difflib.get_close_matches(str(role), roles, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UnknownRoleError(f"unknown role {role!r}: {hint}The hosts hold {list(roles)}")
+        view = object.__new__(type(self))
+        WorkerGroup.__init__(view, self.resource_pool)
+        view.resource_pool, view.ray_cls_with_init = self.resource_pool, self.ray_cls_with_init
+        view.call_timeout_s = self.call_timeout_s
+        view._classes = self._classes
+        view._share_hosts(self)
+        view._take_role(role)
+        return view
+
+    def _explain_missing(self, name: str) -> str:
+        if not self.role:
+            roles = list(self._hosts.roles)
+            return f"this group is the host of roles {roles}: call {name!r} on spawn({roles})[role]"
+        return super()._explain_missing(name)
+
+    def __repr__(self) -> str:
+        what = self.role or f"roles {list(self._hosts.roles)}"
+        return f"<{type(self).__name__} of {what} on {self.world_size} ranks>"
+
+    def describe(self) -> GroupTable:
+        """rank → role → node → device → pid → state, as a value that prints as a table."""
+        roles = (self.role,) if self.role else self._hosts.roles
+        return GroupTable.of(self._hosts.infos, roles, self._hosts.states())
+
+    def close(self) -> None:
+        """End the hosts, with all their roles. Calls raise GroupBrokenError from then on."""
+        self._hosts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,72 @@
+"""What happens on a rank whatever process it is in: roles are built, outputs checked, errors shown.
+
+Where ranks are and how calls reach them is left to the backends.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from single_controller.base.roles import FusedWorker, RoleSpec
+from single_controller.base.worker import Worker, WorkerContext, building
+
+__all__ = ["build_roles", "checked_output", "has_async_method", "own_traceback"]
+
+
+def has_async_method(roles: Mapping[str, RoleSpec]) -> bool:
+    """Whether any role has an `async def` method."""
+    return any(
+        inspect.iscoroutinefunction(getattr(role.cls, name, None))
+        for role in roles.values()
+        for name in dir(role.cls)
+    )
+
+
+def build_roles(
+    context: WorkerContext,
+    roles: Mapping[str, RoleSpec],
+    failure: Callable[[str, BaseException], BaseException],
+) -> Iterator[tuple[str, Worker]]:
+    """Construct a rank's workers in their order, each known to the others once it is there.
+
+    Raises:
+        What `failure(role, error)` makes of what a constructor raised.
+    """
+    for role, spec in roles.items():
+        try:
+            with building(context):
+                worker = spec.cls(*spec.args, **spec.kwargs)
+        except Exception as error:
+            raise failure(role, error) from None
+        if not isinstance(worker, FusedWorker):
+            context.peers[role] = worker
+        yield role, worker
+
+
+def checked_output(output: Any) -> Any:
+    """What a method returned. Raises TypeError where it is no value that could be sent."""
+    if inspect.iscoroutine(output):
+        output.close()
+        raise TypeError(
+            "the method returned a coroutine: it is async under a decorator that hides it; let the "
+            "decorator's own function be `async def`"
+        )
+    if inspect.isgenerator(output) or inspect.isasyncgen(output):
+        raise TypeError("the method returned a generator, which cannot be sent; return a list")
+    return output
+
+
+def own_traceback(error: BaseException, hidden: Sequence[str]) -> str:
+    """The traceback with its causes, without the frames of files in the `hidden` folders."""
+    shown: traceback.TracebackException | None
+    shown = whole = traceback.TracebackException.from_exception(error)
+    ours = (os.path.dirname(__file__), *hidden)
+    while shown is not None:
+        own = [frame for frame in shown.stack if not frame.filename.startswith(ours)]
+        shown.stack = traceback.StackSummary.from_list(own or shown.stack)
+        shown = shown.__cause__ or shown.__context__
+    return "".join(["On the worker: ", *whole.format()])

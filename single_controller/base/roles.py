@@ -1,0 +1,129 @@
+"""What to build on each rank: worker classes with their arguments, several in one process.
+
+Starting processes, and options of the processes, are left to the backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from single_controller.base.worker import Worker
+from single_controller.errors import RegistrationError
+
+__all__ = [
+    "ClassWithInitArgs",
+    "ColocatedClasses",
+    "FusedWorker",
+    "RoleSpec",
+    "create_fused_worker_cls",
+    "worker_class",
+]
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One role of a host: its class and what to construct it with."""
+
+    cls: type[Worker]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def worker_class(cls: Any, role: str) -> type[Worker]:
+    """`cls` as a worker class.
+
+    Raises:
+        RegistrationError: it is not a subclass of `Worker`.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Worker)):
+        raise RegistrationError(
+            f"role {role!r} needs a subclass of single_controller.base.Worker; got {cls!r}"
+        )
+    return cls
+
+
+class ClassWithInitArgs:
+    """A class and the arguments to construct it with, later and elsewhere."""
+
+    def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
+        self.cls = cls
+        self.args = args
+        self.kwargs = kwargs
+
+    def __call__(self) -> Any:
+        """Construct it here and now."""
+        return self.cls(*self.args, **self.kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({getattr(self.cls, '__name__', self.cls)})"
+
+    @property
+    def role(self) -> str:
+        """The role that a group made from this calls; "" if it calls none."""
+        return str(getattr(self.cls, "__name__", self.cls))
+
+    def roles(self) -> dict[str, RoleSpec]:
+        """The roles of each host, in the order to build them; later changes do not reach them.
+
+        Raises:
+            RegistrationError: the class is not a subclass of `Worker`.
+        """
+        cls = worker_class(self.cls, self.role)
+        fused: Mapping[str, RoleSpec] = getattr(cls, "fused_roles", {})
+        return {**fused, self.role: RoleSpec(cls, tuple(self.args), dict(self.kwargs))}
+
+
+class FusedWorker(Worker):
+    """A worker with other roles of its host as attributes: `self.actor`, `self.critic`.
+
+    The roles are built before it, in the same process.
+    """
+
+    fused_roles: ClassVar[Mapping[str, RoleSpec]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).fused_roles:
+            return self.fused_worker_dict[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class ColocatedClasses(ClassWithInitArgs):
+    """Roles by name, to be built in one host per rank.
+
+    Raises:
+        RegistrationError: no role, or a role that is not `ClassWithInitArgs` of a `Worker`.
+    """
+
+    role = ""
+
+    def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
+        if not class_dict:
+            raise RegistrationError("class_dict must hold at least one role")
+        for role, spec in class_dict.items():
+            if isinstance(spec, ColocatedClasses) or not isinstance(spec, ClassWithInitArgs):
+                raise RegistrationError(
+                    f"role {role!r} needs RayClassWithInitArgs(cls, ...), or ClassWithInitArgs, "
+                    f"of one worker class; got {spec!r}"
+                )
+        self.specs: dict[str, ClassWithInitArgs] = dict(class_dict)
+        self.roles()
+
+    def roles(self) -> dict[str, RoleSpec]:
+        found: dict[str, RoleSpec] = {}
+        for role, spec in self.specs.items():
+            for name, role_spec in spec.roles().items():
+                name = role if name == spec.role else name
+                if found.setdefault(name, role_spec) is not role_spec:
+                    raise RegistrationError(f"two roles of one host are called {name!r}")
+        return found
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.specs})"
+
+
+def create_fused_worker_cls(classes: ColocatedClasses) -> type[FusedWorker]:
+    """A worker class with the roles as attributes, to subclass with methods that use several."""
+    roles = classes.roles()
+    return type("FusedWorker_" + "_".join(roles), (FusedWorker,), {"fused_roles": roles})
