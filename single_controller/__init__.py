@@ -13,6 +13,7 @@ from single_controller.base import (
 )
 from single_controller.errors import (
     CallTimeoutError,
+    CollectiveError,
     DispatchError,
     GroupBrokenError,
     RegistrationError,
@@ -28,6 +29,7 @@ __all__ = [
     "Broadcast",
     "CallTimeoutError",
     "ClassWithInitArgs",
+    "CollectiveError",
     "DispatchError",
     "GroupBrokenError",
     "PerRank",

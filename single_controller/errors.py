@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "CallTimeoutError",
+    "CollectiveError",
     "DispatchError",
     "GroupBrokenError",
     "RegistrationError",
@@ -47,6 +48,10 @@ class DispatchError(SingleControllerError, ValueError, AssertionError):
 
 class ResourceError(SingleControllerError, RuntimeError):
     """The cluster cannot hold what was asked for, or did not free it in time."""
+
+
+class CollectiveError(SingleControllerError, RuntimeError):
+    """Ranks that share one process were to communicate, which they could only do at once."""
 
 
 class GroupBrokenError(SingleControllerError, RuntimeError):

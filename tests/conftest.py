@@ -9,6 +9,8 @@ import ray
 
 from single_controller.ray import RayResourcePool
 
+pytest_plugins = ["single_controller.testing"]
+
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:

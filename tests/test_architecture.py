@@ -64,6 +64,15 @@ ORDER = [
     "single_controller.base.colocated",
     "single_controller.base",
     "single_controller",
+    "single_controller.inline.privacy",
+    "single_controller.inline.distributed",
+    "single_controller.inline.loop",
+    "single_controller.inline.hosts",
+    "single_controller.inline.calls",
+    "single_controller.inline.worker_group",
+    "single_controller.inline.roles",
+    "single_controller.inline",
+    "single_controller.testing",
     "single_controller.ray.feasibility",
     "single_controller.ray.placement",
     "single_controller.ray.pools",
@@ -82,6 +91,8 @@ ORDER = [
     "single_controller.ray.store",
     "single_controller.ray.worker_group",
     "single_controller.ray.roles",
+    "single_controller.ray.switched",
+    "single_controller.ray.backend",
     "single_controller.ray",
     "single_controller.ray.base",
     "single_controller.ray.running",
@@ -167,6 +178,15 @@ def is_alias(node: ast.stmt) -> bool:
     return annotation(node) == "TypeAlias"
 
 
+def top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """A module's statements, those of both branches of an `if` among them."""
+    for node in body:
+        if isinstance(node, ast.If):
+            yield from top_level([*node.body, *node.orelse])
+        else:
+            yield node
+
+
 def defined(path: Path) -> tuple[set[str], set[str]]:
     """A module's public top-level names: those that `__all__` must have, and those it may have.
 
@@ -175,7 +195,7 @@ def defined(path: Path) -> tuple[set[str], set[str]]:
     must: set[str] = set()
     may: set[str] = set()
     facade = path.name == "__init__.py" or "nothing is defined here" in path.read_text()
-    for node in tree(path).body:
+    for node in top_level(tree(path).body):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             must.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):

@@ -14,7 +14,13 @@ from typing import Any
 from single_controller.base.roles import FusedWorker, RoleSpec
 from single_controller.base.worker import Worker, WorkerContext, building
 
-__all__ = ["build_roles", "checked_output", "has_async_method", "own_traceback"]
+__all__ = ["NO_BATCH", "build_roles", "checked_output", "has_async_method", "own_traceback"]
+
+
+NO_BATCH = (
+    "{role}.{method} returned no batch, and its mode joins the ranks' outputs to one: return a "
+    "DataProto or TensorDict"
+)
 
 
 def has_async_method(roles: Mapping[str, RoleSpec]) -> bool:

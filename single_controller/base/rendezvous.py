@@ -52,6 +52,10 @@ class Rendezvous:
             "port, or none to let the system choose one"
         )
 
+    def close(self) -> None:
+        """Give the port back, unless a store serves it."""
+        self._socket.close()
+
     def serve(self) -> None:
         """Start the store that ranks join. Ranks that connect earlier simply wait for it."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Worker", "WorkerContext", "building"]
+__all__ = ["Worker", "WorkerContext", "building", "checked_worker_env"]
 
 _ENV_KEYS = (
     "RANK",
@@ -286,6 +286,18 @@ class Worker:
     def execute_func_rank_zero(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `func(*args, **kwargs)` on rank 0."""
         return func(*args, **kwargs)
+
+
+def checked_worker_env(worker_env: Mapping[str, str] | None) -> dict[str, str]:
+    """What a user adds to the environment of all ranks.
+
+    Raises:
+        ValueError: it sets what each rank gets its own of.
+    """
+    taken = sorted(set(_ENV_KEYS) & set(worker_env or ()))
+    if taken:
+        raise ValueError(f"worker_env must not set {', '.join(taken)}: each rank gets its own")
+    return {key: str(value) for key, value in (worker_env or {}).items()}
 
 
 def _node_ip() -> str:

@@ -1,6 +1,14 @@
 """Groups of workers in Ray actors."""
 
+from single_controller.base.colocated import Colocated
 from single_controller.ray.actor_spec import RayClassWithInitArgs
+from single_controller.ray.backend import (
+    RayWorkerGroup,
+    ResourcePoolManager,
+    colocate,
+    merge_resource_pool,
+    split_resource_pool,
+)
 from single_controller.ray.colocate import (
     create_colocated_worker_cls,
     create_colocated_worker_cls_fused,
@@ -11,15 +19,8 @@ from single_controller.ray.placement import (
     SubRayResourcePool,
     sort_placement_group_by_node_ip,
 )
-from single_controller.ray.pools import (
-    ResourcePoolManager,
-    extract_pg_from_exist,
-    merge_resource_pool,
-    split_resource_pool,
-)
-from single_controller.ray.roles import Colocated, colocate
+from single_controller.ray.pools import extract_pg_from_exist
 from single_controller.ray.store import parallel_put
-from single_controller.ray.worker_group import RayWorkerGroup
 
 __all__ = [
     "Colocated",

@@ -14,6 +14,7 @@ from single_controller.base.dispatch import is_future
 from single_controller.base.explain import Carrier, count_uses
 from single_controller.base.method import Pending
 from single_controller.base.plan import Call
+from single_controller.base.rank import NO_BATCH
 from single_controller.errors import CallTimeoutError, GroupBrokenError
 from single_controller.ray.failure import CallSite, translate
 from single_controller.ray.host import Late
@@ -85,10 +86,7 @@ class RemoteBatch:
         if rows is None:
             site = self.site
             raise translate(
-                TypeError(
-                    f"{site.role}.{site.method} returned no batch, and its mode joins the ranks' "
-                    "outputs to one: return a DataProto or TensorDict"
-                ),
+                TypeError(NO_BATCH.format(role=site.role, method=site.method)),
                 site,
             )
         return int(rows)

@@ -21,7 +21,26 @@ __all__ = [
     "extract_pg_from_exist",
     "merge_resource_pool",
     "split_resource_pool",
+    "split_sizes",
 ]
+
+
+def split_sizes(total: int, split_size: int | list[int]) -> list[int]:
+    """The processes of each part of a pool of `total`.
+
+    Raises:
+        ValueError: the sizes do not add up to it.
+    """
+    if isinstance(split_size, int):
+        sizes = [split_size] * (total // split_size) if split_size > 0 else []
+    else:
+        sizes = list(split_size)
+    if sum(sizes) != total or any(size < 1 for size in sizes):
+        raise ValueError(
+            f"split_size must be positive and add up to the pool's {total} processes; "
+            f"got {split_size!r}"
+        )
+    return sizes
 
 
 def split_resource_pool(
@@ -35,16 +54,7 @@ def split_resource_pool(
     Raises:
         ResourceError: the pool cannot be reserved. ValueError: the sizes do not add up to it.
     """
-    total = resource_pool.world_size
-    if isinstance(split_size, int):
-        sizes = [split_size] * (total // split_size) if split_size > 0 else []
-    else:
-        sizes = list(split_size)
-    if sum(sizes) != total or any(size < 1 for size in sizes):
-        raise ValueError(
-            f"split_size must be positive and add up to the pool's {total} processes; "
-            f"got {split_size!r}"
-        )
+    sizes = split_sizes(resource_pool.world_size, split_size)
     groups = resource_pool.get_placement_groups()
     first = getattr(resource_pool, "start_bundle_index", 0)
     parts = []

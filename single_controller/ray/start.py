@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from single_controller.base.rank import has_async_method
-from single_controller.base.worker import Worker
+from single_controller.base.worker import checked_worker_env
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray.actor_spec import ActorSpec
@@ -235,7 +235,7 @@ def _actor_options(
         made["lifetime"] = "detached"
     if is_async:
         made["max_concurrency"] = _ASYNC_CALLS_IN_FLIGHT
-    env = _worker_env(options.worker_env)
+    env = checked_worker_env(options.worker_env)
     given = dict(spec.options)
     resources.update(given.pop("resources", None) or {})
     if env:
@@ -250,10 +250,3 @@ def _actor_options(
 def _share(amount: float, parts: int) -> float:
     """1/parts of an amount, rounded down as Ray counts, so that all parts fit."""
     return math.floor(amount / parts * 10_000) / 10_000
-
-
-def _worker_env(worker_env: Mapping[str, str] | None) -> dict[str, str]:
-    taken = sorted(set(Worker.env_keys()) & set(worker_env or ()))
-    if taken:
-        raise ValueError(f"worker_env must not set {', '.join(taken)}: each rank gets its own")
-    return {key: str(value) for key, value in (worker_env or {}).items()}

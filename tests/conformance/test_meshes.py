@@ -1,4 +1,4 @@
-"""Workers in a mesh of gloo processes: which rank gets which rows, and who answers."""
+"""Workers in a mesh: which rank gets which rows, and who answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import ray
 import torch
 from tensordict import TensorDict
 from torch import distributed as dist
@@ -14,13 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from protocol import DataProto, DataProtoFuture
 from protocol import tensordict_utils as tu
+from single_controller import CollectiveError, WorkerError
 from single_controller.base import Worker
 from single_controller.base.decorator import (
     Dispatch,
     make_nd_compute_dataproto_dispatch_fn,
     register,
 )
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from tests.conformance.conftest import Backend
 
 CUBE = make_nd_compute_dataproto_dispatch_fn("cube")
 SQUARE = make_nd_compute_dataproto_dispatch_fn("square")
@@ -80,17 +80,14 @@ class Member(Worker):
 
 
 @pytest.fixture(scope="module")
-def started(cluster: None) -> Iterator[RayWorkerGroup]:
+def started(backend: Backend) -> Iterator[Any]:
     """rank = 4 pp + 2 dp + tp in the cube, 2 dp + tp in the square."""
-    with (
-        RayResourcePool([8], max_colocate_count=1, cpus_per_process=0.5) as pool,
-        RayWorkerGroup(pool, RayClassWithInitArgs(ray.remote(Member))) as eight,
-    ):
+    with backend.group(backend.spec(Member), ranks=8) as eight:
         yield eight
 
 
 @pytest.fixture
-def group(started: RayWorkerGroup) -> RayWorkerGroup:
+def group(started: Any) -> Any:
     started.take_seen()
     return started
 
@@ -115,26 +112,31 @@ def rows_of(data: DataProto) -> list[float]:
 
 
 def test_each_dp_rank_gets_its_rows_and_its_tp_and_pp_peers_the_same(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     group.stamp(batch(6))
     low, high = [0.0, 1.0, 2.0], [3.0, 4.0, 5.0]
     assert group.take_seen() == [[low], [low], [high], [high]] * 2
 
 
-def test_only_the_last_stages_first_tensor_ranks_answer(group: RayWorkerGroup) -> None:
+def test_only_the_last_stages_first_tensor_ranks_answer(group: Any) -> None:
     done = group.stamp(batch(6))
     assert by(done) == [4, 4, 4, 6, 6, 6]
     assert done.meta_info["metrics"] == {"rank": [4, 6]}
     assert rows_of(done) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
 
 
-def test_tp_peers_can_reduce_over_their_shared_rows(group: RayWorkerGroup) -> None:
+def test_tp_peers_can_reduce_over_their_shared_rows(backend: Backend, group: Any) -> None:
+    if backend.name == "inline":
+        with pytest.raises(CollectiveError, match="allreduce needs 2 ranks at once") as caught:
+            group.sum_over_tp(data=batch(4))
+        assert isinstance(caught.value, WorkerError)
+        return
     done = group.sum_over_tp(data=batch(4))
     assert done.batch["sum"].tolist() == [0.0, 11.0, 22.0, 33.0]
 
 
-def test_a_padded_batch_comes_back_without_its_padding(group: RayWorkerGroup) -> None:
+def test_a_padded_batch_comes_back_without_its_padding(group: Any) -> None:
     padded = batch(3, auto_padding=True)
     assert by(group.stamp(padded)) == [4, 4, 6]
     assert by(group.stamp(data=padded)) == [4, 4, 6]
@@ -142,7 +144,7 @@ def test_a_padded_batch_comes_back_without_its_padding(group: RayWorkerGroup) ->
     assert len(padded) == 3
 
 
-def test_the_driver_knows_where_every_rank_stands_in_every_mesh(group: RayWorkerGroup) -> None:
+def test_the_driver_knows_where_every_rank_stands_in_every_mesh(group: Any) -> None:
     infos = group.execute_all_sync("get_dispatch_collect")
     dp_ranks = {m: [info["dispatch_dp_rank"][m] for info in infos] for m in ("cube", "square")}
     assert dp_ranks == {"cube": [0, 0, 1, 1] * 2, "square": [0, 0, 1, 1, 2, 2, 3, 3]}
@@ -151,7 +153,7 @@ def test_the_driver_knows_where_every_rank_stands_in_every_mesh(group: RayWorker
     assert collects["square"] == [True, False] * 4
 
 
-def test_a_tensordict_with_jagged_rows_goes_there_and_back(group: RayWorkerGroup) -> None:
+def test_a_tensordict_with_jagged_rows_goes_there_and_back(group: Any) -> None:
     done = group.double(table(4))
     assert type(done) is TensorDict
     expected = [[2 * j for j in range(i + 1)] for i in range(4)]
@@ -160,7 +162,7 @@ def test_a_tensordict_with_jagged_rows_goes_there_and_back(group: RayWorkerGroup
 
 
 def test_without_blocking_the_result_is_a_future_of_the_answering_ranks_rows(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     future = group.double_later(table(4))
     assert isinstance(future, DataProtoFuture)
@@ -168,26 +170,26 @@ def test_without_blocking_the_result_is_a_future_of_the_answering_ranks_rows(
     assert tu.get(future.get(timeout=60), "by") == ["t0@0", "t1@2", "t2@4", "t3@6"]
 
 
-def test_uneven_rows_are_split_as_evenly_as_they_can_be(group: RayWorkerGroup) -> None:
+def test_uneven_rows_are_split_as_evenly_as_they_can_be(group: Any) -> None:
     for rows, expected in ((6, [0, 0, 2, 2, 4, 6]), (1, [0]), (0, [])):
         assert by(group.stamp_later(batch(rows)).get(timeout=60)) == expected
     sizes = [[len(rows) for rows in calls] for calls in group.take_seen()]
     assert sizes == [[2, 1, 0]] * 2 + [[2, 0, 0]] * 2 + [[1, 0, 0]] * 4
 
 
-def test_uneven_rows_of_a_tensordict_come_back_in_order(group: RayWorkerGroup) -> None:
+def test_uneven_rows_of_a_tensordict_come_back_in_order(group: Any) -> None:
     done = group.size(table(5))
     assert done["rows"].tolist() == [2, 2, 1, 1, 1]
     assert tu.get(done, "text") == ["t0", "t1", "t2", "t3", "t4"]
 
 
-def test_a_future_goes_from_one_mesh_into_another(group: RayWorkerGroup) -> None:
+def test_a_future_goes_from_one_mesh_into_another(group: Any) -> None:
     done = group.stamp(group.stamp_later(batch(6)))
     assert (rows_of(done), by(done)) == ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [4, 4, 4, 6, 6, 6])
 
 
 def test_rows_that_do_not_divide_are_refused_before_any_rank_sees_them(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     with pytest.raises(ValueError, match="only support equal chunk"):
         group.stamp(batch(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +14,7 @@ import pytest
 from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
 from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from tests.waiting import eventually
+from tests.conformance.conftest import Backend
 
 
 class OddError(Exception):
@@ -41,6 +41,8 @@ class Fragile(Worker):
             raise OddError(7, hint="twist")
         if what == "die":
             os._exit(3)
+        if what == "exit":
+            sys.exit(3)
         if what == "generator":
             return (x for x in ())
         if what == "lock":
@@ -51,13 +53,13 @@ class Fragile(Worker):
 
 
 @pytest.fixture(scope="module")
-def group(pool: RayResourcePool) -> Iterator[RayWorkerGroup]:
-    with RayWorkerGroup(pool, RayClassWithInitArgs(Fragile)) as two:
+def group(backend: Backend) -> Iterator[Any]:
+    with backend.group(backend.spec(Fragile)) as two:
         yield two
 
 
 def test_an_error_names_role_method_rank_node_and_pid_and_keeps_its_type(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     with pytest.raises(KeyError) as caught:
         group.act(PerRank(["fine", "raise"]))
@@ -68,7 +70,7 @@ def test_an_error_names_role_method_rank_node_and_pid_and_keeps_its_type(
     assert error.node_ip == group.describe().rows[1].node
     assert 'return {}["missing"]' in error.remote_traceback
     assert "Fragile.act failed on rank 1" in str(error)
-    assert "host.py" not in error.remote_traceback
+    assert "single_controller" not in error.remote_traceback
     assert isinstance(pickle.loads(pickle.dumps(error)), KeyError)
 
 
@@ -80,26 +82,26 @@ class Unreadable:
 
 
 def test_an_argument_that_cannot_be_read_fails_its_call_and_no_other(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     with pytest.raises(ValueError, match=r"Fragile.act failed on rank [01].*invalid literal"):
         group.act(Unreadable())
     assert group.act("fine") == ["fine"] * 2
 
 
-def test_several_failing_ranks_are_counted_and_the_first_is_shown(group: RayWorkerGroup) -> None:
+def test_several_failing_ranks_are_counted_and_the_first_is_shown(group: Any) -> None:
     with pytest.raises(WorkerError, match=r"1 other rank failed as well") as caught:
         group.act("raise")
     assert caught.value.failed_ranks == 2
 
 
-def test_an_error_type_with_an_odd_constructor_still_arrives(group: RayWorkerGroup) -> None:
+def test_an_error_type_with_an_odd_constructor_still_arrives(group: Any) -> None:
     with pytest.raises(WorkerError, match="OddError: code 7"):
         group.act("odd")
 
 
 def test_the_cause_of_an_error_is_shown_with_it_and_our_own_frames_are_not(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     with pytest.raises(RuntimeError, match="load failed") as caught:
         group.act("chain")
@@ -109,27 +111,12 @@ def test_the_cause_of_an_error_is_shown_with_it_and_our_own_frames_are_not(
     assert "host.py" not in text
 
 
-@pytest.mark.parametrize("what", ["stop", "interrupt"])
 def test_an_exception_with_a_meaning_to_python_arrives_as_a_plain_worker_error(
-    group: RayWorkerGroup, what: str
+    group: Any,
 ) -> None:
     with pytest.raises(WorkerError, match=r"Fragile\.act failed on rank 0") as caught:
-        group.act(PerRank([what, "fine"]))
-    assert not isinstance(caught.value, StopIteration | KeyboardInterrupt)
-
-
-def test_every_call_that_is_still_running_keeps_the_group_from_waiting(
-    group: RayWorkerGroup,
-) -> None:
-    failing, slow = group.act.submit("raise"), group.act.options(timeout_s=0.5).submit("wait3")
-    with pytest.raises(TimeoutError):
-        slow.result()
-    with pytest.raises(KeyError):
-        failing.result()
-    with pytest.raises(GroupBrokenError, match="still in a call that was given up"):
-        group.act("fine")
-    group._hosts.settle(60)
-    assert group.act("fine") == ["fine"] * 2
+        group.act(PerRank(["stop", "fine"]))
+    assert not isinstance(caught.value, StopIteration)
 
 
 @pytest.mark.parametrize(
@@ -137,48 +124,24 @@ def test_every_call_that_is_still_running_keeps_the_group_from_waiting(
     [("lock", r"cannot pickle '_thread.lock'"), ("generator", r"returned a generator.*list")],
 )
 def test_an_output_that_cannot_be_sent_is_an_error_of_that_rank(
-    group: RayWorkerGroup, what: str, message: str
+    group: Any, what: str, message: str
 ) -> None:
     with pytest.raises(WorkerError, match=f"(?s)rank 1.*{message}"):
         group.act(PerRank(["fine", what]))
 
 
-def test_a_failing_rank_is_reported_while_others_wait_and_the_group_recovers(
-    group: RayWorkerGroup,
-) -> None:
-    with pytest.raises(KeyError):
-        group.act(PerRank(["wait6", "raise"]))
-    with pytest.raises(GroupBrokenError, match=r"ranks \[0\] are still in a call that failed"):
-        group.act("fine")
-    group._hosts.settle(60)
-    assert group.act("fine") == ["fine"] * 2
-
-
-def test_a_death_is_named_and_breaks_the_group(pool: RayResourcePool) -> None:
-    with RayWorkerGroup(pool, RayClassWithInitArgs(Fragile)) as group:
-        with pytest.raises(WorkerDiedError, match=r"Fragile\.act: rank 1 .* died") as caught:
-            group.act(PerRank(["wait1", "die"]))
+def test_a_rank_that_exits_is_a_death_and_breaks_the_group(backend: Backend) -> None:
+    with backend.group(backend.spec(Fragile)) as group:
+        with pytest.raises(WorkerDiedError, match=r"Fragile\.act: rank 1 ") as caught:
+            group.act(PerRank(["fine", "exit"]))
         assert caught.value.rank == 1
-        assert [row.state for row in group.describe().rows] == ["broken", "dead"]
+        assert "alive" not in [row.state for row in group.describe().rows]
         with pytest.raises(GroupBrokenError, match="lost a rank"):
             group.act("fine")
 
 
-def test_the_aliveness_check_breaks_the_group_of_a_dead_idle_worker(
-    pool: RayResourcePool,
-) -> None:
-    import signal
-
-    with RayWorkerGroup(pool, RayClassWithInitArgs(Fragile)) as group:
-        group.start_worker_aliveness_check(every_n_seconds=0.05)
-        os.kill(group.describe().rows[1].pid, signal.SIGKILL)
-        assert eventually(lambda: group._hosts.broken is not None)
-        with pytest.raises(GroupBrokenError, match="lost a rank"):
-            group.act("fine")
-
-
-def test_a_closed_group_says_so_and_closing_twice_is_fine(pool: RayResourcePool) -> None:
-    group = RayWorkerGroup(pool, RayClassWithInitArgs(Fragile))
+def test_a_closed_group_says_so_and_closing_twice_is_fine(backend: Backend) -> None:
+    group = backend.group(backend.spec(Fragile))
     group.close()
     group.close()
     assert [row.state for row in group.describe().rows] == ["dead", "dead"]

@@ -1,4 +1,4 @@
-"""Calls through Ray: what travels, and what comes back."""
+"""Calls in every mode: what ranks get, and what comes back."""
 
 from __future__ import annotations
 
@@ -6,48 +6,46 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from tensordict import TensorDict
 
 from protocol import DataProto
 from single_controller import DispatchError, UnknownMethodError, WorkerError
 from single_controller.base import PerRank, Worker
-from single_controller.ray import RayWorkerGroup
-from single_controller.ray import calls as calls_module
-from tests.controller.probe import batch, values
+from tests.conformance.conftest import Backend
+from tests.conformance.probe import batch, values
 
 
-def test_one_to_all_gives_every_rank_everything(group: RayWorkerGroup) -> None:
+def test_one_to_all_gives_every_rank_everything(group: Any) -> None:
     assert group.echo([1, 2], y="z") == [(0, [1, 2], "z"), (1, [1, 2], "z")]
     assert group.echo(PerRank("ab")) == [(0, "a", None), (1, "b", None)]
 
 
-def test_all_to_all_scatters_lists_of_one_element_per_rank(group: RayWorkerGroup) -> None:
+def test_all_to_all_scatters_lists_of_one_element_per_rank(group: Any) -> None:
     assert group.scatter([1, 2], y=[3, 4]) == [(0, 1, 3), (1, 2, 4)]
     assert group.scatter(1) == [(0, 1, None), (1, 1, None)]
     with pytest.raises(DispatchError, match=r"Probe.scatter.*list of length 3.*2 ranks"):
         group.scatter([1, 2, 3])
 
 
-def test_rank_zero_modes_call_rank_zero_alone(group: RayWorkerGroup) -> None:
+def test_rank_zero_modes_call_rank_zero_alone(group: Any) -> None:
     assert group.lead([1, 2]) == (0, [1, 2])
     assert group.lead_too([1, 2]) == (0, [1, 2])
 
 
-def test_a_direct_method_is_refused_on_the_group(group: RayWorkerGroup) -> None:
+def test_a_direct_method_is_refused_on_the_group(group: Any) -> None:
     with pytest.raises(NotImplementedError, match="Direct rollout call is forbidden"):
         group.direct()
 
 
-def test_a_batch_is_split_computed_on_and_merged(group: RayWorkerGroup) -> None:
+def test_a_batch_is_split_computed_on_and_merged(group: Any) -> None:
     out = group.add_rank(batch(meta_info={"step": 3}))
     assert values(out) == [0, 1, 2, 4, 5, 6]
     assert out.non_tensor_batch["s"].tolist() == ["s0@0", "s1@0", "s2@0", "s3@1", "s4@1", "s5@1"]
     assert out.meta_info == {"step": 3, "metrics": {"rank": [0, 1]}}
 
 
-def test_a_tensordict_is_split_and_merged_too(group: RayWorkerGroup) -> None:
+def test_a_tensordict_is_split_and_merged_too(group: Any) -> None:
     jagged = torch.nested.as_nested_tensor(
         [torch.ones(n) * n for n in (1, 2, 3, 1)], layout=torch.jagged
     )
@@ -57,7 +55,7 @@ def test_a_tensordict_is_split_and_merged_too(group: RayWorkerGroup) -> None:
     assert [part.tolist() for part in out["j"].unbind()] == [[1], [2, 2], [3, 3, 3], [1]]
 
 
-def test_rows_that_do_not_divide_are_refused_with_both_ways_out(group: RayWorkerGroup) -> None:
+def test_rows_that_do_not_divide_are_refused_with_both_ways_out(group: Any) -> None:
     with pytest.raises(
         DispatchError, match=r"(?s)only support equal chunk.*7.*2.*uneven=True.*auto_padding=True"
     ):
@@ -67,13 +65,13 @@ def test_rows_that_do_not_divide_are_refused_with_both_ways_out(group: RayWorker
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7])
-def test_uneven_rows_come_back_in_order(group: RayWorkerGroup, rows: int) -> None:
+def test_uneven_rows_come_back_in_order(group: Any, rows: int) -> None:
     out = group.uneven_rows(batch(rows))
     assert values(out) == list(range(rows))
     assert out.meta_info["metrics"] == {"rows": [rows - rows // 2, rows // 2]}
 
 
-def test_padding_never_reaches_the_caller(group: RayWorkerGroup) -> None:
+def test_padding_never_reaches_the_caller(group: Any) -> None:
     data = batch(5, auto_padding=True)
     assert values(group.add_rank(data)) == [0, 1, 2, 4, 5]
     assert values(group.add_rank_later(data).get()) == [0, 1, 2, 4, 5]
@@ -81,99 +79,54 @@ def test_padding_never_reaches_the_caller(group: RayWorkerGroup) -> None:
     assert len(data) == 5
 
 
-def test_outputs_that_are_no_batch_are_refused_with_advice(group: RayWorkerGroup) -> None:
+def test_outputs_that_are_no_batch_are_refused_with_advice(group: Any) -> None:
     with pytest.raises(DispatchError, match=r"rank 0 returned int.*DP_COMPUTE_METRIC"):
         group.no_batch(batch())
 
 
-def test_arguments_that_are_no_batch_are_refused_by_name(group: RayWorkerGroup) -> None:
+def test_arguments_that_are_no_batch_are_refused_by_name(group: Any) -> None:
     with pytest.raises(DispatchError, match=r"add_rank.*argument 0 must be a DataProto.*got int"):
         group.add_rank(3)
 
 
 def test_ranks_of_one_dp_group_get_the_same_shard_and_one_of_them_answers(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     assert values(group.replicated(data=batch(3))) == [1, 2, 3]
     assert values(group.meshed(batch(4))) == [0, 1, 3, 4]
 
 
-def test_ranks_that_collect_ignores_return_nothing(group: RayWorkerGroup) -> None:
-    pending = group.replicated.submit(batch(3))._pending
-    silent, answering = ray.get(pending._refs)
-    assert silent is None
-    assert values(answering) == [1, 2, 3]
-
-
 def test_a_mesh_that_no_worker_registered_is_named_with_the_known_ones(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     with pytest.raises(WorkerError, match=r"mesh 'absent' is not registered.*\['dp', 'tp'\]"):
         group.lost(batch())
 
 
-def test_an_argument_that_several_ranks_get_is_stored_once(
-    group: RayWorkerGroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored: list[Any] = []
-    put = ray.put
-    monkeypatch.setattr(
-        calls_module.ray, "put", lambda value: (stored.append(value), put(value))[1]
-    )
-    big = torch.zeros(1000)
-    group.echo(big, y=big)
-    assert [parcel._value for parcel in stored] == [big]
-    group.replicated(batch(4))
-    assert len(stored) == 2
-    group.echo(1, y="short")
-    group.add_rank(batch(4))
-    assert len(stored) == 2
-
-
-def test_explain_says_what_a_call_would_do_and_does_nothing(group: RayWorkerGroup) -> None:
-    before, big, ref = group.count(), torch.zeros(1000), ray.put(1)
-    told = group.explain("echo", big, y=ref)
-    assert [(a.rank, a.name, a.travels, a.shared_with) for a in told.arguments] == [
-        (0, "x", "by reference, stored once", (1,)),
-        (0, "y", "fetched by the rank", (1,)),
-        (1, "x", "by reference, stored once", (0,)),
-        (1, "y", "fetched by the rank", (0,)),
-    ]
-    assert told.arguments[0].bytes > 4000
-    told = group.explain("add_rank", batch(6))
-    assert [(a.rank, a.rows, a.keys, a.travels) for a in told.arguments] == [
-        (rank, 3, ("a", "s"), "by value") for rank in (0, 1)
-    ]
-    assert "returns one batch, the rows of ranks 0, 1" in str(told)
-    assert group.explain("scatter", lambda: 1).arguments[0].bytes
-    assert group.explain("echo", "short").arguments[0].travels == "within the call"
-    assert group.count() == before
-
-
-def test_a_worker_may_write_into_what_it_received(group: RayWorkerGroup) -> None:
+def test_a_worker_may_write_into_what_it_received(group: Any) -> None:
     shared = DataProto.from_dict({"a": torch.zeros(4, 1000)})
     before = shared.batch["a"].clone()
     group.replicated(shared)
     assert torch.equal(shared.batch["a"], before)
 
 
-def test_arguments_outside_of_batches_are_private_and_writable_too(group: RayWorkerGroup) -> None:
+def test_arguments_outside_of_batches_are_private_and_writable_too(group: Any) -> None:
     shared = {"a": np.zeros(100_000), "t": torch.zeros(100_000)}
     assert group.write(shared) == [2.0, 2.0]
     assert shared["a"].sum() == 0
 
 
 def test_a_method_under_a_decorator_that_hides_its_signature_can_be_called(
-    group: RayWorkerGroup,
+    group: Any,
 ) -> None:
     assert group.hidden(1, y=2) == [(0, 1, 2), (1, 1, 2)]
 
 
-def test_attributes_of_workers_may_have_the_names_of_ours(group: RayWorkerGroup) -> None:
+def test_attributes_of_workers_may_have_the_names_of_ours(group: Any) -> None:
     assert group.execute_all_sync("own_device") == ["mine"] * 2
 
 
-def test_wrong_arguments_are_a_type_error_before_anything_is_sent(group: RayWorkerGroup) -> None:
+def test_wrong_arguments_are_a_type_error_before_anything_is_sent(group: Any) -> None:
     before = group.count()
     with pytest.raises(TypeError, match=r"Probe.echo\(x: .*\).*: missing a required argument: 'x'"):
         group.echo()
@@ -182,25 +135,27 @@ def test_wrong_arguments_are_a_type_error_before_anything_is_sent(group: RayWork
     assert group.count() == before
 
 
-def test_an_unregistered_method_is_answered_with_the_nearest_one(group: RayWorkerGroup) -> None:
+def test_an_unregistered_method_is_answered_with_the_nearest_one(group: Any) -> None:
     with pytest.raises(UnknownMethodError, match="did you mean 'add_rank'"):
         group.add_ranks(batch())
     with pytest.raises(AttributeError, match=r"unregistered is not registered.*@register"):
         group.unregistered(1)
 
 
-def test_execute_all_and_rank_zero_run_unregistered_methods_too(group: RayWorkerGroup) -> None:
+def test_execute_all_and_rank_zero_run_unregistered_methods_too(
+    backend: Backend, group: Any
+) -> None:
     assert group.execute_all_sync("unregistered", 5) == [0, 5]
-    assert ray.get(group.execute_all_async("unregistered", x=5)) == [0, 5]
-    assert ray.get(group.execute_all("unregistered", 5)) == [0, 5]
+    assert backend.get(group.execute_all_async("unregistered", x=5)) == [0, 5]
+    assert backend.get(group.execute_all("unregistered", 5)) == [0, 5]
     assert group.execute_rank_zero_sync("unregistered", 5) == 0
-    assert ray.get(group.execute_rank_zero("unregistered", 5)) == 0
+    assert backend.get(group.execute_rank_zero("unregistered", 5)) == 0
     assert group.execute_all_sync("echo", [1, 2]) == [(0, [1, 2], None), (1, [1, 2], None)]
     with pytest.raises(UnknownMethodError, match="did you mean"):
         group.execute_all_sync("ecko")
 
 
-def test_functions_run_on_workers(group: RayWorkerGroup) -> None:
+def test_functions_run_on_workers(group: Any) -> None:
     def scaled(worker: Worker, data: DataProto, by: DataProto) -> DataProto:
         data.batch["a"] = data.batch["a"] * 10 + worker.rank + by.batch["a"]
         return data

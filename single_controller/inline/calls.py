@@ -1,0 +1,210 @@
+"""One call in an inline group: it has run, rank by rank, when it is sent. What is kept is what each
+rank returned or raised; only `async def` methods may still be waiting.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any
+
+from single_controller.base.dispatch import is_future
+from single_controller.base.method import Pending
+from single_controller.base.plan import Call
+from single_controller.base.rank import NO_BATCH, checked_output
+from single_controller.errors import CallTimeoutError, WorkerDiedError, WorkerError
+from single_controller.inline.hosts import InlineHosts, InlineRank
+from single_controller.inline.privacy import Handle, Package
+
+__all__ = ["InlinePending", "InlineReference", "LocalBatch", "send"]
+
+
+class InlineReference(Handle):
+    """What one rank returns from a call, for whoever asks: each gets a copy of its own."""
+
+    def __init__(self, hosts: InlineHosts, rank: InlineRank, role: str, method: str) -> None:
+        self.hosts, self.rank, self.role, self.method = hosts, rank, role, method
+        self._package: Package | None = None
+        self.error: Exception | None = None
+
+    def done(self) -> bool:
+        """Whether the method has returned or raised."""
+        return self._package is not None or self.error is not None
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the method returned. Waits, at most `timeout` seconds, for an async one.
+
+        Raises:
+            WorkerError: the method raised. CallTimeoutError: it was not done in time.
+        """
+        InlinePending(self.hosts, [self], [], None).wait(timeout)
+        assert self._package is not None
+        return self._package.open()
+
+    def run(self, args: Sequence[Any], names: Sequence[str], materialize: bool, keep: bool) -> None:
+        """Run the method on its rank, an async one up to where it first waits."""
+        with self.rank.here():
+            try:
+                function = getattr(self.rank.workers[self.role], self.method)
+                values = [_arrived(value, materialize) for value in args]
+                split = len(values) - len(names)
+                output = function(*values[:split], **dict(zip(names, values[split:], strict=True)))
+                wait = inspect.iscoroutinefunction(function) or self.hosts.loop is not None
+                if not (wait and inspect.isawaitable(output)):
+                    self._finish(output, keep)
+            except (Exception, SystemExit) as error:
+                self._fail(error)
+        if not self.done():
+            assert self.hosts.loop is not None
+            self.hosts.loop.start(self.rank.here, self._await(output, keep))
+
+    async def _await(self, output: Any, keep: bool) -> None:
+        try:
+            self._finish(await output, keep)
+        except (Exception, SystemExit) as error:
+            self._fail(error)
+        except BaseException:
+            self.error = CancelledError(f"{self.role}.{self.method}: its group was closed")
+            raise
+
+    def _finish(self, output: Any, keep: bool) -> None:
+        self._package = Package(checked_output(output) if keep else None)
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = self.rank.failure(self.role, self.method, error)
+        if isinstance(self.error, WorkerDiedError):
+            self.hosts.broken = f"the group lost a rank: {self.error.args[0]}"
+
+
+def _arrived(value: Any, materialize: bool) -> Any:
+    """An argument as the method gets it."""
+    opened = value.open()
+    if isinstance(opened, InlineReference):
+        return opened.result()
+    if materialize and is_future(opened):
+        return Package(opened.get()).open()
+    return opened
+
+
+def send(
+    hosts: InlineHosts,
+    role: str,
+    method: str,
+    calls: Sequence[Call | None],
+    answers: Sequence[int],
+    materialize: bool,
+    timeout_s: float | None,
+) -> InlinePending:
+    """Run the call on its ranks, one after another.
+
+    Raises:
+        GroupBrokenError: the group takes no more calls.
+        TypeError, pickle.PicklingError: an argument cannot be sent.
+    """
+    hosts.check_usable()
+    packages: dict[int, Package] = {}
+    ready = []
+    for rank, call in enumerate(calls):
+        if call is None:
+            continue
+        values = (*call.args, *call.kwargs.values())
+        for value in values:
+            if id(value) not in packages:
+                packages[id(value)] = Package(value)
+        reference = InlineReference(hosts, hosts.ranks[rank], role, method)
+        ready.append((rank, reference, [packages[id(v)] for v in values], tuple(call.kwargs)))
+    for rank, reference, args, names in ready:
+        reference.run(args, names, materialize, rank in answers)
+    references = {rank: reference for rank, reference, *_ in ready}
+    return InlinePending(
+        hosts, list(references.values()), [references[rank] for rank in answers], timeout_s
+    )
+
+
+class InlinePending(Pending):
+    """A call that has run, but for what `async def` methods still wait for.
+
+    A deadline counts only for those: what has returned came in time.
+    """
+
+    def __init__(
+        self,
+        hosts: InlineHosts,
+        references: Sequence[InlineReference],
+        answers: Sequence[InlineReference],
+        timeout_s: float | None,
+    ) -> None:
+        self._hosts, self._references, self._answers = hosts, references, answers
+        self._timeout_s = timeout_s
+
+    def wait(self, timeout_s: float | None) -> list[Any]:
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        if not self.done():
+            assert self._hosts.loop is not None
+            self._hosts.loop.turn(self.done, limit)
+        late = [r for r in self._references if not r.done()]
+        if late:
+            ranks = [reference.rank.context.rank for reference in late]
+            raise CallTimeoutError(
+                f"{late[0].role}.{late[0].method}: ranks {ranks} of {len(self._hosts.ranks)} had "
+                f"not finished after {limit:g} s",
+                ranks,
+            )
+        errors = [r.error for r in self._references if r.error is not None]
+        if errors:
+            first = next((e for e in errors if isinstance(e, WorkerDiedError)), errors[0])
+            if isinstance(first, WorkerError):
+                first.failed_ranks = len(errors)
+            raise first
+        return [reference.result() for reference in self._answers]
+
+    def done(self) -> bool:
+        return all(reference.done() for reference in self._references)
+
+    def cancel(self) -> bool:
+        return False
+
+    def handles(self, batched: bool) -> list[Any]:
+        if not batched:
+            return list(self._answers)
+        return [LocalBatch(reference, tuple(self._references)) for reference in self._answers]
+
+
+@dataclass(frozen=True)
+class LocalBatch(Handle):
+    """A batch that a rank returned: a `protocol.future.Source`. It counts only if its `peers`,
+    which ran the same call, succeed.
+    """
+
+    reference: InlineReference
+    peers: tuple[InlineReference, ...]
+
+    def rows(self, timeout: float | None = None) -> int:
+        """How many rows the batch has. Waits, at most `timeout` seconds, for an async method."""
+        from protocol.batches import batch_rows
+
+        return batch_rows(self._batch(timeout))
+
+    def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
+        """Rows `start` to `stop` of the batch."""
+        from protocol.batches import batch_rows, slice_batch
+
+        batch = self._batch(timeout)
+        whole = start <= 0 and stop >= batch_rows(batch)
+        return batch if whole else slice_batch(batch, start, stop)
+
+    def _batch(self, timeout: float | None) -> Any:
+        from protocol.batches import is_batch
+
+        reference = self.reference
+        InlinePending(reference.hosts, self.peers, [], None).wait(timeout)
+        output = reference.result()
+        if not is_batch(output):
+            raise reference.rank.failure(
+                reference.role,
+                reference.method,
+                TypeError(NO_BATCH.format(role=reference.role, method=reference.method)),
+            )
+        return output

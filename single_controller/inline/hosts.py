@@ -1,0 +1,235 @@
+"""The ranks of an inline group: each holds its roles, and an environment that is its own while its
+code runs. One rank of this process runs at a time.
+
+Calls and their outputs are left to `calls`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from single_controller.base.rank import build_roles, has_async_method, own_traceback
+from single_controller.base.rendezvous import Rendezvous
+from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.roles import RoleSpec
+from single_controller.base.table import RankState
+from single_controller.base.worker import Worker, WorkerContext
+from single_controller.device import CPU, DeviceKind, device_kind
+from single_controller.errors import GroupBrokenError, WorkerDiedError, WorkerError
+from single_controller.inline.distributed import RankWorld
+from single_controller.inline.loop import RankLoop, one_at_a_time
+from single_controller.inline.privacy import Handle, dumps
+
+__all__ = ["InlineHosts", "InlineRank", "RankInfo"]
+
+_ADDRESS = "127.0.0.1"
+_OURS = (os.path.dirname(__file__), os.path.dirname(threading.__file__) + "/asyncio")
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a rank is: here."""
+
+    rank: int
+    node_ip: str
+    device: str
+    pid: int
+
+
+class InlineRank:
+    """One rank: its workers by role, and what it would have of its own in a process of its own."""
+
+    def __init__(self, context: WorkerContext, env: Mapping[str, str]) -> None:
+        self.context = context
+        self.workers: dict[str, Worker] = {}
+        own = {**env, **context.environment()}
+        self._env: dict[bytes, bytes | None] = {
+            os.fsencode(key): os.fsencode(value) for key, value in own.items()
+        }
+        self._world = RankWorld()
+
+    def build(self, roles: Mapping[str, RoleSpec]) -> None:
+        """Construct the workers, in their order.
+
+        Raises:
+            WorkerError: a constructor raised.
+        """
+
+        def failed(role: str, error: BaseException) -> BaseException:
+            return self.failure(role, "__init__", error)
+
+        with self.here():
+            self.workers.update(build_roles(self.context, roles, failed))
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Be this rank: its environment, its process groups, and nobody else's code meanwhile."""
+        with one_at_a_time:
+            outside = _environment()
+            _apply(self._env)
+            self._world.enter()
+            try:
+                yield
+            finally:
+                self._world.leave()
+                inside = _environment()
+                changes = _changes(inside, outside)
+                self._env = {key: inside.get(key) for key in {**self._env, **changes}}
+                _apply(changes)
+
+    def failure(self, role: str, method: str, error: BaseException) -> Exception:
+        """What to raise for `error`, which stays its cause with all its frames, for a debugger."""
+        if isinstance(error, WorkerError):
+            return error
+        where: dict[str, Any] = {
+            "role": role,
+            "method": method,
+            "rank": self.context.rank,
+            "node_ip": _ADDRESS,
+            "pid": os.getpid(),
+            "remote_traceback": own_traceback(error, _OURS),
+            "when": time.time(),
+        }
+        if isinstance(error, SystemExit):
+            wrapped: WorkerError = WorkerDiedError(
+                f"{role}.{method}: rank {self.context.rank} asked for the end of its process, "
+                "which in an inline group is the driver's",
+                **where,
+            )
+        else:
+            wrapped = WorkerError.wrap(error, dumps, **where)
+        wrapped.__cause__ = error
+        return wrapped
+
+    def close(self) -> None:
+        """Let go of the workers and their process groups."""
+        with one_at_a_time:
+            self._world.close()
+        self.workers.clear()
+        self.context.peers.clear()
+
+
+def _environment() -> dict[bytes, bytes]:
+    """The process's variables as they are now. Copying `os.environb` itself takes 30 times as long,
+    as it takes each one apart and puts it together, twice for each call of a rank.
+    """
+    return dict(os.environb._data)  # type: ignore[attr-defined]
+
+
+def _changes(
+    before: Mapping[bytes, bytes], after: Mapping[bytes, bytes]
+) -> dict[bytes, bytes | None]:
+    different = {key for key, _ in before.items() ^ after.items()}
+    return {key: after.get(key) for key in different}
+
+
+def _apply(values: Mapping[bytes, bytes | None]) -> None:
+    for key, value in values.items():
+        if value is not None:
+            os.environb[key] = value
+        else:
+            os.environb.pop(key, None)
+
+
+class InlineHosts(Handle):
+    """All ranks of a group, in this process, and whether calls may still go to them.
+
+    Raises:
+        WorkerError: a role's constructor raised. ResourceError: the port is taken.
+    """
+
+    def __init__(
+        self,
+        pool: ResourcePool,
+        roles: Mapping[str, RoleSpec],
+        env: Mapping[str, str],
+        prefix: str = "",
+        device_name: str | None = None,
+        master_port: int = 0,
+        port_range: Sequence[int] | None = None,
+    ) -> None:
+        kind = _device(device_name)
+        rendezvous = Rendezvous(_ADDRESS, master_port, port_range)  # no other group gets the port
+        self.address = (_ADDRESS, rendezvous.port)
+        self.roles = tuple(roles)
+        self.broken: str | None = None
+        self.loop = RankLoop() if has_async_method(roles) else None
+        self.ranks: list[InlineRank] = []
+        self._end = weakref.finalize(self, _end, rendezvous, self.loop, self.ranks)
+        try:
+            for context in _contexts(pool, kind, self.address, prefix):
+                self.ranks.append(InlineRank(context, env))
+                self.ranks[-1].build(roles)
+        except BaseException:
+            self.close()
+            raise
+        self.infos = [
+            RankInfo(rank.context.rank, _ADDRESS, _device_name(rank.context), os.getpid())
+            for rank in self.ranks
+        ]
+
+    def states(self) -> list[RankState]:
+        """How each rank is. The end of one that asked for it leaves the others alive."""
+        if not self._end.alive:
+            return ["dead"] * len(self.infos)
+        return ["broken" if self.broken else "alive"] * len(self.infos)
+
+    def check_usable(self) -> None:
+        """Raise GroupBrokenError where the group takes no more calls."""
+        if self.broken is not None:
+            raise GroupBrokenError(self.broken)
+
+    def close(self) -> None:
+        """Let go of all workers; calls then raise GroupBrokenError."""
+        self.broken = self.broken or "the group is closed"
+        self._end()
+
+
+def _end(rendezvous: Rendezvous, loop: RankLoop | None, ranks: Sequence[InlineRank]) -> None:
+    if loop is not None:
+        loop.close()
+    for rank in ranks:
+        rank.close()
+    rendezvous.close()
+
+
+def _device(name: str | None) -> DeviceKind:
+    """By default what torch sees, if it is there to be asked: it takes seconds to import."""
+    return CPU if name is None and "torch" not in sys.modules else device_kind(name)
+
+
+def _contexts(
+    pool: ResourcePool, kind: DeviceKind, address: tuple[str, int], prefix: str
+) -> Iterator[WorkerContext]:
+    devices = 0
+    if kind is not CPU:
+        import torch
+
+        devices = getattr(torch, kind.name).device_count()
+    places = zip(pool.local_rank_list(), pool.local_world_size_list(), strict=True)
+    for rank, (node_rank, on_node) in enumerate(places):
+        yield WorkerContext(
+            rank=rank,
+            world_size=pool.world_size,
+            local_rank=node_rank % devices if devices else node_rank,
+            local_world_size=on_node,
+            node_rank=node_rank,
+            master_addr=address[0],
+            master_port=address[1],
+            device_name=kind.name,
+            prefix=prefix,
+            backend="inline",
+        )
+
+
+def _device_name(context: WorkerContext) -> str:
+    name = context.device_name
+    return name if name == CPU.name else f"{name}:{context.local_rank}"

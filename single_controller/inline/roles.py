@@ -1,0 +1,72 @@
+"""Several roles in one inline group: `colocate` in one call, and veRL's ways to ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from single_controller.base.colocated import Colocated, role_specs
+from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.roles import (
+    ClassWithInitArgs,
+    ColocatedClasses,
+    FusedWorker,
+    create_fused_worker_cls,
+)
+from single_controller.base.worker import Worker
+from single_controller.inline.worker_group import InlineWorkerGroup
+
+__all__ = [
+    "colocate",
+    "create_colocated_worker_cls",
+    "create_colocated_worker_cls_fused",
+    "create_colocated_worker_raw_cls",
+]
+
+
+def colocate(
+    pool: ResourcePool | None = None, /, **roles: ClassWithInitArgs | type[Worker]
+) -> Colocated:
+    """Every role on each rank of the pool, by default on one rank, in this process.
+
+    Args:
+        roles: by name, a worker class, or `ClassWithInitArgs` where it takes arguments.
+
+    Returns:
+        An object with a group per role: `colocate(actor=Actor).actor.update(batch)`.
+
+    Raises:
+        What `InlineWorkerGroup` raises.
+    """
+    specs = role_specs(roles, ClassWithInitArgs)
+    return Colocated(InlineWorkerGroup(pool, create_colocated_worker_cls(specs)), specs)
+
+
+def create_colocated_worker_cls(class_dict: Mapping[str, ClassWithInitArgs]) -> ColocatedClasses:
+    """What to start so that each rank holds all roles; `spawn` gives their groups.
+
+    Raises:
+        RegistrationError: see `ColocatedClasses`.
+    """
+    return ColocatedClasses(class_dict)
+
+
+def create_colocated_worker_raw_cls(
+    class_dict: Mapping[str, ClassWithInitArgs],
+) -> type[FusedWorker]:
+    """A worker class with the roles as attributes, to subclass with methods that use several.
+
+    Raises:
+        RegistrationError: see `ColocatedClasses`.
+    """
+    return create_fused_worker_cls(ColocatedClasses(class_dict))
+
+
+def create_colocated_worker_cls_fused(
+    class_dict: Mapping[str, ClassWithInitArgs],
+) -> ClassWithInitArgs:
+    """As `create_colocated_worker_cls`, with a `FusedWorker` beside the roles.
+
+    Raises:
+        RegistrationError: see `ColocatedClasses`.
+    """
+    return ClassWithInitArgs(create_colocated_worker_raw_cls(class_dict))

@@ -1,0 +1,133 @@
+"""InlineWorkerGroup: a role's ranks as objects of this process, called as on Ray.
+
+Ranks are owned by `hosts`, a call by `calls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from single_controller.base.host_group import HostGroup
+from single_controller.base.method import CallOptions, Pending
+from single_controller.base.plan import Call
+from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.roles import ClassWithInitArgs
+from single_controller.base.worker import checked_worker_env
+from single_controller.errors import RegistrationError
+from single_controller.inline.calls import send
+from single_controller.inline.hosts import InlineHosts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["InlineWorkerGroup"]
+
+
+class InlineWorkerGroup(HostGroup):
+    """A role's ranks in the driver's own process, for debuggers and unit tests.
+
+    It takes what `RayWorkerGroup` takes and does what that does, without Ray: ranks run one after
+    another, in the thread that calls, so `breakpoint()` in a worker's method works. What a rank
+    gets and returns is copied as between processes; classes and functions are passed as they are.
+    `torch.distributed` works with one rank; with more, meshes can be built, and a collective
+    raises CollectiveError. Ctrl-C interrupts the driver.
+
+    Args:
+        resource_pool: how many ranks on how many nodes, which all are this one; None: one rank.
+        ray_cls_with_init: what they hold.
+        name_prefix: the workers' WG_PREFIX.
+        device_name: "cuda", "cpu", …: by default what torch sees, where torch is loaded already.
+        worker_env: environment variables for all ranks, there while their code runs.
+        master_port, master_port_range: the workers' MASTER_PORT; nobody listens there.
+        call_timeout_s: how long an `async def` method may take; others end when they end.
+        bin_pack, detached, ray_wait_register_center_timeout, master_addr, startup_timeout_s:
+            without meaning here, and taken so that a program can be switched.
+        worker_names, worker_handles: refused, there being nothing to attach to.
+
+    Raises:
+        RegistrationError: a class cannot be used as a worker.
+        WorkerError: a constructor raised; it names role and rank.
+        ResourceError: `master_port` is taken.
+    """
+
+    def __init__(
+        self,
+        resource_pool: ResourcePool | None = None,
+        ray_cls_with_init: ClassWithInitArgs | None = None,
+        bin_pack: bool = True,
+        name_prefix: str | None = None,
+        detached: bool = False,
+        worker_names: Sequence[str] | None = None,
+        worker_handles: Sequence[Any] | None = None,
+        ray_wait_register_center_timeout: float | None = None,
+        *,
+        device_name: str | None = None,
+        worker_env: Mapping[str, str] | None = None,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+        master_port_range: Sequence[int] | None = None,
+        startup_timeout_s: float = 600,
+        call_timeout_s: float | None = None,
+    ) -> None:
+        super().__init__(resource_pool)
+        if worker_names or worker_handles:
+            raise ValueError(
+                "worker_names and worker_handles name running Ray actors; an inline group lives "
+                "in this process alone, and has none to attach to"
+            )
+        if not isinstance(ray_cls_with_init, ClassWithInitArgs):
+            raise RegistrationError(
+                "ray_cls_with_init must say what to start, as ClassWithInitArgs(cls, ...) or "
+                f"create_colocated_worker_cls(...); got {ray_cls_with_init!r}"
+            )
+        pool = ResourcePool([1]) if resource_pool is None else resource_pool
+        if not pool.world_size:
+            raise ValueError("process_on_nodes must name the processes of at least one node")
+        self._inline_hosts = InlineHosts(
+            pool,
+            ray_cls_with_init.roles(),
+            checked_worker_env(worker_env),
+            name_prefix or "",
+            device_name,
+            master_port or 0,
+            master_port_range,
+        )
+        self._start(resource_pool, ray_cls_with_init, call_timeout_s)
+
+    @property
+    def _hosts(self) -> InlineHosts:
+        return self._inline_hosts
+
+    def _share_hosts(self, other: Self) -> None:
+        self._inline_hosts = other._inline_hosts
+
+    @property
+    def workers(self) -> list[Any]:
+        """The role's workers by rank: the very objects, to look at. For the hosts of several
+        roles, a dict of them by role.
+        """
+        ranks = self._hosts.ranks
+        return [rank.workers[self.role] if self.role else dict(rank.workers) for rank in ranks]
+
+    @property
+    def worker_names(self) -> list[str]:
+        """As on Ray, a name for each rank."""
+        label = "_".join(self._hosts.roles)
+        return [f"{rank.context.prefix}{label}_0:{i}" for i, rank in enumerate(self._hosts.ranks)]
+
+    def start_worker_aliveness_check(self, every_n_seconds: float = 1) -> None:
+        """Nothing: the ranks live as long as the driver."""
+
+    def _submit(
+        self,
+        method: str,
+        calls: Sequence[Call | None],
+        answers: Sequence[int],
+        options: CallOptions,
+        *,
+        materialize: bool = True,
+        deferred: bool = False,
+    ) -> Pending:
+        timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
+        return send(self._hosts, self.role, method, calls, answers, materialize, timeout_s)

@@ -1,0 +1,76 @@
+"""A pytest plugin for unit tests of workers: groups in the test's own process, closed after it.
+
+Say `pytest_plugins = ["single_controller.testing"]` in the top `conftest.py`:
+
+    def test_add_adds_the_rank(inline_group):
+        actor = inline_group(Actor, ranks=2)
+        assert actor.add(batch).batch["a"].tolist() == [0, 1]
+        assert actor.workers[1].calls == 1  # the worker itself
+
+A group starts in a millisecond, and neither Ray nor a GPU is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from single_controller.base.colocated import Colocated
+from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.roles import ClassWithInitArgs
+from single_controller.base.worker import Worker
+from single_controller.inline.roles import colocate
+from single_controller.inline.worker_group import InlineWorkerGroup
+
+__all__ = ["InlineGroups", "inline_group"]
+
+
+class InlineGroups:
+    """Makes groups for one test."""
+
+    def __init__(self) -> None:
+        self._made: list[InlineWorkerGroup | Colocated] = []
+
+    def __call__(
+        self,
+        role: type[Worker] | ClassWithInitArgs,
+        ranks: int | Sequence[int] = 1,
+        **options: Any,
+    ) -> InlineWorkerGroup:
+        """A group of `role`, which is a worker class, or `ClassWithInitArgs` with its arguments.
+
+        Args:
+            ranks: how many, or how many on each node.
+            options: those of `InlineWorkerGroup`, such as `worker_env`.
+        """
+        spec = role if isinstance(role, ClassWithInitArgs) else ClassWithInitArgs(role)
+        group = InlineWorkerGroup(_pool(ranks), spec, **options)
+        self._made.append(group)
+        return group
+
+    def colocate(
+        self, ranks: int | Sequence[int] = 1, /, **roles: type[Worker] | ClassWithInitArgs
+    ) -> Colocated:
+        """Several roles on each rank: `inline_group.colocate(2, actor=Actor).actor.update(x)`."""
+        made = colocate(_pool(ranks), **roles)
+        self._made.append(made)
+        return made
+
+    def close(self) -> None:
+        """Close all groups, the last one first."""
+        while self._made:
+            self._made.pop().close()
+
+
+def _pool(ranks: int | Sequence[int]) -> ResourcePool:
+    return ResourcePool([ranks] if isinstance(ranks, int) else ranks)
+
+
+@pytest.fixture
+def inline_group() -> Iterator[InlineGroups]:
+    """Makes groups of workers in this process: `inline_group(Actor, ranks=2)`."""
+    groups = InlineGroups()
+    yield groups
+    groups.close()
