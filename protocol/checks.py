@@ -62,7 +62,9 @@ def list_of(kind: type[_T], name: str, values: object) -> Sequence[_T]:
 
 
 def mapping(name: str, value: object) -> dict[Any, Any]:
-    """A dict, or a copy of another mapping as one; an empty one for None."""
+    """A mapping as a new dict; an empty one for None."""
+    if type(value) is dict:
+        return value.copy()
     if value is None:
         return {}
     if not isinstance(value, Mapping):

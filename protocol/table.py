@@ -63,7 +63,7 @@ class _Parts(_Fields):
 
     @batch.setter
     def batch(self, batch: TensorDict | None) -> None:
-        if not isinstance(batch, (TensorDictBase, _Unbuilt, type(None))):
+        if not isinstance(batch, (_Unbuilt, type(None), TensorDictBase)):
             raise BatchTypeError(
                 f"batch must be a TensorDict or None; got {type(batch).__name__} "
                 f"{checks.short(batch)}: DataProto.from_dict takes a dict of tensors"
@@ -217,10 +217,12 @@ class Table(_Parts):
         Raises:
             RowCountError: the sizes do not sum to the rows.
         """
-        sizes = [
-            checks.count("sizes", size, None) for size in checks.list_of(object, "sizes", sizes)
-        ]
+        given = checks.list_of(object, "sizes", sizes)
+        sizes = [checks.count(f"sizes[{i}]", size, None) for i, size in enumerate(given)]
         check_sizes(sizes, len(self))
+        return self._split(sizes)
+
+    def _split(self: _Self, sizes: Sequence[int]) -> list[_Self]:
         tensors = {key: columns.split(c, sizes) for key, c in self._tensors().items()}
         arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
         return [
