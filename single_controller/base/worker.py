@@ -266,14 +266,28 @@ class Worker:
     def set_dispatch_collect(
         self, mesh_name: str, dispatch_dp_rank: dict[str, int], collect_dp_rank: dict[str, bool]
     ) -> None:
-        """Take over the meshes of a nested worker, `mesh_name` among them."""
+        """Take over the meshes of a nested worker, `mesh_name` among them.
+
+        Raises:
+            DispatchError: `mesh_name` is registered already, or the nested worker lacks a mesh.
+            ValueError: another mesh is registered already, with other values.
+        """
         if mesh_name in self._meshes:
             raise DispatchError(f"mesh {mesh_name!r} is registered already")
-        if mesh_name not in dispatch_dp_rank and len(dispatch_dp_rank) == 1:
+        if mesh_name not in dispatch_dp_rank and len(dispatch_dp_rank) == len(collect_dp_rank) == 1:
             dispatch_dp_rank = {mesh_name: next(iter(dispatch_dp_rank.values()))}
             collect_dp_rank = {mesh_name: next(iter(collect_dp_rank.values()))}
-        for name in {mesh_name, *dispatch_dp_rank}:
-            self._meshes[name] = (dispatch_dp_rank[name], collect_dp_rank[name])
+        names = [*dict.fromkeys([mesh_name, *dispatch_dp_rank])]
+        if lost := [n for n in names if n not in dispatch_dp_rank or n not in collect_dp_rank]:
+            raise DispatchError(
+                f"meshes {lost} need a dp rank and whether they collect; got dispatch_dp_rank="
+                f"{dispatch_dp_rank} and collect_dp_rank={collect_dp_rank}. Register them in the "
+                "nested worker first"
+            )
+        for name in names:
+            self._register_dispatch_collect_info(
+                name, dispatch_dp_rank[name], collect_dp_rank[name]
+            )
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO_WITH_FUNC)
     def execute_with_func_generator(

@@ -55,7 +55,7 @@ def split_resource_pool(
         ResourceError: the pool cannot be reserved. ValueError: the sizes do not add up to it.
     """
     sizes = split_sizes(resource_pool.world_size, split_size)
-    groups = resource_pool.get_placement_groups()
+    groups = _reserved(resource_pool)
     first = getattr(resource_pool, "start_bundle_index", 0)
     parts = []
     for size in sizes:
@@ -76,9 +76,7 @@ def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResour
         raise ValueError(f"pools to be merged must agree; these differ in {', '.join(different)}")
     if isinstance(rp1, SubRayResourcePool) or isinstance(rp2, SubRayResourcePool):
         raise ValueError("a part of a pool cannot be merged; merge whole pools")
-    groups = sort_placement_group_by_node_ip(
-        [*rp1.get_placement_groups(), *rp2.get_placement_groups()]
-    )
+    groups = sort_placement_group_by_node_ip([*_reserved(rp1), *_reserved(rp2)])
     count = sum(group.bundle_count for group in groups)
     return SubRayResourcePool(groups, 0, count, **rp1.settings())
 
@@ -99,7 +97,7 @@ def extract_pg_from_exist(
         group
         for name, pool in resource_pools.items()
         if name in src_role_names
-        for group in pool.get_placement_groups()
+        for group in _reserved(pool)
     ]
     chosen: dict[int, PlacementGroup] = {}
     for node, count in sorted(enumerate(resource_pool.store), key=lambda item: -item[1]):
@@ -113,6 +111,11 @@ def extract_pg_from_exist(
         chosen[node] = min(candidates, key=lambda group: group.bundle_count)
         free.remove(chosen[node])
     return [chosen[node] for node in sorted(chosen)]
+
+
+def _reserved(pool: RayResourcePool) -> list[PlacementGroup]:
+    """The pool's placement groups, on whatever accelerator the cluster has."""
+    return pool.get_placement_groups(device_name=pool.device().name)
 
 
 @dataclass

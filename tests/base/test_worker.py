@@ -255,6 +255,29 @@ def test_a_mesh_is_taken_over_once() -> None:
     assert outer._query_dispatch_info("actor") == 1
 
 
+@pytest.mark.parametrize(
+    ("dp_ranks", "collects"),
+    [({}, {}), ({"train": 0}, {}), ({"a": 0, "b": 1}, {"a": True, "b": True})],
+)
+def test_a_mesh_that_the_nested_worker_lacks_is_named(
+    dp_ranks: dict[str, int], collects: dict[str, bool]
+) -> None:
+    outer = Worker()
+    with pytest.raises(ValueError, match=r"meshes \['actor'.*nested worker first"):
+        outer.set_dispatch_collect("actor", dp_ranks, collects)
+    assert outer.get_dispatch_collect()["dispatch_dp_rank"] == {}
+
+
+def test_taking_over_does_not_change_what_is_registered_already() -> None:
+    outer, inner = Worker(), Worker()
+    outer._register_dispatch_collect_info("infer", 1, True)
+    inner._register_dispatch_collect_info("actor", 0, True)
+    inner._register_dispatch_collect_info("infer", 0, True)
+    with pytest.raises(ValueError, match="'infer' is registered already"):
+        outer.set_dispatch_collect("actor", **inner.get_dispatch_collect())
+    assert outer._query_dispatch_info("infer") == 1
+
+
 def test_changing_what_get_dispatch_collect_returned_changes_no_worker() -> None:
     worker = Worker()
     worker._register_dispatch_collect_info("m", 0, True)

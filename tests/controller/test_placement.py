@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -15,6 +17,7 @@ from single_controller.ray import (
     ResourcePoolManager,
     extract_pg_from_exist,
     merge_resource_pool,
+    placement,
     split_resource_pool,
 )
 from tests.waiting import eventually
@@ -128,6 +131,25 @@ def test_pools_split_again_and_merge(cluster: None) -> None:
             merged = merge_resource_pool(pool, other)
             assert merged.world_size == 5
             assert set(merged.bundles()) == {*pool.bundles(), *other.bundles()}
+
+
+def test_a_pool_is_split_on_the_accelerators_that_the_cluster_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resources = {"CPU": 8.0, "NPU": 8.0}
+    node = placement.NodeResources("n", resources, resources)
+    asked: list[dict[str, float]] = []
+
+    def reserve(bundles: list[dict[str, float]], **_: object) -> SimpleNamespace:
+        asked.extend(bundles)
+        return SimpleNamespace(bundle_count=len(bundles), wait=lambda timeout: True)
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(placement, "cluster_nodes", lambda: [node])
+    monkeypatch.setattr(placement, "placement_group", reserve)
+    monkeypatch.setattr(placement, "sort_placement_group_by_node_ip", list)
+    assert [part.world_size for part in split_resource_pool(RayResourcePool([4]), 2)] == [2, 2]
+    assert asked == [{"CPU": 1, "NPU": 1}] * 4
 
 
 def test_a_role_can_take_placement_groups_of_others(cluster: None) -> None:
