@@ -17,10 +17,10 @@ from protocol.columns import Column
 from protocol.config import DataProtoConfig
 from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
 from protocol.indices import Index
-from protocol.kinds import join_kinds, split_kinds
 from protocol.sampling import balance, mini_batches
 from protocol.shards import balanced_sizes, equal_sizes
 from protocol.table import Array, Table
+from protocol.tensordict_build import join_kinds, split_kinds
 
 __all__ = ["DataProto"]
 

@@ -1,4 +1,5 @@
-"""How values get into a TensorDict: as tensors, as one object per row, or as one for all rows."""
+"""How values get into a TensorDict and out again: as tensors, as one object per row, or as one for
+all rows. Cutting and joining rows is left to `tensordict_rows`."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NonTensorData, NonTensorStack, TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict, is_non_tensor
 
-from protocol import checks, tensordict_rows
+from protocol import checks, columns, tensordict_rows
 from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
 from protocol.keyed import require_same_keys
 from protocol.nested import nested_tensor_from_tensor_list
@@ -19,7 +20,9 @@ __all__ = [
     "assign_non_tensor_data",
     "assign_non_tensor_stack",
     "get_tensordict",
+    "join_kinds",
     "list_of_dict_to_tensordict",
+    "split_kinds",
     "unwrap_non_tensor_data",
 ]
 
@@ -162,3 +165,50 @@ def assign_non_tensor(tensor_dict: TensorDict, **kwargs: Any) -> TensorDict:
 def unwrap_non_tensor_data(data: Any) -> Any:
     """The object inside a NonTensorData; anything else as it is."""
     return data.data if isinstance(data, NonTensorData) else data
+
+
+def split_kinds(
+    batch: TensorDict,
+) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """`(tensors, arrays, shared)` of a TensorDict; the arrays are of dtype object."""
+    tensors: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    shared: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, NonTensorStack):
+            arrays[key] = columns.as_object_array(value.tolist())
+        elif is_non_tensor(value):
+            shared[key] = value.data
+        else:
+            tensors[key] = value
+    return tensors, arrays, shared
+
+
+def join_kinds(
+    tensors: Mapping[Any, Any],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    shared: Mapping[str, Any],
+    rows: int,
+    device: torch.device | None = None,
+) -> TensorDict:
+    """The TensorDict that `split_kinds` takes apart again.
+
+    Raises:
+        ConflictError: a key occurs twice.
+    """
+    source = dict(tensors)
+    stacks = {key: tensordict_rows.stack(list(array)) for key, array in arrays.items()}
+    whole = {key: NonTensorData(value, batch_size=[rows]) for key, value in shared.items()}
+    for part in (stacks, whole):
+        twice = sorted(source.keys() & part.keys())
+        if twice:
+            raise ConflictError(
+                f"{twice} occur twice among batch, non_tensor_batch and meta_info, but in a "
+                "TensorDict each key is unique: rename or pop one of them"
+            )
+        source.update({_string(key): value for key, value in part.items()})
+    return tensordict_rows.build(source, [rows], device)
+
+
+def _string(key: object) -> str:
+    return checks.instance(str, "a key of non_tensor_batch or meta_info in a TensorDict", key)

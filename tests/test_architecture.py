@@ -31,7 +31,6 @@ ORDER = [
     "protocol.keyed",
     "protocol.nested",
     "protocol.tensordict_rows",
-    "protocol.kinds",
     "protocol.sampling",
     "protocol.wire",
     "protocol.serialize",
