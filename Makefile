@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERL := .venv-verl/.ready
 
-.PHONY: demo ppo test test-oldest test-examples lint types check bench bench-ppo bench-verl clean
+.PHONY: demo ppo test test-oldest test-examples lint types check docs bench bench-ppo bench-verl clean
 
 demo: $(READY)
 	$(BIN)/python examples/colocated_actor_critic.py $(ARGS)
@@ -31,6 +31,11 @@ types: $(READY)
 
 check: test lint types
 
+# Fails on a broken link, a broken reference, and on Python in a page that does not run as it says.
+docs: .venv/.docs
+	$(BIN)/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
+	$(BIN)/python docs/run_snippets.py docs/*.md
+
 bench: $(READY)
 	$(BIN)/python benchmarks/data_proto.py $(ARGS)
 
@@ -54,6 +59,10 @@ $(READY): pyproject.toml constraints.txt
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(INSTALL)
+
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 # The original, less most of what it asks for, to measure against.
 $(VERL):

@@ -206,7 +206,7 @@ class BoundMethod:
 
     @property
     def title(self) -> str:
-        """The method as messages name it: `actor.update(batch: DataProto) -> DataProto`."""
+        """The method as messages name it: ``actor.update(batch: DataProto) -> DataProto``."""
         return f"{self.group.role}.{self.__name__}{self.binding.shown}"
 
     @property
