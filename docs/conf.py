@@ -8,6 +8,7 @@ html_theme = "furo"
 html_title = project
 exclude_patterns = ["_build"]
 default_role = "code"
+napoleon_use_ivar = True
 myst_heading_anchors = 3
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
