@@ -4,7 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERL := .venv-verl/.ready
 
-.PHONY: demo ppo test test-oldest test-examples lint types check docs bench bench-ppo bench-verl clean
+.PHONY: demo ppo test test-oldest test-examples lint types check docs bench bench-ppo bench-verl \
+	chart clean
 
 demo: $(READY)
 	$(BIN)/python examples/colocated_actor_critic.py $(ARGS)
@@ -38,12 +39,17 @@ docs: .venv/.docs
 
 bench: $(READY)
 	$(BIN)/python benchmarks/data_proto.py $(ARGS)
+	$(BIN)/python benchmarks/data_plane.py $(ARGS)
 
 bench-ppo: $(READY)
 	PYTHONPATH=. $(BIN)/python benchmarks/ppo.py $(ARGS)
 
 bench-verl: $(READY) $(VERL)
 	$(BIN)/python benchmarks/data_proto.py --verl-python $(VERL:.ready=bin/python) $(ARGS)
+	$(BIN)/python benchmarks/data_plane.py --verl-python $(VERL:.ready=bin/python) $(ARGS)
+
+chart: $(READY) $(VERL)
+	$(BIN)/python benchmarks/data_plane.py --json docs/data_plane.json --chart docs/data_plane.png
 
 clean:
 	rm -rf .venv* build *.egg-info

@@ -56,8 +56,8 @@ def main() -> None:
     print(f"{'ranks':>5} {'echo(3)':>10} {'add(8 rows)':>12}   µs per call")
     for ranks in (1, 2, 4):
         with InlineWorkerGroup(ResourcePool([ranks]), ClassWithInitArgs(Echo)) as group:
-            echo = microseconds(lambda: group.echo(3))  # noqa: B023
-            add = microseconds(lambda: group.add(data), 200)  # noqa: B023
+            echo = microseconds(lambda: group.echo(3))
+            add = microseconds(lambda: group.add(data), 200)
         print(f"{ranks:>5} {echo:>10.1f} {add:>12.1f}")
     done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True)
     imports, start = (float(seconds) * 1000 for seconds in done.stdout.split())

@@ -3,24 +3,31 @@ done is left to `data_proto` and `tensordict_utils`."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias, TypeGuard
 
 import torch
 from tensordict import TensorDict
 
-from protocol import tensordict_rows, tensordict_utils
+from protocol import dense, tensordict_rows, tensordict_utils
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, MissingKeyError, RowCountError
 from protocol.shards import balanced_sizes, equal_sizes
+from protocol.wire import reading
 
 __all__ = [
     "Batch",
     "balanced_sizes",
     "batch_rows",
+    "batch_tensors",
     "concat_batches",
+    "copy_batch",
+    "detach_batch",
     "equal_sizes",
     "is_batch",
+    "lend_rows",
+    "on_one_device",
     "pad_batch",
     "select_keys",
     "slice_batch",
@@ -88,6 +95,64 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
         "batches to concatenate must all be DataProto or all TensorDict; "
         f"got {[type(batch).__name__ for batch in batches]}"
     )
+
+
+def copy_batch(x: Batch) -> Batch:
+    """The same rows in memory of their own, on the same device, without autograd's graph."""
+    if isinstance(x, DataProto):
+        return copy.deepcopy(x)
+    return tensordict_rows.copy(x)
+
+
+def detach_batch(x: Batch) -> Batch:
+    """The same memory without autograd's graph. Adding or replacing columns and changing
+    meta_info does not show in `x`.
+    """
+    if isinstance(x, DataProto):
+        return x.detached()
+    return tensordict_rows.map_columns(x, dense.detached)
+
+
+def batch_tensors(x: Batch) -> list[torch.Tensor]:
+    """Its tensors, those of nested TensorDicts too."""
+    if isinstance(x, DataProto):
+        return [*x._tensors().values()]
+    values = x.values(include_nested=True, leaves_only=True)
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def lend_rows(x: Batch, start: int, stop: int) -> Batch:
+    """Rows `start:stop` of a batch that others use, as the reader asked for them to be read
+    (`protocol.wire.reading`): copies on the same device, or views.
+    """
+    rows, how = slice_batch(x, start, stop), reading()
+    if how == "own":
+        return copy_batch(rows)
+    if how == "join" and isinstance(rows, DataProto):
+        arrays = rows.non_tensor_batch.items()
+        rows.non_tensor_batch = {
+            key: copy.deepcopy(array) if array.dtype.hasobject else array for key, array in arrays
+        }
+    return rows
+
+
+def on_one_device(batches: Sequence[Batch]) -> list[Batch]:
+    """The batches, those on an accelerator moved to the CPU unless all are on the same one."""
+    if len({str(_device(batch)) for batch in batches}) < 2:
+        return [*batches]
+    return [_on_cpu(batch) for batch in batches]
+
+
+def _on_cpu(x: Batch) -> Batch:
+    if _device(x) == torch.device("cpu"):
+        return x
+    return x.to("cpu") if isinstance(x, TensorDict) else copy.copy(x).to("cpu")
+
+
+def _device(x: Batch) -> torch.device:
+    """Where the first tensor is; the CPU if there is none."""
+    values = x._tensors().values() if isinstance(x, DataProto) else x.values()
+    return next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
 
 
 def pad_batch(x: Batch, count: int) -> Batch:

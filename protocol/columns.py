@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tensordict import is_tensor_collection
 
-from protocol import checks, indices
+from protocol import checks, dense, indices
 from protocol.errors import BatchError, BatchTypeError, RowCountError
 from protocol.shards import check_sizes
 
@@ -226,10 +226,10 @@ def cat(columns: Sequence[Column]) -> Column:
     if not isinstance(first, torch.Tensor):
         return np.concatenate(columns)
     if not first.is_nested:
-        return torch.cat(columns)  # type: ignore[arg-type]
+        return dense.cat(columns)  # type: ignore[arg-type]
     parts = [jagged_parts(column) for column in columns]  # type: ignore[arg-type]
     ragged_idx = parts[0][2]
-    values = torch.cat([values for values, _, _ in parts], ragged_idx - 1)
+    values = dense.cat([values for values, _, _ in parts], ragged_idx - 1)
     lengths = torch.cat([offsets.diff() for _, offsets, _ in parts])
     return jagged(values, _offsets(lengths), ragged_idx)
 

@@ -6,9 +6,9 @@ Where the rows are and how they travel is left to the backend, which supplies th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from tensordict import TensorDict
@@ -17,7 +17,9 @@ from protocol import checks
 from protocol.batches import (
     Batch,
     concat_batches,
+    copy_batch,
     is_batch,
+    on_one_device,
     pad_batch,
     select_keys,
     union_batches,
@@ -26,6 +28,7 @@ from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, RowCountError
 from protocol.shards import balanced_sizes, equal_sizes, padded_sizes
 from protocol.tensordict_utils import chunk_tensordict
+from protocol.wire import read_as, reading
 
 __all__ = ["BatchData", "DataProtoFuture", "How", "Source"]
 
@@ -51,6 +54,8 @@ class Source(Protocol):
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
         """Wait for the producer and bring its rows `start:stop`, which may be none, here.
+
+        They are private unless the reader asked for views (`protocol.wire.reading`).
 
         Raises:
             TimeoutError: not done within `timeout` seconds.
@@ -122,6 +127,17 @@ class DataProtoFuture:
             TimeoutError: the rows were not here within `timeout` seconds.
         """
         deadline = _Deadline(timeout)
+        parts = self._parts(start, stop, deadline)
+        if len(parts) == 1:
+            ((source, first, last),) = parts
+            return source.fetch(first, last, deadline.left())
+        with read_as("join"):
+            return concat_batches(
+                on_one_device([source.fetch(a, b, deadline.left()) for source, a, b in parts])
+            )
+
+    def _parts(self, start: int, stop: int, deadline: _Deadline) -> list[tuple[Source, int, int]]:
+        """The sources that rows `start:stop` come from, each with its own rows."""
         sizes = self._rows_per_source(deadline)
         if not 0 <= start <= stop <= sum(sizes):
             raise RowCountError(f"rows {start}:{stop} are not in a batch of {sum(sizes)} rows")
@@ -130,11 +146,20 @@ class DataProtoFuture:
             first, last = max(start, end - size), min(stop, end)
             if first < last or whole:
                 offset = end - size
-                parts.append(source.fetch(first - offset, last - offset, deadline.left()))
+                parts.append((source, first - offset, last - offset))
         if not parts:
             filled = next((i for i, size in enumerate(sizes) if size), 0)
-            return self._sources[filled].fetch(0, 0, deadline.left())
-        return parts[0] if len(parts) == 1 else concat_batches(parts)
+            return [(self._sources[filled], 0, 0)]
+        return parts
+
+    def origins(self) -> Iterator[Source]:
+        """The sources at the bottom, which futures of futures are made of. Waits for nothing."""
+        return (origin for source in self._sources for origin in _origins(source))
+
+    def needed(self, start: int, stop: int) -> Iterator[Source]:
+        """Those of them that `fetch` of rows `start:stop` asks. Waits for all producers."""
+        for source, first, last in self._parts(start, stop, _Deadline(None)):
+            yield from _needed(source, first, last)
 
     def chunk(self, chunks: int) -> list[DataProtoFuture]:
         """`chunks` futures of equally many consecutive rows. Fetches and waits for nothing.
@@ -176,7 +201,8 @@ class DataProtoFuture:
 
         A key that is not there raises MissingKeyError when rows are fetched.
         """
-        return DataProtoFuture([_Columns(self, (keys,) if isinstance(keys, str) else tuple(keys))])
+        names = (keys,) if isinstance(keys, str) else tuple(keys)
+        return DataProtoFuture([_Columns(source, names) for source in self._sources])
 
     def union(self, other: Source) -> DataProtoFuture:
         """The columns of both. Fetches nothing now; later the same rows from either.
@@ -211,28 +237,49 @@ class _Shard:
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
         deadline = _Deadline(timeout)
+        first, last, padding = self._rows_of_whole(start, stop, timeout)
+        batch = self.whole.fetch(first, last, deadline.left())
+        return pad_batch(batch, padding) if padding else batch
+
+    def origins(self) -> Iterator[Source]:
+        return self.whole.origins()
+
+    def needed(self, start: int, stop: int) -> Iterator[Source]:
+        first, last, _ = self._rows_of_whole(start, stop, None)
+        return self.whole.needed(first, last)
+
+    def _rows_of_whole(self, start: int, stop: int, timeout: float | None) -> tuple[int, int, int]:
+        """`(first, last, padding)`: rows `first:last` of the whole, the last one padded."""
         rows = self.whole.rows(timeout)
         offset = sum(_SIZES[self.how](rows, self.parts)[: self.part])
         first, last = min(offset + start, rows), min(offset + stop, rows)
         padding = (stop - start) - (last - first)
         if padding and first == last:  # nothing but copies of the last row
             first, padding = rows - 1, padding - 1
-        batch = self.whole.fetch(first, last, deadline.left())
-        return pad_batch(batch, padding) if padding else batch
+        return first, last, padding
 
 
 @dataclass(frozen=True)
 class _Columns:
     """Some columns of a batch."""
 
-    whole: DataProtoFuture
+    source: Source
     keys: tuple[str, ...]
 
     def rows(self, timeout: float | None) -> int:
-        return self.whole.rows(timeout)
+        return self.source.rows(timeout)
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
-        return select_keys(self.whole.fetch(start, stop, timeout), self.keys)
+        how = reading()
+        with read_as("join" if how == "own" else how):  # the other columns are not copied
+            batch = select_keys(self.source.fetch(start, stop, timeout), self.keys)
+        return copy_batch(batch) if how == "own" else batch
+
+    def origins(self) -> Iterator[Source]:
+        return _origins(self.source)
+
+    def needed(self, start: int, stop: int) -> Iterator[Source]:
+        return _needed(self.source, start, stop)
 
 
 @dataclass(frozen=True)
@@ -252,7 +299,22 @@ class _Union:
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
         deadline = _Deadline(timeout)
         left = self.left.fetch(start, stop, timeout)
-        return union_batches(left, self.right.fetch(start, stop, deadline.left()))
+        return union_batches(*on_one_device([left, self.right.fetch(start, stop, deadline.left())]))
+
+    def origins(self) -> Iterator[Source]:
+        return chain(_origins(self.left), _origins(self.right))
+
+    def needed(self, start: int, stop: int) -> Iterator[Source]:
+        return chain(_needed(self.left, start, stop), _needed(self.right, start, stop))
+
+
+def _origins(source: Any) -> Iterator[Source]:
+    """What a source is made of: itself, unless it is made of others and says so."""
+    return source.origins() if hasattr(source, "origins") else iter([source])
+
+
+def _needed(source: Any, start: int, stop: int) -> Iterator[Source]:
+    return source.needed(start, stop) if hasattr(source, "needed") else iter([source])
 
 
 class BatchData:

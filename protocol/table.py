@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from protocol import checks, columns, indices, summary, wire
+from protocol import checks, columns, dense, indices, summary, wire
 from protocol.columns import Column
 from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
 from protocol.indices import Index
@@ -261,6 +261,12 @@ class Table(_Parts):
     def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
         twin = self._map(lambda column: _deepcopy(column, memo), len(self))
         twin.meta_info = copy.deepcopy(self.meta_info, memo)
+        return twin
+
+    def detached(self: _Self) -> _Self:
+        """The same tensors without autograd's graph, with a meta_info of their own."""
+        twin = self._map(dense.detached, len(self))
+        twin.meta_info = copy.deepcopy({k: dense.detached(v) for k, v in self.meta_info.items()})
         return twin
 
     def get_data_info(self) -> str:

@@ -8,6 +8,7 @@ row, one object that all rows share, or again a TensorDict.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,18 @@ from protocol.keyed import require_same_keys
 from protocol.nested import concat_nested_tensors
 from protocol.shards import check_sizes
 
-__all__ = ["build", "concat", "count_rows", "put", "slice_rows", "split", "stack", "take"]
+__all__ = [
+    "build",
+    "concat",
+    "copy",
+    "count_rows",
+    "map_columns",
+    "put",
+    "slice_rows",
+    "split",
+    "stack",
+    "take",
+]
 
 
 def build(
@@ -86,6 +98,32 @@ def split(td: TensorDict, sizes: Sequence[int]) -> list[TensorDict]:
 def take(td: TensorDict, index: torch.Tensor) -> TensorDict:
     """Copy the rows that `index` (1-D, int64, not negative) names, in its order."""
     return _map(td, [len(index)], lambda column: [columns.take(column, index)])[0]
+
+
+def copy(td: TensorDict) -> TensorDict:
+    """The same in memory of its own, on the same device, without autograd's graph."""
+
+    def twin(value: Any) -> Any:
+        own: Any = columns.cat([value.detach()]) if value.dim() else value.detach().clone()
+        return own.requires_grad_(value.requires_grad)
+
+    return map_columns(td, twin, deepcopy)
+
+
+def map_columns(
+    td: TensorDict,
+    tensors: Callable[[torch.Tensor], torch.Tensor],
+    objects: Callable[[Any], Any] = lambda value: value,
+) -> TensorDict:
+    """A TensorDict of the same shape with every tensor and every non-tensor value replaced."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, NonTensorData | NonTensorStack):
+            return objects(value)
+        is_inner = isinstance(value, TensorDictBase)
+        return map_columns(value, tensors, objects) if is_inner else tensors(value)
+
+    return build({k: replaced(value) for k, value in td.items()}, td.batch_size, td.device)
 
 
 def _map(

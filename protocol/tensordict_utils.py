@@ -202,7 +202,7 @@ def concat_tensordict(data: list[TensorDict]) -> TensorDict:
     """
     _some_tensordicts(data)
     if not any(td.batch_size for td in data):
-        return concat_tensordict_with_none_bsz(data)
+        return tensordict_rows.copy(concat_tensordict_with_none_bsz(data))
     return tensordict_rows.concat(data)
 
 

@@ -1,58 +1,60 @@
 """How a batch crosses a process boundary: tensors and numeric arrays leave as out-of-band pickle-5
-buffers and arrive as private writable memory. What carries the bytes is left to the caller."""
+buffers, memory that several of them show only once. What carries the bytes is left to the caller.
+
+On arrival a reader chooses (`read_as`) between private writable memory and views of the buffers.
+"""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase, is_non_tensor
 
-from protocol.columns import flat_bytes, jagged, jagged_parts
+from protocol.blocks import (
+    Memory,
+    Message,
+    PackedArray,
+    PackedTensor,
+    Reading,
+    message,
+    read_as,
+    reading,
+    unpack_array,
+    unpack_offsets,
+    unpack_tensor,
+)
+from protocol.columns import jagged, jagged_parts
 from protocol.errors import BatchError
 from protocol.tensordict_rows import build, stack
 
 __all__ = [
     "WIRE_VERSION",
-    "borrow",
+    "Message",
+    "Reading",
     "pack",
     "pack_tensordict",
+    "pack_value",
+    "read_as",
+    "reading",
     "unpack",
     "unpack_tensordict",
+    "unpack_value",
 ]
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 _Payload: TypeAlias = "tuple[Any, ...]"
-_Buffer: TypeAlias = "pickle.PickleBuffer | bytes | bytearray | memoryview"
-
-_borrowing: ContextVar[bool] = ContextVar("_borrowing", default=False)
-
-
-class _Tensor(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-    sent: tuple[int, ...]  # like shape, but 1 where the dim was expanded
-    data: _Buffer
-    requires_grad: bool
 
 
 class _Jagged(NamedTuple):
-    values: _Tensor
-    offsets: _Tensor
+    values: PackedTensor
+    offsets: PackedTensor
     ragged_idx: int
     requires_grad: bool
-
-
-class _Array(NamedTuple):
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    data: _Buffer
 
 
 class _Shared(NamedTuple):  # NonTensorData: one value for all rows
@@ -80,17 +82,19 @@ def pack(
     """A picklable value from which `unpack` builds the same batch in another process.
 
     Nothing is copied here for contiguous CPU tensors: pickle them with protocol 5 and a
-    `buffer_callback` before they change. Tensors below the top level of meta_info and inside object
-    columns are pickled the ordinary way. An array deeper in an object than a row of a column may
-    arrive read-only, as pickle leaves it.
+    `buffer_callback` before they change. Columns that are views of one another cross once, as do
+    those of all batches packed within one `Message`. Tensors below the top level of meta_info and
+    inside object columns are left to the pickler. An array deeper in an object than a row of a
+    column may arrive read-only, as pickle leaves it.
     """
+    sent = message()
     payload = (
         WIRE_VERSION,
-        None if batch is None else _encode(batch),
-        {key: _encode(column) for key, column in non_tensor_batch.items()},
-        {key: _encode(value) for key, value in meta_info.items()},
+        None if batch is None else _encode(batch, sent),
+        {key: _encode(column, sent) for key, column in non_tensor_batch.items()},
+        {key: _encode(value, sent) for key, value in meta_info.items()},
     )
-    return payload if protocol >= 5 else _in_band(payload)
+    return payload if protocol >= 5 else _in_band(payload, {})
 
 
 def unpack(
@@ -100,7 +104,7 @@ def unpack(
 
     Every buffer is copied once into private writable memory, except a bytearray, which is taken
     over: pickle makes a fresh one for each in-band buffer, and who passes one out of band gives it
-    away. Under `borrow()` nothing is copied.
+    away. `read_as` changes that.
 
     Raises:
         BatchError: the payload was packed by another version of this library.
@@ -109,14 +113,14 @@ def unpack(
     return (
         None if batch is None else _decode(batch),
         {key: _decode(column) for key, column in arrays.items()},
-        {key: _decode(value) for key, value in meta.items()},
+        {key: _decode(value, _whole()) for key, value in meta.items()},
     )
 
 
 def pack_tensordict(batch: TensorDict, protocol: int = pickle.HIGHEST_PROTOCOL) -> _Payload:
     """`pack` for a bare TensorDict, which may hold non-tensor data and other TensorDicts."""
-    payload = (WIRE_VERSION, _encode(batch))
-    return payload if protocol >= 5 else _in_band(payload)
+    payload = (WIRE_VERSION, _encode(batch, message()))
+    return payload if protocol >= 5 else _in_band(payload, {})
 
 
 def unpack_tensordict(payload: _Payload) -> TensorDict:
@@ -125,22 +129,25 @@ def unpack_tensordict(payload: _Payload) -> TensorDict:
     return _decode(batch)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def borrow() -> Iterator[None]:
-    """Within this context, unpacked tensors and arrays are views of the received buffers.
+def pack_value(value: object) -> _Payload | None:
+    """The same for one tensor or TensorDict, wherever a pickler meets it; None: not for us."""
+    if isinstance(value, TensorDict):
+        return pack_tensordict(value)
+    nested = isinstance(value, torch.Tensor) and value.is_nested
+    if not nested and (type(value) is not torch.Tensor or not _is_plain(value)):
+        return None
+    return WIRE_VERSION, _encode(value, message())
 
-    For a reader that copies at once (concatenation) or promises not to write: the memory may be
-    shared with other processes and read-only, which torch does not check.
 
-        with borrow():
-            shards = [pickle.loads(data, buffers=buffers) for data, buffers in received]
-        whole = DataProto.concat(shards)  # the only copy
-    """
-    token = _borrowing.set(True)
-    try:
-        yield
-    finally:
-        _borrowing.reset(token)
+def unpack_value(payload: _Payload) -> Any:
+    """What `pack_value` packed; memory and errors as for `unpack`."""
+    (value,) = _check(payload)
+    return _decode(value, _whole())
+
+
+def _whole() -> Reading:
+    """The same, for what is not a column."""
+    return "view" if reading() == "view" else "own"
 
 
 def _check(payload: _Payload) -> _Payload:
@@ -152,24 +159,31 @@ def _check(payload: _Payload) -> _Payload:
     return payload[1:]
 
 
-def _encode(value: object) -> object:
+def _encode(value: object, sent: Message) -> object:
     if isinstance(value, torch.Tensor):
         if value.is_nested:
             values, offsets, ragged_idx = jagged_parts(value.detach())
             grad = value.requires_grad
-            return _Jagged(_encode_tensor(values), _encode_tensor(offsets), ragged_idx, grad)
-        return _encode_tensor(value) if _is_plain(value) else value
+            return _Jagged(sent.tensor(values), sent.tensor(offsets), ragged_idx, grad)
+        return sent.tensor(value) if _is_plain(value) else value
     if type(value) is np.ndarray and not value.dtype.hasobject and value.dtype.itemsize:
-        flat = np.ascontiguousarray(value).reshape(-1)
-        return _Array(value.dtype, value.shape, pickle.PickleBuffer(flat.view(np.uint8).data))
+        return sent.array(value)
     if isinstance(value, NonTensorStack):
         return _PerRow(value.tolist())
     if is_non_tensor(value):
         return _Shared(value.data, tuple(value.batch_size))  # type: ignore[attr-defined]
     if isinstance(value, TensorDictBase):
-        columns = {key: _encode(value.get(key)) for key in value.keys()}  # noqa: SIM118
+        columns = {key: value.get(key) for key in value.keys()}  # noqa: SIM118
+        # Large ones first: smaller ones may be views of them.
+        order = sorted(columns, key=lambda key: -getattr(columns[key], "nbytes", 0))
+        packed = {key: _encode(columns[key], sent) for key in order}
         names = list(value.names) if any(value.names) else None
-        return _TensorDict(columns, tuple(value.batch_size), value.device is not None, names)
+        return _TensorDict(
+            {key: packed[key] for key in columns},
+            tuple(value.batch_size),
+            value.device is not None,
+            names,
+        )
     return value
 
 
@@ -183,37 +197,23 @@ def _is_plain(value: torch.Tensor) -> bool:
     )
 
 
-def _encode_tensor(tensor: torch.Tensor) -> _Tensor:
-    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    requires_grad = tensor.requires_grad
-    tensor = tensor.detach().as_subclass(torch.Tensor)
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0 and shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    sent = tuple(tensor.shape)
-    data = pickle.PickleBuffer(flat_bytes(tensor).numpy().data)
-    return _Tensor(dtype, shape, sent, data, requires_grad)
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, _Tensor):
-        return _decode_tensor(value)
+def _decode(value: Any, how: Reading | None = None) -> Any:
+    how = how or reading()
+    if isinstance(value, PackedTensor):
+        return unpack_tensor(value, how)
     if isinstance(value, _Jagged):
-        values, offsets = _decode_tensor(value.values), _decode_tensor(value.offsets)
+        values, offsets = unpack_tensor(value.values, how), unpack_offsets(value.offsets, how)
         return jagged(values, offsets, value.ragged_idx).requires_grad_(value.requires_grad)
-    if isinstance(value, _Array):
-        data = _bytes(value.data)
-        if not data.numel():
-            return np.empty(value.shape, value.dtype)
-        return data.numpy().view(value.dtype).reshape(value.shape)
-    if type(value) is np.ndarray and value.dtype.kind == "O" and not _borrowing.get():
+    if isinstance(value, PackedArray):
+        return unpack_array(value, how)
+    if type(value) is np.ndarray and value.dtype.kind == "O" and how != "view":
         _own_rows(value)
     if isinstance(value, _Shared):
         return NonTensorData(value.value, batch_size=value.batch_size)
     if isinstance(value, _PerRow):
         return stack(value.values)
     if isinstance(value, _TensorDict):
-        columns = {key: _decode(column) for key, column in value.columns.items()}
+        columns = {key: _decode(column, how) for key, column in value.columns.items()}
         device = torch.device("cpu") if value.has_device else None
         batch = build(columns, value.batch_size, device)
         batch.names = value.names
@@ -228,44 +228,12 @@ def _own_rows(column: np.ndarray[Any, Any]) -> None:
             column[index] = item.copy()
 
 
-def _decode_tensor(packed: _Tensor) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, packed.dtype)
-    data = _bytes(packed.data)
-    if not data.numel():
-        return torch.empty(packed.shape, dtype=dtype, requires_grad=packed.requires_grad)
-    tensor = data.view(dtype).reshape(packed.sent)
-    if packed.sent != packed.shape:
-        tensor = tensor.expand(packed.shape).contiguous()
-    return tensor.requires_grad_(packed.requires_grad)
-
-
-def _bytes(buffer: _Buffer) -> torch.Tensor:
-    """The buffer as a flat uint8 tensor: private and writable unless borrowed."""
-    source = np.frombuffer(memoryview(buffer), np.uint8)
-    if isinstance(buffer, bytearray) or not source.size:
-        return torch.from_numpy(source) if source.size else torch.empty(0, dtype=torch.uint8)
-    if _borrowing.get() and source.ctypes.data % 16 == 0:
-        return torch.from_numpy(np.asarray(_Writable(source)))
-    private = torch.empty(source.size, dtype=torch.uint8)
-    private.numpy()[:] = source
-    return private
-
-
-class _Writable:
-    """Shows a read-only array to torch, which warns about those, as if it could be written."""
-
-    def __init__(self, source: np.ndarray[Any, Any]) -> None:
-        self.source = source  # keeps the memory alive
-        address, _ = source.__array_interface__["data"]
-        self.__array_interface__ = {**source.__array_interface__, "data": (address, False)}
-
-
-def _in_band(value: Any) -> Any:
+def _in_band(value: Any, seen: dict[int, Memory]) -> Any:
     """The payload for pickle protocols that know no buffers: every buffer becomes a bytearray."""
-    if isinstance(value, pickle.PickleBuffer):
-        return bytearray(value)
+    if isinstance(value, Memory):
+        return seen.setdefault(id(value), Memory(bytearray(value.data)))
     if isinstance(value, dict):
-        return {key: _in_band(item) for key, item in value.items()}
-    if isinstance(value, (_Tensor, _Jagged, _Array, _TensorDict)):
-        return type(value)(*map(_in_band, value))
-    return tuple(map(_in_band, value)) if type(value) is tuple else value
+        return {key: _in_band(item, seen) for key, item in value.items()}
+    if isinstance(value, (PackedTensor, _Jagged, PackedArray, _TensorDict)):
+        return type(value)(*(_in_band(item, seen) for item in value))
+    return tuple(_in_band(item, seen) for item in value) if type(value) is tuple else value

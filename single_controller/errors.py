@@ -15,6 +15,7 @@ __all__ = [
     "GroupBrokenError",
     "RegistrationError",
     "ResourceError",
+    "SharedMemoryWriteError",
     "SingleControllerError",
     "UnknownMethodError",
     "UnknownRoleError",
@@ -52,6 +53,12 @@ class ResourceError(SingleControllerError, RuntimeError):
 
 class CollectiveError(SingleControllerError, RuntimeError):
     """Ranks that share one process were to communicate, which they could only do at once."""
+
+
+class SharedMemoryWriteError(SingleControllerError, RuntimeError):
+    """A method wrote into tensors or arrays that others read: arguments that it was registered to
+    read only, or a result that it had given away.
+    """
 
 
 class GroupBrokenError(SingleControllerError, RuntimeError):

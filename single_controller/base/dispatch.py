@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import abc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
@@ -68,6 +69,10 @@ class Mode(abc.ABC):
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
         """Merge the outputs of `plan.answers`, in that order."""
         return list(outputs)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """How outputs are to be read for `collect`: in memory of their own."""
+        return nullcontext()
 
     def promise(self, plan: Plan, handles: Sequence[Any]) -> Any:
         """The same for a call that does not block: a handle stands for each output.
@@ -242,6 +247,7 @@ class ByRows(Mode):
         auto_padding = any(_padding_enabled(batch) for batch in batches)
         pads = auto_padding and not self.uneven
         parts = layout.dp_size
+        cut: dict[int, Sequence[Any]] = {}  # by id: a batch in two arguments has one set of shards
 
         def spread(name: str, value: Any) -> Sequence[Any]:
             if not _splits(value):
@@ -250,7 +256,9 @@ class ByRows(Mode):
                     f"rows; got {type(value).__name__}. Broadcast(x) sends a value whole, "
                     "PerRank([...]) one value to each rank"
                 )
-            shards = self._shards(name, value, parts, pads)
+            if id(value) not in cut:
+                cut[id(value)] = self._shards(name, value, parts, pads)
+            shards = cut[id(value)]
             return [shards[dp_rank] for dp_rank in layout.dp_ranks]
 
         calls = _per_rank(layout, args, kwargs, spread)
@@ -275,6 +283,12 @@ class ByRows(Mode):
             return split_batch(batch, equal_sizes(batch_rows(batch), parts))
         except BatchError as error:
             raise DispatchError(f"{name}: {error}") from error
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Outputs that are joined are read as views, and joining them makes the only copy."""
+        from protocol.wire import read_as
+
+        return read_as("join") if self.merge == "concat" else nullcontext()
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
         from protocol.batches import concat_batches, is_batch
@@ -358,6 +372,12 @@ class _RealRows:
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Any:
         return self.source.fetch(start, stop, timeout)
+
+    def origins(self) -> Iterator[Source]:
+        yield self.source
+
+    def needed(self, start: int, stop: int) -> Iterator[Source]:
+        yield self.source
 
 
 def _cannot_unpad(shard: int, sent: int, came: int) -> DispatchError:

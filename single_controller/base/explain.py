@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import pickle
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +16,7 @@ from single_controller.base.dispatch import is_future
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.table import aligned
 
-__all__ = ["Carrier", "Explanation", "RankArgument", "count_uses", "explain_arguments"]
-
-
-def count_uses(calls: Sequence[Call | None]) -> Counter[int]:
-    """How many arguments of these calls are the object with a given id."""
-    values = (v for call in calls if call for v in (*call.args, *call.kwargs.values()))
-    return Counter(id(value) for value in values)
+__all__ = ["Carrier", "Explanation", "RankArgument", "explain_arguments"]
 
 
 class Carrier:

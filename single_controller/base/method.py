@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import inspect
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from single_controller.base.custom import CustomMode
 from single_controller.base.decorator import MethodSpec
 from single_controller.base.explain import Explanation
 from single_controller.base.plan import Plan
+from single_controller.base.recorder import CallRecord, Recorder
 from single_controller.errors import DispatchError
 
 __all__ = ["BoundMethod", "CallFuture", "CallOptions", "MethodBinding", "Pending"]
@@ -53,6 +54,7 @@ class _Group(Protocol):
     """What a method needs of its group."""
 
     role: str
+    _recorder: Recorder
 
     @property
     def world_size(self) -> int: ...
@@ -62,7 +64,12 @@ class _Group(Protocol):
     ) -> Any: ...
 
     def _send(
-        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
+        self,
+        method: BoundMethod,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deferred: bool,
+        record: CallRecord,
     ) -> tuple[Plan, Pending]: ...
 
     def _explain(
@@ -73,8 +80,11 @@ class _Group(Protocol):
 class CallFuture:
     """The result of a call that was submitted; `await` works too."""
 
-    def __init__(self, method: BoundMethod, plan: Plan, pending: Pending) -> None:
+    def __init__(
+        self, method: BoundMethod, plan: Plan, pending: Pending, record: CallRecord
+    ) -> None:
         self._method, self._plan, self._pending = method, plan, pending
+        self._record = record
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the merged result, at most `timeout` seconds; then the call still runs on.
@@ -82,7 +92,7 @@ class CallFuture:
         Raises:
             WorkerError: a rank raised. CallTimeoutError: not all ranks finished in time.
         """
-        return self._method.collect(self._plan, self._pending.wait(timeout))
+        return self._method.result(self._plan, self._pending, timeout, self._record)
 
     def done(self) -> bool:
         """Whether every rank has finished, well or not."""
@@ -162,8 +172,10 @@ class BoundMethod:
     def submit(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> CallFuture:
         """Send the call and return at once, whatever `blocking` the method is registered with."""
         method = self.options(timeout_s=timeout_s) if timeout_s is not None else self
-        plan, pending = self.group._send(method, args, kwargs, deferred=False)
-        return CallFuture(self, plan, pending)
+        record = self.group._recorder.call(self.__name__)
+        with record.span("dispatch"):
+            plan, pending = self.group._send(method, args, kwargs, False, record)
+        return CallFuture(self, plan, pending, record)
 
     def options(
         self, *, timeout_s: float | None = None, ranks: Iterable[int] | None = None
@@ -197,10 +209,15 @@ class BoundMethod:
             except TypeError as error:
                 raise TypeError(f"{self.title}: {error}") from None
 
-    def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
-        """Merge the outputs; an error says which method's they were."""
+    def result(
+        self, plan: Plan, pending: Pending, timeout_s: float | None, record: CallRecord
+    ) -> Any:
+        """Wait for the outputs and merge them; an error says which method's they were."""
+        with record.span("wait"), self.mode.reading():
+            outputs = pending.wait(timeout_s)
         try:
-            return self.mode.collect(plan, outputs)
+            with record.span("collect"):
+                return self.mode.collect(plan, outputs)
         except DispatchError as error:
             raise DispatchError(f"{self.title}: {error}") from error.__cause__
 

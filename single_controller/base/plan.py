@@ -67,6 +67,10 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def values(self) -> tuple[Any, ...]:
+        """The positional ones, then those by name."""
+        return (*self.args, *self.kwargs.values()) if self.kwargs else self.args
+
 
 @dataclass(frozen=True)
 class Padding:

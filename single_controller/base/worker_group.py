@@ -17,6 +17,7 @@ from single_controller.base.dispatch import Mode, OneToAll, RankZero
 from single_controller.base.explain import Carrier, Explanation, explain_arguments
 from single_controller.base.method import BoundMethod, CallOptions, MethodBinding, Pending
 from single_controller.base.plan import Call, Layout, Plan
+from single_controller.base.recorder import CallRecord, Recorder, StatsTable
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, worker_class
 from single_controller.base.worker import Worker
@@ -47,6 +48,7 @@ class WorkerGroup(abc.ABC):
         self._worker_cls: type[Worker] | None = None
         self._methods: dict[str, MethodBinding] = {}
         self._layouts: dict[str, Layout] = {}
+        self._recorder = Recorder()
 
     @property
     @abc.abstractmethod
@@ -60,21 +62,34 @@ class WorkerGroup(abc.ABC):
         answers: Sequence[int],
         options: CallOptions,
         *,
+        record: CallRecord,
         materialize: bool = True,
+        reads_only: bool = False,
         deferred: bool = False,
     ) -> Pending:
-        """Send each rank its call. `deferred`: outputs stay where they are until asked for."""
+        """Send each rank its call, and count in `record` the bytes that leave.
+
+        `deferred`: outputs stay where they are until asked for. `reads_only`: arguments may be
+        views.
+        """
 
     def _invoke(self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call, from the user's arguments to the merged result."""
         mode, deferred = method.mode, not method.binding.spec.blocking
-        plan, pending = self._send(method, args, kwargs, deferred)
+        record = self._recorder.call(method.binding.name)
+        with record.span("dispatch"):
+            plan, pending = self._send(method, args, kwargs, deferred, record)
         if deferred:
             return mode.promise(plan, pending.handles(mode.batched))
-        return method.collect(plan, pending.wait(None))
+        return method.result(plan, pending, None, record)
 
     def _send(
-        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any], deferred: bool
+        self,
+        method: BoundMethod,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deferred: bool,
+        record: CallRecord,
     ) -> tuple[Plan, Pending]:
         _, plan, calls = self._dispatch(method, args, kwargs)
         answers, ranks = plan.answers, method.call_options.ranks
@@ -87,7 +102,9 @@ class WorkerGroup(abc.ABC):
             calls,
             answers,
             method.call_options,
+            record=record,
             materialize=method.binding.spec.materialize_futures,
+            reads_only=method.binding.spec.reads_only,
             deferred=deferred and method.mode.batched,
         )
         return plan, pending
@@ -194,6 +211,12 @@ class WorkerGroup(abc.ABC):
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{self.role} has no method {name!r}: {hint}It has {', '.join(methods)}"
 
+    def stats(self) -> StatsTable:
+        """What the calls of this group cost so far, per method, as a value that prints as a table:
+        bytes that moved, seconds in dispatch, wait and collect. Sends nothing.
+        """
+        return self._recorder.stats()
+
     def execute_all(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
         """As `execute_all_async`: a reference to each rank's output."""
         return self.execute_all_async(method_name, *args, **kwargs)
@@ -228,7 +251,8 @@ class WorkerGroup(abc.ABC):
         if not self.role or not known:
             raise UnknownMethodError(self._explain_missing(method_name))
         plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
-        return self._submit(method_name, calls, plan.answers, CallOptions())
+        record = self._recorder.call(method_name)
+        return self._submit(method_name, calls, plan.answers, CallOptions(), record=record)
 
 
 def check_workers_alive(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
+from single_controller.base.recorder import CallRecord
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs
 from single_controller.base.worker import checked_worker_env
@@ -126,7 +127,9 @@ class InlineWorkerGroup(HostGroup):
         answers: Sequence[int],
         options: CallOptions,
         *,
+        record: CallRecord,
         materialize: bool = True,
+        reads_only: bool = False,
         deferred: bool = False,
     ) -> Pending:
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s

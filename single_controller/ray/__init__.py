@@ -14,6 +14,7 @@ from single_controller.ray.colocate import (
     create_colocated_worker_cls_fused,
     create_colocated_worker_raw_cls,
 )
+from single_controller.ray.pin import pin
 from single_controller.ray.placement import (
     RayResourcePool,
     SubRayResourcePool,
@@ -36,6 +37,7 @@ __all__ = [
     "extract_pg_from_exist",
     "merge_resource_pool",
     "parallel_put",
+    "pin",
     "sort_placement_group_by_node_ip",
     "split_resource_pool",
 ]

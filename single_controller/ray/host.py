@@ -10,31 +10,39 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-from single_controller.base.dispatch import is_future
 from single_controller.base.rank import build_roles, checked_output, own_traceback
 from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.roles import RoleSpec
 from single_controller.base.worker import WorkerContext
 from single_controller.device import DeviceKind
 from single_controller.errors import WorkerError
-from single_controller.ray.parcel import ArrivedParcel, Packed
+from single_controller.ray.envelope import Envelope, arguments, waits
+from single_controller.ray.parcel import ArrivedParcel, Result
 from single_controller.ray.process import ProcessInfo, arrive, log_tail
+from single_controller.ray.reads import Reads, checks_reads
+from single_controller.ray.shelf import (
+    AsyncShelfTasks,
+    Kept,
+    Shelf,
+    ShelfTasks,
+    claimed,
+    in_thread,
+)
 from single_controller.ray.stacks import coroutine_stacks
 
 __all__ = [
     "AsyncHost",
     "CallDroppedError",
-    "Envelope",
     "Host",
     "HostInfo",
     "HostPlace",
-    "Late",
 ]
 
 _OURS = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
@@ -69,38 +77,19 @@ class HostInfo:
         return self.process.pid
 
 
-@dataclass(frozen=True)
-class Late:
-    """A reference among the arguments, which the host resolves when the call's turn comes."""
-
-    ref: ray.ObjectRef[Any]
-
-
 class CallDroppedError(Exception):
     """The caller cancelled a call before its turn came."""
 
 
-@dataclass(frozen=True)
-class Envelope:
-    """What goes before a call's values, which are positional but for the last `names`.
-
-    `turn` (caller, number) orders the calls of one caller where Ray itself keeps no order.
-    """
-
-    role: str
-    method: str
-    names: tuple[str, ...]
-    materialize: bool
-    answers: bool
-    turn: tuple[str, int] | None = None
-
-
-class Host:
+class Host(ShelfTasks):
     """One rank's process. Calls run one after another on its main thread.
 
     Constructing it does nothing, so that all hosts of a group start at once; after `arrive`,
     `bind` on rank 0 gives the address that `setup` then takes everywhere.
     """
+
+    def __init__(self) -> None:
+        self._shelf = Shelf()
 
     def arrive(self) -> ProcessInfo:
         """Say where this process is, and let others see its stacks from now on."""
@@ -170,24 +159,25 @@ class Host:
             roles=tuple(self._workers),
         )
 
-    def call(self, envelope: Envelope, *values: Any) -> Any:
+    def call(self, envelope: Envelope, *parcels: ArrivedParcel) -> Any:
         """Run one method of one role."""
-        return Packed.wrap(self._run(envelope, values))
-
-    @ray.method(num_returns=2)
-    def call_deferred(self, envelope: Envelope, *values: Any) -> tuple[int | None, Any]:
-        """As `call`, with the output's rows apart from it: whoever needs some of the rows can
-        tell whether to fetch it.
-        """
-        return _with_rows(self._run(envelope, values))
-
-    def _run(self, envelope: Envelope, values: Sequence[Any]) -> Any:
         try:
-            args, kwargs = _arguments(envelope, values)
+            with claimed(self._shelf.claim(envelope.claims)) if envelope.claims else nullcontext():
+                args, kwargs = arguments(envelope, parcels)
+            reads = _reads(envelope, args, kwargs)
             output = checked_output(self._method(envelope)(*args, **kwargs))
+            _check_reads(reads, envelope)
+            return self._outgoing(envelope, output)
         except (Exception, KeyboardInterrupt) as error:
             raise self._failure(envelope.role, envelope.method, error) from None
-        return output if envelope.answers else None
+
+    def _outgoing(self, envelope: Envelope, output: Any) -> Any:
+        """What goes to the caller: the output, or its rows if it stays here."""
+        if not envelope.answers:
+            return None
+        if envelope.keeps is None:
+            return Result.wrap(output)
+        return self._shelf.keep(envelope.keeps, output, f"{envelope.role}.{envelope.method}")
 
     def _method(self, envelope: Envelope) -> Callable[..., Any]:
         return getattr(self._workers[envelope.role], envelope.method)  # type: ignore[no-any-return]
@@ -214,7 +204,7 @@ class Host:
         )
 
 
-class AsyncHost(Host):
+class AsyncHost(AsyncShelfTasks, Host):
     """A host with `async def` methods: those interleave, the others run in order on its loop.
 
     Ray starts an async actor's tasks in any order, so each call waits for its turn: calls start
@@ -224,6 +214,7 @@ class AsyncHost(Host):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         # Ray warns of a `ray.get` that would block the loop; the ones here wait in threads.
         ray._private.worker.blocking_get_inside_async_warned = True
         self._next: dict[str, int] = {}
@@ -231,50 +222,63 @@ class AsyncHost(Host):
         self._dropped: set[tuple[str, int]] = set()
         self._awaiting: set[Coroutine[Any, Any, Any]] = set()
 
-    async def call(self, envelope: Envelope, *values: Any) -> Any:
-        return Packed.wrap(await self._run_in_turn(envelope, values))
-
-    async def _run_in_turn(self, envelope: Envelope, values: Sequence[Any]) -> Any:
-        await self._turn(envelope)
+    async def call(self, envelope: Envelope, *parcels: ArrivedParcel) -> Any:
         pending = None
         try:
+            await self._turn(envelope.turn)
+            if envelope.keeps is not None and envelope.answers:
+                self._shelf.open(envelope.keeps)
             method = self._method(envelope)
+            # What is here is claimed now: its release may have the next turn.
+            kept = self._shelf.claim(envelope.claims)
             if inspect.iscoroutinefunction(method):
-                pending = self._run_async(method, envelope, values)
+                pending = self._run_async(method, envelope, parcels, kept)
                 self._awaiting.add(pending)
-                self._end_turn(envelope)
+                self._end_turn(envelope.turn)
                 output = checked_output(await pending)
             else:
-                args, kwargs = await self._resolve(envelope, values)
+                args, kwargs = await self._resolve(envelope, parcels, kept)
+                reads = _reads(envelope, args, kwargs)
                 output = method(*args, **kwargs)
                 output = checked_output(await output if inspect.isawaitable(output) else output)
+                _check_reads(reads, envelope)
+            return self._outgoing(envelope, output)
         except SystemExit as request:  # which would end the loop and leave the process
             os._exit(request.code if isinstance(request.code, int) else 1)
         except BaseException as error:
+            if envelope.keeps is not None:
+                self._shelf.open(envelope.keeps).fail()
+            if isinstance(error, CallDroppedError):
+                raise
             raise self._failure(envelope.role, envelope.method, error) from None
         finally:
             if pending is None:
-                self._end_turn(envelope)
+                self._end_turn(envelope.turn)
             else:
                 self._awaiting.discard(pending)
-        return output if envelope.answers else None
-
-    @ray.method(num_returns=2)
-    async def call_deferred(self, envelope: Envelope, *values: Any) -> tuple[int | None, Any]:
-        return _with_rows(await self._run_in_turn(envelope, values))
 
     async def _run_async(
-        self, method: Callable[..., Any], envelope: Envelope, values: Sequence[Any]
+        self, method: Callable[..., Any], envelope: Envelope, parcels: Any, kept: Any
     ) -> Any:
-        args, kwargs = await self._resolve(envelope, values)
-        return await method(*args, **kwargs)
+        args, kwargs = await self._resolve(envelope, parcels, kept)
+        reads = _reads(envelope, args, kwargs)
+        output = await method(*args, **kwargs)
+        _check_reads(reads, envelope)
+        return output
 
     async def _resolve(
-        self, envelope: Envelope, values: Sequence[Any]
+        self, envelope: Envelope, parcels: Sequence[ArrivedParcel], kept: Mapping[str, Kept]
     ) -> tuple[list[Any], dict[str, Any]]:
-        if any(isinstance(value, Late) or is_future(value) for value in values):
-            return await asyncio.to_thread(_arguments, envelope, values)
-        return _arguments(envelope, values)
+        if not waits(envelope):
+            return arguments(envelope, parcels)
+        with claimed(kept):
+            found: tuple[list[Any], dict[str, Any]] = await in_thread(arguments, envelope, parcels)
+            return found
+
+    async def release(self, token: str, publications: int, turn: Any) -> None:  # type: ignore[override]
+        await self._turn(turn)
+        self._end_turn(turn)
+        self._shelf.release(token, publications)
 
     async def restore(self) -> None:  # type: ignore[override]
         for role, hook in self._restore_hooks():
@@ -294,46 +298,32 @@ class AsyncHost(Host):
         if self._next.get(turn[0], 0) <= turn[1]:
             self._dropped.add(turn)
 
-    async def _turn(self, envelope: Envelope) -> None:
-        if envelope.turn is not None:
-            caller, number = envelope.turn
+    async def _turn(self, turn: tuple[str, int] | None) -> None:
+        if turn is not None:
+            caller, number = turn
             if self._next.setdefault(caller, 0) != number:
-                event = self._waiting[envelope.turn] = asyncio.Event()
+                event = self._waiting[turn] = asyncio.Event()
                 await event.wait()
-            if envelope.turn in self._dropped:
-                self._end_turn(envelope)
+            if turn in self._dropped:
                 raise CallDroppedError
 
-    def _end_turn(self, envelope: Envelope) -> None:
-        if envelope.turn is not None:
-            caller, number = envelope.turn
+    def _end_turn(self, turn: tuple[str, int] | None) -> None:
+        if turn is not None:
+            caller, number = turn
             self._next[caller] = number + 1
-            self._dropped.discard(envelope.turn)
+            self._dropped.discard(turn)
             event = self._waiting.pop((caller, number + 1), None)
             if event is not None:
                 event.set()
 
 
-def _arguments(envelope: Envelope, values: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
-    resolved = [_resolved(value, envelope.materialize) for value in values]
-    split = len(resolved) - len(envelope.names)
-    return resolved[:split], dict(zip(envelope.names, resolved[split:], strict=True))
+def _reads(envelope: Envelope, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Reads | None:
+    return Reads(args, kwargs) if envelope.reads_only and checks_reads() else None
 
 
-def _resolved(value: Any, materialize: bool) -> Any:
-    if isinstance(value, ArrivedParcel):
-        return value.value()
-    if isinstance(value, Late):
-        return ray.get(value.ref)
-    if materialize and is_future(value):
-        return value.get()
-    return value
-
-
-def _with_rows(output: Any) -> tuple[int | None, Any]:
-    from protocol.batches import batch_rows, is_batch
-
-    return batch_rows(output) if is_batch(output) else None, Packed.wrap(output)
+def _check_reads(reads: Reads | None, envelope: Envelope) -> None:
+    if reads is not None:
+        reads.check(f"{envelope.role}.{envelope.method}")
 
 
 def _node_ip() -> str:

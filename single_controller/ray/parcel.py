@@ -1,74 +1,196 @@
-"""An argument pickled apart from the call that carries it, so that one which cannot be read fails
-that call with its role and rank, and not Ray's own reading of the task, which no host would see.
+"""Values pickled apart from the call or result that carries them: their buffers stay out of band
+and are counted, and one that cannot be read fails its own call, with its role and rank.
+
+What a batch is on the wire is left to `protocol.wire`.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
+import numpy as np
 from ray import cloudpickle
 
-__all__ = ["ArrivedParcel", "Packed", "Parcel"]
+__all__ = ["ArrivedParcel", "Parcel", "Result", "SizeOf", "Slot", "counting", "received", "size_of"]
+
+_received: ContextVar[Callable[[int], None] | None] = ContextVar("_received", default=None)
+
+_BARE = (int, float, bool, type(None))
 
 
-class Packed:
-    """A bare TensorDict that travels as a DataProto does; it arrives as a TensorDict."""
+class _Pickler(cloudpickle.Pickler):
+    """Lets `protocol.wire` pack tensors and batches wherever they are in a value.
 
-    def __init__(self, batch: Any) -> None:
-        self._batch = batch
+    It is imported when the first one is met: a worker that has none needs not wait for it.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        from protocol import wire
+    def __init__(self, file: io.BytesIO) -> None:
+        self.buffers: list[pickle.PickleBuffer] = []
+        super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
+        self.message: Any = None
+        modules = (("torch", "Tensor"), ("tensordict", "TensorDict"), ("protocol.table", "Table"))
+        self._numbers = tuple(
+            getattr(sys.modules[module], name) for module, name in modules if module in sys.modules
+        )
 
-        return wire.unpack_tensordict, (wire.pack_tensordict(self._batch),)
+    def reducer_override(self, obj: Any) -> Any:
+        if self._numbers and isinstance(obj, self._numbers):
+            from protocol import wire
 
-    @classmethod
-    def wrap(cls, value: Any) -> Any:
-        """`value`, or a TensorDict packed. Where tensordict is not loaded, there is none."""
-        module = sys.modules.get("tensordict")
-        return cls(value) if module is not None and isinstance(value, module.TensorDict) else value
+            if self.message is None:
+                self.message = wire.Message().__enter__()
+            packed = wire.pack_value(obj)
+            if packed is not None:
+                return wire.unpack_value, (packed,)
+        return super().reducer_override(obj)
+
+
+def _pickled(value: Any) -> tuple[bool, tuple[int, ...], bytes, list[Any]]:
+    """`(numbers, foreign, data, buffers)` of a value.
+
+    `numbers`: it holds tensors or batches. `foreign`: the buffers that are not theirs, which
+    whoever reads must make private.
+    """
+    with io.BytesIO() as file:
+        pickler = _Pickler(file)
+        try:
+            pickler.dump(value)
+        finally:
+            message = pickler.message
+            if message is not None:
+                message.__exit__()
+        buffers = pickler.buffers
+        foreign = [i for i, b in enumerate(buffers) if message is None or not message.holds(b)]
+        return message is not None, tuple(foreign), file.getvalue(), buffers
+
+
+def _read(foreign: Sequence[int], data: bytes, buffers: Sequence[Any]) -> Any:
+    """The value, with the buffers that `protocol.wire` leaves alone in private memory."""
+    received = list(buffers)
+    for i in foreign:
+        view = memoryview(buffers[i])
+        received[i] = np.array(np.frombuffer(view, np.uint8)) if view.nbytes else bytearray()
+    return pickle.loads(data, buffers=received)
 
 
 class Parcel:
-    """A value to be sent; it arrives as an `ArrivedParcel`. Its buffers stay out of band."""
+    """Values to be sent; they arrive as an `ArrivedParcel`. `reads_only`: as views.
 
-    def __init__(self, value: Any) -> None:
-        self._value = value
+    `count` is told the bytes that leave, once, however many ranks read them.
+    """
+
+    def __init__(
+        self, values: Sequence[Any], reads_only: bool, count: Callable[[int], None]
+    ) -> None:
+        self._values, self._reads_only, self._count = tuple(values), reads_only, count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        buffers: list[pickle.PickleBuffer] = []
-        data = cloudpickle.dumps(
-            Packed.wrap(self._value), protocol=5, buffer_callback=buffers.append
-        )
-        return ArrivedParcel, (data, *buffers)
-
-    def size(self) -> int | None:
-        """The bytes that go on the way; None where the value cannot be pickled."""
-        try:
-            _, (data, *buffers) = self.__reduce__()
-        except Exception:
-            return None
-        return int(len(data) + sum(buffer.raw().nbytes for buffer in buffers))
+        numbers, foreign, data, buffers = _pickled(self._values)
+        self._count(_size(data, buffers))
+        return ArrivedParcel, (self._reads_only, numbers, foreign, data, *buffers)
 
 
 class ArrivedParcel:
-    """A value that has arrived in its receiver's own memory, or what reading it raised.
+    """Values that have arrived in their receiver's own memory, or what reading them raised.
 
-    It is read at once, within Ray's reading of the task, because that is where Ray notes the
-    references it holds; the error waits until the call asks.
+    They are read at once, within Ray's reading of the task, because that is where Ray notes the
+    references they hold; the error waits until the call asks.
     """
 
-    def __init__(self, data: bytes, *buffers: Any) -> None:
-        self._value, self._error = None, None
+    def __init__(
+        self, reads_only: bool, numbers: bool, foreign: Sequence[int], data: bytes, *buffers: Any
+    ) -> None:
+        self._values: Sequence[Any] = ()
+        self._error: Exception | None = None
         try:
-            self._value = pickle.loads(data, buffers=[bytearray(buffer) for buffer in buffers])
+            how: AbstractContextManager[None] = nullcontext()
+            if reads_only and numbers:
+                from protocol import wire
+
+                how = wire.read_as("view")
+            with how:
+                self._values = _read(() if reads_only else foreign, data, buffers)
         except Exception as error:
             self._error = error
 
-    def value(self) -> Any:
-        """The value. Raises what reading it raised."""
+    def value(self, at: int) -> Any:
+        """One of them. Raises what reading them raised."""
         if self._error is not None:
             raise self._error
-        return self._value
+        return self._values[at]
+
+
+class Slot(NamedTuple):
+    """Stands in a call for value number `at` of its parcel number `parcel`."""
+
+    parcel: int
+    at: int
+
+
+class Result:
+    """What a method returned; it arrives as itself."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self.size = 0  # bytes, once it has been pickled
+
+    @classmethod
+    def wrap(cls, value: Any) -> Any:
+        """`value` where pickling it apart would gain nothing."""
+        return value if isinstance(value, _BARE) else cls(value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, foreign, data, buffers = _pickled(self._value)
+        self.size = _size(data, buffers)
+        return _open, (foreign, data, *buffers)
+
+
+class SizeOf:
+    """Returned after a `Result`, it arrives as the number of bytes that this one took."""
+
+    def __init__(self, result: Result) -> None:
+        self._result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (self._result.size,)
+
+
+def _open(foreign: Sequence[int], data: bytes, *buffers: Any) -> Any:
+    received(_size(data, buffers))
+    return _read(foreign, data, buffers)
+
+
+def received(size: int) -> None:
+    """Count bytes that have come to this process."""
+    count = _received.get()
+    if count is not None:
+        count(size)
+
+
+@contextmanager
+def counting(count: Callable[[int], None]) -> Iterator[None]:
+    """Within this context, tell `count` the bytes of each result that arrives."""
+    token = _received.set(count)
+    try:
+        yield
+    finally:
+        _received.reset(token)
+
+
+def size_of(value: Any) -> int | None:
+    """The bytes of a value on its way; None where it cannot be pickled."""
+    try:
+        _, _, data, buffers = _pickled(value)
+    except Exception:
+        return None
+    return _size(data, buffers)
+
+
+def _size(data: bytes, buffers: Sequence[Any]) -> int:
+    return len(data) + sum(memoryview(buffer).nbytes for buffer in buffers)

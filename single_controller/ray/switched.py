@@ -14,6 +14,7 @@ import ray
 from single_controller.base.colocated import Colocated, role_specs
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
+from single_controller.base.recorder import CallRecord
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs
 from single_controller.base.worker import Worker
@@ -46,12 +47,21 @@ class SwitchedWorkerGroup(InlineWorkerGroup):
         answers: Sequence[int],
         options: CallOptions,
         *,
+        record: CallRecord,
         materialize: bool = True,
+        reads_only: bool = False,
         deferred: bool = False,
     ) -> Pending:
         here = [call and Call(tuple(map(_here, call.args)), _named(call)) for call in calls]
         pending = super()._submit(
-            method, here, answers, options, materialize=materialize, deferred=deferred
+            method,
+            here,
+            answers,
+            options,
+            record=record,
+            materialize=materialize,
+            reads_only=reads_only,
+            deferred=deferred,
         )
         return _WithRayReferences(pending) if ray.is_initialized() else pending
 

@@ -16,12 +16,15 @@ from single_controller.base.explain import Carrier
 from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call, Layout
+from single_controller.base.recorder import CallRecord
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
-from single_controller.ray.calls import Outbox, RayPending
-from single_controller.ray.host import Envelope
+from single_controller.ray.calls import RayPending
+from single_controller.ray.envelope import Envelope
 from single_controller.ray.hosts import Hosts
+from single_controller.ray.outbox import Outbox
 from single_controller.ray.placement import RayResourcePool
+from single_controller.ray.remote_batch import offering, route
 from single_controller.ray.start import Recipe, StartOptions, running_names
 from single_controller.ray.supervisor import RestartPolicy, Supervisor
 
@@ -182,34 +185,42 @@ class RayWorkerGroup(HostGroup):
         answers: Sequence[int],
         options: CallOptions,
         *,
+        record: CallRecord,
         materialize: bool = True,
+        reads_only: bool = False,
         deferred: bool = False,
     ) -> Pending:
         hosts = self._supervisor.usable()
-        outbox = Outbox(calls)
+        outbox = Outbox(calls, reads_only, lambda size: record.count("bytes_out", size))
+        routes = route(calls, hosts, materialize)
         answering = set(answers)
-        sites, refs, rows_refs, turns = [], [], [], {}
-        with hosts.sending:
+        token = uuid.uuid4().hex if deferred else ""
+        sites, refs, turns = [], [], {}
+        with hosts.sending, offering(routes.offers):
             for rank, call in enumerate(calls):
                 if call is None:
                     continue
                 turn = hosts.turn(rank)
+                values, parcels = outbox.outgoing(call)
                 envelope = Envelope(
-                    self.role, method, tuple(call.kwargs), materialize, rank in answering, turn
+                    role=self.role,
+                    method=method,
+                    values=values,
+                    names=tuple(call.kwargs),
+                    materialize=materialize,
+                    reads_only=reads_only,
+                    answers=rank in answering,
+                    turn=turn,
+                    keeps=f"{token}:{rank}" if deferred else None,
+                    claims=routes.claims.get(rank, ()),
                 )
-                handle, values = hosts.handles[rank], outbox.values(call)
-                if deferred:
-                    rows_ref, ref = handle.call_deferred.remote(envelope, *values)
-                    rows_refs.append(rows_ref)
-                else:
-                    ref = handle.call.remote(envelope, *values)
+                refs.append(hosts.handles[rank].call.remote(envelope, *parcels))
                 if turn is not None:
                     turns[rank] = turn
                 hosts.sent(rank)
-                refs.append(ref)
                 sites.append(hosts.site(self.role, method, rank))
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
-        return RayPending(hosts, sites, refs, rows_refs, turns, answers, timeout_s)
+        return RayPending(hosts, sites, refs, turns, answers, timeout_s, record, token)
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
         return Outbox(calls)

@@ -18,6 +18,7 @@ from single_controller.base.custom import make_nd_compute_dataproto_dispatch_fn
 from single_controller.base.decorator import Dispatch, Execute, register
 from single_controller.base.method import CallFuture, CallOptions, Pending
 from single_controller.base.plan import Broadcast, Call, PerRank
+from single_controller.base.recorder import CallRecord
 from single_controller.base.worker import WorkerContext, building
 from single_controller.base.worker_group import check_workers_alive, worker_class
 from single_controller.errors import DispatchError, RegistrationError, UnknownMethodError
@@ -80,7 +81,9 @@ class LocalGroup(WorkerGroup):
         answers: Sequence[int],
         options: CallOptions,
         *,
+        record: CallRecord,
         materialize: bool = True,
+        reads_only: bool = False,
         deferred: bool = False,
     ) -> Pending:
         ranks = [rank for rank, call in enumerate(calls) if call]

@@ -12,7 +12,7 @@ import torch
 
 from single_controller import CallTimeoutError
 from single_controller.ray import RayWorkerGroup
-from single_controller.ray import calls as calls_module
+from single_controller.ray import outbox as outbox_module
 from tests.conformance.probe import batch, values
 
 pytestmark = pytest.mark.parametrize("backend", ["ray"], indirect=True)
@@ -31,11 +31,11 @@ def test_an_argument_that_several_ranks_get_is_stored_once(
     stored: list[Any] = []
     put = ray.put
     monkeypatch.setattr(
-        calls_module.ray, "put", lambda value: (stored.append(value), put(value))[1]
+        outbox_module.ray, "put", lambda value: (stored.append(value), put(value))[1]
     )
     big = torch.zeros(1000)
     group.echo(big, y=big)
-    assert [parcel._value for parcel in stored] == [big]
+    assert [parcel._values for parcel in stored] == [(big,)]
     group.replicated(batch(4))
     assert len(stored) == 2
     group.echo(1, y="short")

@@ -359,3 +359,29 @@ class TestBatchData:
     def test_rows_that_do_not_divide_are_refused(self, kind: type[Any]) -> None:
         with pytest.raises(ChunkError, match="only support equal chunk"):
             BatchData(produce(5, kind=kind)[0].batch).chunk(2)
+
+
+class TestOrigins:
+    def test_rows_are_asked_of_the_sources_that_have_them(self) -> None:
+        a, b, c = produce(2, 3, 1)
+        whole = DataProtoFuture([a, b, c])
+        second, other = whole.chunk(3)[1], DataProtoFuture([c])
+        for lazy in (second, second.select("ids"), second.union(second.select("twice"))):
+            assert {id(source) for source in lazy.origins()} == {id(a), id(b), id(c)}
+            assert {id(source) for source in lazy.needed(0, 2)} == {id(b)}
+        both = DataProtoFuture.concat([whole, other])
+        assert {id(source) for source in both.needed(6, 7)} == {id(c)}
+        padded = whole.shards(4, "padded")[3]
+        assert ids(padded.get()) == [5, 5]
+        assert {id(source) for source in padded.needed(0, 2)} == {id(c)}
+
+    def test_asking_fetches_nothing(self) -> None:
+        (producer,) = produce(4)
+        assert list(DataProtoFuture([producer]).needed(0, 4)) == [producer]
+        assert producer.fetched == []
+
+    def test_select_copies_only_what_it_keeps(self) -> None:
+        (producer,) = produce(4)
+        batch = DataProtoFuture([producer]).select("ids").get()
+        tensors(batch)["ids"].zero_()
+        assert tensors(producer.batch)["ids"].tolist() == [0, 1, 2, 3]

@@ -93,7 +93,7 @@ def test_arrays_in_an_object_column_arrive_writable() -> None:
     first, second = receive(sent), receive(sent)
     first.non_tensor_batch["x"][0] += 1
     assert data.diff(second) == []
-    with wire.borrow():
+    with wire.read_as("view"):
         assert not receive(sent).non_tensor_batch["x"][0].flags.writeable
 
 
@@ -114,6 +114,80 @@ def test_an_expanded_tensor_sends_only_its_real_bytes() -> None:
     assert receive(sent).batch["x"].is_contiguous()
 
 
+def test_columns_that_show_the_same_memory_cross_once_and_arrive_independent() -> None:
+    tokens = torch.arange(4 * 100).reshape(4, 100)
+    array = np.arange(50)
+    data = DataProto.from_dict(
+        {"prompt": tokens[:, :60], "whole": tokens, "again": tokens, "flat": tokens.view(4, 50, 2)},
+        {"a": array[:4], "b": array[:4]},
+    )
+    sent = send(data)
+    assert sum(len(buffer) for buffer in sent[1]) == 4 * 100 * 8 + 4 * 8
+    for how in ("own", "join", "view"):
+        with wire.read_as(how):  # type: ignore[arg-type]
+            assert data.diff(receive(sent)) == []
+    arrived = receive(sent)
+    for key in ("whole", "prompt", "flat"):
+        arrived.batch[key].zero_()
+        assert columns.equal(arrived.batch["again"], tokens)
+    in_band = pickle.loads(pickle.dumps(data, 5))
+    in_band.batch["whole"].zero_()
+    assert columns.equal(in_band.batch["again"], tokens)
+    assert columns.equal(in_band.batch["prompt"], tokens[:, :60])
+
+
+def test_jagged_columns_with_common_offsets_can_be_combined_on_arrival() -> None:
+    column = make_column(5, "jagged", torch.float32)
+    data = DataProto.from_dict({"x": column, "y": column * 2})
+    arrived = receive(send(data)).batch
+    assert columns.equal(arrived["x"] + arrived["y"], column * 3)
+
+
+def test_batches_of_one_message_share_its_buffers() -> None:
+    data = DataProto.from_dict({"x": torch.arange(1000.0), "y": torch.zeros(1000)})
+    with wire.Message() as message:
+        sent = send([data, data.select(["x"]), data.slice(10, 20)])
+    assert sum(len(buffer) for buffer in sent[1]) == 2 * 4000
+    whole, selected, part = receive(sent)
+    whole.batch["x"].zero_()
+    assert selected.batch["x"].sum() == 999 * 500
+    assert part.batch["x"].tolist() == list(range(10, 20))
+    buffers: list[pickle.PickleBuffer] = []
+    with message:
+        pickle.dumps([data, np.ones(3)], protocol=5, buffer_callback=buffers.append)
+    assert [message.holds(buffer) for buffer in buffers] == [True, True, False]
+
+
+def test_a_view_shows_arrays_read_only() -> None:
+    sent = send(DataProto(None, {"a": np.arange(3)}, {"m": np.ones(2), "t": torch.ones(2)}))
+    addresses = {np.frombuffer(buffer, np.uint8).ctypes.data for buffer in sent[1]}
+    with wire.read_as("view"):
+        seen = receive(sent)
+    for array in (seen.non_tensor_batch["a"], seen.meta_info["m"]):
+        assert array.ctypes.data in addresses
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 7
+    assert seen.meta_info["t"].data_ptr() in addresses
+    with wire.read_as("join"):  # what is no column is private all the same
+        joined = receive(sent).meta_info
+    assert joined["m"].flags.writeable
+    assert joined["t"].data_ptr() not in addresses
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_lone_tensor_crosses_as_one_in_a_batch_does(dtype: torch.dtype, layout: str) -> None:
+    column = make_column(3, layout, dtype)
+    packed = wire.pack_value(column)
+    assert packed is not None
+    assert columns.equal(wire.unpack_value(receive(send(packed))), column)
+
+
+def test_what_is_not_numbers_in_memory_is_left_to_the_pickler() -> None:
+    others = [torch.eye(2).to_sparse(), torch.nn.Parameter(torch.ones(1)), "text", np.ones(1)]
+    assert [wire.pack_value(other) for other in others] == [None] * 4
+
+
 def test_a_chunk_sends_only_its_rows() -> None:
     data = DataProto.from_dict(
         {"x": torch.zeros(100, 8), "j": make_column(100, "jagged", DTYPES[0])}
@@ -126,7 +200,7 @@ def test_borrowed_tensors_are_views_of_the_buffers() -> None:
     data = DataProto.from_dict({"x": torch.arange(64)}, {"a": np.arange(64)})
     sent = send(data)
     addresses = {np.frombuffer(buffer, np.uint8).ctypes.data for buffer in sent[1]}
-    with wire.borrow():
+    with wire.read_as("join"):
         borrowed = receive(sent)
     assert data.diff(borrowed) == []
     assert {borrowed.batch["x"].data_ptr(), borrowed.non_tensor_batch["a"].ctypes.data} == addresses
@@ -137,7 +211,7 @@ def test_borrowed_tensors_are_views_of_the_buffers() -> None:
 
 def test_borrowed_memory_outlives_the_list_of_buffers() -> None:
     data = DataProto.from_dict({"x": torch.arange(1 << 16)})
-    with wire.borrow():
+    with wire.read_as("join"):
         borrowed = receive(send(data))
     for _ in range(10):
         bytearray(1 << 19)
@@ -146,7 +220,7 @@ def test_borrowed_memory_outlives_the_list_of_buffers() -> None:
 
 def test_another_wire_version_is_refused() -> None:
     payload = wire.pack(None, {}, {})
-    with pytest.raises(BatchError, match=r"wire format 99.* reads 1"):
+    with pytest.raises(BatchError, match=r"wire format 99.* reads 2"):
         wire.unpack((99, *payload[1:]))
     with pytest.raises(BatchError, match="same version"):
         wire.unpack_tensordict((99, None))

@@ -1,0 +1,70 @@
+"""What goes with a call's values to its host, and how the host puts the values in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import ray
+
+from single_controller.base.dispatch import is_future
+from single_controller.ray.parcel import ArrivedParcel, Slot
+
+__all__ = ["Envelope", "Late", "arguments", "waits"]
+
+
+class Late(NamedTuple):
+    """A reference among the arguments, which the host resolves when the call's turn comes."""
+
+    ref: Any
+
+
+class Envelope(NamedTuple):
+    """What a call is, with its small values; `Slot`s stand for those in parcels.
+
+    The last values go by `names`. `turn` (caller, number) orders the calls of one caller where Ray
+    itself keeps no order. `keeps`: the token under which the output stays in the host. `claims`:
+    the tokens of results in this host that the arguments read.
+    """
+
+    role: str
+    method: str
+    values: tuple[Any, ...]
+    names: tuple[str, ...]
+    materialize: bool
+    reads_only: bool
+    answers: bool
+    turn: tuple[str, int] | None
+    keeps: str | None
+    claims: tuple[str, ...]
+
+
+def waits(envelope: Envelope) -> bool:
+    """Whether reading the arguments may take time."""
+    return any(isinstance(value, Late) or is_future(value) for value in envelope.values)
+
+
+def arguments(
+    envelope: Envelope, parcels: Sequence[ArrivedParcel]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The call's arguments, all here."""
+    values = [_resolved(value, envelope, parcels) for value in envelope.values]
+    split = len(values) - len(envelope.names)
+    return values[:split], dict(zip(envelope.names, values[split:], strict=True))
+
+
+def _resolved(value: Any, envelope: Envelope, parcels: Sequence[ArrivedParcel]) -> Any:
+    if isinstance(value, Slot):
+        return parcels[value.parcel].value(value.at)
+    if isinstance(value, Late):
+        return ray.get(value.ref)
+    if envelope.materialize and is_future(value):
+        how: AbstractContextManager[None] = nullcontext()
+        if envelope.reads_only:
+            from protocol.wire import read_as
+
+            how = read_as("view")
+        with how:
+            return value.get()
+    return value

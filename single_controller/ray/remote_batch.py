@@ -1,0 +1,291 @@
+"""Batches that are in the workers that made them: where they are, who reads them, when they go.
+
+A result without blocking stays with its host (`shelf`), and the driver gets a `RemoteBatch` for it.
+A call on the same process takes it there; before a call goes to other processes, and when the
+driver itself or a pickler asks, the driver puts `publish` into the queue of the host that has it.
+If readers are both here and elsewhere, it depends on the rows who reads what: then the task itself
+finds out whether anyone elsewhere needs these rows, and otherwise publishes nothing.
+
+No order of calls can dead-lock. Put all tasks (calls and publications) in the order in which the
+driver sent them. A task waits for earlier tasks in its host's queue, for earlier calls whose rows
+it needs to know, and for publications of their results. These were sent before it: a publication is
+sent no later than the call that reads it, and after the call that makes the batch. So the first
+unfinished task waits for nothing. A host on an event loop runs more than its first task at a time,
+and waits for no more: a call's turn comes after earlier calls have started, reading arguments
+happens in threads of their own, and a publication has no turn. A release waits for its turn only.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from queue import SimpleQueue
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+
+from single_controller.base.dispatch import is_future
+from single_controller.base.plan import Call
+from single_controller.base.rank import NO_BATCH
+from single_controller.base.recorder import CallRecord
+from single_controller.errors import CallTimeoutError, GroupBrokenError
+from single_controller.ray.failure import CallSite, diagnose, translate
+from single_controller.ray.hosts import Hosts
+from single_controller.ray.parcel import counting
+from single_controller.ray.shelf import kept_here, known_rows, remember_rows
+
+__all__ = ["Lease", "RemoteBatch", "RemoteCall", "Routes", "offering", "route"]
+
+_NO_OFFERS: Mapping[str, tuple[Any, ...]] = {}
+_offering: ContextVar[Mapping[str, tuple[Any, ...]] | None] = ContextVar("_offering", default=None)
+
+
+class RemoteCall:
+    """A call that keeps its outputs: for each rank a reference to the rows it made.
+
+    It counts only if all ranks succeed, also those whose output is not needed.
+    """
+
+    def __init__(self, token: str, refs: Sequence[Any], sites: Sequence[CallSite]) -> None:
+        self.token, self.refs, self.sites = token, list(refs), tuple(sites)
+
+    def rows(self, timeout: float | None) -> tuple[int | None, ...]:
+        """Wait for all ranks; the rows of each, None where it kept no batch."""
+        rows = known_rows(self.token)
+        if rows is None:
+            rows = tuple(self._get(timeout))
+            remember_rows(self.token, rows)
+        return rows
+
+    def _get(self, timeout: float | None) -> list[int | None]:
+        try:
+            return ray.get(self.refs, timeout=timeout)
+        except GetTimeoutError:
+            _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
+            pairs = zip(self.sites, self.refs, strict=True)
+            raise _timed_out([site for site, ref in pairs if ref in late], timeout) from None
+        except Exception as error:
+            raise diagnose(error, self.refs, self.sites, {}).error from None
+
+
+class Lease:
+    """The driver's hold on the results of one call: without it, their hosts let go of them."""
+
+    def __init__(self, hosts: Hosts, token: str, record: CallRecord) -> None:
+        self._hosts, self._token, self._record = hosts, token, record
+        self._published: dict[int, Any] = {}
+        self._publications: dict[int, int] = {}  # by rank: how many tasks were sent
+        self._lock = threading.Lock()
+
+    def hold(self, rank: int) -> None:
+        """Include a rank's result, and release all once nobody holds this any more."""
+        if not self._publications:
+            gone = (self._hosts, self._token, self._publications)
+            weakref.finalize(self, _releaser().put, gone).atexit = False
+        self._publications[rank] = 0
+
+    def publish(self, rank: int) -> Any:
+        """A reference to a rank's batch in shared memory."""
+        with self._lock:
+            if rank not in self._published:
+                self._published[rank] = self._send(rank, None)
+            return self._published[rank]
+
+    def publish_for(self, rank: int, futures: Sequence[Any]) -> Any:
+        """The same; to None where it turns out that no row of these futures is in it."""
+        with self._lock:
+            if rank in self._published:
+                return self._published[rank]
+            with offering(_NO_OFFERS):
+                return self._send(rank, list(futures))
+
+    def _send(self, rank: int, wanted: Any) -> Any:
+        hosts = self._hosts
+        if not hosts.handles:
+            raise GroupBrokenError(
+                f"{hosts.broken}: results that were still in its workers are gone. Fetch what you "
+                "need of a future before the group closes"
+            )
+        self._publications[rank] += 1
+        ref, size = hosts.handles[rank].publish.remote(f"{self._token}:{rank}", wanted)
+        self._record.count_later("bytes_between", lambda: _value_if_ready(size))
+        return ref
+
+    def read(self) -> Any:
+        """Count what arrives within this context as results that came to the driver."""
+        return counting(lambda size: self._record.count("bytes_in", size))
+
+
+def _value_if_ready(ref: Any) -> int | None:
+    ready, _ = ray.wait([ref], timeout=0)
+    if not ready:
+        return None
+    try:
+        return int(ray.get(ref))
+    except Exception:
+        return 0
+
+
+class RemoteBatch:
+    """One rank's batch of a call: a `protocol.future.Source`.
+
+    On the driver it has a lease. Sent on, it has offers instead: references to where the batch is
+    published, if it is, and if the process that reads it does not have it.
+    """
+
+    def __init__(
+        self,
+        call: RemoteCall,
+        at: int,
+        host: str,
+        lease: Lease | None,
+        offers: Sequence[Any] = (),
+    ) -> None:
+        self.call, self.at, self.host = call, at, host
+        self.lease, self.offers = lease, tuple(offers)
+
+    @property
+    def site(self) -> CallSite:
+        return self.call.sites[self.at]
+
+    @property
+    def token(self) -> str:
+        return f"{self.call.token}:{self.site.rank}"
+
+    def rows(self, timeout: float | None = None) -> int:
+        """Wait for the worker to finish, and its peers, without fetching the batch."""
+        rows = self.call.rows(timeout)[self.at]
+        if rows is None:
+            site = self.site
+            raise translate(
+                TypeError(NO_BATCH.format(role=site.role, method=site.method)),
+                site,
+            )
+        return rows
+
+    def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
+        """Rows `start` to `stop` of the batch."""
+        from protocol.batches import lend_rows
+
+        kept = kept_here(self.token)
+        if kept is not None:
+            return lend_rows(kept.batch(), start, stop)
+        if self.lease is not None:
+            with self.lease.read():
+                return self._read(self.lease.publish(self.site.rank), start, stop, timeout)
+        found = (self._read(ref, start, stop, timeout) for ref in self.offers)
+        return next(batch for batch in found if batch is not None)
+
+    def _read(self, ref: Any, start: int, stop: int, timeout: float | None) -> Any:
+        from protocol.batches import lend_rows
+        from protocol.wire import read_as, reading
+
+        how = reading()
+        whole = start == 0 and stop == self.rows(timeout)
+        try:
+            with read_as("join" if how == "own" and not whole else how):
+                batch = ray.get(ref, timeout=timeout)
+        except GetTimeoutError:
+            raise _timed_out([self.site], timeout) from None
+        except Exception as error:
+            raise translate(error, self.site) from None
+        return batch if whole or batch is None else lend_rows(batch, start, stop)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteBatch, (self.call, self.at, self.host, None, self._offers())
+
+    def _offers(self) -> tuple[Any, ...]:
+        offers = _offering.get()
+        if offers is _NO_OFFERS:
+            return ()
+        if offers is not None and self.token in offers:
+            return offers[self.token]
+        return self.offers if self.lease is None else (self.lease.publish(self.site.rank),)
+
+
+def _timed_out(sites: Sequence[CallSite], timeout: float | None) -> CallTimeoutError:
+    ranks = [site.rank for site in sites]
+    return CallTimeoutError(
+        f"{sites[0].role}.{sites[0].method}: ranks {ranks} had not finished after {timeout:g} s",
+        ranks,
+    )
+
+
+@contextmanager
+def offering(offers: Mapping[str, tuple[Any, ...]]) -> Iterator[None]:
+    """Within this context, batches are pickled with these references, by token."""
+    token = _offering.set(offers)
+    try:
+        yield
+    finally:
+        _offering.reset(token)
+
+
+class Routes:
+    """How the futures among a call's values reach its ranks."""
+
+    def __init__(self) -> None:
+        self.offers: dict[str, tuple[Any, ...]] = {}  # by token
+        self.claims: dict[int, tuple[str, ...]] = {}  # by rank: what is in its own process
+
+
+def route(calls: Sequence[Call | None], hosts: Hosts, materialize: bool) -> Routes:
+    """Send what must be published before these calls can be sent, and nothing else.
+
+    Where a future itself is the argument (`materialize=False`), the worker may keep it for later:
+    then all of it is published.
+    """
+    routes = Routes()
+    batches: dict[str, RemoteBatch] = {}
+    readers: dict[str, list[tuple[int, Any]]] = {}
+    for rank, call in enumerate(calls):
+        for value in call.values() if call else ():
+            if is_future(value):
+                for origin in value.origins():
+                    if isinstance(origin, RemoteBatch):
+                        batches[origin.token] = origin
+                        readers.setdefault(origin.token, []).append((rank, value))
+    ids = {rank: hosts.handles[rank]._actor_id.hex() for of in readers.values() for rank, _ in of}
+    for token, batch in batches.items():
+        here = [rank for rank, _ in readers[token] if ids[rank] == batch.host]
+        elsewhere = [future for rank, future in readers[token] if ids[rank] != batch.host]
+        for rank in here:
+            routes.claims[rank] = (*routes.claims.get(rank, ()), token)
+        routes.offers[token] = batch.offers
+        if batch.lease is None or (materialize and not elsewhere):
+            continue
+        rank = batch.site.rank
+        conditional = materialize and here
+        ref = batch.lease.publish_for(rank, elsewhere) if conditional else batch.lease.publish(rank)
+        routes.offers[token] = (ref,)
+    return routes
+
+
+_queue: SimpleQueue[tuple[Hosts, str, dict[int, int]]] = SimpleQueue()
+_started = threading.Lock()
+
+
+def _releaser() -> SimpleQueue[tuple[Hosts, str, dict[int, int]]]:
+    """Takes what is to be released: garbage may be collected at any moment, with any lock held,
+    and a thread of its own can wait for its turn.
+    """
+    if _started.acquire(blocking=False):
+        threading.Thread(target=_release_all, daemon=True, name="release-results").start()
+    return _queue
+
+
+def _release_all() -> None:
+    while True:
+        hosts, token, publications = _queue.get()
+        try:
+            with hosts.sending:
+                for rank, count in publications.items() if hosts.handles else ():
+                    turn = hosts.turn(rank)
+                    hosts.handles[rank].release.remote(f"{token}:{rank}", count, turn)
+                    hosts.sent(rank)
+        except Exception:  # the cluster or the host is gone, and the results with it
+            continue

@@ -1,0 +1,108 @@
+"""A worker for tests of how batches get from one to the next."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import torch
+
+from protocol import DataProto
+from single_controller.base import Worker
+from single_controller.base.decorator import Dispatch, register
+from single_controller.ray.shelf import Shelf
+
+ROWS = {"dispatch_mode": Dispatch.DP_COMPUTE_PROTO, "uneven": True}
+LIST = {"dispatch_mode": Dispatch.DP_COMPUTE_METRIC, "uneven": True}
+
+
+class Stage(Worker):
+    """Methods without blocking, whose results are computed by `Model` alike."""
+
+    @register(**ROWS, blocking=False)
+    def step(self, data: DataProto) -> DataProto:
+        return DataProto.from_dict({"x": data.batch["x"] * 2 + 1}, data.non_tensor_batch)
+
+    @register(**ROWS, blocking=False)
+    def double(self, data: DataProto) -> DataProto:
+        return data.repeat(2)
+
+    @register(**ROWS, blocking=False)
+    def thin(self, data: DataProto) -> DataProto:
+        return data.slice(0, max(len(data) - (self.rank == 1), 0))
+
+    @register(**ROWS, blocking=False)
+    def fail(self, data: DataProto) -> DataProto:
+        raise KeyError("no such thing")
+
+    @register(**ROWS, blocking=False)
+    def hand_out_buffer(self, data: DataProto) -> DataProto:
+        self.buffer = torch.zeros(len(data))
+        return DataProto.from_dict({"x": self.buffer})
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def write_buffer(self) -> None:
+        self.buffer += 1
+
+    @register(**LIST)
+    def addresses(self, data: DataProto) -> int:
+        self.seen = data.batch["x"].data_ptr()
+        return self.seen
+
+    @register(**LIST, reads_only=True)
+    def borrowed_addresses(self, data: DataProto) -> int:
+        return data.batch["x"].data_ptr()
+
+    @register(**LIST)
+    def spoil(self, data: DataProto) -> float:
+        data.batch["x"] += 100
+        data.non_tensor_batch["s"][0].fill(7)
+        return float(data.batch["x"].sum())
+
+    @register(**LIST, reads_only=True)
+    def spoil_borrowed(self, data: DataProto, wait: Any = None) -> None:
+        data.batch["x"] += 100
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, reads_only=True)
+    def write_array(self, x: dict[str, Any]) -> None:
+        x["a"][0] = 1
+
+    @register(**LIST, materialize_futures=False)
+    def keep(self, future: Any) -> None:
+        self.kept = future
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def kept_sum(self) -> float:
+        return float(self.kept.get().batch["x"].sum())
+
+    @register(**LIST)
+    def total(self, *data: DataProto) -> float:
+        return float(sum(d.batch["x"].sum() for d in data))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def give(self, x: Any) -> Any:
+        return x
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def results_kept(self) -> int:
+        return sum(len(o) for o in gc.get_objects() if isinstance(o, Shelf))
+
+
+class AsyncStage(Stage):
+    """The same on an event loop."""
+
+    @register(**ROWS, blocking=False)
+    async def step(self, data: DataProto) -> DataProto:  # type: ignore[override]
+        return DataProto.from_dict({"x": data.batch["x"] * 2 + 1}, data.non_tensor_batch)
+
+
+def batch(rows: int) -> DataProto:
+    arrays = np.empty(rows, dtype=object)
+    for i in range(rows):
+        arrays[i] = np.full(3, i)
+    return DataProto.from_dict({"x": torch.arange(float(rows))}, {"s": arrays})
+
+
+def xs(data: DataProto) -> list[float]:
+    return data.batch["x"].tolist()  # type: ignore[no-any-return]

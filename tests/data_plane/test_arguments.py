@@ -1,0 +1,93 @@
+"""What arguments and results weigh on the wire, and who owns what arrives."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from protocol import BatchTypeError, DataProto
+from single_controller import SharedMemoryWriteError
+from single_controller.ray import Colocated, RayWorkerGroup, pin
+from tests.data_plane.stage import batch, xs
+
+MB = 1 << 20
+
+
+def big() -> DataProto:
+    return DataProto.from_dict({"x": torch.ones(6, MB // 4)})  # 6 MB
+
+
+def sent(group: RayWorkerGroup, call: Any) -> float:
+    """MB that left the driver for a call."""
+    before = sum(row.bytes_out for row in group.stats())
+    call()
+    return (sum(row.bytes_out for row in group.stats()) - before) / MB
+
+
+def test_memory_that_several_arguments_show_leaves_once(three: RayWorkerGroup) -> None:
+    data = big()
+    assert 6 <= sent(three, lambda: three.total(data)) < 6.1
+    assert 6 <= sent(three, lambda: three.total(data, data)) < 6.1
+    assert 6 <= sent(three, lambda: three.total(data, data.select(["x"]))) < 6.1
+    assert 6 <= sent(three, lambda: three.give([data, data.batch["x"][1:]])) < 6.1
+    assert three.total(data, data) == [MB] * 3
+
+
+def test_a_pinned_batch_leaves_never_again(roles: Colocated, three: RayWorkerGroup) -> None:
+    data = big()
+    pinned = pin(data)
+    data.batch["x"].zero_()
+    assert sent(three, lambda: three.total(pinned)) == 0
+    assert sent(roles.two, lambda: roles.two.total(pinned, pinned)) == 0
+    assert len(pinned) == 6
+    assert sum(three.total(pinned.select("x"))) == 6 * MB / 4
+    assert xs(roles.one.step(pin(batch(3))).get()) == [1, 3, 5]
+    whole = pinned.get()
+    whole.batch["x"] += 1
+    assert sum(three.total(pinned)) == 6 * MB / 4
+    with pytest.raises(BatchTypeError, match="data must be a DataProto or TensorDict; got list"):
+        pin([1])  # type: ignore[arg-type]
+
+
+def test_what_comes_back_is_private_and_writable(three: RayWorkerGroup) -> None:
+    value = {"t": torch.ones(2000), "a": np.ones(2000), "td": TensorDict({"x": torch.ones(2)}, [2])}
+    outputs = three.give(value)
+    outputs[0]["t"] += 1
+    outputs[0]["a"] += 1
+    outputs[0]["td"]["x"] += 1
+    assert outputs[1]["t"].sum() == outputs[1]["a"].sum() == 2000
+    assert outputs[1]["td"]["x"].sum() == 2
+    alone = three.step.options(ranks=[0]).submit(batch(4)).result()
+    alone.batch["x"] += 1
+    alone.non_tensor_batch["s"][0] += 1
+    whole = three.step.submit(batch(4)).result()
+    whole.batch["x"] += 1
+    whole.non_tensor_batch["s"][0] += 1
+    gc.collect()
+    assert xs(whole) == xs(alone) == [2, 4, 6, 8]
+
+
+def test_stats_say_what_calls_cost(three: RayWorkerGroup) -> None:
+    before = three.stats()["total"]
+    three.total(big())
+    row = three.stats()["total"]
+    assert row.calls == before.calls + 1
+    assert row.bytes_out - before.bytes_out > 6 * MB
+    assert row.wait_s > before.wait_s
+    assert row.dispatch_s > before.dispatch_s
+    assert row.bytes_in == 0
+    assert str(three.stats()).startswith("method")
+    assert three.stats()["never"].calls == 0
+
+
+def test_a_method_that_breaks_its_word_to_read_only_is_found_out(three: RayWorkerGroup) -> None:
+    assert len(three.borrowed_addresses(big())) == 3
+    with pytest.raises(SharedMemoryWriteError, match=r"reads_only=True.*argument 0.batch\['x'\]"):
+        three.spoil_borrowed(big())
+    with pytest.raises(ValueError, match="read-only"):
+        three.write_array({"a": np.ones(2000)})

@@ -1,0 +1,83 @@
+"""Any order of calls over roles and groups ends, with the rows that a list would have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protocol import DataProtoFuture
+from protocol.shards import balanced_sizes
+from single_controller.ray import Colocated, RayWorkerGroup
+from tests.data_plane.stage import batch, xs
+
+PLACES = ["one", "two", "three"]
+METHODS = ["step", "double", "thin"]
+ON_FUTURES = ["select", "halves", "union", "drop", "get"]
+steps = st.one_of(
+    st.tuples(
+        st.sampled_from(["step", "double", "thin"]), st.sampled_from(PLACES), st.integers(0, 9)
+    ),
+    st.tuples(
+        st.sampled_from(["select", "halves", "union", "drop", "get"]), st.none(), st.integers(0, 9)
+    ),
+)
+
+
+def expected(method: str, rows: list[float], ranks: int) -> list[float]:
+    """What a method makes of rows that are spread over so many ranks."""
+    if method == "step":
+        return [2 * x + 1 for x in rows]
+    if method == "double":
+        return [x for x in rows for _ in range(2)]
+    first, second, *_ = balanced_sizes(len(rows), ranks)
+    return rows[: first + max(second - 1, 0)] + rows[first + second :]
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(program=st.lists(steps, min_size=3, max_size=14), rows=st.integers(1, 7))
+@pytest.mark.parametrize("kind", ["roles", "async_roles"])
+def test_any_call_graph_ends_with_the_rows_of_a_list(
+    request: pytest.FixtureRequest,
+    three: RayWorkerGroup,
+    kind: str,
+    program: list[tuple[str, Any, int]],
+    rows: int,
+) -> None:
+    hosts: Colocated = request.getfixturevalue(kind)
+    groups: dict[str, RayWorkerGroup] = {"one": hosts.one, "two": hosts.two, "three": three}
+    start = [float(x) for x in range(rows)]
+    futures: list[tuple[DataProtoFuture, list[float]]] = [
+        (hosts.one.step(batch(rows)), expected("step", start, 2))
+    ]
+    for action, place, pick in program:
+        future, have = futures[pick % len(futures)]
+        if place is not None:
+            if action == "double" and len(have) > 60:
+                continue
+            size = groups[place].world_size
+            futures.append((getattr(groups[place], action)(future), expected(action, have, size)))
+        elif action == "select":
+            futures.append((future.select(["x"]), have))
+        elif action == "halves" and len(have) % 2 == 0:
+            futures.append(
+                (
+                    DataProtoFuture.concat(future.chunk(2)[::-1]),
+                    have[len(have) // 2 :] + have[: len(have) // 2],
+                )
+            )
+        elif action == "union":
+            futures.append((future.union(future.select(["x"])), have))
+        elif action == "drop" and len(futures) > 1:
+            del futures[pick % len(futures)]
+        elif action == "get":
+            assert xs(future.get(timeout=60)) == have
+    for future, have in futures:
+        assert len(future) == len(have)
+        assert xs(future.get(timeout=60)) == have

@@ -1,0 +1,124 @@
+"""The result of a call without blocking stays in its process until someone else asks for it."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import ray
+
+from single_controller import GroupBrokenError, SharedMemoryWriteError, WorkerError
+from single_controller.ray import Colocated, RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from tests.data_plane.stage import Stage, batch, xs
+from tests.waiting import eventually
+
+
+@pytest.fixture(params=["roles", "async_roles"])
+def both(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def moved(*groups: RayWorkerGroup) -> int:
+    return sum(group.stats().moved_bytes for group in groups)
+
+
+def test_a_pipeline_over_roles_of_one_host_moves_no_byte(both: Colocated) -> None:
+    made = both.one.step(batch(6))
+    before = moved(both.one, both.two)
+    last = both.two.step(both.one.step(both.two.step(made)))
+    assert sum(both.one.total(last)) == sum(16 * x + 15 for x in range(6))
+    assert moved(both.one, both.two) == before
+    assert xs(last.get()) == [16 * x + 15 for x in range(6)]
+    stats = both.two.stats()["step"]
+    assert stats.bytes_between > 0
+    assert stats.bytes_in > 0
+
+
+def test_a_role_that_reads_only_gets_what_another_made_and_others_a_copy(both: Colocated) -> None:
+    made = both.one.step(batch(6))
+    here = both.two.borrowed_addresses(made)
+    assert both.one.borrowed_addresses(made) == here
+    assert all(a != b for a, b in zip(both.two.addresses(made), here, strict=True))
+    assert sum(both.two.spoil(made)) == sum(2 * x + 1 + 100 for x in range(6))
+    assert xs(made.get()) == [2 * x + 1 for x in range(6)]
+    assert [array.tolist() for array in made.get().non_tensor_batch["s"]] == [
+        [i] * 3 for i in range(6)
+    ]
+
+
+def test_rows_that_lie_elsewhere_are_fetched(both: Colocated, three: RayWorkerGroup) -> None:
+    uneven = both.one.thin(batch(5))  # 3 and 1 rows
+    assert xs(both.two.step(uneven).get()) == [1, 3, 5, 7]
+    assert xs(three.step(uneven).get()) == [1, 3, 5, 7]
+    assert xs(both.two.step(three.double(both.one.step(batch(2)))).get()) == [3, 3, 7, 7]
+
+
+def test_a_result_is_let_go_of_when_the_driver_drops_it(both: Colocated) -> None:
+    gc.collect()
+    assert eventually(lambda: both.one.results_kept() == [0, 0])
+    first = both.one.step(batch(4))
+    second = both.two.step(first)
+    part = second.chunk(2)[0]
+    del first, second
+    gc.collect()
+    assert eventually(lambda: both.one.results_kept() == [1, 1])
+    assert xs(part.get()) == [3, 7]
+    del part
+    gc.collect()
+    assert eventually(lambda: both.one.results_kept() == [0, 0])
+    for _ in range(20):
+        both.two.step(both.one.double(batch(3)))  # dropped before it ran
+        both.one.fail(batch(3))
+    gc.collect()
+    assert eventually(lambda: both.one.results_kept() == [0, 0])
+
+
+def test_a_failed_producer_is_the_cause_wherever_its_future_goes(
+    both: Colocated, three: RayWorkerGroup
+) -> None:
+    failed = both.one.fail(batch(4))
+    for read in (failed.get, lambda: both.two.total(failed), lambda: three.total(failed)):
+        with pytest.raises(KeyError) as caught:
+            read()
+        assert isinstance(caught.value, WorkerError)
+        assert caught.value.method == "fail"
+
+
+def test_a_future_inside_another_value_or_process_finds_its_rows(
+    both: Colocated, three: RayWorkerGroup
+) -> None:
+    made = both.one.step(batch(4))
+    (pair, *_) = three.give([made, {"again": made.select("x")}])
+    assert xs(pair[0].get()) == xs(pair[1]["again"].get()) == [1, 3, 5, 7]
+    both.two.keep(made)
+    three.keep(made)
+    rest = ray.remote(lambda future: future.get().batch["x"].sum().item())
+    elsewhere = rest.remote(made)
+    del made
+    gc.collect()
+    assert ray.get(elsewhere) == 16
+    assert sum(both.two.kept_sum()) == sum(three.kept_sum()) == 16
+
+
+def test_a_worker_that_changes_what_it_returned_is_found_out(roles: Colocated) -> None:
+    made = roles.one.hand_out_buffer(batch(4))
+    assert sum(roles.two.total(made)) == 0
+    roles.one.write_buffer()
+    with pytest.raises(
+        SharedMemoryWriteError, match=r"one.hand_out_buffer returned a batch.*clone"
+    ):
+        roles.two.total(made)
+    with pytest.raises(SharedMemoryWriteError):
+        made.get()
+
+
+def test_results_end_with_their_group(cluster: None) -> None:
+    with (
+        RayResourcePool([1], cpus_per_process=0.1) as pool,
+        RayWorkerGroup(pool, RayClassWithInitArgs(Stage)) as group,
+    ):
+        made = group.step(batch(2))
+        assert len(made) == 2
+    with pytest.raises(GroupBrokenError, match="Fetch what you need"):
+        made.get()
