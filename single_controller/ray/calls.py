@@ -78,6 +78,5 @@ class RayPending(Pending):
         for i in self._answers:
             rank = self._sites[i].rank
             lease.hold(rank)
-            host = self._hosts.handles[rank]._actor_id.hex()
-            batches.append(RemoteBatch(call, i, host, lease))
+            batches.append(RemoteBatch(call, i, lease))
         return batches

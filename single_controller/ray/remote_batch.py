@@ -40,8 +40,8 @@ from single_controller.ray.shelf import kept_here, known_rows, remember_rows
 
 __all__ = ["Lease", "RemoteBatch", "RemoteCall", "Routes", "offering", "route"]
 
-_NO_OFFERS: Mapping[str, tuple[Any, ...]] = {}
-_offering: ContextVar[Mapping[str, tuple[Any, ...]] | None] = ContextVar("_offering", default=None)
+_NO_OFFERS: Mapping[str, Any] = {}
+_offering: ContextVar[Mapping[str, Any] | None] = ContextVar("_offering", default=None)
 
 
 class RemoteCall:
@@ -76,7 +76,7 @@ class Lease:
     """The driver's hold on the results of one call: without it, their hosts let go of them."""
 
     def __init__(self, hosts: Hosts, token: str, record: CallRecord) -> None:
-        self._hosts, self._token, self._record = hosts, token, record
+        self.hosts, self._token, self._record = hosts, token, record
         self._published: dict[int, Any] = {}
         self._publications: dict[int, int] = {}  # by rank: how many tasks were sent
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class Lease:
     def hold(self, rank: int) -> None:
         """Include a rank's result, and release all once nobody holds this any more."""
         if not self._publications:
-            gone = (self._hosts, self._token, self._publications)
+            gone = (self.hosts, self._token, self._publications)
             weakref.finalize(self, _releaser().put, gone).atexit = False
         self._publications[rank] = 0
 
@@ -104,7 +104,7 @@ class Lease:
                 return self._send(rank, list(futures))
 
     def _send(self, rank: int, wanted: Any) -> Any:
-        hosts = self._hosts
+        hosts = self.hosts
         if not hosts.handles:
             raise GroupBrokenError(
                 f"{hosts.broken}: results that were still in its workers are gone. Fetch what you "
@@ -133,20 +133,19 @@ def _value_if_ready(ref: Any) -> int | None:
 class RemoteBatch:
     """One rank's batch of a call: a `protocol.future.Source`.
 
-    On the driver it has a lease. Sent on, it has offers instead: references to where the batch is
-    published, if it is, and if the process that reads it does not have it.
+    On the driver it has a lease. Sent on, it has an offer instead: a reference to where the batch
+    is published, unless no process that reads it needs that.
     """
 
     def __init__(
         self,
         call: RemoteCall,
         at: int,
-        host: str,
         lease: Lease | None,
-        offers: Sequence[Any] = (),
+        offer: Any = None,
     ) -> None:
-        self.call, self.at, self.host = call, at, host
-        self.lease, self.offers = lease, tuple(offers)
+        self.call, self.at = call, at
+        self.lease, self.offer = lease, offer
 
     @property
     def site(self) -> CallSite:
@@ -177,8 +176,9 @@ class RemoteBatch:
         if self.lease is not None:
             with self.lease.read():
                 return self._read(self.lease.publish(self.site.rank), start, stop, timeout)
-        found = (self._read(ref, start, stop, timeout) for ref in self.offers)
-        return next(batch for batch in found if batch is not None)
+        batch = self._read(self.offer, start, stop, timeout)
+        assert batch is not None, f"{self.token} is neither here nor published"
+        return batch
 
     def _read(self, ref: Any, start: int, stop: int, timeout: float | None) -> Any:
         from protocol.batches import lend_rows
@@ -196,15 +196,15 @@ class RemoteBatch:
         return batch if whole or batch is None else lend_rows(batch, start, stop)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteBatch, (self.call, self.at, self.host, None, self._offers())
+        return RemoteBatch, (self.call, self.at, None, self._offered())
 
-    def _offers(self) -> tuple[Any, ...]:
+    def _offered(self) -> Any:
         offers = _offering.get()
         if offers is _NO_OFFERS:
-            return ()
+            return None
         if offers is not None and self.token in offers:
             return offers[self.token]
-        return self.offers if self.lease is None else (self.lease.publish(self.site.rank),)
+        return self.offer if self.lease is None else self.lease.publish(self.site.rank)
 
 
 def _timed_out(sites: Sequence[CallSite], timeout: float | None) -> CallTimeoutError:
@@ -216,7 +216,7 @@ def _timed_out(sites: Sequence[CallSite], timeout: float | None) -> CallTimeoutE
 
 
 @contextmanager
-def offering(offers: Mapping[str, tuple[Any, ...]]) -> Iterator[None]:
+def offering(offers: Mapping[str, Any]) -> Iterator[None]:
     """Within this context, batches are pickled with these references, by token."""
     token = _offering.set(offers)
     try:
@@ -229,7 +229,7 @@ class Routes:
     """How the futures among a call's values reach its ranks."""
 
     def __init__(self) -> None:
-        self.offers: dict[str, tuple[Any, ...]] = {}  # by token
+        self.offers: dict[str, Any] = {}  # by token: a reference to where it is published
         self.claims: dict[int, tuple[str, ...]] = {}  # by rank: what is in its own process
 
 
@@ -249,19 +249,20 @@ def route(calls: Sequence[Call | None], hosts: Hosts, materialize: bool) -> Rout
                     if isinstance(origin, RemoteBatch):
                         batches[origin.token] = origin
                         readers.setdefault(origin.token, []).append((rank, value))
-    ids = {rank: hosts.handles[rank]._actor_id.hex() for of in readers.values() for rank, _ in of}
     for token, batch in batches.items():
-        here = [rank for rank, _ in readers[token] if ids[rank] == batch.host]
-        elsewhere = [future for rank, future in readers[token] if ids[rank] != batch.host]
+        own = batch.lease is not None and batch.lease.hosts is hosts
+        at = batch.site.rank if own else None
+        here = [rank for rank, _ in readers[token] if rank == at]
+        elsewhere = [future for rank, future in readers[token] if rank != at]
         for rank in here:
             routes.claims[rank] = (*routes.claims.get(rank, ()), token)
-        routes.offers[token] = batch.offers
+        routes.offers[token] = batch.offer
         if batch.lease is None or (materialize and not elsewhere):
             continue
         rank = batch.site.rank
         conditional = materialize and here
         ref = batch.lease.publish_for(rank, elsewhere) if conditional else batch.lease.publish(rank)
-        routes.offers[token] = (ref,)
+        routes.offers[token] = ref
     return routes
 
 
