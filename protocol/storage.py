@@ -53,6 +53,7 @@ def save(
 
     Raises:
         StorageError: an object is not JSON, and pickle is not allowed.
+        FileNotFoundError: there is no such directory.
     """
     path, writer = _path(filepath), _Writer(checks.flag("allow_pickle", allow_pickle))
     index = {
@@ -62,6 +63,8 @@ def save(
         "meta_info": writer.encode_all("meta_info", meta_info),
     }
     tensors = {**writer.tensors, _INDEX: _as_bytes(json.dumps(index).encode())}
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no directory {path.parent} to save {path.name} in")
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(tensors, unfinished, {"format": _FORMAT, "version": str(STORAGE_VERSION)})
