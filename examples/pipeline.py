@@ -62,8 +62,7 @@ class Learner(Actor):
     def learn(self, batch: DataProto) -> tuple[Span, dict[str, torch.Tensor]]:
         """An update per mini-batch; when it was at work, and the new parameters."""
         began = time.time()
-        for mini in mini_batches(self.settings, batch.select(READS["actor"]), step=0):
-            self.update(mini)
+        self.update(*mini_batches(self.settings, batch.select(READS["actor"]), step=0))
         return (began, time.time()), self.parameters()
 
 

@@ -45,7 +45,7 @@ class CharTokenizer:
         return len(self.characters)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        return [self.characters.index(character) for character in text]
+        return list(map(self.characters.index, text))
 
     def decode(self, ids: Any) -> str:
         return "".join(self.characters[i] for i in ids)
@@ -60,11 +60,11 @@ def make_prompts(
         prompts and prompt_mask (rows, longest prompt), filled up on the left; targets
         (rows, longest answer): the tokens of the right answer and the end, then -1.
     """
+    lengths = torch.randint(min(2, digits), digits + 1, (rows,), generator=generator).tolist()
+    numbers = torch.randint(10, (rows, digits), generator=generator).tolist()
     prompts, targets = [], []
-    for _ in range(rows):
-        length = int(torch.randint(min(2, digits), digits + 1, (), generator=generator))
-        numbers = torch.randint(10, (length,), generator=generator)
-        text = "".join(map(str, numbers.tolist()))
+    for length, row in zip(lengths, numbers, strict=True):
+        text = "".join(map(str, row[:length]))
         prompts.append(tokenizer.encode(f"{text}=", add_special_tokens=False))
         answer = tokenizer.encode(RULES[task](text), add_special_tokens=False)
         targets.append([*answer, tokenizer.eos_token_id])

@@ -25,7 +25,6 @@ from examples.ppo.task import CharTokenizer, Tokenizer, make_prompts
 from examples.ppo.workers import Actor, Critic, Reference, Reward
 from protocol import DataProto
 from single_controller.base import Worker
-from single_controller.base.method import CallFuture
 from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
@@ -102,16 +101,10 @@ class Seconds:
         self.add(phase, batch.meta_info.pop("metrics")["seconds"])
         return batch
 
-    def updates(self, phase: str, futures: list[CallFuture]) -> dict[str, float]:
-        """The mean over updates of their metrics, of which each rank has a share."""
-        means: dict[str, float] = {}
-        for future in futures:
-            shares = future.result()
-            self.add(phase, [share.pop("seconds") for share in shares])
-            for key in shares[0]:
-                total = sum(share[key] for share in shares)
-                means[key] = means.get(key, 0.0) + total / len(futures)
-        return means
+    def metrics(self, phase: str, shares: list[dict[str, float]]) -> dict[str, float]:
+        """What the ranks' shares add up to."""
+        self.add(phase, [share.pop("seconds") for share in shares])
+        return {key: sum(share[key] for share in shares) for key in shares[0]}
 
     def summary(self) -> dict[str, float]:
         """Seconds by phase, of the slowest rank; "controller" is when no rank worked."""
@@ -182,16 +175,14 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
 
     batch = batch.union(advantages(settings, batch))
 
+    # One call takes all mini-batches, each of them split by rows over the ranks.
     updates = {
-        role: [
-            roles[role].update.submit(mini)
-            for mini in mini_batches(settings, batch.select(READS[role]), step)
-        ]
+        role: roles[role].update.submit(*mini_batches(settings, batch.select(READS[role]), step))
         for role in ("critic", "actor")
         if role in roles
     }
     learned = {
-        role: seconds.updates(f"update {role}", futures) for role, futures in updates.items()
+        role: seconds.metrics(f"update {role}", future.result()) for role, future in updates.items()
     }
 
     columns, mask = batch.batch, batch.batch["response_mask"]

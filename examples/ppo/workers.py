@@ -42,9 +42,9 @@ def timed(method: F) -> F:
     """Add the seconds that a rank worked to what it returns."""
 
     @functools.wraps(method)
-    def run(self: Worker, data: DataProto) -> Any:
+    def run(self: Worker, *data: DataProto) -> Any:
         began = time.perf_counter()
-        output = method(self, data)
+        output = method(self, *data)
         get_torch_device().synchronize()
         seconds = time.perf_counter() - began
         if isinstance(output, DataProto):
@@ -144,12 +144,20 @@ class Trainable(Role):
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, uneven=True)
     @timed
-    def update(self, data: DataProto) -> dict[str, float]:
-        """One optimizer step on a mini-batch, all ranks together.
+    def update(self, *mini_batches: DataProto) -> dict[str, float]:
+        """One optimizer step on each mini-batch, all ranks together.
 
         `weights` (rows, tokens) say how much each token's loss counts; over all ranks' rows, the
-        weighted sum is the loss. The metrics are this rank's shares of such sums.
+        weighted sum is the loss. The metrics are this rank's shares of such sums, on average over
+        the mini-batches.
         """
+        totals: dict[str, float] = {}
+        for data in mini_batches:
+            for key, value in self.update_on(data).items():
+                totals[key] = totals.get(key, 0.0) + value / len(mini_batches)
+        return totals
+
+    def update_on(self, data: DataProto) -> dict[str, float]:
         metrics: dict[str, float] = {}
         pieces = list(self.pieces(data))
         for i, (piece, _) in enumerate(pieces):

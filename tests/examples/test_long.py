@@ -89,23 +89,25 @@ def curves(output: Path) -> list[tuple[Any, ...]]:
     return [tuple(line[key] for key in keys) for line in lines]
 
 
+def finish(*options: str, output: Path, address: str) -> None:
+    with run(*options, output=output, address=address) as program:
+        errors = program.communicate(timeout=120)[1]
+        assert program.returncode == 0, errors
+
+
 def test_a_run_that_ctrl_c_ended_goes_on_as_if_it_had_not(cluster: None, tmp_path: Path) -> None:
     address = str(ray.get_runtime_context().gcs_address)
-    whole = run("--steps", "30", output=tmp_path / "whole", address=address)
-    assert whole.wait(120) == 0, whole.stderr.read()  # type: ignore[union-attr]
+    finish("--steps", "30", output=tmp_path / "whole", address=address)
 
-    cut = run("--steps", "30", output=tmp_path / "cut")
-    metrics = tmp_path / "cut" / "metrics.jsonl"
-    assert cut.stderr is not None
-    for line in iter(lambda: cut.stderr.read(80), ""):  # type: ignore[union-attr]
-        if "reward=" in line:
-            break
-    os.killpg(cut.pid, signal.SIGINT)
-    shown = cut.communicate(timeout=60)[1]
-    assert cut.returncode == 130, shown
-    assert "--resume goes on" in shown
-    assert 0 < len(metrics.read_text().splitlines()) < 30
+    with run("--steps", "30", output=tmp_path / "cut") as cut:
+        assert cut.stderr is not None
+        while "reward=" not in cut.stderr.read(80):
+            assert cut.poll() is None
+        os.killpg(cut.pid, signal.SIGINT)
+        errors = cut.communicate(timeout=60)[1]
+        assert cut.returncode == 130, errors
+    assert "--resume goes on" in errors
+    assert 0 < len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) < 30
 
-    resumed = run("--steps", "30", "--resume", output=tmp_path / "cut", address=address)
-    assert resumed.wait(120) == 0, resumed.stderr.read()  # type: ignore[union-attr]
+    finish("--steps", "30", "--resume", output=tmp_path / "cut", address=address)
     assert curves(tmp_path / "cut") == curves(tmp_path / "whole")

@@ -50,13 +50,9 @@ def sampled(model: Any, prompts: DataProto) -> tuple[torch.Tensor, torch.Tensor]
 def test_the_right_answer_earns_one_and_each_wrong_position_costs_its_share(
     task: str, answer: str
 ) -> None:
-    def digits_3127(*_: Any, **__: Any) -> torch.Tensor:
-        return torch.tensor([3, 1, 2, 7])
-
+    draws = iter([torch.tensor([4]), torch.tensor([[3, 1, 2, 7]])])  # the length, the digits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch, "randint", lambda *a, **k: torch.tensor(4) if () in a else digits_3127()
-        )
+        patch.setattr(torch, "randint", lambda *_, **__: next(draws))
         targets = make_prompts(task, TOKENIZER, 1, 4, torch.Generator()).batch["targets"]
     assert TOKENIZER.decode(targets[0].tolist()) == answer
     assert position_rewards(targets, targets).sum().item() == pytest.approx(1)
