@@ -6,6 +6,7 @@
 from single_controller.base import (
     Broadcast,
     ClassWithInitArgs,
+    GroupView,
     PerRank,
     ResourcePool,
     Worker,
@@ -33,6 +34,7 @@ __all__ = [
     "CollectiveError",
     "DispatchError",
     "GroupBrokenError",
+    "GroupView",
     "PerRank",
     "RegistrationError",
     "ResourceError",

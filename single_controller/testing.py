@@ -19,7 +19,7 @@ import pytest
 
 from single_controller.base.colocated import Colocated
 from single_controller.base.resource_pool import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs
+from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.worker import Worker
 from single_controller.inline.roles import colocate
 from single_controller.inline.worker_group import InlineWorkerGroup
@@ -35,10 +35,10 @@ class InlineGroups:
 
     def __call__(
         self,
-        role: type[Worker] | ClassWithInitArgs,
+        role: type[W] | ClassWithInitArgs[W],
         ranks: int | Sequence[int] = 1,
         **options: Any,
-    ) -> InlineWorkerGroup:
+    ) -> InlineWorkerGroup[W]:
         """A group of `role`, which is a worker class, or `ClassWithInitArgs` with its arguments.
 
         Args:

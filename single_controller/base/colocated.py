@@ -5,13 +5,14 @@ Starting hosts is left to the `colocate` of each backend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from single_controller.base.host_group import HostGroup
 from single_controller.base.roles import ClassWithInitArgs
 from single_controller.base.table import GroupTable
 from single_controller.base.worker import Worker
+from single_controller.errors import RegistrationError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,6 +33,29 @@ class Colocated:
             return roles[name]
         raise AttributeError(f"no role {name!r}; the roles are {list(roles)}")
 
+    @classmethod
+    def of(cls, roles: Colocated) -> Self:
+        """`roles`, as a value of this type, whose annotations are the views of its roles:
+
+            class Team(Colocated):
+                actor: ActorGroup  # class ActorGroup(GroupView, Actor): ...
+
+            team = Team.of(colocate(pool, actor=Actor))
+
+        Raises:
+            RegistrationError: a role is missing, or of another worker class than its view.
+        """
+        for role, view in get_type_hints(cls).items():
+            if role in ("hosts", "roles"):
+                continue
+            if role not in roles.roles:
+                raise RegistrationError(
+                    f"{cls.__name__} has the role {role!r}; there are {list(roles.roles)}"
+                )
+            roles.roles[role]._check_view(view)
+        made: Any = roles
+        return made  # type: ignore[no-any-return]
+
     def describe(self) -> GroupTable:
         """rank → role → node → device → pid → state, as a value that prints as a table."""
         return self.hosts.describe()
@@ -48,7 +72,8 @@ class Colocated:
 
 
 def role_specs(
-    roles: Mapping[str, ClassWithInitArgs | type[Worker]], spec: type[ClassWithInitArgs]
+    roles: Mapping[str, ClassWithInitArgs | type[Worker]],
+    spec: Callable[[type[Worker]], ClassWithInitArgs],
 ) -> dict[str, ClassWithInitArgs]:
     """The roles of a `colocate` call, bare classes as a `spec` without arguments.
 

@@ -15,6 +15,7 @@ from single_controller.errors import DispatchError, RegistrationError
 
 __all__ = [
     "CustomMode",
+    "MeshFunctions",
     "collect_lazy_compute_data_proto",
     "collect_nd_compute",
     "collect_nd_compute_dataproto",
@@ -27,6 +28,10 @@ __all__ = [
 ]
 
 Functions: TypeAlias = dict[str, Callable[..., Any]]
+
+
+class MeshFunctions(Functions):
+    """The functions of a mesh. A type of its own, as its methods return one batch."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +126,13 @@ def mode_functions(mode: Mode) -> Functions:
     }
 
 
-def make_nd_compute_dataproto_dispatch_fn(mesh_name: str) -> Functions:
+def make_nd_compute_dataproto_dispatch_fn(mesh_name: str) -> MeshFunctions:
     """The dispatch mode that splits batches over the dp ranks of the workers' mesh `mesh_name`.
 
     Workers say where they are in it with `register_mesh` or `_register_dispatch_collect_info`;
     the driver asks them once, on the first call.
     """
-    return mode_functions(ByRows(mesh=mesh_name))
+    return MeshFunctions(mode_functions(ByRows(mesh=mesh_name)))
 
 
 def dispatch_lazy_compute_data_proto(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 from single_controller.base.custom import (
     CustomMode,
     Functions,
+    MeshFunctions,
     collect_lazy_compute_data_proto,
     collect_nd_compute,
     collect_nd_compute_dataproto,
@@ -33,7 +34,18 @@ from single_controller.base.dispatch import (
     PerElement,
     RankZero,
 )
+from single_controller.base.registered import (
+    MoreOptions,
+    ToAny,
+    ToFuture,
+    ToList,
+    ToListOfAny,
+    ToOne,
+)
 from single_controller.errors import RegistrationError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "DISPATCH_MODE_FN_REGISTRY",
@@ -56,7 +68,6 @@ __all__ = [
     "update_dispatch_mode",
 ]
 
-F = TypeVar("F", bound=Callable[..., Any])
 E = TypeVar("E", bound="_OpenEnum")
 
 _SPEC = "__single_controller_spec__"
@@ -96,21 +107,36 @@ class _OpenEnum:
 class Dispatch(_OpenEnum):
     """How arguments are spread over the ranks, and outputs merged. README has the table."""
 
-    RANK_ZERO: ClassVar[Dispatch]
-    ONE_TO_ALL: ClassVar[Dispatch]
-    ALL_TO_ALL: ClassVar[Dispatch]
-    DP_COMPUTE: ClassVar[Dispatch]
-    DP_COMPUTE_PROTO: ClassVar[Dispatch]
-    DP_COMPUTE_PROTO_WITH_FUNC: ClassVar[Dispatch]
-    DP_COMPUTE_METRIC: ClassVar[Dispatch]
+    RANK_ZERO: ClassVar[_FirstRank]
+    ONE_TO_ALL: ClassVar[_Whole]
+    ALL_TO_ALL: ClassVar[_Lists]
+    DP_COMPUTE: ClassVar[_Lists]
+    DP_COMPUTE_PROTO: ClassVar[_Rows]
+    DP_COMPUTE_PROTO_WITH_FUNC: ClassVar[_Rows]
+    DP_COMPUTE_METRIC: ClassVar[_Whole]
     DIRECT_ROLLOUT_METHOD: ClassVar[Dispatch]
 
 
 class Execute(_OpenEnum):
     """Which ranks run the method. With RANK_ZERO, rank 0 gets all arguments whole."""
 
-    ALL: ClassVar[Execute]
-    RANK_ZERO: ClassVar[Execute]
+    ALL: ClassVar[_OnAll]
+    RANK_ZERO: ClassVar[_OnFirst]
+
+
+if TYPE_CHECKING:  # kinds of members, by which `register` tells what a group returns
+
+    class _FirstRank(Dispatch): ...
+
+    class _Whole(Dispatch): ...
+
+    class _Lists(Dispatch): ...
+
+    class _Rows(Dispatch): ...
+
+    class _OnAll(Execute): ...
+
+    class _OnFirst(Execute): ...
 
 
 _EXECUTE_FN_NAMES = {
@@ -234,6 +260,50 @@ class MethodSpec:
         return replace(mode, rank_zero=True) if isinstance(mode, CustomMode) else RankZero()
 
 
+@overload
+def register(  # type: ignore[overload-overlap]
+    dispatch_mode: Any = ...,
+    *,
+    execute_mode: _OnFirst,
+    blocking: Literal[True] = ...,
+    **more: Unpack[MoreOptions],
+) -> ToOne: ...
+@overload
+def register(  # type: ignore[overload-overlap]
+    dispatch_mode: _Rows | _FirstRank | MeshFunctions,
+    execute_mode: _OnAll = ...,
+    blocking: Literal[True] = ...,
+    **more: Unpack[MoreOptions],
+) -> ToOne: ...
+@overload
+def register(  # type: ignore[overload-overlap]
+    dispatch_mode: _Rows | MeshFunctions,
+    execute_mode: _OnAll = ...,
+    *,
+    blocking: Literal[False],
+    **more: Unpack[MoreOptions],
+) -> ToFuture: ...
+@overload
+def register(  # type: ignore[overload-overlap]
+    dispatch_mode: _Whole,
+    execute_mode: _OnAll = ...,
+    blocking: Literal[True] = ...,
+    **more: Unpack[MoreOptions],
+) -> ToList: ...
+@overload
+def register(
+    dispatch_mode: _Lists = ...,
+    execute_mode: _OnAll = ...,
+    blocking: Literal[True] = ...,
+    **more: Unpack[MoreOptions],
+) -> ToListOfAny: ...
+@overload
+def register(
+    dispatch_mode: Dispatch | Mapping[str, Any] = ...,
+    execute_mode: Execute = ...,
+    blocking: bool = ...,
+    **more: Unpack[MoreOptions],
+) -> ToAny: ...
 def register(
     dispatch_mode: Dispatch | Mapping[str, Any] = Dispatch.ALL_TO_ALL,
     execute_mode: Execute = Execute.ALL,
@@ -241,7 +311,7 @@ def register(
     materialize_futures: bool = True,
     uneven: bool = False,
     reads_only: bool = False,
-) -> Callable[[F], F]:
+) -> Any:
     """Let groups call a worker's method. The method stays as it is, sync or `async def`.
 
     Args:
@@ -266,7 +336,7 @@ def register(
     get_predefined_execute_fn(execute_mode)
     spec.mode()
 
-    def mark(method: F) -> F:
+    def mark(method: Any) -> Any:
         if not inspect.isfunction(method):
             raise RegistrationError(
                 f"register decorates plain or async functions; got {type(method).__name__}. Under "

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from single_controller.base.resource_pool import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs
+from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.table import GroupTable, Place, RankState
 from single_controller.base.worker import Worker
 from single_controller.base.worker_group import WorkerGroup
@@ -36,7 +36,7 @@ class SomeHosts(Protocol):
     def close(self) -> None: ...
 
 
-class HostGroup(WorkerGroup):
+class HostGroup(WorkerGroup[W]):
     """A role's ranks on hosts, or, with the role "", the hosts of several roles.
 
     A context manager: leaving it closes the group, and all views on its hosts with it.

@@ -5,12 +5,22 @@ Starting processes, and options of the processes, are left to the backends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec
 
 from single_controller.base.worker import Worker
 from single_controller.errors import RegistrationError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    W = TypeVar("W", default=Any)
+else:
+    from typing import TypeVar
+
+    W = TypeVar("W")  # Python 3.10 knows no defaults
+P = ParamSpec("P")
 
 __all__ = [
     "ClassWithInitArgs",
@@ -44,17 +54,18 @@ def worker_class(cls: Any, role: str) -> type[Worker]:
     return cls
 
 
-class ClassWithInitArgs:
+class ClassWithInitArgs(Generic[W]):
     """A class and the arguments to construct it with, later and elsewhere."""
 
-    def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
-        self.cls = cls
-        self.args = args
-        self.kwargs = kwargs
+    def __init__(self, cls: Callable[P, W], *args: P.args, **kwargs: P.kwargs) -> None:
+        self.cls: Any = cls
+        self.args: tuple[Any, ...] = args
+        self.kwargs: dict[str, Any] = kwargs
 
-    def __call__(self) -> Any:
+    def __call__(self) -> W:
         """Construct it here and now."""
-        return self.cls(*self.args, **self.kwargs)
+        made: W = self.cls(*self.args, **self.kwargs)
+        return made
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({getattr(self.cls, '__name__', self.cls)})"
@@ -89,7 +100,7 @@ class FusedWorker(Worker):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-class ColocatedClasses(ClassWithInitArgs):
+class ColocatedClasses(ClassWithInitArgs[Any]):
     """Roles by name, to be built in one host per rank.
 
     Raises:

@@ -118,11 +118,13 @@ class Worker:
     _context: WorkerContext
     _meshes: dict[str, tuple[int, bool]]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        worker = super().__new__(cls)
-        worker._context = _building.get() or WorkerContext.from_environment()
-        worker._meshes = {}
-        return worker
+    if not TYPE_CHECKING:  # or type checkers would take its parameters for the constructor's
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            worker = super().__new__(cls)
+            worker._context = _building.get() or WorkerContext.from_environment()
+            worker._meshes = {}
+            return worker
 
     def __init__(self, cuda_visible_devices: str | None = None) -> None:
         if cuda_visible_devices is not None:

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from single_controller.base.decorator import registered_methods
 from single_controller.base.dispatch import Mode, OneToAll, RankZero
@@ -18,14 +18,17 @@ from single_controller.base.explain import Carrier, Explanation, explain_argumen
 from single_controller.base.method import BoundMethod, CallOptions, MethodBinding, Pending
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.recorder import CallRecord, Recorder, StatsTable
+from single_controller.base.registered import GroupView, Registered
 from single_controller.base.resource_pool import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs, worker_class
+from single_controller.base.roles import ClassWithInitArgs, W, worker_class
 from single_controller.base.worker import Worker
 from single_controller.errors import (
     DispatchError,
     RegistrationError,
     UnknownMethodError,
 )
+
+M = TypeVar("M")
 
 __all__ = [
     "ClassWithInitArgs",
@@ -35,7 +38,7 @@ __all__ = [
 ]
 
 
-class WorkerGroup(abc.ABC):
+class WorkerGroup(abc.ABC, Generic[W]):
     """All ranks of one role, called as if they were one local object.
 
     Args:
@@ -216,6 +219,46 @@ class WorkerGroup(abc.ABC):
         bytes that moved, seconds in dispatch, wait and collect. Sends nothing.
         """
         return self._recorder.stats()
+
+    def __getitem__(self, method: Registered[Any, Any, M]) -> M:
+        """A method by that of the worker class: `group[Actor.update](batch)`.
+
+        The same as `group.update`, with the parameters and the collected result known to type
+        checkers, and to tools that rename.
+
+        Raises:
+            UnknownMethodError: it is not a registered method of this group's workers.
+        """
+        name = getattr(method, "__name__", None)
+        if name is None:
+            raise TypeError(
+                "a group finds a method by that of the worker class, group[Actor.update]; by name "
+                f"it is an attribute, group.{method}"
+            )
+        found: Any = getattr(self, name)
+        if not any(vars(cls).get(name) is method for cls in self._mro()):
+            raise UnknownMethodError(
+                f"{getattr(method, '__qualname__', name)} is no method of {self.role}, a group "
+                f"of {getattr(self._worker_cls, '__name__', 'no class')}"
+            )
+        return found  # type: ignore[no-any-return]
+
+    def _mro(self) -> Sequence[type]:
+        return () if self._worker_cls is None else self._worker_cls.__mro__
+
+    def _check_view(self, view: type) -> None:
+        """Raise RegistrationError where this is no group of the view's worker class."""
+        bases = [c for c in view.__mro__ if issubclass(c, Worker) and not issubclass(c, GroupView)]
+        if not bases:
+            raise RegistrationError(
+                f"{view.__name__} is a view of no worker class: say class "
+                f"{view.__name__}(GroupView, Actor)"
+            )
+        if self._worker_cls is None or not issubclass(self._worker_cls, bases[0]):
+            mine = getattr(self._worker_cls, "__name__", "no class")
+            raise RegistrationError(
+                f"{view.__name__} is a view of groups of {bases[0].__name__}; this is of {mine}"
+            )
 
     def execute_all(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
         """As `execute_all_async`: a reference to each rank's output."""

@@ -13,7 +13,7 @@ from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.resource_pool import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs
+from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.worker import checked_worker_env
 from single_controller.errors import RegistrationError
 from single_controller.inline.calls import send
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["InlineWorkerGroup"]
 
 
-class InlineWorkerGroup(HostGroup):
+class InlineWorkerGroup(HostGroup[W]):
     """A role's ranks in the driver's own process, for debuggers and unit tests.
 
     It takes what `RayWorkerGroup` takes and does what that does, without Ray: ranks run one after
@@ -55,7 +55,7 @@ class InlineWorkerGroup(HostGroup):
     def __init__(
         self,
         resource_pool: ResourcePool | None = None,
-        ray_cls_with_init: ClassWithInitArgs | None = None,
+        ray_cls_with_init: ClassWithInitArgs[W] | None = None,
         bin_pack: bool = True,
         name_prefix: str | None = None,
         detached: bool = False,
@@ -104,12 +104,15 @@ class InlineWorkerGroup(HostGroup):
         self._inline_hosts = other._inline_hosts
 
     @property
-    def workers(self) -> list[Any]:
+    def workers(self) -> list[W]:
         """The role's workers by rank: the very objects, to look at. For the hosts of several
         roles, a dict of them by role.
         """
         ranks = self._hosts.ranks
-        return [rank.workers[self.role] if self.role else dict(rank.workers) for rank in ranks]
+        workers: list[Any] = [
+            rank.workers[self.role] if self.role else dict(rank.workers) for rank in ranks
+        ]
+        return workers
 
     @property
     def worker_names(self) -> list[str]:

@@ -4,13 +4,13 @@ changes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 from ray.actor import ActorClass
 
-from single_controller.base.roles import ClassWithInitArgs, RoleSpec, worker_class
+from single_controller.base.roles import ClassWithInitArgs, P, RoleSpec, W, worker_class
 
 __all__ = ["ActorSpec", "RayClassWithInitArgs", "unwrap_remote"]
 
@@ -31,16 +31,21 @@ class ActorSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-class RayClassWithInitArgs(ClassWithInitArgs):
+class RayClassWithInitArgs(ClassWithInitArgs[W]):
     """A worker class, plain or under `@ray.remote`, and what to construct it with on each rank.
 
     Raises:
         RegistrationError: `cls` is not a subclass of `Worker`.
     """
 
+    @overload
+    def __init__(self, cls: ActorClass[W], *args: Any, **kwargs: Any) -> None: ...
+    @overload
+    def __init__(self, cls: Callable[P, W], *args: P.args, **kwargs: P.kwargs) -> None: ...
     def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
         plain, self._options = unwrap_remote(cls)
-        super().__init__(worker_class(plain, getattr(plain, "__name__", "?")), *args, **kwargs)
+        worker: Any = worker_class(plain, getattr(plain, "__name__", "?"))
+        super().__init__(worker, *args, **kwargs)
         self._additional_resource: dict[str, float] = {}
 
     def update_options(self, options: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs):
+class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
     """Roles by name, to be built in one actor per rank.
 
     Raises:

@@ -16,7 +16,7 @@ from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.resource_pool import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs
+from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.worker import Worker
 from single_controller.inline.worker_group import InlineWorkerGroup
 from single_controller.ray.actor_spec import RayClassWithInitArgs
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-class SwitchedWorkerGroup(InlineWorkerGroup):
+class SwitchedWorkerGroup(InlineWorkerGroup[W]):
     """An inline group that takes Ray references, and gives them where Ray is there to hold them.
 
     A call that does not block and has failed raises at once; what an `async def` method has not

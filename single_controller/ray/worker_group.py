@@ -17,6 +17,7 @@ from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call, Layout
 from single_controller.base.recorder import CallRecord
+from single_controller.base.roles import W
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.calls import RayPending
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["RayWorkerGroup"]
 
 
-class RayWorkerGroup(HostGroup):
+class RayWorkerGroup(HostGroup[W]):
     """A role's ranks in Ray actors.
 
     Made from a pool and a class, it starts one host per process of the pool. With the class of
@@ -71,7 +72,7 @@ class RayWorkerGroup(HostGroup):
     def __init__(
         self,
         resource_pool: RayResourcePool | None = None,
-        ray_cls_with_init: RayClassWithInitArgs | None = None,
+        ray_cls_with_init: RayClassWithInitArgs[W] | None = None,
         bin_pack: bool = True,
         name_prefix: str | None = None,
         detached: bool = False,
@@ -130,7 +131,7 @@ class RayWorkerGroup(HostGroup):
         name_prefix: str | None = None,
         worker_names: Sequence[str] | None = None,
         worker_handles: Sequence[Any] | None = None,
-        ray_cls_with_init: RayClassWithInitArgs | None = None,
+        ray_cls_with_init: RayClassWithInitArgs[W] | None = None,
         **kwargs: Any,
     ) -> Self:
         """A group on hosts that another driver started (in the same Ray namespace).

@@ -1,0 +1,128 @@
+"""What users see on workers, groups, views and colocated roles. `# E` marks lines with an error."""
+
+from typing_extensions import assert_type
+
+from protocol import DataProto, DataProtoFuture
+from single_controller import ClassWithInitArgs, GroupView, ResourcePool, Worker
+from single_controller.base.decorator import (
+    Dispatch,
+    Execute,
+    make_nd_compute_dataproto_dispatch_fn,
+    register,
+)
+from single_controller.inline import Colocated, InlineWorkerGroup, colocate
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+
+class Actor(Worker):
+    def __init__(self, scale: float, name: str = "") -> None:
+        super().__init__()
+        self.scale = scale
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def update(self, batch: DataProto, epochs: int = 1) -> DataProto:
+        assert_type(self.loss(batch), float)
+        return batch
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def loss(self, batch: DataProto) -> float:
+        return self.scale
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def generate(self, prompt: str) -> str:
+        return prompt
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
+    def later(self, batch: DataProto) -> DataProto:
+        return batch
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn("mesh"), uneven=True)
+    def meshed(self, batch: DataProto) -> DataProto:
+        return batch
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
+    def metric(self, batch: DataProto) -> dict[str, float]:
+        return {}
+
+    @register(execute_mode=Execute.RANK_ZERO)
+    def save(self, path: str) -> str:
+        return path
+
+    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    def version(self) -> int:
+        return 1
+
+    @register()
+    def scatter(self, x: int) -> int:
+        return x
+
+    @register(dispatch_mode={"dispatch_fn": print, "collect_fn": print})
+    def custom(self, x: int) -> int:
+        return x
+
+
+class ActorGroup(GroupView, Actor): ...
+
+
+def on_the_worker(actor: Actor, batch: DataProto) -> None:
+    assert_type(actor.update(batch), DataProto)
+    assert_type(actor.loss(batch), float)
+    assert_type(actor.later(batch), DataProto)
+    assert_type(actor.scatter(1), int)
+    actor.loss("batch")  # E
+
+
+async def by_the_workers_method(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
+    assert_type(group[Actor.update](batch, epochs=2), DataProto)
+    assert_type(group[Actor.loss](batch), list[float])
+    assert_type(group[Actor.generate]("x"), list[str])
+    assert_type(group[Actor.later](batch), DataProtoFuture)
+    assert_type(group[Actor.meshed](batch), DataProto)
+    assert_type(group[Actor.metric](batch), list[dict[str, float]])
+    assert_type(group[Actor.save]("path"), str)
+    assert_type(group[Actor.version](), int)
+    assert_type(group[Actor.scatter]([1, 2]), list[int])
+    assert_type(group[Actor.loss].submit(batch).result(timeout=3), list[float])
+    assert_type(await group[Actor.loss].submit(batch), list[float])
+    assert_type(group[Actor.loss].options(ranks=[0])(batch), list[float])
+    group[Actor.loss](3)  # E
+    group[Actor.update](batch, epoch=2)  # E
+    group[Actor.update]()  # E
+    group[Actor.nothing]  # E
+
+
+def by_a_view(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
+    actor = ActorGroup.of(group)
+    assert_type(actor, ActorGroup)
+    assert_type(actor.update(batch), DataProto)
+    assert_type(actor.loss(batch), list[float])
+    assert_type(actor.later(batch), DataProtoFuture)
+    assert_type(actor.loss.submit(batch).result(), list[float])
+    actor.loss(3)  # E
+    actor.nothing()  # E
+    with actor:
+        assert_type(str(actor.describe()), str)
+
+
+class Team(Colocated):
+    actor: ActorGroup
+
+
+def roles(pool: ResourcePool, batch: DataProto) -> None:
+    spec = ClassWithInitArgs(Actor, 1.0, name="a")
+    with Team.of(colocate(pool, actor=spec)) as team:
+        assert_type(team.actor.loss(batch), list[float])
+        team.actor.loss(3)  # E
+
+
+def specs(pool: RayResourcePool) -> None:
+    assert_type(RayWorkerGroup(pool, RayClassWithInitArgs(Actor, 1.0)), RayWorkerGroup[Actor])
+    inline = InlineWorkerGroup(pool, ClassWithInitArgs(Actor, scale=2.0))
+    assert_type(inline.workers[0].scale, float)
+    ClassWithInitArgs(Actor, "large")  # E
+    RayClassWithInitArgs(Actor, 1.0, nam="a")  # E
+    ClassWithInitArgs(Actor)  # E
+
+
+def untyped(group: RayWorkerGroup) -> None:
+    group.anything("as before", still=True)
