@@ -278,12 +278,12 @@ class DataProto(Table):
             ChunkError: the rows do not divide, and padding is not enabled.
         """
         sizes = balanced_sizes if self.is_padding_enabled() else equal_sizes
-        return self._split(sizes(len(self), chunks))
+        return [*self._split(sizes(len(self), chunks))]
 
     def split(self, split_size: int) -> list[DataProto]:
         """Batches of `split_size` rows, the last may have fewer; none if there are no rows."""
         rows, split_size = len(self), checks.count("split_size", split_size, least=1)
-        return self._split([min(split_size, rows - i) for i in range(0, rows, split_size)])
+        return [*self._split([min(split_size, rows - i) for i in range(0, rows, split_size)])]
 
     def balanced_chunk(
         self, chunks: int, weights: Sequence[float] | torch.Tensor | Array

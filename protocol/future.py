@@ -45,14 +45,14 @@ _SIZES: dict[str, Callable[[int, int], list[int]]] = {
 class Source(Protocol):
     """Rows that someone is producing. It must be picklable, for consumers in other processes."""
 
-    def rows(self, timeout: float | None) -> int:
+    def rows(self, timeout: float | None) -> int:  # pyright: ignore[reportReturnType]
         """Wait for the producer and return how many rows it made; moves no data.
 
         Raises:
             TimeoutError: not done within `timeout` seconds.
         """
 
-    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:  # pyright: ignore[reportReturnType]
         """Wait for the producer and bring its rows `start:stop`, which may be none, here.
 
         They are private unless the reader asked for views (`protocol.wire.reading`).

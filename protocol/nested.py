@@ -83,8 +83,8 @@ def maybe_fix_3d_position_ids(data: TensorDict) -> None:
     """
     ids: Any = checks.tensordict("data", data).get("position_ids", None)
     nested: bool = is_nested(ids)
-    if not nested or ids.layout is not torch.jagged or ids._ragged_idx != 1:
+    if not nested or ids.layout is not torch.jagged or ids._ragged_idx != 1:  # pyright: ignore[reportAttributeAccessIssue]
         return
-    values, offsets = ids.values(), ids.offsets()
+    values, offsets = ids.values(), ids.offsets()  # pyright: ignore[reportAttributeAccessIssue]
     if values.dim() == 2 and values.shape[1] == int(offsets[-1]):
         data.set("position_ids", jagged(values, offsets, 2))

@@ -62,7 +62,7 @@ class _Parts(_Fields):
         return self._batch
 
     @batch.setter
-    def batch(self, batch: TensorDict | None) -> None:
+    def batch(self, batch: TensorDict | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if not isinstance(batch, (_Unbuilt, type(None), TensorDictBase)):
             raise BatchTypeError(
                 f"batch must be a TensorDict or None; got {type(batch).__name__} "
@@ -153,7 +153,7 @@ class Table(_Parts):
         row: Any = item.item() if is_scalar else item  # type: ignore[union-attr]
         if isinstance(row, (int, np.integer)) and not isinstance(row, bool):
             return self._row(int(row))
-        return self._rows(row)
+        return self._rows(row)  # pyright: ignore[reportArgumentType]
 
     def _row(self, row: int) -> DataProtoItem:
         rows = len(self)

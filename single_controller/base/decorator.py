@@ -261,7 +261,7 @@ class MethodSpec:
 
 
 @overload
-def register(  # type: ignore[overload-overlap]
+def register(
     dispatch_mode: Any = ...,
     *,
     execute_mode: _OnFirst,
@@ -269,14 +269,14 @@ def register(  # type: ignore[overload-overlap]
     **more: Unpack[MoreOptions],
 ) -> ToOne: ...
 @overload
-def register(  # type: ignore[overload-overlap]
+def register(
     dispatch_mode: _Rows | _FirstRank | MeshFunctions,
     execute_mode: _OnAll = ...,
     blocking: Literal[True] = ...,
     **more: Unpack[MoreOptions],
 ) -> ToOne: ...
 @overload
-def register(  # type: ignore[overload-overlap]
+def register(
     dispatch_mode: _Rows | MeshFunctions,
     execute_mode: _OnAll = ...,
     *,
@@ -284,7 +284,7 @@ def register(  # type: ignore[overload-overlap]
     **more: Unpack[MoreOptions],
 ) -> ToFuture: ...
 @overload
-def register(  # type: ignore[overload-overlap]
+def register(
     dispatch_mode: _Whole,
     execute_mode: _OnAll = ...,
     blocking: Literal[True] = ...,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
@@ -50,7 +50,7 @@ class HostGroup(WorkerGroup[W]):
     def _hosts(self) -> SomeHosts: ...
 
     @abc.abstractmethod
-    def _share_hosts(self, other: Self) -> None:
+    def _share_hosts(self, other: Any) -> None:
         """Be on the hosts of another group, whatever becomes of them."""
 
     def _start(
@@ -120,7 +120,8 @@ class HostGroup(WorkerGroup[W]):
         for role in views:
             if hasattr(type(self), role) or role in self._methods:
                 raise ValueError(f"role {role!r} cannot be an attribute: groups have one already")
-        self.__dict__.update(views)
+        for role, view in views.items():
+            setattr(self, role, view)
 
     def _view(self, role: str) -> Self:
         roles = self._hosts.roles

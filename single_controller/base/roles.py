@@ -107,8 +107,6 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
         RegistrationError: no role, or a role that is not `ClassWithInitArgs` of a `Worker`.
     """
 
-    role = ""
-
     def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
         if not class_dict:
             raise RegistrationError("class_dict must hold at least one role")
@@ -120,6 +118,10 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
                 )
         self.specs: dict[str, ClassWithInitArgs] = dict(class_dict)
         self.roles()
+
+    @property
+    def role(self) -> str:
+        return ""
 
     def roles(self) -> dict[str, RoleSpec]:
         found: dict[str, RoleSpec] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -99,7 +99,7 @@ _building: ContextVar[WorkerContext | None] = ContextVar("building", default=Non
 
 
 @contextlib.contextmanager
-def building(context: WorkerContext) -> Iterator[None]:
+def building(context: WorkerContext) -> Generator[None, None, None]:
     """Workers constructed inside get `context`, also those that a worker constructs itself."""
     token = _building.set(context)
     try:

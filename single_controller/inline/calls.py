@@ -45,6 +45,7 @@ class InlineReference(Handle):
 
     def run(self, args: Sequence[Any], names: Sequence[str], materialize: bool, keep: bool) -> None:
         """Run the method on its rank, an async one up to where it first waits."""
+        output: Any = None
         with self.rank.here():
             try:
                 function = getattr(self.rank.workers[self.role], self.method)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,7 @@ class InlineRank:
             self.workers.update(build_roles(self.context, roles, failed))
 
     @contextmanager
-    def here(self) -> Iterator[None]:
+    def here(self) -> Generator[None, None, None]:
         """Be this rank: its environment, its process groups, and nobody else's code meanwhile."""
         with one_at_a_time:
             outside = _environment()

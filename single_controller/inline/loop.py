@@ -41,7 +41,7 @@ class RankLoop:
             self._loop.stop()
 
         def begin() -> None:
-            task = self._loop.create_task(_in_steps(here, run, stepped))
+            task = self._loop.create_task(_stepwise(here, run, stepped))
             self._tasks.add(task)
             task.add_done_callback(self._finished)
 
@@ -124,6 +124,10 @@ class RankLoop:
                     self._loop.run_forever()  # until one of them has finished
                     timer.cancel()
                 self._loop.close()
+
+
+async def _stepwise(*args: Any) -> None:
+    await _in_steps(*args)
 
 
 @coroutine

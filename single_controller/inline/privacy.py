@@ -40,7 +40,8 @@ class _Pickler(pickle.Pickler):
         if tensordict is not None and type(value) is tensordict.TensorDict:
             from protocol import wire
 
-            return wire.unpack_tensordict, (wire.pack_tensordict(value),)
+            batch: Any = value
+            return wire.unpack_tensordict, (wire.pack_tensordict(batch),)
         return NotImplemented
 
 

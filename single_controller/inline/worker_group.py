@@ -20,7 +20,7 @@ from single_controller.inline.calls import send
 from single_controller.inline.hosts import InlineHosts
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 __all__ = ["InlineWorkerGroup"]
 
@@ -100,7 +100,7 @@ class InlineWorkerGroup(HostGroup[W]):
     def _hosts(self) -> InlineHosts:
         return self._inline_hosts
 
-    def _share_hosts(self, other: Self) -> None:
+    def _share_hosts(self, other: Any) -> None:
         self._inline_hosts = other._inline_hosts
 
     @property

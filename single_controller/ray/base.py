@@ -4,4 +4,4 @@ from single_controller.base import Worker
 from single_controller.ray import *  # noqa: F403
 from single_controller.ray import __all__ as _names
 
-__all__ = ["Worker", *_names]
+__all__ = ["Worker", *_names]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -71,7 +71,7 @@ def connect(address: str | None) -> Finding:
         versions = "ersion mismatch" in str(error)
         same = "use the Python and the Ray that the cluster was started with"
         return Finding("cluster", "fail", _first_lines(error), same if versions else _LOGS)
-    node = ray._private.worker._global_node
+    node = ray._private.worker._global_node  # pyright: ignore[reportAttributeAccessIssue]
     if node is not None and node.head:
         return Finding(
             "cluster",
@@ -173,7 +173,7 @@ def _look(nodes: list[Node]) -> Iterator[Finding]:
                 "in there; or take the node out with `ray stop`",
             )
             continue
-        nodes.append(Node(ip, node["Resources"], probe, report))
+        nodes.append(Node(ip, node["Resources"], probe, report))  # pyright: ignore[reportArgumentType]
     total = ray.cluster_resources()
     free = ray.available_resources()
     shown = [name for name in ("CPU", *accelerators()) if name in total]

@@ -192,7 +192,7 @@ class Host(ShelfTasks):
             return cause
         return WorkerError.wrap(
             error,
-            ray.cloudpickle.dumps,
+            ray.cloudpickle.dumps,  # pyright: ignore[reportAttributeAccessIssue]
             role=role,
             method=method,
             rank=self._context.rank,
@@ -216,7 +216,7 @@ class AsyncHost(AsyncShelfTasks, Host):
     def __init__(self) -> None:
         super().__init__()
         # Ray warns of a `ray.get` that would block the loop; the ones here wait in threads.
-        ray._private.worker.blocking_get_inside_async_warned = True
+        ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
         self._next: dict[str, int] = {}
         self._waiting: dict[tuple[str, int], asyncio.Event] = {}
         self._dropped: set[tuple[str, int]] = set()

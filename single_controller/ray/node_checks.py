@@ -216,7 +216,7 @@ def _clocks(nodes: Sequence[Node]) -> Iterator[Finding]:
     for node in nodes:
         before = time.time()
         there = ray.get(node.probe.clock.remote(), timeout=PATIENCE_S)
-        gaps[node.ip] = there - (before + time.time()) / 2
+        gaps[node.ip] = there - (before + time.time()) / 2  # pyright: ignore[reportOperatorIssue]
     ip, gap = max(gaps.items(), key=lambda item: abs(item[1]))
     if abs(gap) > _LARGEST_CLOCK_GAP_S:
         yield Finding(

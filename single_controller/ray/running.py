@@ -59,10 +59,10 @@ def running_groups(patience_s: float = 1.0) -> list[RunningGroup]:
     """
     found = []
     for actor in actors().values():
-        match = _NAME.fullmatch(actor["Name"])
-        if actor["ActorClassName"] in _CLASSES and actor["State"] != "DEAD" and match:
+        match = _NAME.fullmatch(actor["Name"])  # pyright: ignore[reportArgumentType]
+        if actor["ActorClassName"] in _CLASSES and actor["State"] != "DEAD" and match:  # pyright: ignore[reportArgumentType]
             name, *place = match.groups()
-            found.append((name, _job(actor), tuple(map(int, place)), actor))
+            found.append((name, _job(actor), tuple(map(int, place)), actor))  # pyright: ignore[reportArgumentType]
     found.sort(key=lambda item: item[:3])
     answers = _ask([actor for *_, actor in found], patience_s)
     return [
@@ -79,7 +79,7 @@ def _job(actor: Mapping[str, Any]) -> str:
 def _namespaces() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
-        found.setdefault(actor["name"], []).append(actor["namespace"])
+        found.setdefault(actor["name"], []).append(actor["namespace"])  # pyright: ignore[reportArgumentType]
     return found
 
 

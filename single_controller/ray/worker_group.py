@@ -160,7 +160,7 @@ class RayWorkerGroup(HostGroup[W]):
     def _hosts(self) -> Hosts:
         return self._supervisor.hosts
 
-    def _share_hosts(self, other: Self) -> None:
+    def _share_hosts(self, other: Any) -> None:
         self._supervisor, self._layouts_of = other._supervisor, other._hosts
 
     def _layout(self, mode: Mode) -> Layout:

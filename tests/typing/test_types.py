@@ -11,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 SNIPPETS = Path(__file__).parent / "snippets"
 
@@ -46,7 +44,6 @@ def test_mypy_refuses_what_is_marked_and_nothing_else() -> None:
 
 
 def test_pyright_refuses_what_is_marked_and_nothing_else() -> None:
-    pytest.importorskip("basedpyright", reason="the oldest versions are tested without it")
     project = ("-p", "tests/typing/pyrightconfig.json", "--pythonpath", sys.executable)
     shown = run("basedpyright", "--outputjson", *project)
     found = {
