@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import ray
-from tests.controller.probe import Probe
 
 from single_controller.errors import GroupBrokenError, WorkerDiedError
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, colocate
 from single_controller.ray.running import kill_group, running_groups
+from tests.conformance.probe import Probe
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
