@@ -63,7 +63,7 @@ class OnRay:
         return ray.get(references, timeout=60)
 
 
-@pytest.fixture(scope="session", params=["inline", "ray"])
+@pytest.fixture(scope="package", params=["inline", "ray"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if request.param == "inline":
         yield Inline()
@@ -75,26 +75,26 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def group(backend: Backend) -> Iterator[Any]:
     """Two ranks, in the meshes "tp" (one dp rank) and "dp" (two)."""
     with backend.group(backend.spec(Probe, meshes=True)) as two:
         yield two
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def three(backend: Backend) -> Iterator[Any]:
     with backend.group(backend.spec(Probe, meshes=False), ranks=3) as group:
         yield group
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def hosts(backend: Backend) -> Iterator[Any]:
     """Three roles on two ranks."""
     with backend.group(backend.module.create_colocated_worker_cls(specs(backend))) as all_roles:
         yield all_roles
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def roles(hosts: Any) -> dict[str, Any]:
     return hosts.spawn(ARGUMENTS)

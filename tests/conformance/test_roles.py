@@ -62,7 +62,7 @@ def test_async_methods_interleave_and_others_keep_their_order(
         roles["critic"].note(f"note {i}")
     roles["critic"].note("go on")
     for log in backend.get(waiting):
-        assert log == [*(f"note {i}" for i in range(30)), "go on"]
+        assert log[-31:] == [*(f"note {i}" for i in range(30)), "go on"]
 
 
 class Unreadable:

@@ -1,0 +1,1 @@
+"""A package, so that its groups end with its last test."""
