@@ -4,7 +4,7 @@ share, and arrives as private memory or a view. What a batch is made of is left 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -157,7 +157,7 @@ def message() -> Message:
 
 
 @contextmanager
-def read_as(how: Reading) -> Iterator[None]:
+def read_as(how: Reading) -> Generator[None, None, None]:
     """Within this context, what is unpacked is
 
     - "own": private and writable (the default);

@@ -182,7 +182,7 @@ def _encode(value: object, sent: Message) -> object:
             {key: packed[key] for key in columns},
             tuple(value.batch_size),
             value.device is not None,
-            names,
+            names,  # pyright: ignore[reportArgumentType]
         )
     return value
 
@@ -193,7 +193,7 @@ def _is_plain(value: torch.Tensor) -> bool:
         value.layout is torch.strided
         and value.device.type != "meta"
         and not value.is_quantized
-        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -174,7 +174,7 @@ def received(size: int) -> None:
 
 
 @contextmanager
-def counting(count: Callable[[int], None]) -> Iterator[None]:
+def counting(count: Callable[[int], None]) -> Generator[None, None, None]:
     """Within this context, tell `count` the bytes of each result that arrives."""
     token = _received.set(count)
     try:

@@ -55,5 +55,5 @@ class StoredBatch:
         if (start, stop) == (0, self._rows):
             return ray.get(self._ref, timeout=timeout)
         with read_as("join" if how == "own" else how):
-            batch = ray.get(self._ref, timeout=timeout)
+            batch: Any = ray.get(self._ref, timeout=timeout)
         return lend_rows(batch, start, stop)

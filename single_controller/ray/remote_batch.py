@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from queue import SimpleQueue
@@ -188,7 +188,7 @@ class RemoteBatch:
         whole = start == 0 and stop == self.rows(timeout)
         try:
             with read_as("join" if how == "own" and not whole else how):
-                batch = ray.get(ref, timeout=timeout)
+                batch: Any = ray.get(ref, timeout=timeout)
         except GetTimeoutError:
             raise _timed_out([self.site], timeout) from None
         except Exception as error:
@@ -216,7 +216,7 @@ def _timed_out(sites: Sequence[CallSite], timeout: float | None) -> CallTimeoutE
 
 
 @contextmanager
-def offering(offers: Mapping[str, Any]) -> Iterator[None]:
+def offering(offers: Mapping[str, Any]) -> Generator[None, None, None]:
     """Within this context, batches are pickled with these references, by token."""
     token = _offering.set(offers)
     try:

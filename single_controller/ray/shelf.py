@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -128,7 +128,7 @@ class Shelf:
 
 
 @contextmanager
-def claimed(kept: Mapping[str, Kept]) -> Iterator[None]:
+def claimed(kept: Mapping[str, Kept]) -> Generator[None, None, None]:
     """Within this context, batches read from these places and not from shared memory."""
     token = _claims.set(kept)
     try:

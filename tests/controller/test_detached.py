@@ -15,9 +15,9 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
+from tests.controller.probe import Probe, batch, values
 
 from single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
-from tests.controller.probe import Probe, batch, values
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]

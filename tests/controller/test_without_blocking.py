@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import ray
+from tests.controller.probe import batch, values
 
 from protocol import DataProto, DataProtoFuture
 from single_controller import DispatchError
@@ -18,7 +19,6 @@ from single_controller.base.decorator import (
     register,
 )
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from tests.controller.probe import batch, values
 
 MESH = make_nd_compute_dataproto_dispatch_fn("dp")
 
