@@ -33,7 +33,7 @@ class Settings:
     algorithm: str = _option("ppo", "how advantages are estimated", ["ppo", "grpo"])
     task: str = _option("sort", "what to do with the digits", ["copy", "reverse", "sort"])
     digits: int = _option(4, "most digits in a prompt; each has at least two")
-    steps: int = _option(80, "PPO steps in all")
+    steps: int = _option(100, "PPO steps in all")
     prompts: int = _option(512, "prompts per step; with grpo, of `answers` rows each")
     answers: int = _option(1, "answers to each prompt; grpo needs two or more")
     seed: int = _option(0, "of weights, prompts and sampling")
@@ -106,7 +106,7 @@ class Settings:
         chosen, _ = parser.parse_known_args(arguments)
         parser.set_defaults(**PRESETS[chosen.preset])
         if chosen.algorithm == "grpo":
-            parser.set_defaults(prompts=64, answers=8)
+            parser.set_defaults(prompts=64, answers=8, steps=200)
         values = vars(parser.parse_args(arguments))
         del values["preset"]
         try:

@@ -151,9 +151,9 @@ def mini_batches(settings: Settings, batch: DataProto, step: int) -> Iterator[Da
         seed=settings.seed * 1_000_003 + step,
         dataloader_kwargs={"shuffle": True, "drop_last": False},
     ):
-        weights = token_weights(mini.batch["response_mask"], settings.algorithm)
+        mini.batch["weights"] = token_weights(mini.batch["response_mask"], settings.algorithm)
         mini.meta_info["rows"] = len(mini)
-        yield mini.union(DataProto.from_dict({"weights": weights}))
+        yield mini
 
 
 def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
