@@ -3,7 +3,7 @@ once for all ranks that get it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,6 +13,7 @@ from single_controller.base.explain import Carrier
 from single_controller.base.plan import Call
 from single_controller.ray.envelope import Late
 from single_controller.ray.parcel import Parcel, Slot, size_of
+from single_controller.ray.remote_batch import Posted
 
 __all__ = ["Outbox"]
 
@@ -30,8 +31,9 @@ class Outbox(Carrier):
         calls: Sequence[Call | None],
         reads_only: bool = False,
         count: Callable[[int], None] = lambda size: None,
+        offers: Mapping[str, Any] | None = None,
     ) -> None:
-        self._reads_only, self._count = reads_only, count
+        self._reads_only, self._count, self._offers = reads_only, count, offers or {}
         ranks: dict[int, list[int]] = {}
         values: dict[int, Any] = {}
         for rank, call in enumerate(calls):
@@ -65,6 +67,8 @@ class Outbox(Carrier):
         def place(value: Any) -> Any:
             if isinstance(value, ray.ObjectRef):
                 return Late(value)
+            if is_future(value):
+                return Posted(value, self._offers)
             if id(value) not in self._places:
                 return value
             readers, at = self._places[id(value)]

@@ -17,6 +17,7 @@ happens in threads of their own, and a publication has no turn. A release waits 
 
 from __future__ import annotations
 
+import pickle
 import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
@@ -26,6 +27,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import GetTimeoutError
 
 from single_controller.base.dispatch import is_future
@@ -38,7 +40,7 @@ from single_controller.ray.hosts import Hosts
 from single_controller.ray.parcel import counting
 from single_controller.ray.shelf import kept_here, known_rows, remember_rows
 
-__all__ = ["Lease", "RemoteBatch", "RemoteCall", "Routes", "offering", "route"]
+__all__ = ["Lease", "Posted", "RemoteBatch", "RemoteCall", "Routes", "route"]
 
 _NO_OFFERS: Mapping[str, Any] = {}
 _offering: ContextVar[Mapping[str, Any] | None] = ContextVar("_offering", default=None)
@@ -100,8 +102,7 @@ class Lease:
         with self._lock:
             if rank in self._published:
                 return self._published[rank]
-            with offering(_NO_OFFERS):
-                return self._send(rank, list(futures))
+            return self._send(rank, [Posted(future, _NO_OFFERS) for future in futures])
 
     def _send(self, rank: int, wanted: Any) -> Any:
         hosts = self.hosts
@@ -216,13 +217,25 @@ def _timed_out(sites: Sequence[CallSite], timeout: float | None) -> CallTimeoutE
 
 
 @contextmanager
-def offering(offers: Mapping[str, Any]) -> Generator[None, None, None]:
-    """Within this context, batches are pickled with these references, by token."""
+def _offer(offers: Mapping[str, Any]) -> Generator[None, None, None]:
     token = _offering.set(offers)
     try:
         yield
     finally:
         _offering.reset(token)
+
+
+class Posted:
+    """A future as an argument of a call: it arrives as itself, with these references to where its
+    batches are published, by token. One that is pickled in any other way has all published.
+    """
+
+    def __init__(self, future: Any, offers: Mapping[str, Any]) -> None:
+        self._future, self._offers = future, offers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        with _offer(self._offers):
+            return pickle.loads, (cloudpickle.dumps(self._future),)
 
 
 class Routes:

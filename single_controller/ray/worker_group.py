@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -25,7 +26,7 @@ from single_controller.ray.envelope import Envelope
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.outbox import Outbox
 from single_controller.ray.placement import RayResourcePool
-from single_controller.ray.remote_batch import offering, route
+from single_controller.ray.remote_batch import route
 from single_controller.ray.start import Recipe, StartOptions, running_names
 from single_controller.ray.supervisor import RestartPolicy, Supervisor
 
@@ -192,12 +193,13 @@ class RayWorkerGroup(HostGroup[W]):
         deferred: bool = False,
     ) -> Pending:
         hosts = self._supervisor.usable()
-        outbox = Outbox(calls, reads_only, lambda size: record.count("bytes_out", size))
         routes = route(calls, hosts, materialize)
+        count = partial(record.count, "bytes_out")
+        outbox = Outbox(calls, reads_only, count, routes.offers)
         answering = set(answers)
         token = uuid.uuid4().hex if deferred else ""
         sites, refs, turns = [], [], {}
-        with hosts.sending, offering(routes.offers):
+        with hosts.sending:
             for rank, call in enumerate(calls):
                 if call is None:
                     continue

@@ -1,0 +1,90 @@
+"""A host's shelf: what is on it, for how long, and that nobody changes it unseen."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from protocol import DataProto
+from single_controller import SharedMemoryWriteError
+from single_controller.ray.shelf import Kept, Shelf, claimed, in_thread, kept_here
+from tests.data_plane.stage import batch, xs
+
+
+def kept(data: DataProto | TensorDict) -> Kept:
+    place = Kept()
+    place.put(data, "actor.make")
+    return place
+
+
+def test_a_result_goes_with_the_last_publication_in_whatever_order_they_come() -> None:
+    shelf = Shelf()
+    assert shelf.keep("call:0", batch(3), "actor.make") == 3
+    shelf.publication("call:0")
+    shelf.release("call:0", 2)
+    assert len(shelf) == 1
+    shelf.publication("call:0")
+    assert len(shelf) == 0
+    shelf.release("call:0", 2)  # once more is no error
+    shelf.keep("call:0", batch(3), "actor.make")
+    shelf.release("call:0", 0)
+    assert len(shelf) == 0
+    assert shelf.keep("call:0", "no batch", "actor.make") is None
+
+
+def test_what_was_claimed_outlives_its_release() -> None:
+    shelf = Shelf()
+    shelf.keep("call:0", batch(3), "actor.make")
+    claims = shelf.claim(["call:0", "call:1"])
+    shelf.release("call:0", 0)
+    with claimed(claims):
+        found = kept_here("call:0")
+        assert found is not None
+        assert xs(found.batch()) == [0, 1, 2]
+        assert kept_here("call:1") is None
+    assert kept_here("call:0") is None
+
+
+@pytest.mark.parametrize("wrap", [DataProto.from_dict, lambda x: TensorDict(x, [2])])
+def test_a_write_into_what_was_returned_is_found_out(wrap: type) -> None:
+    x = torch.ones(2, 3)
+    place = kept(wrap({"x": x}))
+    assert place.batch() is place.batch()
+    x[:, :1].add_(1)
+    with pytest.raises(SharedMemoryWriteError, match=r"actor.make returned.*x.clone\(\)"):
+        place.batch()
+
+
+def test_it_holds_neither_the_graph_nor_the_containers_of_its_maker() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    data = DataProto.from_dict({"x": weight * 2}, meta_info={"steps": [1]})
+    place = kept(data)
+    data.meta_info["steps"].append(2)
+    data.pop(["x"])
+    assert place.batch().batch["x"].grad_fn is None
+    assert place.batch().batch["x"].requires_grad
+    assert place.batch().meta_info == {"steps": [1]}
+
+
+def test_tensors_of_inference_mode_can_stay_too() -> None:
+    with torch.inference_mode():
+        data = DataProto.from_dict({"x": torch.ones(2)})
+    assert xs(kept(data).batch()) == [1, 1]
+
+
+def test_waiting_in_threads_knows_no_limit() -> None:
+    everyone = threading.Barrier(50)
+
+    async def main() -> list[int]:
+        return await asyncio.gather(*(in_thread(everyone.wait) for _ in range(50)))
+
+    assert sorted(asyncio.run(asyncio.wait_for(main(), 60))) == list(range(50))
+
+
+def test_what_is_raised_in_a_thread_is_raised_by_its_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(in_thread(lambda: 1 // 0))
