@@ -24,8 +24,8 @@ class Envelope(NamedTuple):
     """What a call is, with its small values; `Slot`s stand for those in parcels.
 
     The last values go by `names`. `turn` (caller, number) orders the calls of one caller where Ray
-    itself keeps no order. `keeps`: the token under which the output stays in the host. `claims`:
-    the tokens of results in this host that the arguments read.
+    itself keeps no order. `keeps`: the token under which the output stays in the host, if it does.
+    `claims`: the tokens of results in this host that the arguments read.
     """
 
     role: str

@@ -161,23 +161,22 @@ class Host(ShelfTasks):
 
     def call(self, envelope: Envelope, *parcels: ArrivedParcel) -> Any:
         """Run one method of one role."""
+        place = self._place(envelope)
         try:
             with claimed(self._shelf.claim(envelope.claims)) if envelope.claims else nullcontext():
                 args, kwargs = arguments(envelope, parcels)
             reads = _reads(envelope, args, kwargs)
             output = checked_output(self._method(envelope)(*args, **kwargs))
             _check_reads(reads, envelope)
-            return self._outgoing(envelope, output)
+            return _outgoing(envelope, output, place)
         except (Exception, KeyboardInterrupt) as error:
+            if place is not None:
+                place.fail()
             raise self._failure(envelope.role, envelope.method, error) from None
 
-    def _outgoing(self, envelope: Envelope, output: Any) -> Any:
-        """What goes to the caller: the output, or its rows if it stays here."""
-        if not envelope.answers:
-            return None
-        if envelope.keeps is None:
-            return Result.wrap(output)
-        return self._shelf.keep(envelope.keeps, output, f"{envelope.role}.{envelope.method}")
+    def _place(self, envelope: Envelope) -> Kept | None:
+        """Where the output stays, if it does. A release may empty the place before it is there."""
+        return self._shelf.open(envelope.keeps) if envelope.keeps is not None else None
 
     def _method(self, envelope: Envelope) -> Callable[..., Any]:
         return getattr(self._workers[envelope.role], envelope.method)  # type: ignore[no-any-return]
@@ -224,10 +223,9 @@ class AsyncHost(AsyncShelfTasks, Host):
 
     async def call(self, envelope: Envelope, *parcels: ArrivedParcel) -> Any:
         pending = None
+        place = self._place(envelope)
         try:
             await self._turn(envelope.turn)
-            if envelope.keeps is not None and envelope.answers:
-                self._shelf.open(envelope.keeps)
             method = self._method(envelope)
             # What is here is claimed now: its release may have the next turn.
             kept = self._shelf.claim(envelope.claims)
@@ -242,12 +240,12 @@ class AsyncHost(AsyncShelfTasks, Host):
                 output = method(*args, **kwargs)
                 output = checked_output(await output if inspect.isawaitable(output) else output)
                 _check_reads(reads, envelope)
-            return self._outgoing(envelope, output)
+            return _outgoing(envelope, output, place)
         except SystemExit as request:  # which would end the loop and leave the process
             os._exit(request.code if isinstance(request.code, int) else 1)
         except BaseException as error:
-            if envelope.keeps is not None:
-                self._shelf.open(envelope.keeps).fail()
+            if place is not None:
+                place.fail()
             if isinstance(error, CallDroppedError):
                 raise
             raise self._failure(envelope.role, envelope.method, error) from None
@@ -315,6 +313,13 @@ class AsyncHost(AsyncShelfTasks, Host):
             event = self._waiting.pop((caller, number + 1), None)
             if event is not None:
                 event.set()
+
+
+def _outgoing(envelope: Envelope, output: Any, place: Kept | None) -> Any:
+    """What goes to the caller: the output, or its rows if it stays here."""
+    if place is not None:
+        return place.keep(output, f"{envelope.role}.{envelope.method}")
+    return Result.wrap(output) if envelope.answers else None
 
 
 def _reads(envelope: Envelope, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Reads | None:

@@ -106,10 +106,10 @@ class Lease:
 
     def _send(self, rank: int, wanted: Any) -> Any:
         hosts = self.hosts
-        if not hosts.handles:
+        if hosts.closed:
             raise GroupBrokenError(
-                f"{hosts.broken}: results that were still in its workers are gone. Fetch what you "
-                "need of a future before the group closes"
+                f"{hosts.closed_because}: results that were still in its workers are gone. "
+                "Fetch what you need of a future before the group closes"
             )
         self._publications[rank] += 1
         ref, size = hosts.handles[rank].publish.remote(f"{self._token}:{rank}", wanted)
@@ -297,7 +297,7 @@ def _release_all() -> None:
         hosts, token, publications = _queue.get()
         try:
             with hosts.sending:
-                for rank, count in publications.items() if hosts.handles else ():
+                for rank, count in publications.items() if not hosts.closed else ():
                     turn = hosts.turn(rank)
                     hosts.handles[rank].release.remote(f"{token}:{rank}", count, turn)
                     hosts.sent(rank)

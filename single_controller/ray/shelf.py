@@ -47,14 +47,16 @@ class Kept:
         self._versions: list[int] = []
         self._title = ""
 
-    def put(self, batch: Any, title: str) -> int:
-        """Keep a batch of `title`, the method that made it; its rows."""
-        from protocol.batches import batch_rows, detach_batch
+    def keep(self, output: Any, title: str) -> int | None:
+        """Keep what the method `title` returned, if it is a batch; its rows."""
+        from protocol.batches import batch_rows, detach_batch, is_batch
 
-        self._batch, self._title = detach_batch(batch), title
-        self._versions = _versions(self._batch)
         self.made.set()
-        return batch_rows(batch)
+        if not is_batch(output):
+            return None
+        self._batch, self._title = detach_batch(output), title
+        self._versions = _versions(self._batch)
+        return batch_rows(output)
 
     def fail(self) -> None:
         """Note that there will be no batch; who waits for one learns why from the call itself."""
@@ -96,12 +98,6 @@ class Shelf:
     def open(self, token: str) -> Kept:
         """The place of a result that is there, or will be."""
         return self._kept.setdefault(token, Kept())
-
-    def keep(self, token: str, output: Any, title: str) -> int | None:
-        """Keep what a method returned, if it is a batch; its rows."""
-        from protocol.batches import is_batch
-
-        return self.open(token).put(output, title) if is_batch(output) else None
 
     def claim(self, tokens: Iterable[str]) -> dict[str, Kept]:
         """What a call is going to read. It outlives its release."""

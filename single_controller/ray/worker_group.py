@@ -214,7 +214,7 @@ class RayWorkerGroup(HostGroup[W]):
                     reads_only=reads_only,
                     answers=rank in answering,
                     turn=turn,
-                    keeps=f"{token}:{rank}" if deferred else None,
+                    keeps=f"{token}:{rank}" if deferred and rank in answering else None,
                     claims=routes.claims.get(rank, ()),
                 )
                 refs.append(hosts.handles[rank].call.remote(envelope, *parcels))

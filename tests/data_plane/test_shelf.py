@@ -17,28 +17,36 @@ from tests.data_plane.stage import batch, xs
 
 def kept(data: DataProto | TensorDict) -> Kept:
     place = Kept()
-    place.put(data, "actor.make")
+    place.keep(data, "actor.make")
     return place
 
 
 def test_a_result_goes_with_the_last_publication_in_whatever_order_they_come() -> None:
     shelf = Shelf()
-    assert shelf.keep("call:0", batch(3), "actor.make") == 3
+    assert shelf.open("call:0").keep(batch(3), "actor.make") == 3
     shelf.publication("call:0")
     shelf.release("call:0", 2)
     assert len(shelf) == 1
     shelf.publication("call:0")
     assert len(shelf) == 0
     shelf.release("call:0", 2)  # once more is no error
-    shelf.keep("call:0", batch(3), "actor.make")
+    shelf.open("call:0").keep(batch(3), "actor.make")
     shelf.release("call:0", 0)
     assert len(shelf) == 0
-    assert shelf.keep("call:0", "no batch", "actor.make") is None
+    assert Kept().keep("no batch", "actor.make") is None
+
+
+def test_a_result_that_is_released_before_it_is_made_is_not_kept() -> None:
+    shelf = Shelf()
+    place = shelf.open("call:0")
+    shelf.release("call:0", 0)
+    place.keep(batch(3), "actor.make")
+    assert len(shelf) == 0
 
 
 def test_what_was_claimed_outlives_its_release() -> None:
     shelf = Shelf()
-    shelf.keep("call:0", batch(3), "actor.make")
+    shelf.open("call:0").keep(batch(3), "actor.make")
     claims = shelf.claim(["call:0", "call:1"])
     shelf.release("call:0", 0)
     with claimed(claims):
