@@ -164,21 +164,23 @@ def main() -> None:
     versions = [process.versions for process in processes]
     print(*versions)
     print(table({}))
+    machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
+    report = {"versions": versions, "machine": machine}
+    rounds: Rounds = {}
+    if options.json and options.json.exists():
+        rounds = json.loads(options.json.read_text())["rounds"]
     try:
-        only = options.only or processes[0].cases["ours"]
-        measured = run(processes, only, options.rounds)
+        for case in options.only or processes[0].cases["ours"]:
+            rounds |= run(processes, [case], options.rounds)
+            figures = summary(rounds)
+            if options.json:
+                report |= {"figures": figures, "rounds": rounds}
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
+            if options.chart:
+                draw(figures, options.chart)
     finally:
         for process in processes:
             process.close()
-    if options.json and options.json.exists():
-        measured = {**json.loads(options.json.read_text())["rounds"], **measured}
-    figures = summary(measured)
-    machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
-    if options.json:
-        report = {"versions": versions, "machine": machine, "figures": figures}
-        options.json.write_text(json.dumps({**report, "rounds": measured}, indent=1) + "\n")
-    if options.chart:
-        draw(figures, options.chart)
 
 
 if __name__ == "__main__":

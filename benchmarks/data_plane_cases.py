@@ -253,8 +253,14 @@ def measure(case: Case, calls: int) -> list[float]:
 def serve(library: str) -> None:
     """Measure at the other end of a pipe."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
-    ray.init(num_cpus=20, num_gpus=0, include_dashboard=False, logging_level="ERROR",
-             object_store_memory=6 << 30)  # fmt: skip
+    ray.init(
+        address="local",
+        num_cpus=20,
+        num_gpus=0,
+        include_dashboard=False,
+        logging_level="ERROR",
+        object_store_memory=6 << 30,
+    )
     cases = Cases()
     sides = {library: cases.library()}
     if library == "ours":
