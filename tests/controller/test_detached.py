@@ -15,9 +15,9 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from tests.controller.probe import Probe, batch, values
 
 from single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
+from tests.conformance.probe import Probe, batch, values
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ PROGRAM = """
 import sys
 import ray
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from tests.controller.probe import Probe
+from tests.conformance.probe import Probe
 
 ray.init(namespace=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 pool = RayResourcePool([2], cpus_per_process=0.1, detached=True, name_prefix="lasting_")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import ray
-from tests.controller.probe import batch, values
 
 from protocol import DataProto, DataProtoFuture
 from single_controller import DispatchError
@@ -19,6 +18,7 @@ from single_controller.base.decorator import (
     register,
 )
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from tests.conformance.probe import batch, values
 
 MESH = make_nd_compute_dataproto_dispatch_fn("dp")
 
