@@ -45,14 +45,17 @@ class Colocated:
         Raises:
             RegistrationError: a role is missing, or of another worker class than its view.
         """
-        for role, view in get_type_hints(cls).items():
-            if role in ("hosts", "roles"):
-                continue
+        try:
+            views = get_type_hints(cls)
+        except NameError:  # classes of a function, which nobody outside can look up
+            views = dict(cls.__annotations__)
+        for role, view in views.items():
             if role not in roles.roles:
                 raise RegistrationError(
                     f"{cls.__name__} has the role {role!r}; there are {list(roles.roles)}"
                 )
-            roles.roles[role]._check_view(view)
+            if isinstance(view, type):
+                roles.roles[role]._check_view(view)
         made: Any = roles
         return made  # type: ignore[no-any-return]
 

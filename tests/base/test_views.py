@@ -113,6 +113,13 @@ def test_roles_are_viewed_as_a_team_whose_members_are_checked(inline_group: Inli
     with pytest.raises(RegistrationError, match=r"has the role 'critic'; there are \['actor'\]"):
         LargeTeam.of(roles)
 
+    class Local(GroupView, Actor): ...
+
+    class LocalTeam(Colocated):
+        actor: Local
+
+    assert LocalTeam.of(roles).actor.where(1) == [1, 2]
+
 
 def test_help_completion_and_signature_are_the_workers(inline_group: InlineGroups) -> None:
     group = inline_group(Actor)
