@@ -4,8 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERL := .venv-verl/.ready
 
-.PHONY: demo ppo test test-oldest test-examples lint types check docs bench bench-ppo bench-verl \
-	chart clean
+.PHONY: demo ppo test test-oldest test-examples test-faults soak lint types check docs bench bench-ppo \
+	bench-verl chart clean
 
 demo: $(READY)
 	$(BIN)/python examples/colocated_actor_critic.py $(ARGS)
@@ -19,6 +19,13 @@ test-oldest: .venv-oldest/.ready
 # Trains for minutes: that the examples learn, in every way to place and cut them.
 test-examples: $(READY)
 	$(BIN)/python -m pytest tests/examples -m long -o timeout=300 $(ARGS)
+
+# Every fault that there is to survive, on clusters of their own.
+test-faults: $(READY)
+	$(BIN)/python -m pytest tests/faults -m long -o timeout=300 $(ARGS)
+
+soak: $(READY)
+	PYTHONPATH=. $(BIN)/python -m tests.faults.soak $(ARGS)
 
 ppo: $(READY)
 	$(BIN)/python -m examples.ppo $(ARGS)

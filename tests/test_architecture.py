@@ -77,6 +77,7 @@ ORDER = [
     "single_controller.inline",
     "single_controller.testing",
     "single_controller.ray.feasibility",
+    "single_controller.ray.holders",
     "single_controller.ray.placement",
     "single_controller.ray.pools",
     "single_controller.ray.actor_spec",

@@ -230,6 +230,7 @@ class MethodSpec:
     materialize_futures: bool
     uneven: bool
     reads_only: bool = False
+    timeout_s: float | None = None
 
     def mode(self) -> Mode:
         """The mode that carries this method's calls.
@@ -311,6 +312,7 @@ def register(
     materialize_futures: bool = True,
     uneven: bool = False,
     reads_only: bool = False,
+    timeout_s: float | None = None,
 ) -> Any:
     """Let groups call a worker's method. The method stays as it is, sync or `async def`.
 
@@ -326,12 +328,18 @@ def register(
             be views of memory that others read too, and no byte is copied for it. numpy refuses
             to write into them; torch does not know, and `SINGLE_CONTROLLER_CHECK_READS=1` in the
             workers' environment finds a method that wrote anyway.
+        timeout_s: seconds that a call may take, unless it is called with others; None: what its
+            group says.
 
     Raises:
         RegistrationError: an argument is none of these.
     """
+    if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s >= 0):
+        raise RegistrationError(
+            f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}"
+        )
     spec = MethodSpec(
-        dispatch_mode, execute_mode, blocking, materialize_futures, uneven, reads_only
+        dispatch_mode, execute_mode, blocking, materialize_futures, uneven, reads_only, timeout_s
     )
     get_predefined_execute_fn(execute_mode)
     spec.mode()

@@ -157,10 +157,11 @@ class BoundMethod:
     """A role's method on a group: call it, `submit` it, or set `options` first."""
 
     def __init__(
-        self, group: _Group, binding: MethodBinding, options: CallOptions = CallOptions()
+        self, group: _Group, binding: MethodBinding, options: CallOptions | None = None
     ) -> None:
         mode = binding.mode
-        self.group, self.binding, self.call_options = group, binding, options
+        self.group, self.binding = group, binding
+        self.call_options = options or CallOptions(binding.spec.timeout_s)
         self.mode = mode.for_group(group) if isinstance(mode, CustomMode) else mode
         self.__name__ = binding.name
         self.__doc__ = binding.function.__doc__
@@ -182,7 +183,9 @@ class BoundMethod:
     ) -> BoundMethod:
         """The same method with a deadline, or on some ranks only.
 
-        With `ranks`, the call goes as if these, in this order, were the whole group.
+        `timeout_s` goes before what the method is registered with, and that before the group's
+        `call_timeout_s`; `math.inf` is no deadline. With `ranks`, the call goes as if these, in
+        this order, were the whole group.
 
         Raises:
             ValueError: a rank that the group does not have, no rank, or no time.

@@ -177,3 +177,4 @@ class MoreOptions(TypedDict, total=False):
     materialize_futures: bool
     uneven: bool
     reads_only: bool
+    timeout_s: float | None

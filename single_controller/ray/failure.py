@@ -199,6 +199,8 @@ def explain_death(
     """The same error with how the process ended, and the last lines that it wrote."""
     code = watch.exit_code(_EXIT_S) if watch else None
     log = (beside(read_logs, [process], _NODE_S)[0] or "").rstrip()
+    if code is None and "temporarily unavailable" in error.remote_traceback:
+        return error
     how, code = _ending(error.remote_traceback, log, code)
     where = {**error._where, "exit_code": code, "log_tail": log}
     explained = WorkerDiedError(

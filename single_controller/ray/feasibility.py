@@ -9,9 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from single_controller.device import DEVICE_KINDS
+
 __all__ = ["NodeResources", "PoolRequest"]
 
 _SEARCH_LIMIT = 10_000
+_DEVICES = {kind.resource for kind in DEVICE_KINDS}
 
 
 @dataclass(frozen=True)
@@ -87,19 +90,30 @@ class PoolRequest:
             )
             if not without.fits(nodes):
                 continue
-            asks = "cpus_per_process" if name == "CPU" else "gpus_per_process"
             share = self._largest_share(name, need, nodes)
             if share and not name.startswith("accelerator_type"):
-                changes.append(f"{asks}={share:g}")
+                changes.append(_asking(name, share))
             largest = max(self.counts) * need
             if name == "CPU":
                 if cpus := self._larger_node(nodes):
                     changes.append(f"a node with {cpus:g} CPUs (ray.init(num_cpus={cpus:g}))")
             elif name.startswith("accelerator_type:"):
-                changes.append("another accelerator_type, or None")
+                changes.append(self._other_types(name, nodes))
+            elif name not in _DEVICES:
+                changes.append(f"nodes with {largest:g} {name}, or no {name} in the pool")
             else:
                 changes.append(f"use_gpu=False; or nodes with {largest:g} {name}s")
         return changes or ["more nodes: each resource alone would do, but not together"]
+
+    def _other_types(self, name: str, nodes: Sequence[NodeResources]) -> str:
+        prefix = "accelerator_type:"
+        found = {key for node in nodes for key in node.total if key.startswith(prefix)}
+        fitting = []
+        for key in sorted(found):
+            bundle = {key if k == name else k: need for k, need in self.bundle.items()}
+            if PoolRequest(self.counts, bundle, self.strategy).fits(nodes):
+                fitting.append(f"accelerator_type={key.removeprefix(prefix)!r}")
+        return " or ".join([*fitting, "accelerator_type=None"])
 
     def _larger_node(self, nodes: Sequence[NodeResources]) -> float:
         """CPUs of a node that, in place of a single one or beside several, makes it fit; or 0."""
@@ -127,6 +141,15 @@ class PoolRequest:
             if smaller.fits(nodes):
                 return share
         return 0
+
+
+def _asking(name: str, amount: float) -> str:
+    """How a pool asks for an amount of a resource per process."""
+    if name == "CPU":
+        return f"cpus_per_process={amount:g}"
+    if name in _DEVICES:
+        return f"gpus_per_process={amount:g}"
+    return f"resources_per_process={{{name!r}: {amount:g}}}"
 
 
 def _show(bundle: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from single_controller.base.resource_pool import ResourcePool
 from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, device_kind
 from single_controller.errors import ResourceError
 from single_controller.ray.feasibility import NodeResources, PoolRequest
+from single_controller.ray.holders import holders
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,6 +37,9 @@ __all__ = [
     "cluster_nodes",
     "sort_placement_group_by_node_ip",
 ]
+
+_REMOVAL_S = 10.0
+_DEVICES = {kind.resource for kind in DEVICE_KINDS}
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class RayResourcePool(ResourcePool):
         detached: the reservation outlives the driver.
         accelerator_type: such as "H100": only nodes with that type.
         cpus_per_process, gpus_per_process: what each bundle asks for.
+        resources_per_process: custom resources of each bundle, such as `{"fast_disk": 1}`. What
+            `RayClassWithInitArgs.set_additional_resource` asks for must be among them.
         placement_timeout_s: how long to wait for resources that others hold now.
     """
 
@@ -98,18 +104,26 @@ class RayResourcePool(ResourcePool):
         *,
         cpus_per_process: float = 1,
         gpus_per_process: float = 1,
+        resources_per_process: Mapping[str, float] | None = None,
         placement_timeout_s: float = 60,
     ) -> None:
         super().__init__(process_on_nodes, max_colocate_count)
         for name, amount in (("cpus", cpus_per_process), ("gpus", gpus_per_process)):
             if not amount > 0:
                 raise ValueError(f"{name}_per_process must be more than 0; got {amount!r}")
+        custom = dict(resources_per_process or {})
+        if _DEVICES & custom.keys() or not all(amount > 0 for amount in custom.values()):
+            raise ValueError(
+                "resources_per_process must be positive amounts of custom resources (CPUs and "
+                f"devices have parameters of their own); got {custom}"
+            )
         self.use_gpu = use_gpu
         self.name_prefix = name_prefix or uuid.uuid4().hex[:8]
         self.detached = detached
         self.accelerator_type = accelerator_type
         self.cpus_per_process = cpus_per_process
         self.gpus_per_process = gpus_per_process
+        self.resources_per_process = custom
         self.placement_timeout_s = placement_timeout_s
         self.pgs: list[PlacementGroup] | None = None
 
@@ -122,6 +136,7 @@ class RayResourcePool(ResourcePool):
             "accelerator_type": self.accelerator_type,
             "cpus_per_process": self.cpus_per_process,
             "gpus_per_process": self.gpus_per_process,
+            "resources_per_process": self.resources_per_process,
             "placement_timeout_s": self.placement_timeout_s,
         }
 
@@ -141,6 +156,7 @@ class RayResourcePool(ResourcePool):
             bundle[kind.resource] = self.gpus_per_process
         if self.accelerator_type is not None:
             bundle[f"accelerator_type:{self.accelerator_type}"] = 1e-4
+        bundle.update(self.resources_per_process)
         return PoolRequest(tuple(self.store), bundle, strategy)
 
     def get_placement_groups(
@@ -172,7 +188,20 @@ class RayResourcePool(ResourcePool):
                 f"the pool was reserved without {kind.resource}: its bundles are "
                 f"{groups[0].bundle_specs[0]}, and device_name={device_name!r} was asked for"
             )
+        self._wait_for_lost_nodes(groups)
         return _bundles_of(groups)
+
+    def _wait_for_lost_nodes(self, groups: Sequence[PlacementGroup]) -> None:
+        """Ray looks for another node where one of a reservation was lost."""
+        deadline = time.monotonic() + self.placement_timeout_s
+        for group in groups:
+            lost = placement_group_table(group).get("state") == "RESCHEDULING"
+            if lost and not group.wait(max(0.01, deadline - time.monotonic())):
+                raise ResourceError(
+                    "the pool's reservation lost a node, and no other could take its place within "
+                    f"placement_timeout_s={self.placement_timeout_s:g}: "
+                    f"{self.request(self.device()).explain(cluster_nodes())}"
+                )
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
         if self.pgs is not None:
@@ -199,7 +228,8 @@ class RayResourcePool(ResourcePool):
                 if not group.wait(max(0.01, deadline - time.monotonic())):
                     raise ResourceError(
                         f"the pool was not free within placement_timeout_s="
-                        f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}"
+                        f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}\n"
+                        f"{holders(but={g.id.hex() for g in groups})}".rstrip()
                     )
         except BaseException:
             _remove(groups)
@@ -208,7 +238,9 @@ class RayResourcePool(ResourcePool):
         return self.pgs
 
     def close(self) -> None:
-        """Give the reservation back; workers in it end. The pool can be used again afterwards."""
+        """Give the reservation back and return when it is; workers in it end. The pool can be
+        used again afterwards.
+        """
         groups, self.pgs = self.pgs or [], None
         if ray.is_initialized():
             _remove(groups)
@@ -233,6 +265,12 @@ def cluster_nodes() -> list[NodeResources]:
 def _remove(groups: Sequence[PlacementGroup]) -> None:
     for group in groups:
         remove_placement_group(group)
+    deadline = time.monotonic() + _REMOVAL_S
+    for group in groups:
+        while placement_group_table(group).get("state", "REMOVED") != "REMOVED":
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
 
 
 def _bundles_of(groups: Sequence[PlacementGroup]) -> tuple[Bundle, ...]:

@@ -13,10 +13,19 @@ from single_controller.ray.worker_group import RayWorkerGroup
 __all__ = ["Colocated", "colocate"]
 
 
-def colocate(pool: RayResourcePool, **roles: ClassWithInitArgs | type[Worker]) -> Colocated:
+def colocate(
+    pool: RayResourcePool,
+    *,
+    startup_timeout_s: float = 600,
+    call_timeout_s: float | None = None,
+    on_failure: str = "raise",
+    max_restarts: int = 3,
+    **roles: ClassWithInitArgs | type[Worker],
+) -> Colocated:
     """Start one process per process of the pool, each with every role in it.
 
     Args:
+        startup_timeout_s, call_timeout_s, on_failure, max_restarts: as for `RayWorkerGroup`.
         roles: by name, a worker class, or `RayClassWithInitArgs` where it takes arguments.
 
     Returns:
@@ -26,4 +35,12 @@ def colocate(pool: RayResourcePool, **roles: ClassWithInitArgs | type[Worker]) -
         What `RayWorkerGroup` raises.
     """
     specs = role_specs(roles, RayClassWithInitArgs)
-    return Colocated(RayWorkerGroup(pool, create_colocated_worker_cls(specs)), specs)
+    hosts = RayWorkerGroup(
+        pool,
+        create_colocated_worker_cls(specs),
+        startup_timeout_s=startup_timeout_s,
+        call_timeout_s=call_timeout_s,
+        on_failure=on_failure,
+        max_restarts=max_restarts,
+    )
+    return Colocated(hosts, specs)

@@ -237,6 +237,11 @@ def _actor_options(
         made["max_concurrency"] = _ASYNC_CALLS_IN_FLIGHT
     env = checked_worker_env(options.worker_env)
     given = dict(spec.options)
+    if given.get("max_restarts"):
+        raise ValueError(
+            "max_restarts among Ray's options would bring back a process without its roles; "
+            "on_failure='restart' of the group restarts all ranks with theirs"
+        )
     resources.update(given.pop("resources", None) or {})
     if env:
         runtime_env = given.get("runtime_env") or {}

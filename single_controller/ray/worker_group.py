@@ -5,6 +5,7 @@ Processes are owned by `hosts`, a call on its way by `calls`.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -223,6 +224,8 @@ class RayWorkerGroup(HostGroup[W]):
                 hosts.sent(rank)
                 sites.append(hosts.site(self.role, method, rank))
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
+        if timeout_s is not None and math.isinf(timeout_s):
+            timeout_s = None
         return RayPending(hosts, sites, refs, turns, answers, timeout_s, record, token)
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:

@@ -134,7 +134,16 @@ def test_every_change_that_is_offered_really_fits(
 
 def test_a_missing_accelerator_type_is_said() -> None:
     request = PoolRequest((2,), {"CPU": 1.0, "accelerator_type:H100": 1e-4})
-    assert "another accelerator_type, or None" in request.explain(cpus(8))
+    assert "accelerator_type=None" in request.explain(cpus(8))
+    others = nodes({"CPU": 8, "accelerator_type:A100": 1}, {"CPU": 1, "accelerator_type:T4": 1})
+    assert "accelerator_type='A100' or accelerator_type=None" in request.explain(others)
+
+
+def test_a_custom_resource_is_asked_for_by_its_own_name() -> None:
+    text = PoolRequest((2,), {"CPU": 1.0, "disk": 1.0}).explain(nodes({"CPU": 8, "disk": 1}))
+    assert "resources_per_process={'disk': 0.5}" in text
+    assert "nodes with 2 disk, or no disk in the pool" in text
+    assert "use_gpu" not in text
 
 
 def test_nodes_without_anything_get_no_offer_of_a_pool_without_processes() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
-from single_controller import ResourceError
+from single_controller import ResourceError, WorkerDiedError
 from single_controller.base import Worker
 from single_controller.ray import (
     RayClassWithInitArgs,
@@ -20,6 +21,7 @@ from single_controller.ray import (
     placement,
     split_resource_pool,
 )
+from tests.faults.victim import Victim
 from tests.waiting import eventually
 
 
@@ -48,8 +50,13 @@ def test_a_busy_pool_is_waited_for_and_then_given_up_with_the_reason(cluster: No
     with RayResourcePool([7]) as holder:
         holder.get_placement_groups()
         late = RayResourcePool([4, 4], placement_timeout_s=0.3)
-        with pytest.raises(ResourceError, match=r"placement_timeout_s=0.3(.|\n)*close what holds"):
+        with pytest.raises(ResourceError, match=r"placement_timeout_s=0.3") as caught:
             late.get_placement_groups()
+    text = str(caught.value)
+    assert "close what holds" in text
+    assert f"  {holder.name_prefix}single_controller_" in text, "who holds it is not said"
+    assert ": 7 × {CPU: 1} on " in text
+    assert late.name_prefix not in text
     assert eventually(lambda: free_cpus() == 8), "the part that was reserved is not given back"
     late.placement_timeout_s = 60
     with late:
@@ -170,3 +177,40 @@ def test_a_manager_checks_its_pools_together(cluster: None) -> None:
         manager.get_resource_pool("reward")
     with pytest.raises(ResourceError, match="cannot hold these pools together"):
         ResourcePoolManager({"a": [5], "b": [5]}, {}).create_resource_pool()
+
+
+def test_custom_resources_are_reserved_with_the_pool_and_missed_before_asking(
+    cluster: None,
+) -> None:
+    with pytest.raises(ResourceError, match=r"no fast_disk in the pool"):
+        RayResourcePool([1], resources_per_process={"fast_disk": 1}).get_placement_groups()
+    for wrong in ({"CPU": 1}, {"fast_disk": 0}):
+        with pytest.raises(ValueError, match="positive amounts of custom resources"):
+            RayResourcePool([1], resources_per_process=wrong)
+
+
+def test_a_closed_pool_is_removed_when_close_returns(cluster: None) -> None:
+    pool = RayResourcePool([1])
+    (group,) = pool.get_placement_groups()
+    pool.close()
+    assert placement_group_table(group)["state"] == "REMOVED"
+
+
+def test_a_start_that_fails_on_one_rank_leaves_no_process(cluster: None) -> None:
+    with RayResourcePool([2], cpus_per_process=0.5) as pool:
+        with pytest.raises(KeyError, match=r"Victim.__init__ failed on rank 1"):
+            RayWorkerGroup(pool, RayClassWithInitArgs(Victim, ["sleep", "raise"]), name_prefix="x")
+        with pytest.raises(WorkerDiedError, match=r"rank 0 .*SIGKILL") as caught:
+            RayWorkerGroup(pool, RayClassWithInitArgs(Victim, ["kill", "fine"]), name_prefix="x")
+        assert "last words" in caught.value.log_tail
+        left = ray._private.state.actors().values()
+        hosts = [actor for actor in left if (actor["Name"] or "").startswith("xVictim")]
+        assert {actor["State"] for actor in hosts} == {"DEAD"}
+        assert len(hosts) == 4
+        assert not any(os.path.exists(f"/proc/{actor['Pid']}") for actor in hosts)
+
+
+def test_rays_own_restarts_are_refused(cluster: None) -> None:
+    spec = RayClassWithInitArgs(ray.remote(max_restarts=1)(Worker))
+    with RayResourcePool([1]) as pool, pytest.raises(ValueError, match="on_failure='restart'"):
+        RayWorkerGroup(pool, spec)

@@ -11,6 +11,7 @@ from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, colocate
 from tests.faults.victim import Victim
+from tests.waiting import eventually
 
 
 class Other(Worker):
@@ -31,7 +32,8 @@ def test_a_restarted_group_has_new_processes_the_same_ranks_and_all_its_roles(
         after = both.victim.look()
         assert [rank for rank, *_ in after] == [0, 1]
         assert not {pid for _, pid, *_ in before} & {pid for _, pid, *_ in after}
-        assert not any(os.path.exists(f"/proc/{pid}") for _, pid, *_ in before)
+        left = [f"/proc/{pid}" for _, pid, *_ in before]
+        assert eventually(lambda: not any(map(os.path.exists, left)), 5)
         assert [state for _, _, state, _ in after] == ["restored on 0", "restored on 1"]
         assert both.victim.all_reduce() == [3.0, 3.0]
         assert both.other.pid() == [pid for _, pid, *_ in after]
@@ -46,8 +48,8 @@ def test_a_restarted_group_has_new_processes_the_same_ranks_and_all_its_roles(
 def test_a_group_told_to_restart_does_so_on_the_next_call_within_its_budget(
     pool: RayResourcePool,
 ) -> None:
-    spec = RayClassWithInitArgs(Victim)
-    with RayWorkerGroup(pool, spec, on_failure="restart", max_restarts=1) as group:
+    with colocate(pool, on_failure="restart", max_restarts=1, victim=Victim) as both:
+        group = both.victim
         with pytest.raises(KeyError):
             group.act(PerRank(["fine", "raise"]))
         assert group.look()[0][2] == "new on 0", "all ranks finished, so nothing is restarted"

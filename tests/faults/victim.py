@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from single_controller.base import Worker
@@ -16,8 +17,11 @@ from single_controller.base.decorator import Dispatch, register
 class Victim(Worker):
     """`act(what)` fails as told; `all_reduce` shows that the group is whole."""
 
-    def __init__(self, where: str = "") -> None:
+    def __init__(self, what: Sequence[str] = ()) -> None:
+        """`what[rank]` is done at once."""
         self.state = f"new on {self.rank}"
+        if what:
+            self.act(what[self.rank])
 
     def restore(self) -> None:
         self.state = f"restored on {self.rank}"
@@ -55,7 +59,7 @@ class Victim(Worker):
         threading.Event().wait()
 
     def _moment(self) -> None:
-        threading.Event().wait(3)
+        threading.Event().wait(1)
 
     def _in_c(self) -> None:
         """Holds the interpreter's lock in C code for good."""
@@ -76,6 +80,17 @@ class Victim(Worker):
 
     def _exit3(self) -> None:
         os._exit(3)
+
+    def _hoard(self) -> None:
+        held = []
+        while True:
+            held.append(os.urandom(1) * 100_000_000)
+            threading.Event().wait(0.05)
+
+    def _large(self) -> Any:
+        import numpy as np
+
+        return np.ones(40_000_000)
 
     def _lock(self) -> Any:
         return threading.Lock()

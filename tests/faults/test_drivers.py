@@ -1,0 +1,142 @@
+"""Drivers that are interrupted, killed, or go on for a second run: nothing of a group stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.faults.drivers import GROUP, START, launch, run
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.long
+
+
+def pids_of(process: subprocess.Popen[str]) -> list[int]:
+    """The workers' process ids, which the driver prints first."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("pids"):
+            return [int(word) for word in line.split()[1:]]
+    raise AssertionError("the driver printed no pids")
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+INTERRUPTED = """
+try:
+    group.act("sleep")
+except KeyboardInterrupt:
+    say("interrupted")
+try:
+    group.look()
+except GroupBrokenError as error:
+    say(error)
+group.restart()
+say("again", group.act("fine"))
+group.close()
+"""
+
+
+def test_ctrl_c_in_a_call_returns_to_the_driver_which_is_told_that_ranks_are_busy() -> None:
+    with launch(GROUP + INTERRUPTED) as driver:
+        pids = pids_of(driver)
+        assert eventually(lambda: sleeping(pids))
+        driver.send_signal(signal.SIGINT)
+        output, _ = driver.communicate(timeout=100)
+    assert "interrupted" in output
+    assert "ranks [0, 1] are still in a call that was interrupted" in output
+    assert "again ['fine', 'fine']" in output
+    assert gone(pids)
+
+
+def sleeping(pids: list[int]) -> bool:
+    return all("ray::Host.call" in command(pid) for pid in pids)
+
+
+def command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+STARTING = """
+say("starting")
+try:
+    with RayResourcePool([2], cpus_per_process=0.5) as pool:
+        RayWorkerGroup(pool, RayClassWithInitArgs(Victim, ["sleep", "sleep"]))
+except KeyboardInterrupt:
+    say("interrupted")
+from tests.faults.soak import leaks
+say(leaks())
+"""
+
+
+def test_ctrl_c_while_a_group_starts_leaves_neither_processes_nor_reservations() -> None:
+    with launch(START + STARTING) as driver:
+        assert driver.stdout is not None
+        assert any(line.startswith("starting") for line in driver.stdout)
+        session = children(driver.pid)
+        assert eventually(lambda: any("ray::Host.setup" in command(pid) for pid in session()))
+        driver.send_signal(signal.SIGINT)
+        output, _ = driver.communicate(timeout=100)
+    assert "interrupted" in output
+    assert "{'processes': 0, 'placement groups': 0, 'object-store bytes': 0}" in output
+
+
+def children(pid: int) -> object:
+    """A function that lists the processes below one."""
+
+    def below() -> list[int]:
+        found = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+        pairs = [tuple(map(int, line.split())) for line in found.splitlines()[1:]]
+        known = {pid}
+        for _ in range(4):
+            known |= {child for child, parent in pairs if parent in known}
+        return sorted(known)
+
+    return below
+
+
+@pytest.mark.parametrize("what", ["fine", "in_c"])
+def test_a_driver_that_is_killed_takes_its_workers_with_it(what: str) -> None:
+    with launch(GROUP + f"group.act.submit({what!r})\nthreading.Event().wait()") as driver:
+        pids = pids_of(driver)
+        driver.kill()
+        assert eventually(lambda: gone(pids), 60)
+
+
+def test_a_driver_that_ends_with_a_stuck_worker_leaves_none() -> None:
+    output = run(GROUP + "group.act.submit('in_c')\ntime.sleep(1)")
+    assert gone([int(word) for word in output.split()[1:3]])
+
+
+SECOND = """
+del group
+pool.close()
+for _ in range(2):
+    with RayResourcePool([2], cpus_per_process=0.5) as pool, RayWorkerGroup(pool, spec) as group:
+        say(group.act("fine"))
+group = RayWorkerGroup(pool, spec, call_timeout_s=1)
+try:
+    group.act("in_c")
+except CallTimeoutError:
+    stuck = [row.pid for row in group.describe().rows]
+    del group
+assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in stuck)), "not dropped"
+pool.close()
+from tests.faults.soak import leaks
+say(leaks())
+"""
+
+
+def test_a_second_run_in_one_session_works_and_a_dropped_group_that_is_stuck_ends() -> None:
+    output = run(GROUP + SECOND)
+    assert output.count("['fine', 'fine']") == 2
+    assert "{'processes': 0, 'placement groups': 0, 'object-store bytes': 0}" in output
