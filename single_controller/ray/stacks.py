@@ -18,7 +18,8 @@ __all__ = ["collective", "coroutine_stacks", "readable"]
 
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
 _COLLECTIVES = ("/torch/distributed/", "/ray/util/collective/")
-_OURS = (os.path.dirname(__file__) + os.sep, os.path.dirname(ray.__file__) + os.sep)
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_OURS = (_PACKAGE + os.sep, os.path.dirname(ray.__file__) + os.sep)
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _MAIN = "/default_worker.py"  # where Ray's processes start

@@ -109,7 +109,7 @@ say(group.act("fine"))
 
 
 def test_a_result_for_which_the_object_store_has_no_room_is_that_ranks_error() -> None:
-    system = {"automatic_object_spilling_enabled": False}
+    system = {"local_fs_capacity_threshold": 0.0001}  # nor has the disk behind it
     output = run(
         START + FULL, f'{{"object_store_memory": 100_000_000, "_system_config": {system}}}'
     )
