@@ -240,8 +240,8 @@ def anonymous() -> int:
 def measure(case: Case, calls: int) -> list[float]:
     """Seconds of each call, or what the case itself measured."""
     taken = []
+    gc.collect()
     for _ in range(calls):
-        gc.collect()
         began = time.perf_counter()
         result = case()
         seconds = time.perf_counter() - began
