@@ -87,7 +87,7 @@ def main(pages: Sequence[str]) -> int:
 
     import ray
 
-    context = ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR")  # type: ignore[arg-type]
+    context = ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR")  # type: ignore[arg-type]
     os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]  # type: ignore[attr-defined]
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])

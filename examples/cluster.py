@@ -19,4 +19,4 @@ def connect(processes: int) -> None:
         ray.init(logging_level="ERROR")
     else:
         cpus = max(processes, os.cpu_count() or 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, logging_level="ERROR")
+        ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR")

@@ -72,7 +72,7 @@ def main() -> int:
         ray.init(logging_level="ERROR")
     else:
         logical_cpus = max(args.ranks, os.cpu_count() or 1)
-        ray.init(num_cpus=logical_cpus, include_dashboard=False, logging_level="ERROR")
+        ray.init("local", num_cpus=logical_cpus, include_dashboard=False, logging_level="ERROR")
     actor_class, critic_class = make_workers(args.uneven)
     roles = {
         "actor": RayClassWithInitArgs(cls=actor_class),

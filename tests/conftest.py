@@ -14,7 +14,7 @@ pytest_plugins = ["single_controller.testing"]
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=8, num_gpus=0, include_dashboard=False, logging_level="ERROR")
+    ray.init("local", num_cpus=8, num_gpus=0, include_dashboard=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -39,7 +39,7 @@ def without_the_machine(text: str) -> list[str]:
 def test_readme_programs_print_what_readme_says(program: str, output: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(program, encoding="utf-8")
     hidden = {} if "num_gpus" in program else {"CUDA_VISIBLE_DEVICES": ""}
-    done = run(str(tmp_path / "program.py"), **hidden)
+    done = run(str(tmp_path / "program.py"), RAY_ADDRESS="local", **hidden)
     assert without_the_machine(done.stdout) == without_the_machine(output), done.stderr
 
 
