@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError
 from single_controller.base.method import Pending
 from single_controller.base.recorder import CallRecord
 from single_controller.errors import GroupBrokenError
+from single_controller.ray import patience
 from single_controller.ray.failure import CallSite
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.parcel import counting
@@ -47,7 +48,9 @@ class RayPending(Pending):
             left = max(0.0, self._sent + self._timeout_s - time.monotonic())
         try:
             with counting(lambda size: self._record.count("bytes_in", size)):
-                outputs = ray.get(self._refs, timeout=left)
+                first = self._sites[0]
+                ranks = [site.rank for site in self._sites]
+                outputs = patience.get(self._refs, left, f"{first.role}.{first.method}", ranks)
             self._hosts.check_current()
         except GetTimeoutError:
             limit = timeout_s if timeout_s is not None else self._timeout_s

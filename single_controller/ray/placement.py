@@ -24,6 +24,7 @@ from ray.util.placement_group import (
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, device_kind
 from single_controller.errors import ResourceError
+from single_controller.ray import patience
 from single_controller.ray.feasibility import NodeResources, PoolRequest
 from single_controller.ray.holders import holders
 
@@ -224,8 +225,9 @@ class RayResourcePool(ResourcePool):
                         lifetime="detached" if self.detached else None,
                     )
                 )
-            for group in groups:
-                if not group.wait(max(0.01, deadline - time.monotonic())):
+            for number, group in enumerate(groups):
+                what = f"waiting for resources: {number} of {len(groups)} placement groups"
+                if not patience.placed(group, max(0.01, deadline - time.monotonic()), what):
                     raise ResourceError(
                         f"the pool was not free within placement_timeout_s="
                         f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}\n"

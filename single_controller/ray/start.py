@@ -22,6 +22,7 @@ from single_controller.base.rank import has_async_method
 from single_controller.base.worker import checked_worker_env
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
+from single_controller.ray import patience
 from single_controller.ray.actor_spec import ActorSpec
 from single_controller.ray.failure import CallSite, diagnose, dumps, explain_death
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
@@ -123,9 +124,8 @@ class _Starting:
             options.master_port or 0, options.master_port_range, options.master_addr
         )
         wait_s = options.placement_timeout_s
-        _, missing = ray.wait(arrived, num_returns=len(arrived), timeout=wait_s)
-        if missing:
-            ranks = [rank for rank, ref in enumerate(arrived) if ref in missing]
+        ranks = patience.missing(arrived, wait_s, f"starting {'+'.join(self.spec.roles)}")
+        if ranks:
             raise ResourceError(
                 f"ranks {ranks} got no process within placement_timeout_s={wait_s:g}: their "
                 "bundles have no room left. Close groups on this pool, or raise its "
@@ -169,7 +169,8 @@ class _Starting:
 
     def _get(self, refs: Sequence[Any], step: str, timeout_s: float) -> list[Any]:
         try:
-            return ray.get(list(refs), timeout=timeout_s)
+            what = f"{step} of {'+'.join(self.spec.roles)}"
+            return patience.get(refs, timeout_s, what, range(len(refs)))
         except GetTimeoutError:
             _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=0)
             ranks = [rank for rank, ref in enumerate(refs) if ref in pending]
