@@ -1,4 +1,4 @@
-"""`python -m single_controller doctor | ps | kill`: a cluster and its groups from a terminal."""
+"""`python -m single_controller doctor | ps | stacks | kill`: a cluster and its groups by hand."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, what in (
         ("doctor", _doctor, "check a cluster: exit code 1 if a check fails"),
         ("ps", _ps, "the groups of a running cluster, a line per rank"),
+        ("stacks", _stacks, "the Python stack of each rank of a group, also of stuck ones"),
         ("kill", _kill, "end all processes of a group"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--address", help="of the cluster; by default what Ray finds")
         command.set_defaults(run=run)
-    command.add_argument("name", metavar="NAME", help="the group, as ps shows it")
-    command.add_argument("--namespace", help="which, if several groups have this name")
+        if name in ("stacks", "kill"):
+            command.add_argument("name", metavar="NAME", help="the group, as ps shows it")
+            command.add_argument("--namespace", help="which, if several groups have this name")
     return parser
 
 
@@ -72,6 +74,20 @@ def _ps(options: argparse.Namespace) -> int:
         return 2
     groups = running_groups()
     sys.stdout.write(f"{groups_table(groups)}\n" if groups else "no groups are running\n")
+    return 0
+
+
+def _stacks(options: argparse.Namespace) -> int:
+    from single_controller.ray.running import group_stacks
+
+    if not _attached(options.address):
+        return 2
+    try:
+        stacks = group_stacks(options.name, options.namespace)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.writelines(f"rank {rank}\n{stack}\n" for rank, stack in stacks.items())
     return 0
 
 

@@ -16,7 +16,7 @@ import struct
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 __all__ = [
@@ -28,9 +28,11 @@ __all__ = [
     "log_tail",
     "read_logs",
     "read_stacks",
+    "read_stacks_by_pid",
 ]
 
 _SIGNAL = getattr(signal, "SIGRTMIN", 0) + 7  # a real-time one: programs use those with names
+_STACKS = "stacks"  # the file in memory that they are written to
 _POLL_S = 0.01
 _QUIET_S = 0.03
 _STACKS_S = 1.0  # how long a process gets to write its stacks; it takes milliseconds
@@ -66,7 +68,7 @@ def arrive(node_id: str, node_ip: str) -> ProcessInfo:
     """
     descriptor = -1
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("stacks")
+        descriptor = os.memfd_create(_STACKS)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # whoever reads it empties it
         faulthandler.register(_SIGNAL, file=descriptor, all_threads=True)
     pid = os.getpid()
@@ -99,6 +101,22 @@ def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
     return [
         _written(file, process, deadline) for file, process in zip(files, processes, strict=True)
     ]
+
+
+def read_stacks_by_pid(processes: Sequence[ProcessInfo]) -> list[str]:
+    """As `read_stacks`, of hosts that are known by nothing but their node and pid."""
+    return read_stacks([_looked_up(process) for process in processes])
+
+
+def _looked_up(process: ProcessInfo) -> ProcessInfo:
+    """What `arrive` once said in that process, as far as its node shows it."""
+    found = _stat(process.pid)
+    started, descriptor = found[1] if found else 0, -1
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{process.pid}/fd").iterdir():
+            if os.readlink(file).startswith(f"/memfd:{_STACKS}"):
+                descriptor = int(file.name)
+    return replace(process, started=started, stacks_fd=descriptor)
 
 
 def _signalled(process: ProcessInfo) -> Path | None:

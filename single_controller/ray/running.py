@@ -19,8 +19,19 @@ from ray._private.state import actors
 from single_controller.base.table import aligned
 from single_controller.errors import SingleControllerError
 from single_controller.ray.host import AsyncHost, Host
+from single_controller.ray.nodes import beside
+from single_controller.ray.process import ProcessInfo, read_stacks_by_pid
+from single_controller.ray.stacks import readable
 
-__all__ = ["RunningGroup", "RunningHost", "groups_table", "kill_group", "running_groups"]
+__all__ = [
+    "RunningGroup",
+    "RunningHost",
+    "find_group",
+    "group_stacks",
+    "groups_table",
+    "kill_group",
+    "running_groups",
+]
 
 _CLASSES = {Host.__name__, AsyncHost.__name__}
 _NAME = re.compile(r"(.+)_(\d+):(\d+)")  # as hosts are named: group, placement group, bundle
@@ -38,6 +49,7 @@ class RunningHost:
     state: str
     age_s: float
     actor_id: str
+    node_id: str
 
 
 @dataclass(frozen=True)
@@ -134,8 +146,8 @@ def _group(
             state = "busy" if answers[actor["ActorID"]][1] is None else "idle"
         since = (actor["StartTime"] or actor["Timestamp"]) / 1_000
         age = max(0.0, time.time() - since) if since else 0.0
-        where = actor["Address"]["IPAddress"]
-        hosts.append(RunningHost(rank, where, actor["Pid"], state, age, actor["ActorID"]))
+        where, node = actor["Address"]["IPAddress"], actor["Address"]["NodeID"]
+        hosts.append(RunningHost(rank, where, actor["Pid"], state, age, actor["ActorID"], node))
     said = [answers[actor["ActorID"]] for actor in table]
     roles = next((roles for _, roles in said if roles), ())
     namespace = next((place for place, _ in said if place), "")
@@ -165,25 +177,11 @@ def kill_group(name: str, namespace: str | None = None, timeout_s: float = 30) -
 
     Its pool's reservation stays with the driver that made it.
 
-    Args:
-        name: as `running_groups` gives it.
-        namespace: which one, where groups of several drivers have the same name.
-
     Raises:
         ValueError: there is no such group, or several. SingleControllerError: a host is still
             there after `timeout_s`.
     """
-    groups = running_groups(patience_s=0)
-    named = [g for g in groups if g.name == name and namespace in (None, g.namespace)]
-    if not named:
-        names = sorted({group.name for group in groups})
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"no group {name!r} runs here: {hint}Running: {', '.join(names) or '-'}")
-    if len(named) > 1:
-        spaces = [group.namespace for group in named]
-        raise ValueError(f"{len(named)} groups are called {name!r}: name a namespace of {spaces}")
-    group = named[0]
+    group = find_group(name, namespace)
     namespaces = _namespaces()
     for host in group.hosts:
         actor = actors(host.actor_id)
@@ -198,6 +196,43 @@ def kill_group(name: str, namespace: str | None = None, timeout_s: float = 30) -
             "on their nodes"
         )
     return group
+
+
+def group_stacks(name: str, namespace: str | None = None, timeout_s: float = 15) -> dict[int, str]:
+    """By rank, the Python stacks of a group's hosts, now, also of busy and stuck ones.
+
+    Raises:
+        ValueError: there is no such group, or several.
+    """
+    hosts = find_group(name, namespace).hosts
+    processes = [ProcessInfo(host.node_id, host.node, host.pid, 0, -1, "") for host in hosts]
+    found = beside(read_stacks_by_pid, processes, timeout_s)
+    return {
+        host.rank: "no stack: its node does not answer" if dump is None else readable(dump)
+        for host, dump in zip(hosts, found, strict=True)
+    }
+
+
+def find_group(name: str, namespace: str | None = None) -> RunningGroup:
+    """The group of that name.
+
+    Args:
+        namespace: which one, where groups of several drivers have the same name.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    groups = running_groups(patience_s=0)
+    named = [g for g in groups if g.name == name and namespace in (None, g.namespace)]
+    if not named:
+        names = sorted({group.name for group in groups})
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no group {name!r} runs here: {hint}Running: {', '.join(names) or '-'}")
+    if len(named) > 1:
+        spaces = [group.namespace for group in named]
+        raise ValueError(f"{len(named)} groups are called {name!r}: name a namespace of {spaces}")
+    return named[0]
 
 
 def _await_death(ids: Sequence[str], timeout_s: float) -> list[str]:

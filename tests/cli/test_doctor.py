@@ -130,7 +130,7 @@ def test_doctor_checks_a_running_cluster_and_exits_0(cluster: None) -> None:
     assert done.stdout.endswith("all is well\n")
 
 
-@pytest.mark.parametrize("command", [["doctor"], ["ps"], ["kill", "group"]])
+@pytest.mark.parametrize("command", [["doctor"], ["ps"], ["stacks", "group"], ["kill", "group"]])
 def test_a_cluster_that_is_not_there_is_said_at_once_with_how_to_start_one(
     command: list[str],
 ) -> None:

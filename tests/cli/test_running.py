@@ -61,6 +61,9 @@ def test_a_host_in_a_call_is_busy_and_idle_again_afterwards(
             return [host.state for host in found.hosts]
 
         assert eventually(lambda: states() == ["busy", "idle"])
+        shown = run("stacks", name).stdout.split("rank 1\n")
+        assert "in _wait_for" in shown[0]
+        assert "in no call" in shown[1]
         flag.touch()
         ray.get(waiting, timeout=30)
         assert eventually(lambda: states() == ["idle", "idle"])
