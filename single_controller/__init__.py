@@ -12,6 +12,8 @@ from single_controller.base import (
     Worker,
     WorkerGroup,
 )
+from single_controller.base.spans import span
+from single_controller.base.trace import trace
 from single_controller.errors import (
     CallTimeoutError,
     CollectiveError,
@@ -47,4 +49,6 @@ __all__ = [
     "WorkerDiedError",
     "WorkerError",
     "WorkerGroup",
+    "span",
+    "trace",
 ]

@@ -173,7 +173,7 @@ class BoundMethod:
     def submit(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> CallFuture:
         """Send the call and return at once, whatever `blocking` the method is registered with."""
         method = self.options(timeout_s=timeout_s) if timeout_s is not None else self
-        record = self.group._recorder.call(self.__name__)
+        record = self.group._recorder.call(self.group.role, self.__name__)
         with record.span("dispatch"):
             plan, pending = self.group._send(method, args, kwargs, False, record)
         return CallFuture(self, plan, pending, record)

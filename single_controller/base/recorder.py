@@ -1,67 +1,43 @@
 """What calls cost, noted in one place: named spans of time and counts of bytes, per method.
 
-Whoever sends and collects calls notes; what is made of it (`stats`, a trace) is left to readers and
-listeners.
+Whoever sends and collects calls notes; while a trace is on, `spans` gets the same.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from single_controller.base.spans import now_ns, recording
 from single_controller.base.table import aligned
 
-__all__ = ["CallRecord", "MethodStats", "Recorder", "Span", "StatsTable"]
-
-
-@dataclass(frozen=True)
-class Span:
-    """Some part of one call: from `start` (seconds since the epoch), for `seconds`."""
-
-    method: str
-    name: str
-    start: float
-    seconds: float
+__all__ = ["CallRecord", "MethodStats", "Recorder", "StatsTable"]
 
 
 class Recorder:
-    """Sums up what is noted about the calls of one group.
-
-    `listen` adds a function that gets every span as it ends, in the thread that made the call.
-    """
+    """Sums up what is noted about the calls of one group."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._totals: dict[str, dict[str, float]] = {}
         self._awaited: list[tuple[str, str, Callable[[], int | None]]] = []
-        self._listeners: tuple[Callable[[Span], None], ...] = ()
-        self._epoch = time.time() - time.perf_counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process a group begins to count anew."""
         return Recorder, ()
 
-    def listen(self, listener: Callable[[Span], None]) -> None:
-        self._listeners = (*self._listeners, listener)
-
-    def call(self, method: str) -> CallRecord:
+    def call(self, role: str, method: str) -> CallRecord:
         """Note that a method is called; the record takes what it costs."""
         self.add(method, "calls", 1)
-        return CallRecord(self, method)
+        return CallRecord(self, role, method)
 
     def add(self, method: str, name: str, amount: float) -> None:
         with self._lock:
             totals = self._totals.setdefault(method, {})
             totals[name] = totals.get(name, 0) + amount
-
-    def add_span(self, method: str, name: str, start: float, seconds: float) -> None:
-        """Note a span; `start` is of `time.perf_counter`."""
-        self.add(method, f"{name}_s", seconds)
-        for listener in self._listeners:
-            listener(Span(method, name, self._epoch + start, seconds))
 
     def add_later(self, method: str, name: str, amount: Callable[[], int | None]) -> None:
         """Note an amount that is known once `amount` returns one; it is asked when read."""
@@ -97,16 +73,27 @@ class Recorder:
 class CallRecord:
     """Takes what one call costs: `with record.span("wait"): …`, `record.count("bytes_out", n)`."""
 
-    __slots__ = ("method", "recorder")
+    __slots__ = ("method", "number", "recorder", "role")
 
-    def __init__(self, recorder: Recorder, method: str) -> None:
-        self.recorder, self.method = recorder, method
+    def __init__(self, recorder: Recorder, role: str, method: str) -> None:
+        self.recorder, self.role, self.method = recorder, role, method
+        self.number = next(_numbers) if recording() is not None else 0  # of a traced call
 
     def span(self, name: str) -> _Timer:
         return _Timer(self, name)
 
     def count(self, name: str, amount: int) -> None:
         self.recorder.add(self.method, name, amount)
+        if self.number:
+            at = now_ns()
+            self.note(name, "bytes", at, at, {"bytes": amount})
+
+    def note(
+        self, name: str, category: str, start: int, end: int, details: Mapping[str, Any] | None
+    ) -> None:
+        """Let the trace, if it is still on, have a span of this call."""
+        if (buffer := recording()) is not None:
+            buffer.add(name, category, start, end, self.number, details)
 
     def count_later(self, name: str, amount: Callable[[], int | None]) -> None:
         self.recorder.add_later(self.method, name, amount)
@@ -119,11 +106,16 @@ class _Timer:
         self.record, self.name = record, name
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = now_ns()
 
     def __exit__(self, *_: Any) -> None:
-        seconds = time.perf_counter() - self.start
-        self.record.recorder.add_span(self.record.method, self.name, self.start, seconds)
+        end, record = now_ns(), self.record
+        record.recorder.add(record.method, f"{self.name}_s", (end - self.start) / 1e9)
+        if record.number:
+            record.note(f"{record.role}.{record.method}", self.name, self.start, end, None)
+
+
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)

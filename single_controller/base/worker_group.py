@@ -79,7 +79,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _invoke(self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call, from the user's arguments to the merged result."""
         mode, deferred = method.mode, not method.binding.spec.blocking
-        record = self._recorder.call(method.binding.name)
+        record = self._recorder.call(self.role, method.binding.name)
         with record.span("dispatch"):
             plan, pending = self._send(method, args, kwargs, deferred, record)
         if deferred:
@@ -294,7 +294,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         if not self.role or not known:
             raise UnknownMethodError(self._explain_missing(method_name))
         plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
-        record = self._recorder.call(method_name)
+        record = self._recorder.call(self.role, method_name)
         return self._submit(method_name, calls, plan.answers, CallOptions(), record=record)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import ray
 
 from single_controller.base.dispatch import is_future
+from single_controller.base.spans import CallMark
 from single_controller.ray.parcel import ArrivedParcel, Slot
 
 __all__ = ["Envelope", "Late", "arguments", "waits"]
@@ -25,7 +26,8 @@ class Envelope(NamedTuple):
 
     The last values go by `names`. `turn` (caller, number) orders the calls of one caller where Ray
     itself keeps no order. `keeps`: the token under which the output stays in the host, if it does.
-    `claims`: the tokens of results in this host that the arguments read.
+    `claims`: the tokens of results in this host that the arguments read. `mark`: what
+    a trace knows the call by.
     """
 
     role: str
@@ -38,6 +40,7 @@ class Envelope(NamedTuple):
     turn: tuple[str, int] | None
     keeps: str | None
     claims: tuple[str, ...]
+    mark: CallMark | None
 
 
 def waits(envelope: Envelope) -> bool:

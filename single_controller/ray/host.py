@@ -36,6 +36,7 @@ from single_controller.ray.shelf import (
     in_thread,
 )
 from single_controller.ray.stacks import coroutine_stacks
+from single_controller.ray.tracing import HostTracing, running
 
 __all__ = [
     "AsyncHost",
@@ -81,7 +82,7 @@ class CallDroppedError(Exception):
     """The caller cancelled a call before its turn came."""
 
 
-class Host(ShelfTasks):
+class Host(ShelfTasks, HostTracing):
     """One rank's process. Calls run one after another on its main thread.
 
     Constructing it does nothing, so that all hosts of a group start at once; after `arrive`,
@@ -166,7 +167,8 @@ class Host(ShelfTasks):
             with claimed(self._shelf.claim(envelope.claims)) if envelope.claims else nullcontext():
                 args, kwargs = arguments(envelope, parcels)
             reads = _reads(envelope, args, kwargs)
-            output = checked_output(self._method(envelope)(*args, **kwargs))
+            with running(envelope, parcels):
+                output = checked_output(self._method(envelope)(*args, **kwargs))
             _check_reads(reads, envelope)
             return _outgoing(envelope, output, place)
         except (Exception, KeyboardInterrupt) as error:
@@ -237,8 +239,9 @@ class AsyncHost(AsyncShelfTasks, Host):
             else:
                 args, kwargs = await self._resolve(envelope, parcels, kept)
                 reads = _reads(envelope, args, kwargs)
-                output = method(*args, **kwargs)
-                output = checked_output(await output if inspect.isawaitable(output) else output)
+                with running(envelope, parcels):
+                    output = method(*args, **kwargs)
+                    output = checked_output(await output if inspect.isawaitable(output) else output)
                 _check_reads(reads, envelope)
             return _outgoing(envelope, output, place)
         except SystemExit as request:  # which would end the loop and leave the process
@@ -260,7 +263,8 @@ class AsyncHost(AsyncShelfTasks, Host):
     ) -> Any:
         args, kwargs = await self._resolve(envelope, parcels, kept)
         reads = _reads(envelope, args, kwargs)
-        output = await method(*args, **kwargs)
+        with running(envelope, parcels):
+            output = await method(*args, **kwargs)
         _check_reads(reads, envelope)
         return output
 
@@ -319,7 +323,8 @@ def _outgoing(envelope: Envelope, output: Any, place: Kept | None) -> Any:
     """What goes to the caller: the output, or its rows if it stays here."""
     if place is not None:
         return place.keep(output, f"{envelope.role}.{envelope.method}")
-    return Result.wrap(output) if envelope.answers else None
+    number = envelope.mark.number if envelope.mark else 0
+    return Result.wrap(output, number) if envelope.answers else None
 
 
 def _reads(envelope: Envelope, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Reads | None:

@@ -29,6 +29,7 @@ from single_controller.ray.host import HostInfo
 from single_controller.ray.nodes import beside
 from single_controller.ray.process import ExitWatch, ProcessInfo, end
 from single_controller.ray.stacks import readable
+from single_controller.ray.tracing import left
 
 __all__ = ["Hosts", "end_processes"]
 
@@ -252,6 +253,7 @@ class Hosts:
         """End all processes and wait until they are gone; calls then raise GroupBrokenError."""
         was_closed, self.closed_because = self.closed, self.closed_because or why
         if not was_closed and ray.is_initialized():
+            left(self)
             end_processes(self.handles, list(self.processes.values()), _END_S)
             _read([ref for _, ref, _ in self._running])
         self._running = ()

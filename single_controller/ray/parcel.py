@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ray import cloudpickle
 
+from single_controller.base.spans import now_ns, recording
+
 __all__ = ["ArrivedParcel", "Parcel", "Result", "SizeOf", "Slot", "counting", "received", "size_of"]
 
 _received: ContextVar[Callable[[int], None] | None] = ContextVar("_received", default=None)
@@ -108,6 +110,7 @@ class ArrivedParcel:
     ) -> None:
         self._values: Sequence[Any] = ()
         self._error: Exception | None = None
+        began = now_ns()
         try:
             how: AbstractContextManager[None] = nullcontext()
             if reads_only and numbers:
@@ -118,6 +121,7 @@ class ArrivedParcel:
                 self._values = _read(() if reads_only else foreign, data, buffers)
         except Exception as error:
             self._error = error
+        self.read_ns = began, now_ns()
 
     def value(self, at: int) -> Any:
         """One of them. Raises what reading them raised."""
@@ -134,20 +138,24 @@ class Slot(NamedTuple):
 
 
 class Result:
-    """What a method returned; it arrives as itself."""
+    """What a method returned, in call number `call` of a trace; it arrives as itself."""
 
-    def __init__(self, value: Any) -> None:
-        self._value = value
+    def __init__(self, value: Any, call: int = 0) -> None:
+        self._value, self._call = value, call
         self.size = 0  # bytes, once it has been pickled
 
     @classmethod
-    def wrap(cls, value: Any) -> Any:
+    def wrap(cls, value: Any, call: int = 0) -> Any:
         """`value` where pickling it apart would gain nothing."""
-        return value if isinstance(value, _BARE) else cls(value)
+        return value if isinstance(value, _BARE) else cls(value, call)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        began = now_ns()
         _, foreign, data, buffers = _pickled(self._value)
         self.size = _size(data, buffers)
+        if self._call and (buffer := recording()) is not None:
+            details = {"bytes": self.size}
+            buffer.add("serialise", "serialise", began, now_ns(), self._call, details)
         return _open, (foreign, data, *buffers)
 
 

@@ -30,6 +30,7 @@ from single_controller.ray.placement import RayResourcePool
 from single_controller.ray.remote_batch import route
 from single_controller.ray.start import Recipe, StartOptions, running_names
 from single_controller.ray.supervisor import RestartPolicy, Supervisor
+from single_controller.ray.tracing import mark
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -217,6 +218,7 @@ class RayWorkerGroup(HostGroup[W]):
                     turn=turn,
                     keeps=f"{token}:{rank}" if deferred and rank in answering else None,
                     claims=routes.claims.get(rank, ()),
+                    mark=mark(record, hosts),
                 )
                 refs.append(hosts.handles[rank].call.remote(envelope, *parcels))
                 if turn is not None:
