@@ -145,12 +145,10 @@ _OFF = contextlib.nullcontext()
 
 
 def span(name: str, **details: Any) -> AbstractContextManager[None]:
-    """Name a part of a worker's or of the driver's time, for traces; without one it does nothing.
+    """Name a part of a worker's or of the driver's time, for traces; without one it does nothing::
 
-    ```
-    with span("forward", tokens=tokens):
-        ...
-    ```
+        with span("forward", tokens=tokens):
+            ...
 
     Args:
         details: what a viewer shows beside the name; they must be JSON.
