@@ -78,7 +78,7 @@ class Buffer:
     """Holds the last `capacity` events of this process."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
-        self._events: deque[Event] = deque(maxlen=capacity)
+        self._events: deque[tuple[Any, ...]] = deque(maxlen=capacity)  # of Event's fields
         self._added = itertools.count(1)
         self._last = 0
 
@@ -93,13 +93,13 @@ class Buffer:
     ) -> None:
         """Note a span of this thread."""
         self._events.append(
-            Event(name, category, start_ns, end_ns - start_ns, threading.get_ident(), call, details)
+            (name, category, start_ns, end_ns - start_ns, threading.get_ident(), call, details)
         )
         self._last = next(self._added)
 
     def harvest(self) -> Harvest:
         """All there is."""
-        events = tuple(self._events)
+        events = tuple(map(Event._make, tuple(self._events)))
         threads = {t.ident: t.name for t in threading.enumerate() if t.ident is not None}
         return Harvest(os.getpid(), clock_id(), events, max(0, self._last - len(events)), threads)
 

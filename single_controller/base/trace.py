@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,11 +74,11 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
             _current = self
         return self
 
-    def include(self, key: Hashable, source: Source) -> None:
-        """Ask a source, known by `key`, for its spans at the end."""
+    def include(self, key: Hashable, make: Callable[[], Source]) -> None:
+        """Ask the source that `make` makes, known by `key`, for its spans at the end."""
         if key not in self._sources:
             with self._lock:
-                self._sources.setdefault(key, source)
+                self._sources.setdefault(key, make())
 
     def leave(self, key: Hashable) -> None:
         """Ask a source for its spans now, because it is about to end."""

@@ -81,7 +81,7 @@ def mark(record: CallRecord, hosts: _Hosts) -> CallMark | None:
     trace = current() if record.number else None
     if trace is None:
         return None
-    trace.include(id(hosts), _Source(hosts))
+    trace.include(id(hosts), lambda: _Source(hosts))
     return CallMark(record.number, spans.now_ns(), trace.capacity)
 
 
