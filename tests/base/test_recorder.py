@@ -1,21 +1,22 @@
-"""What is noted about calls adds up per method, and listeners see every span."""
+"""What is noted about calls adds up per method, and a trace gets every span."""
 
 from __future__ import annotations
 
 import pickle
 import threading
 
-from single_controller.base.recorder import MethodStats, Recorder, Span
+from single_controller.base import spans
+from single_controller.base.recorder import MethodStats, Recorder
 
 
 def test_counts_and_spans_of_a_method_add_up() -> None:
     recorder = Recorder()
     for size in (10, 20):
-        record = recorder.call("update")
+        record = recorder.call("actor", "update")
         record.count("bytes_out", size)
         with record.span("wait"):
             pass
-    recorder.call("load")
+    recorder.call("actor", "load")
     table = recorder.stats()
     assert [row.method for row in table] == ["update", "load"]
     assert (table["update"].calls, table["update"].bytes_out) == (2, 30)
@@ -26,25 +27,31 @@ def test_counts_and_spans_of_a_method_add_up() -> None:
 
 def test_an_amount_that_is_known_later_counts_once() -> None:
     recorder, known = Recorder(), [None, 7]
-    recorder.call("make").count_later("bytes_between", lambda: known.pop(0))
+    recorder.call("actor", "make").count_later("bytes_between", lambda: known.pop(0))
     assert recorder.stats()["make"].bytes_between == 0
     assert [recorder.stats()["make"].bytes_between for _ in range(2)] == [7, 7]
     assert recorder.stats().driver_bytes == 0
     assert recorder.stats().moved_bytes == 7
 
 
-def test_a_listener_gets_each_span_with_its_name_and_time() -> None:
-    recorder, seen = Recorder(), list[Span]()
-    recorder.listen(seen.append)
-    record = recorder.call("update")
-    for name in ("dispatch", "wait", "a span of one's own"):
-        with record.span(name):
+def test_a_trace_gets_each_span_and_count_of_a_call_under_its_number() -> None:
+    recorder = Recorder()
+    untraced = recorder.call("actor", "update")
+    spans.record()
+    record = recorder.call("actor", "update")
+    for name in ("dispatch", "wait"):
+        with record.span(name), untraced.span(name):
             pass
-    assert [(span.method, span.name) for span in seen] == [
-        ("update", name) for name in ("dispatch", "wait", "a span of one's own")
+    record.count("bytes_out", 7)
+    events = spans.harvest().events
+    assert [(e.name, e.category, e.call) for e in events] == [
+        ("actor.update", "dispatch", record.number),
+        ("actor.update", "wait", record.number),
+        ("bytes_out", "bytes", record.number),
     ]
-    assert seen[0].start <= seen[1].start
-    assert recorder.stats()["update"].dispatch_s == seen[0].seconds
+    assert (untraced.number, record.number > 0) == (0, True)
+    assert events[0].start_ns <= events[1].start_ns
+    assert recorder.stats()["update"].dispatch_s >= events[0].duration_ns / 1e9
 
 
 def test_no_count_is_lost_between_threads() -> None:
@@ -52,7 +59,7 @@ def test_no_count_is_lost_between_threads() -> None:
 
     def count() -> None:
         for _ in range(2_000):
-            recorder.call("m").count("bytes_in", 1)
+            recorder.call("actor", "m").count("bytes_in", 1)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:
@@ -64,7 +71,7 @@ def test_no_count_is_lost_between_threads() -> None:
 
 def test_it_prints_as_a_table_and_begins_anew_in_another_process() -> None:
     recorder = Recorder()
-    recorder.call("update").count("bytes_out", 1_234_567)
+    recorder.call("actor", "update").count("bytes_out", 1_234_567)
     head, row = str(recorder.stats()).splitlines()
     assert head.split()[:3] == ["method", "calls", "bytes_out"]
     assert "1 234 567" in row
