@@ -33,7 +33,7 @@ pool = RayResourcePool([2], cpus_per_process=0.1, detached=True, name_prefix="la
 spec = RayClassWithInitArgs(Probe)
 group = RayWorkerGroup(pool, spec, name_prefix="lasting_", detached=True)
 group.echo(1)
-print(*(row.pid for row in group.describe().rows))
+print("pids", *(row.pid for row in group.describe().rows), flush=True)
 """
 
 
@@ -52,7 +52,9 @@ def pids(cluster: None) -> Iterator[list[int]]:
     )
     try:
         assert done.returncode == 0, done.stderr
-        yield [int(pid) for pid in done.stdout.split()]
+        # Ray's own lines may be among them
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("pids "))
+        yield [int(pid) for pid in line.split()[1:]]
     finally:
         for key, group in placement_group_table().items():
             if group["name"].startswith("lasting_") and group["state"] != "REMOVED":
