@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeGuard
 import torch
 from tensordict import TensorDict
 
-from protocol import dense, tensordict_rows, tensordict_utils
+from protocol import dense, meta, tensordict_rows, tensordict_utils
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, MissingKeyError, RowCountError
 from protocol.shards import balanced_sizes, equal_sizes
@@ -28,6 +28,7 @@ __all__ = [
     "is_batch",
     "lend_rows",
     "on_one_device",
+    "only_batch",
     "pad_batch",
     "select_keys",
     "slice_batch",
@@ -95,6 +96,19 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
         "batches to concatenate must all be DataProto or all TensorDict; "
         f"got {[type(batch).__name__ for batch in batches]}"
     )
+
+
+def only_batch(x: Batch) -> Batch:
+    """What `concat_batches` makes of it alone, but in the same memory.
+
+    Raises:
+        BatchError: its metrics are of another kind than can be joined.
+    """
+    if not isinstance(x, DataProto):
+        return x
+    whole = copy.copy(x)
+    whole.meta_info = meta.merge([x.meta_info])
+    return whole
 
 
 def copy_batch(x: Batch) -> Batch:

@@ -262,14 +262,11 @@ class DataProto(Table):
         """
         if not checks.list_of(DataProto, "data", data):
             raise BatchError("cannot concatenate zero batches: pass at least one")
-        first = data[0]
+        held = next((shard for shard in data if shard._batch is not None), data[0])
         tensors = keyed.cat_columns([shard._tensors() for shard in data], "batch")
         arrays = keyed.cat_columns([shard.non_tensor_batch for shard in data], "non_tensor_batch")
-        batch = None
-        if any(shard.batch is not None for shard in data):
-            device = None if first.batch is None else first.batch.device
-            batch = TensorDict(tensors, [sum(map(len, data))], device=device)
-        return type(first)(batch, arrays, meta.merge([shard.meta_info for shard in data]))
+        batch = held._unbuilt(tensors, (sum(map(len, data)),))
+        return type(held)(batch, arrays, meta.merge([shard.meta_info for shard in data]))
 
     def chunk(self, chunks: int) -> list[DataProto]:
         """`chunks` batches of equal rows, as views; sizes may differ by one if padding is enabled.

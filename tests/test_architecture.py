@@ -41,6 +41,7 @@ ORDER = [
     "protocol.tensordict_utils",
     "protocol.table",
     "protocol.data_proto",
+    "protocol.plain",
     "protocol.batches",
     "protocol.batch_ops",
     "protocol.future",

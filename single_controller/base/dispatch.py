@@ -70,7 +70,7 @@ class Mode(abc.ABC):
         """Merge the outputs of `plan.answers`, in that order."""
         return list(outputs)
 
-    def reading(self) -> AbstractContextManager[None]:
+    def reading(self, plan: Plan) -> AbstractContextManager[None]:
         """How outputs are to be read for `collect`: in memory of their own."""
         return nullcontext()
 
@@ -267,7 +267,8 @@ class ByRows(Mode):
             padding = partial(_padding_of, batches[0], parts)
         elif pads:
             padding = partial(Padding, batch_rows(batches[0]), parts)
-        return replace(self.plan(layout), padding=padding, auto_padding=auto_padding), calls
+        plan = self.plan(layout)
+        return replace(plan, padding=padding, auto_padding=True) if auto_padding else plan, calls
 
     def _shards(self, name: str, batch: Any, parts: int, pads: bool) -> Sequence[Any]:
         from protocol.batches import balanced_sizes, batch_rows, equal_sizes, pad_batch, split_batch
@@ -276,22 +277,25 @@ class ByRows(Mode):
         if is_future(batch):
             return batch.shards(parts, "padded" if pads else "balanced" if self.uneven else "equal")
         try:
+            rows = batch_rows(batch)
+            if parts == 1:
+                return [batch]
             if self.uneven:
-                return split_batch(batch, balanced_sizes(batch_rows(batch), parts))
-            if pads and batch_rows(batch) % parts:
-                batch = pad_batch(batch, -batch_rows(batch) % parts)
+                return split_batch(batch, balanced_sizes(rows, parts))
+            if pads and rows % parts:
+                batch = pad_batch(batch, -rows % parts)
             return split_batch(batch, equal_sizes(batch_rows(batch), parts))
         except BatchError as error:
             raise DispatchError(f"{name}: {error}") from error
 
-    def reading(self) -> AbstractContextManager[None]:
+    def reading(self, plan: Plan) -> AbstractContextManager[None]:
         """Outputs that are joined are read as views, and joining them makes the only copy."""
         from protocol.wire import read_as
 
-        return read_as("join") if self.merge == "concat" else nullcontext()
+        return read_as("join") if self.batched and len(plan.answers) > 1 else nullcontext()
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
-        from protocol.batches import concat_batches, is_batch
+        from protocol.batches import concat_batches, is_batch, only_batch
         from protocol.errors import BatchError
 
         if self.merge == "list":
@@ -304,7 +308,8 @@ class ByRows(Mode):
                     "method with Dispatch.DP_COMPUTE_METRIC to get the outputs as a list"
                 )
         try:
-            return concat_batches(self._unpadded(plan, outputs))
+            whole = self._unpadded(plan, outputs)
+            return only_batch(whole[0]) if len(whole) == 1 else concat_batches(whole)
         except BatchError as error:
             raise DispatchError(f"the ranks' outputs cannot be joined: {error}") from error
 

@@ -216,7 +216,7 @@ class BoundMethod:
         self, plan: Plan, pending: Pending, timeout_s: float | None, record: CallRecord
     ) -> Any:
         """Wait for the outputs and merge them; an error says which method's they were."""
-        with record.span("wait"), self.mode.reading():
+        with record.span("wait"), self.mode.reading(plan):
             outputs = pending.wait(timeout_s)
         try:
             with record.span("collect"):

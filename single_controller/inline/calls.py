@@ -5,9 +5,11 @@ rank returned or raised; only `async def` methods may still be waiting.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from single_controller.base.dispatch import is_future
@@ -18,7 +20,7 @@ from single_controller.errors import CallTimeoutError, WorkerDiedError, WorkerEr
 from single_controller.inline.hosts import InlineHosts, InlineRank
 from single_controller.inline.privacy import Handle, Package
 
-__all__ = ["InlinePending", "InlineReference", "LocalBatch", "send"]
+__all__ = ["Arguments", "InlinePending", "InlineReference", "LocalBatch", "send"]
 
 
 class InlineReference(Handle):
@@ -43,13 +45,15 @@ class InlineReference(Handle):
         assert self._package is not None
         return self._package.open()
 
-    def run(self, args: Sequence[Any], names: Sequence[str], materialize: bool, keep: bool) -> None:
+    def run(
+        self, args: Sequence[Package], names: Sequence[str], arguments: Arguments, keep: bool
+    ) -> None:
         """Run the method on its rank, an async one up to where it first waits."""
         output: Any = None
         with self.rank.here():
             try:
                 function = getattr(self.rank.workers[self.role], self.method)
-                values = [_arrived(value, materialize) for value in args]
+                values = arguments.read(args)
                 split = len(values) - len(names)
                 output = function(*values[:split], **dict(zip(names, values[split:], strict=True)))
                 wait = inspect.iscoroutinefunction(function) or self.hosts.loop is not None
@@ -79,14 +83,31 @@ class InlineReference(Handle):
             self.hosts.broken = f"the group lost a rank: {self.error.args[0]}"
 
 
-def _arrived(value: Any, materialize: bool) -> Any:
-    """An argument as the method gets it."""
-    opened = value.open()
-    if isinstance(opened, InlineReference):
-        return opened.result()
-    if materialize and is_future(opened):
-        return Package(opened.get()).open()
-    return opened
+@dataclass(frozen=True)
+class Arguments:
+    """How a method takes its arguments.
+
+    `materialize`: the batch for a future. `reads_only`: in memory that ranks share. It is a copy
+    all the same: a worker that keeps it must not see what its sender writes later.
+    """
+
+    materialize: bool
+    reads_only: bool
+
+    def read(self, packages: Sequence[Package]) -> list[Any]:
+        """The arguments as one rank's method gets them."""
+        if not self.reads_only or "protocol.wire" not in sys.modules:
+            return [self._arrived(package) for package in packages]
+        from protocol.wire import read_as
+
+        with read_as("view"):
+            return [self._arrived(package) for package in packages]
+
+    def _arrived(self, package: Package) -> Any:
+        opened = package.open()
+        if isinstance(opened, InlineReference):
+            return opened.result()
+        return opened.get() if self.materialize and is_future(opened) else opened
 
 
 def send(
@@ -95,7 +116,7 @@ def send(
     method: str,
     calls: Sequence[Call | None],
     answers: Sequence[int],
-    materialize: bool,
+    arguments: Arguments,
     timeout_s: float | None,
 ) -> InlinePending:
     """Run the call on its ranks, one after another.
@@ -105,19 +126,22 @@ def send(
         TypeError, pickle.PicklingError: an argument cannot be sent.
     """
     hosts.check_usable()
+    values = [call.values() if call else () for call in calls]
+    receivers: dict[int, int] = {}
+    for value in chain.from_iterable(values):
+        receivers[id(value)] = receivers.get(id(value), 0) + 1
     packages: dict[int, Package] = {}
     ready = []
     for rank, call in enumerate(calls):
         if call is None:
             continue
-        values = (*call.args, *call.kwargs.values())
-        for value in values:
+        for value in values[rank]:
             if id(value) not in packages:
-                packages[id(value)] = Package(value)
+                packages[id(value)] = Package(value, receivers[id(value)])
         reference = InlineReference(hosts, hosts.ranks[rank], role, method)
-        ready.append((rank, reference, [packages[id(v)] for v in values], tuple(call.kwargs)))
+        ready.append((rank, reference, [packages[id(v)] for v in values[rank]], tuple(call.kwargs)))
     for rank, reference, args, names in ready:
-        reference.run(args, names, materialize, rank in answers)
+        reference.run(args, names, arguments, rank in answers)
     references = {rank: reference for rank, reference, *_ in ready}
     return InlinePending(
         hosts, list(references.values()), [references[rank] for rank in answers], timeout_s
@@ -185,16 +209,22 @@ class LocalBatch(Handle):
     def rows(self, timeout: float | None = None) -> int:
         """How many rows the batch has. Waits, at most `timeout` seconds, for an async method."""
         from protocol.batches import batch_rows
+        from protocol.wire import read_as
 
-        return batch_rows(self._batch(timeout))
+        with read_as("view"):
+            return batch_rows(self._batch(timeout))
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
         """Rows `start` to `stop` of the batch."""
-        from protocol.batches import batch_rows, slice_batch
+        from protocol.batches import lend_rows
+        from protocol.wire import read_as, reading
 
-        batch = self._batch(timeout)
-        whole = start <= 0 and stop >= batch_rows(batch)
-        return batch if whole else slice_batch(batch, start, stop)
+        if start <= 0 and stop >= self.rows(timeout):
+            return self._batch(timeout)
+        how = reading()
+        with read_as("join" if how == "own" else how):
+            batch = self._batch(timeout)
+        return lend_rows(batch, start, stop)
 
     def _batch(self, timeout: float | None) -> Any:
         from protocol.batches import is_batch

@@ -1,7 +1,8 @@
 """Copies that cross from one rank to another, or to the driver, as they would between processes.
 
-A value is pickled, so that it arrives as it would from another process and nobody writes into
-anybody's memory. Classes, functions and handles of this process are passed as they are.
+A value arrives as it would from another process, pickled but where that is plain to see without,
+and nobody writes into anybody's memory. Classes, functions and handles of this process are passed
+as they are.
 """
 
 from __future__ import annotations
@@ -36,12 +37,11 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, _AS_THEY_ARE) and value is not _take:
             self.held.append(value)
             return _take, (len(self.held) - 1,)
-        tensordict = sys.modules.get("tensordict")
-        if tensordict is not None and type(value) is tensordict.TensorDict:
-            from protocol import wire
-
-            batch: Any = value
-            return wire.unpack_tensordict, (wire.pack_tensordict(batch),)
+        wire: Any = sys.modules.get("protocol.wire")
+        if wire is not None and isinstance(value, (wire.torch.Tensor, wire.TensorDict)):
+            packed = wire.pack_value(value)
+            if packed is not None:
+                return wire.unpack_value, (packed,)
         return NotImplemented
 
 
@@ -52,31 +52,58 @@ def _take(index: int) -> Any:
 class Package:
     """A value on its way to any number of receivers, each of which opens it for itself.
 
+    `receivers`: how many there will be, where that is known; the last one needs no further copy.
+
     Raises:
         TypeError, pickle.PicklingError: the value cannot leave this process.
     """
 
-    __slots__ = ("_buffers", "_data", "_held")
+    __slots__ = ("_buffers", "_data", "_held", "_left", "_plain")
 
-    def __init__(self, value: Any) -> None:
-        self._buffers: list[memoryview] = []
-        self._held: list[Any] = []
+    def __init__(self, value: Any, receivers: int | None = None) -> None:
+        self._left = receivers
+        self._plain: Any = None  # the value's copy, where none of it needs pickling
         self._data: Any = value
-        if not isinstance(value, _ATOMS):
+        if isinstance(value, _ATOMS):
+            return
+        if "protocol.batches" in sys.modules:
+            self._plain = _arrival(value, "own")
+        if self._plain is None:
             buffers: list[pickle.PickleBuffer] = []
             self._data, self._held = _dump(value, buffers.append)
             # taken now: the sender may write into its memory before the package is opened
             self._buffers = [memoryview(bytearray(buffer)) for buffer in buffers]
 
     def open(self) -> Any:
-        """The value, in memory of the receiver's own. Raises what reading it raised."""
-        if not isinstance(self._data, bytearray):
+        """The value, in memory of the receiver's own, or as it asked to read it
+        (`protocol.wire.read_as`). Raises what reading it raised.
+        """
+        if self._plain is None and not isinstance(self._data, bytearray):
             return self._data
+        how = _reading()
+        if self._plain is not None:
+            if self._left is not None:
+                self._left -= 1
+            last = self._left == 0 and how == "own"
+            return self._plain if last else _arrival(self._plain, how)
         token = _held.set(self._held)
         try:
-            return pickle.loads(self._data, buffers=[bytearray(b) for b in self._buffers])
+            shown = [b.toreadonly() if how == "view" else bytearray(b) for b in self._buffers]
+            return pickle.loads(self._data, buffers=shown)
         finally:
             _held.reset(token)
+
+
+def _arrival(value: Any, how: Any) -> Any:
+    from protocol.plain import arrival
+
+    return arrival(value, how)
+
+
+def _reading() -> str:
+    """As a receiver asked; without batches in this process, nobody could."""
+    wire: Any = sys.modules.get("protocol.wire")
+    return "own" if wire is None else wire.reading()
 
 
 def _dump(value: Any, buffers: Callable[[pickle.PickleBuffer], Any] | None) -> Any:

@@ -16,7 +16,7 @@ from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.worker import checked_worker_env
 from single_controller.errors import RegistrationError
-from single_controller.inline.calls import send
+from single_controller.inline.calls import Arguments, send
 from single_controller.inline.hosts import InlineHosts
 
 if TYPE_CHECKING:
@@ -136,4 +136,5 @@ class InlineWorkerGroup(HostGroup[W]):
         deferred: bool = False,
     ) -> Pending:
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
-        return send(self._hosts, self.role, method, calls, answers, materialize, timeout_s)
+        arguments = Arguments(materialize, reads_only)
+        return send(self._hosts, self.role, method, calls, answers, arguments, timeout_s)

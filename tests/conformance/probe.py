@@ -126,6 +126,11 @@ class Probe(Worker):
         x["t"][0] += 1
         return float(x["a"].sum() + x["t"].sum())
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, reads_only=True)
+    def look(self, x: Any) -> tuple[bool, float]:
+        self.seen = getattr(self, "seen", x)
+        return x["a"].flags.writeable, float(self.seen["t"].sum())
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @unwrapped
     def hidden(self, x: Any, y: Any = None) -> Any:

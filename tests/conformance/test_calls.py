@@ -116,6 +116,13 @@ def test_arguments_outside_of_batches_are_private_and_writable_too(group: Any) -
     assert shared["a"].sum() == 0
 
 
+def test_a_method_that_only_reads_gets_views_of_what_its_sender_cannot_write(group: Any) -> None:
+    given = {"a": np.zeros(100_000), "t": torch.zeros(100_000)}
+    assert group.look(given) == [(False, 0.0)] * 2
+    given["t"] += 1
+    assert group.look(given) == [(False, 0.0)] * 2
+
+
 def test_a_method_under_a_decorator_that_hides_its_signature_can_be_called(
     group: Any,
 ) -> None:

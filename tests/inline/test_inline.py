@@ -42,6 +42,10 @@ class Notebook(Worker):
         self.seen.append(x)
         return self.seen
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, reads_only=True)
+    def look(self, x: Any) -> None:
+        self.seen.append(x)
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def fail(self) -> None:
         local = "seen in a debugger"
@@ -291,3 +295,10 @@ def test_without_a_pool_there_is_one_rank(group: Any) -> None:
         assert both.hosts.workers[0].keys() == {"first", "second"}
         assert both.second.workers == [both.hosts.workers[0]["second"]]
         assert len(both.describe().rows) == 2
+
+
+def test_ranks_that_only_read_share_the_memory_of_what_they_get(group: Any) -> None:
+    for given in ({"t": torch.zeros(3)}, {"t": torch.zeros(3), "o": Path("pickled")}):
+        group.look(given)
+        first, second = (worker.seen[-1]["t"].data_ptr() for worker in group.workers)
+        assert first == second != given["t"].data_ptr()
