@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERL := .venv-verl/.ready
 
-.PHONY: demo ppo test test-oldest test-examples test-faults soak lint types check docs bench bench-ppo \
+.PHONY: demo ppo test test-oldest test-examples test-faults test-gpu soak lint types check docs bench bench-ppo bench-gpu \
 	bench-verl chart clean
 
 demo: $(READY)
@@ -23,6 +23,10 @@ test-examples: $(READY)
 # Every fault that there is to survive, on clusters of their own.
 test-faults: $(READY)
 	$(BIN)/python -m pytest tests/faults -m long -o timeout=300 $(ARGS)
+
+# On a machine with CUDA devices; tests for two cards are skipped where there is one.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu -m gpu -o timeout=300 -s $(ARGS)
 
 soak: $(READY)
 	PYTHONPATH=. $(BIN)/python -m tests.faults.soak $(ARGS)
@@ -55,6 +59,9 @@ bench-ppo: $(READY)
 bench-verl: $(READY) $(VERL)
 	$(BIN)/python benchmarks/data_proto.py --verl-python $(VERL:.ready=bin/python) $(ARGS)
 	$(BIN)/python benchmarks/data_plane.py --verl-python $(VERL:.ready=bin/python) $(ARGS)
+
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 chart: $(READY) $(VERL)
 	$(BIN)/python benchmarks/data_plane.py --json docs/data_plane.json --chart docs/data_plane.png

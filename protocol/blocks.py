@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from protocol.columns import flat_bytes
+from protocol.ipc import LentTensor, can_lend, lend
 
 __all__ = [
     "Memory",
@@ -72,9 +73,13 @@ class PackedArray(NamedTuple):
 class Message:
     """What is sent together, entered as a context: its tensors may share memory, which then
     crosses once. They arrive independent of each other all the same.
+
+    With `lends`, memory on a device is not sent but lent: `lent` are these loans.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lends: bool = False) -> None:
+        self._lends = lends
+        self.lent: list[LentTensor] = []
         self._blocks: dict[int, list[tuple[int, int, Memory]]] = {}  # by storage: start, stop
         self._copies: dict[tuple[Any, ...], Memory] = {}
         self._alive: list[Any] = []  # addresses stay theirs while the message lives
@@ -91,8 +96,11 @@ class Message:
         """Whether unpacking will see to it that this buffer's bytes become private."""
         return id(buffer) in self._buffers
 
-    def tensor(self, tensor: torch.Tensor) -> PackedTensor:
+    def tensor(self, tensor: torch.Tensor) -> PackedTensor | LentTensor:
         """A dense one, without the bytes that expanding it pretends."""
+        if self._lends and can_lend(tensor):
+            self.lent.append(lend(tensor))
+            return self.lent[-1]
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         grad = tensor.requires_grad
         tensor = tensor.detach().as_subclass(torch.Tensor)
@@ -193,18 +201,25 @@ def unpack_array(packed: PackedArray, how: Reading) -> np.ndarray[Any, Any]:
     return array
 
 
-def unpack_offsets(packed: PackedTensor, how: Reading) -> torch.Tensor:
+def unpack_offsets(packed: PackedTensor | LentTensor, how: Reading) -> torch.Tensor:
     """The offsets of a jagged tensor: one tensor for all that share them, or torch would not let
     these be combined.
     """
+    if isinstance(packed, LentTensor):
+        return unpack_tensor(packed, how)
     key = packed.shape, packed.offset
     if key not in packed.memory.offsets:
         packed.memory.offsets[key] = unpack_tensor(packed, how)
     return packed.memory.offsets[key]
 
 
-def unpack_tensor(packed: PackedTensor, how: Reading) -> torch.Tensor:
-    """The tensor on the CPU, contiguous if "own"."""
+def unpack_tensor(packed: PackedTensor | LentTensor, how: Reading) -> torch.Tensor:
+    """The tensor, contiguous if "own": on the CPU, one that is lent on the current device.
+
+    A loan ends with the call that reads it, so only who copies at once gets a view of it.
+    """
+    if isinstance(packed, LentTensor):
+        return packed.view() if how == "join" else packed.view().clone()
     dtype: torch.dtype = getattr(torch, packed.dtype)
     if 0 in packed.shape:
         return torch.empty(packed.shape, dtype=dtype, requires_grad=packed.requires_grad)

@@ -14,6 +14,7 @@ from tensordict import is_tensor_collection
 from protocol import checks, dense, indices
 from protocol.errors import BatchError, BatchTypeError, RowCountError
 from protocol.shards import check_sizes
+from protocol.staging import to_host
 
 __all__ = [
     "Column",
@@ -147,8 +148,8 @@ def _shape(column: torch.Tensor) -> Sequence[object]:
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of a dense tensor as uint8 on the CPU; a view where it can be."""
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return to_host(flat.view(torch.uint8))
 
 
 def take(column: Column, index: torch.Tensor) -> Column:

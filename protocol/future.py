@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from tensordict import TensorDict
 
 from protocol import checks
@@ -107,14 +108,20 @@ class DataProtoFuture:
             self._sizes = tuple(source.rows(deadline.left()) for source in self._sources)
         return self._sizes
 
-    def get(self, timeout: float | None = None) -> Batch:
+    def get(
+        self, timeout: float | None = None, map_location: torch.device | str | None = None
+    ) -> Batch:
         """Wait for all producers and fetch all rows.
+
+        Args:
+            map_location: where the tensors go; on the driver they are on the CPU otherwise.
 
         Raises:
             TimeoutError: the rows were not here within `timeout` seconds.
         """
         deadline = _Deadline(timeout)
-        return self.fetch(0, self.rows(timeout), deadline.left())
+        batch = self.fetch(0, self.rows(timeout), deadline.left())
+        return batch if map_location is None else batch.to(map_location)
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Batch:
         """Fetch rows `start:stop`, only from the sources that have some of them.

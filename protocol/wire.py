@@ -29,6 +29,7 @@ from protocol.blocks import (
 )
 from protocol.columns import jagged, jagged_parts
 from protocol.errors import BatchError
+from protocol.ipc import LentTensor
 from protocol.tensordict_rows import build, stack
 
 __all__ = [
@@ -51,8 +52,8 @@ _Payload: TypeAlias = "tuple[Any, ...]"
 
 
 class _Jagged(NamedTuple):
-    values: PackedTensor
-    offsets: PackedTensor
+    values: PackedTensor | LentTensor
+    offsets: PackedTensor | LentTensor
     ragged_idx: int
     requires_grad: bool
 
@@ -199,7 +200,7 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 def _decode(value: Any, how: Reading | None = None) -> Any:
     how = how or reading()
-    if isinstance(value, PackedTensor):
+    if isinstance(value, PackedTensor | LentTensor):
         return unpack_tensor(value, how)
     if isinstance(value, _Jagged):
         values, offsets = unpack_tensor(value.values, how), unpack_offsets(value.offsets, how)
@@ -214,7 +215,8 @@ def _decode(value: Any, how: Reading | None = None) -> Any:
         return stack(value.values)
     if isinstance(value, _TensorDict):
         columns = {key: _decode(column, how) for key, column in value.columns.items()}
-        device = torch.device("cpu") if value.has_device else None
+        found = {c.device for c in columns.values() if isinstance(c, torch.Tensor)}
+        device = next(iter(found), torch.device("cpu")) if value.has_device else None
         batch = build(columns, value.batch_size, device)
         batch.names = value.names
         return batch

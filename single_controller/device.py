@@ -27,7 +27,8 @@ class DeviceKind:
 
     `name` is torch's, `resource` is Ray's, `visible` the environment variable that selects
     devices, `backend` the collective backend, `files` the pattern of the device files of a
-    machine, `plugin` the package that adds the kind to torch.
+    machine, `plugin` the package that adds the kind to torch, `lends` whether processes can map
+    each other's memory.
     """
 
     name: str
@@ -36,6 +37,7 @@ class DeviceKind:
     backend: str
     files: str = ""
     plugin: str | None = None
+    lends: bool = False
 
     def is_available(self) -> bool:
         """Whether torch sees a device of this kind in this process."""
@@ -53,7 +55,7 @@ class DeviceKind:
 
 CPU = DeviceKind("cpu", "CPU", "", "gloo")
 DEVICE_KINDS = (
-    DeviceKind("cuda", "GPU", "CUDA_VISIBLE_DEVICES", "nccl", "/dev/nvidia[0-9]*"),
+    DeviceKind("cuda", "GPU", "CUDA_VISIBLE_DEVICES", "nccl", "/dev/nvidia[0-9]*", lends=True),
     DeviceKind(
         "npu", "NPU", "ASCEND_RT_VISIBLE_DEVICES", "hccl", "/dev/davinci[0-9]*", plugin="torch_npu"
     ),

@@ -41,6 +41,7 @@ from single_controller.base.registered import (
     ToList,
     ToListOfAny,
     ToOne,
+    Transport,
 )
 from single_controller.errors import RegistrationError
 
@@ -231,6 +232,7 @@ class MethodSpec:
     uneven: bool
     reads_only: bool = False
     timeout_s: float | None = None
+    transport: Transport = "host"
 
     def mode(self) -> Mode:
         """The mode that carries this method's calls.
@@ -313,6 +315,7 @@ def register(
     uneven: bool = False,
     reads_only: bool = False,
     timeout_s: float | None = None,
+    transport: Transport = "host",
 ) -> Any:
     """Let groups call a worker's method. The method stays as it is, sync or `async def`.
 
@@ -330,6 +333,10 @@ def register(
             workers' environment finds a method that wrote anyway.
         timeout_s: seconds that a call may take, unless it is called with others; None: what its
             group says.
+        transport: how tensors on a device that a method without `blocking` returns get to workers
+            in other processes. "host": through shared memory; they arrive on the CPU. "device":
+            workers on the same node copy them from device to device, and they arrive on the
+            worker's own; others get them by "host". To the driver they come on the CPU.
 
     Raises:
         RegistrationError: an argument is none of these.
@@ -338,8 +345,22 @@ def register(
         raise RegistrationError(
             f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}"
         )
+    if transport not in ("host", "device"):
+        raise RegistrationError(f'transport must be "host" or "device"; got {transport!r}')
+    if transport == "device" and blocking:
+        raise RegistrationError(
+            'transport="device" needs blocking=False: a result that the call waits for comes to '
+            "the driver, through shared memory"
+        )
     spec = MethodSpec(
-        dispatch_mode, execute_mode, blocking, materialize_futures, uneven, reads_only, timeout_s
+        dispatch_mode,
+        execute_mode,
+        blocking,
+        materialize_futures,
+        uneven,
+        reads_only,
+        timeout_s,
+        transport,
     )
     get_predefined_execute_fn(execute_mode)
     spec.mode()

@@ -25,6 +25,7 @@ class CallOptions:
 
     timeout_s: float | None = None
     ranks: tuple[int, ...] | None = None
+    map_location: Any = None
 
 
 class Pending(abc.ABC):
@@ -179,13 +180,19 @@ class BoundMethod:
         return CallFuture(self, plan, pending, record)
 
     def options(
-        self, *, timeout_s: float | None = None, ranks: Iterable[int] | None = None
+        self,
+        *,
+        timeout_s: float | None = None,
+        ranks: Iterable[int] | None = None,
+        map_location: Any = None,
     ) -> BoundMethod:
-        """The same method with a deadline, or on some ranks only.
+        """The same method with a deadline, on some ranks only, or with a place for its result.
 
         `timeout_s` goes before what the method is registered with, and that before the group's
         `call_timeout_s`; `math.inf` is no deadline. With `ranks`, the call goes as if these, in
-        this order, were the whole group.
+        this order, were the whole group. Tensors of workers' devices come to the CPU;
+        `map_location`, a `torch.device` or its name, is where a batch or tensor that the call
+        returns, or a list of them, goes from there.
 
         Raises:
             ValueError: a rank that the group does not have, no rank, or no time.
@@ -198,7 +205,8 @@ class BoundMethod:
             timeout_s = self.call_options.timeout_s
         elif not (isinstance(timeout_s, int | float) and timeout_s >= 0):
             raise ValueError(f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}")
-        return BoundMethod(self.group, self.binding, CallOptions(timeout_s, chosen))
+        place = self.call_options.map_location if map_location is None else map_location
+        return BoundMethod(self.group, self.binding, CallOptions(timeout_s, chosen, place))
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What the call would do, without calling: see `WorkerGroup.explain`."""
@@ -220,7 +228,7 @@ class BoundMethod:
             outputs = pending.wait(timeout_s)
         try:
             with record.span("collect"):
-                return self.mode.collect(plan, outputs)
+                return _placed(self.mode.collect(plan, outputs), self.call_options.map_location)
         except DispatchError as error:
             raise DispatchError(f"{self.title}: {error}") from error.__cause__
 
@@ -250,3 +258,16 @@ class BoundMethod:
 
     def __repr__(self) -> str:
         return f"<{self.title}, {self.binding.spec.dispatch_mode}>"
+
+
+def _placed(result: Any, place: Any) -> Any:
+    """A batch, a tensor or a list of them on a device; other values as they are."""
+    if place is None:
+        return result
+    import torch
+
+    from protocol.batches import is_batch
+
+    if isinstance(result, list):
+        return [_placed(item, place) for item in result]
+    return result.to(place) if is_batch(result) or isinstance(result, torch.Tensor) else result

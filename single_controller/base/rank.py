@@ -11,8 +11,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from single_controller.base.residency import Turns
 from single_controller.base.roles import FusedWorker, RoleSpec
 from single_controller.base.worker import Worker, WorkerContext, building
+from single_controller.errors import RegistrationError
 
 __all__ = ["NO_BATCH", "build_roles", "checked_output", "has_async_method", "own_traceback"]
 
@@ -35,9 +37,12 @@ def has_async_method(roles: Mapping[str, RoleSpec]) -> bool:
 def build_roles(
     context: WorkerContext,
     roles: Mapping[str, RoleSpec],
+    turns: Turns,
     failure: Callable[[str, BaseException], BaseException],
 ) -> Iterator[tuple[str, Worker]]:
     """Construct a rank's workers in their order, each known to the others once it is there.
+
+    Those that take turns are off the device then.
 
     Raises:
         What `failure(role, error)` makes of what a constructor raised.
@@ -46,6 +51,12 @@ def build_roles(
         try:
             with building(context):
                 worker = spec.cls(*spec.args, **spec.kwargs)
+            if worker.takes_turns and has_async_method(roles):
+                raise RegistrationError(
+                    f"role {role!r} takes turns on the device, which needs calls that run one "
+                    "after another; a role of this process has an async def method"
+                )
+            turns.add(role, worker)
         except Exception as error:
             raise failure(role, error) from None
         if not isinstance(worker, FusedWorker):

@@ -10,6 +10,7 @@ from typing import (
     Any,
     Concatenate,
     Generic,
+    Literal,
     ParamSpec,
     Protocol,
     TypeAlias,
@@ -37,6 +38,7 @@ __all__ = [
     "ToList",
     "ToListOfAny",
     "ToOne",
+    "Transport",
 ]
 
 P = ParamSpec("P")
@@ -44,6 +46,7 @@ R = TypeVar("R")
 M = TypeVar("M")
 G_co = TypeVar("G_co", covariant=True)
 
+Transport: TypeAlias = Literal["host", "device"]
 _Async: TypeAlias = Coroutine[Any, Any, R]
 
 
@@ -178,3 +181,4 @@ class MoreOptions(TypedDict, total=False):
     uneven: bool
     reads_only: bool
     timeout_s: float | None
+    transport: Transport

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from single_controller.base.decorator import Dispatch, Execute, register
+from single_controller.base.residency import move
 from single_controller.device import CPU, device_kind
 from single_controller.errors import DispatchError
 
@@ -115,6 +116,11 @@ class Worker:
     `super().__init__()`.
     """
 
+    takes_turns: bool = False
+    """Whether this role leaves the device while another such role of its process is called, for
+    roles that do not fit together: then `offload` and `onload` go around calls. May be set by
+    `__init__`, too. Needs a process whose roles have no `async def` method."""
+
     _context: WorkerContext
     _meshes: dict[str, tuple[int, bool]]
 
@@ -160,6 +166,17 @@ class Worker:
 
         name = self._context.device_name
         return torch.device(name) if name == CPU.name else torch.device(name, self.local_rank)
+
+    def offload(self) -> None:
+        """Leave the device: modules and optimizers among the attributes go to the CPU.
+
+        Override it, and `onload`, for an engine that has ways of its own.
+        """
+        move(self, CPU.name)
+
+    def onload(self) -> None:
+        """Come back to the device."""
+        move(self, self.device)
 
     def get_master_addr_port(self) -> tuple[str, str]:
         """Where `torch.distributed` of this group meets, as it stands in the environment."""

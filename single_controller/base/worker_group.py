@@ -18,7 +18,7 @@ from single_controller.base.explain import Carrier, Explanation, explain_argumen
 from single_controller.base.method import BoundMethod, CallOptions, MethodBinding, Pending
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.recorder import CallRecord, Recorder, StatsTable
-from single_controller.base.registered import GroupView, Registered
+from single_controller.base.registered import GroupView, Registered, Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W, worker_class
 from single_controller.base.worker import Worker
@@ -69,11 +69,12 @@ class WorkerGroup(abc.ABC, Generic[W]):
         materialize: bool = True,
         reads_only: bool = False,
         deferred: bool = False,
+        transport: Transport = "host",
     ) -> Pending:
         """Send each rank its call, and count in `record` the bytes that leave.
 
-        `deferred`: outputs stay where they are until asked for. `reads_only`: arguments may be
-        views.
+        `deferred`: outputs stay where they are until asked for, then they go by `transport`.
+        `reads_only`: arguments may be views.
         """
 
     def _invoke(self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,6 +110,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
             materialize=method.binding.spec.materialize_futures,
             reads_only=method.binding.spec.reads_only,
             deferred=deferred and method.mode.batched,
+            transport=method.binding.spec.transport,
         )
         return plan, pending
 

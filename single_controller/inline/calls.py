@@ -54,6 +54,7 @@ class InlineReference(Handle):
             try:
                 function = getattr(self.rank.workers[self.role], self.method)
                 values = arguments.read(args)
+                self.rank.turns.take(self.role)
                 split = len(values) - len(names)
                 output = function(*values[:split], **dict(zip(names, values[split:], strict=True)))
                 wait = inspect.iscoroutinefunction(function) or self.hosts.loop is not None

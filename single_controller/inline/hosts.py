@@ -18,6 +18,7 @@ from typing import Any
 
 from single_controller.base.rank import build_roles, has_async_method, own_traceback
 from single_controller.base.rendezvous import Rendezvous
+from single_controller.base.residency import Turns
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import RoleSpec
 from single_controller.base.table import RankState
@@ -55,6 +56,7 @@ class InlineRank:
             os.fsencode(key): os.fsencode(value) for key, value in own.items()
         }
         self._world = RankWorld()
+        self.turns = Turns()
 
     def build(self, roles: Mapping[str, RoleSpec]) -> None:
         """Construct the workers, in their order.
@@ -67,7 +69,7 @@ class InlineRank:
             return self.failure(role, "__init__", error)
 
         with self.here():
-            self.workers.update(build_roles(self.context, roles, failed))
+            self.workers.update(build_roles(self.context, roles, self.turns, failed))
 
     @contextmanager
     def here(self) -> Generator[None, None, None]:

@@ -12,6 +12,7 @@ from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
+from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.worker import checked_worker_env
@@ -133,6 +134,7 @@ class InlineWorkerGroup(HostGroup[W]):
         record: CallRecord,
         materialize: bool = True,
         reads_only: bool = False,
+        transport: Transport = "host",
         deferred: bool = False,
     ) -> Pending:
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s

@@ -34,9 +34,10 @@ class RayPending(Pending):
         timeout_s: float | None,
         record: CallRecord,
         token: str,
+        lends: bool,
     ) -> None:
         self._hosts, self._sites, self._refs = hosts, list(sites), list(refs)
-        self._turns, self._record, self._token = turns, record, token
+        self._turns, self._record, self._token, self._lends = turns, record, token, lends
         at = {site.rank: i for i, site in enumerate(sites)}
         self._answers = [at[rank] for rank in answers]
         self._timeout_s = timeout_s
@@ -76,7 +77,7 @@ class RayPending(Pending):
         if not batched:
             return [self._refs[i] for i in self._answers]
         call = RemoteCall(self._token, self._refs, self._sites)
-        lease = Lease(self._hosts, self._token, self._record)
+        lease = Lease(self._hosts, self._token, self._record, self._lends)
         batches = []
         for i in self._answers:
             rank = self._sites[i].rank

@@ -19,10 +19,12 @@ from ray.exceptions import RayTaskError
 
 from single_controller.base.rank import build_roles, checked_output, own_traceback
 from single_controller.base.rendezvous import Rendezvous
+from single_controller.base.residency import Turns
 from single_controller.base.roles import RoleSpec
 from single_controller.base.worker import WorkerContext
 from single_controller.device import DeviceKind
 from single_controller.errors import WorkerError
+from single_controller.ray.devices import DeviceIdentity, identify
 from single_controller.ray.envelope import Envelope, arguments, waits
 from single_controller.ray.parcel import ArrivedParcel, Result
 from single_controller.ray.process import ProcessInfo, arrive, log_tail
@@ -68,6 +70,7 @@ class HostInfo:
     process: ProcessInfo
     device: str
     roles: tuple[str, ...]
+    identity: DeviceIdentity | None = None
 
     @property
     def node_ip(self) -> str:
@@ -125,14 +128,17 @@ class Host(ShelfTasks, HostTracing):
         os.environ.update(self._context.environment())
         if place.rank == 0:
             self._rendezvous.serve()
-        self._workers = dict(build_roles(self._context, roles, self._not_built))
         self._kind = kind
+        self._identity = identify(kind, self._context.local_rank, self._process.node_id)
+        self._turns = Turns()
+        self._workers = dict(build_roles(self._context, roles, self._turns, self._not_built))
         return self._info()
 
     def restore(self) -> None:
         """Call the workers' optional `restore()`: this process replaces one that ended."""
         for role, hook in self._restore_hooks():
             try:
+                self._turns.take(role)
                 hook()
             except Exception as error:
                 raise self._failure(role, "restore", error) from None
@@ -153,11 +159,14 @@ class Host(ShelfTasks, HostTracing):
         context = ray.get_runtime_context()
         given = context.get_accelerator_ids().get(kind.resource, [])
         names = f"{kind.name}:{self._context.local_rank} ({kind.resource} {','.join(given)})"
+        if self._identity is not None:
+            names = f"{names[:-1]}, {self._identity.uuid[:8]})"
         return HostInfo(
             rank=self._context.rank,
             process=self._process,
             device=names if given else kind.name,
             roles=tuple(self._workers),
+            identity=self._identity,
         )
 
     def call(self, envelope: Envelope, *parcels: ArrivedParcel) -> Any:
@@ -166,6 +175,7 @@ class Host(ShelfTasks, HostTracing):
         try:
             with claimed(self._shelf.claim(envelope.claims)) if envelope.claims else nullcontext():
                 args, kwargs = arguments(envelope, parcels)
+            self._turns.take(envelope.role)
             reads = _reads(envelope, args, kwargs)
             with running(envelope, parcels):
                 output = checked_output(self._method(envelope)(*args, **kwargs))

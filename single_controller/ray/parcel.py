@@ -32,7 +32,8 @@ class _Pickler(cloudpickle.Pickler):
     It is imported when the first one is met: a worker that has none needs not wait for it.
     """
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, lends: bool) -> None:
+        self._lends = lends
         self.buffers: list[pickle.PickleBuffer] = []
         super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
         self.message: Any = None
@@ -46,21 +47,34 @@ class _Pickler(cloudpickle.Pickler):
             from protocol import wire
 
             if self.message is None:
-                self.message = wire.Message().__enter__()
+                self.message = wire.Message(self._lends).__enter__()
             packed = wire.pack_value(obj)
             if packed is not None:
                 return wire.unpack_value, (packed,)
         return super().reducer_override(obj)
 
 
-def _pickled(value: Any) -> tuple[bool, tuple[int, ...], bytes, list[Any]]:
-    """`(numbers, foreign, data, buffers)` of a value.
+class _Pickled(NamedTuple):
+    """A value as it travels.
 
     `numbers`: it holds tensors or batches. `foreign`: the buffers that are not theirs, which
-    whoever reads must make private.
+    whoever reads must make private. `lent`: the tensors that stay on their device.
     """
+
+    numbers: bool
+    foreign: tuple[int, ...]
+    data: bytes
+    buffers: Sequence[Any]
+    lent: Sequence[Any]
+
+    @property
+    def size(self) -> int:
+        return _size(self.data, self.buffers)
+
+
+def _pickled(value: Any, lends: bool = False) -> _Pickled:
     with io.BytesIO() as file:
-        pickler = _Pickler(file)
+        pickler = _Pickler(file, lends)
         try:
             pickler.dump(value)
         finally:
@@ -69,7 +83,8 @@ def _pickled(value: Any) -> tuple[bool, tuple[int, ...], bytes, list[Any]]:
                 message.__exit__()
         buffers = pickler.buffers
         foreign = [i for i, b in enumerate(buffers) if message is None or not message.holds(b)]
-        return message is not None, tuple(foreign), file.getvalue(), buffers
+        lent = message.lent if message is not None else ()
+        return _Pickled(message is not None, tuple(foreign), file.getvalue(), buffers, lent)
 
 
 def _read(foreign: Sequence[int], data: bytes, buffers: Sequence[Any]) -> Any:
@@ -93,9 +108,10 @@ class Parcel:
         self._values, self._reads_only, self._count = tuple(values), reads_only, count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        numbers, foreign, data, buffers = _pickled(self._values)
-        self._count(_size(data, buffers))
-        return ArrivedParcel, (self._reads_only, numbers, foreign, data, *buffers)
+        sent = _pickled(self._values)
+        self._count(sent.size)
+        head = self._reads_only, sent.numbers, sent.foreign, sent.data
+        return ArrivedParcel, (*head, *sent.buffers)
 
 
 class ArrivedParcel:
@@ -138,11 +154,16 @@ class Slot(NamedTuple):
 
 
 class Result:
-    """What a method returned, in call number `call` of a trace; it arrives as itself."""
+    """What a method returned, in call number `call` of a trace; it arrives as itself. With `lends`,
+    tensors stay on their device.
 
-    def __init__(self, value: Any, call: int = 0) -> None:
-        self._value, self._call = value, call
-        self.size = 0  # bytes, once it has been pickled
+    Once it has been pickled, `size` are its bytes, and `lent` the loans to be ended some time.
+    """
+
+    def __init__(self, value: Any, call: int = 0, lends: bool = False) -> None:
+        self._value, self._call, self._lends = value, call, lends
+        self.size = 0
+        self.lent: Sequence[Any] = ()
 
     @classmethod
     def wrap(cls, value: Any, call: int = 0) -> Any:
@@ -151,12 +172,12 @@ class Result:
 
     def __reduce__(self) -> tuple[Any, ...]:
         began = now_ns()
-        _, foreign, data, buffers = _pickled(self._value)
-        self.size = _size(data, buffers)
+        sent = _pickled(self._value, self._lends)
+        self.size, self.lent = sent.size, sent.lent
         if self._call and (buffer := recording()) is not None:
             details = {"bytes": self.size}
             buffer.add("serialise", "serialise", began, now_ns(), self._call, details)
-        return _open, (foreign, data, *buffers)
+        return _open, (sent.foreign, sent.data, *sent.buffers)
 
 
 class SizeOf:
@@ -194,10 +215,9 @@ def counting(count: Callable[[int], None]) -> Generator[None, None, None]:
 def size_of(value: Any) -> int | None:
     """The bytes of a value on its way; None where it cannot be pickled."""
     try:
-        _, _, data, buffers = _pickled(value)
+        return _pickled(value).size
     except Exception:
         return None
-    return _size(data, buffers)
 
 
 def _size(data: bytes, buffers: Sequence[Any]) -> int:

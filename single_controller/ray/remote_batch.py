@@ -17,14 +17,15 @@ happens in threads of their own, and a publication has no turn. A release waits 
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray import cloudpickle
@@ -77,34 +78,48 @@ class RemoteCall:
 class Lease:
     """The driver's hold on the results of one call: without it, their hosts let go of them."""
 
-    def __init__(self, hosts: Hosts, token: str, record: CallRecord) -> None:
+    def __init__(self, hosts: Hosts, token: str, record: CallRecord, lends: bool = False) -> None:
         self.hosts, self._token, self._record = hosts, token, record
-        self._published: dict[int, Any] = {}
+        self._lends = lends
+        self._borrowers: list[Any] = []
+        self._published: dict[tuple[int, bool], Any] = {}
         self._publications: dict[int, int] = {}  # by rank: how many tasks were sent
         self._lock = threading.Lock()
 
     def hold(self, rank: int) -> None:
         """Include a rank's result, and release all once nobody holds this any more."""
         if not self._publications:
-            gone = (self.hosts, self._token, self._publications)
+            gone = (self.hosts, self._token, self._publications, self._borrowers)
             weakref.finalize(self, _releaser().put, gone).atexit = False
         self._publications[rank] = 0
 
-    def publish(self, rank: int) -> Any:
-        """A reference to a rank's batch in shared memory."""
-        with self._lock:
-            if rank not in self._published:
-                self._published[rank] = self._send(rank, None)
-            return self._published[rank]
+    def can_lend(self, rank: int, hosts: Hosts, readers: Iterable[int]) -> bool:
+        """Whether all these ranks of some hosts can map device memory of a rank's batch."""
+        device = self.hosts.infos[rank].identity
+        ids = [hosts.infos[reader].identity for reader in readers]
+        return self._lends and device is not None and all(i and i.reads(device) for i in ids)
 
-    def publish_for(self, rank: int, futures: Sequence[Any]) -> Any:
+    def lent_to(self, refs: Iterable[Any]) -> None:
+        """Keep the memory at least until these calls have ended."""
+        held = list(dict.fromkeys([*self._borrowers, *refs]))
+        _, self._borrowers[:] = ray.wait(held, num_returns=len(held), timeout=0, fetch_local=False)
+
+    def publish(self, rank: int, lends: bool = False) -> Any:
+        """A reference to a rank's batch in shared memory, or with `lends` to claims on it."""
+        with self._lock:
+            if (rank, lends) not in self._published:
+                self._published[rank, lends] = self._send(rank, None, lends)
+            return self._published[rank, lends]
+
+    def publish_for(self, rank: int, futures: Sequence[Any], lends: bool = False) -> Any:
         """The same; to None where it turns out that no row of these futures is in it."""
         with self._lock:
-            if rank in self._published:
-                return self._published[rank]
-            return self._send(rank, [Posted(future, _NO_OFFERS) for future in futures])
+            if (rank, lends) in self._published:
+                return self._published[rank, lends]
+            wanted = [Posted(future, _NO_OFFERS) for future in futures]
+            return self._send(rank, wanted, lends)
 
-    def _send(self, rank: int, wanted: Any) -> Any:
+    def _send(self, rank: int, wanted: Any, lends: bool) -> Any:
         hosts = self.hosts
         if hosts.closed:
             raise GroupBrokenError(
@@ -112,7 +127,7 @@ class Lease:
                 "Fetch what you need of a future before the group closes"
             )
         self._publications[rank] += 1
-        ref, size = hosts.handles[rank].publish.remote(f"{self._token}:{rank}", wanted)
+        ref, size = hosts.handles[rank].publish.remote(f"{self._token}:{rank}", wanted, lends)
         self._record.count_later("bytes_between", lambda: _value_if_ready(size))
         return ref
 
@@ -244,6 +259,12 @@ class Routes:
     def __init__(self) -> None:
         self.offers: dict[str, Any] = {}  # by token: a reference to where it is published
         self.claims: dict[int, tuple[str, ...]] = {}  # by rank: what is in its own process
+        self.loans: list[tuple[Lease, list[int]]] = []  # to which ranks
+
+    def sent(self, refs: Mapping[int, Any]) -> None:
+        """Note the calls, by rank, that read what is lent to them."""
+        for lease, ranks in self.loans:
+            lease.lent_to(refs[rank] for rank in ranks)
 
 
 def route(calls: Sequence[Call | None], hosts: Hosts, materialize: bool) -> Routes:
@@ -267,23 +288,30 @@ def route(calls: Sequence[Call | None], hosts: Hosts, materialize: bool) -> Rout
         at = batch.site.rank if own else None
         here = [rank for rank, _ in readers[token] if rank == at]
         elsewhere = [future for rank, future in readers[token] if rank != at]
+        others = list(dict.fromkeys(rank for rank, _ in readers[token] if rank != at))
         for rank in here:
             routes.claims[rank] = (*routes.claims.get(rank, ()), token)
         routes.offers[token] = batch.offer
         if batch.lease is None or (materialize and not elsewhere):
             continue
         rank = batch.site.rank
-        conditional = materialize and here
-        ref = batch.lease.publish_for(rank, elsewhere) if conditional else batch.lease.publish(rank)
-        routes.offers[token] = ref
+        lends = materialize and batch.lease.can_lend(rank, hosts, others)
+        if lends:
+            routes.loans.append((batch.lease, others))
+        if materialize and here:
+            routes.offers[token] = batch.lease.publish_for(rank, elsewhere, lends)
+        else:
+            routes.offers[token] = batch.lease.publish(rank, lends)
     return routes
 
 
-_queue: SimpleQueue[tuple[Hosts, str, dict[int, int]]] = SimpleQueue()
+_Gone: TypeAlias = tuple[Hosts, str, dict[int, int], list[Any]]
+
+_queue: SimpleQueue[_Gone] = SimpleQueue()
 _started = threading.Lock()
 
 
-def _releaser() -> SimpleQueue[tuple[Hosts, str, dict[int, int]]]:
+def _releaser() -> SimpleQueue[_Gone]:
     """Takes what is to be released: garbage may be collected at any moment, with any lock held,
     and a thread of its own can wait for its turn.
     """
@@ -294,7 +322,11 @@ def _releaser() -> SimpleQueue[tuple[Hosts, str, dict[int, int]]]:
 
 def _release_all() -> None:
     while True:
-        hosts, token, publications = _queue.get()
+        hosts, token, publications, borrowers = _queue.get()
+        if borrowers:
+            again: _Gone = (hosts, token, publications, [])
+            threading.Thread(target=_wait_for, args=(borrowers, again), daemon=True).start()
+            continue
         try:
             with hosts.sending:
                 for rank, count in publications.items() if not hosts.closed else ():
@@ -303,3 +335,9 @@ def _release_all() -> None:
                     hosts.sent(rank)
         except Exception:  # the cluster or the host is gone, and the results with it
             continue
+
+
+def _wait_for(borrowers: list[Any], again: _Gone) -> None:
+    with contextlib.suppress(Exception):  # the cluster is gone
+        ray.wait(borrowers, num_returns=len(borrowers), timeout=None, fetch_local=False)
+    _queue.put(again)

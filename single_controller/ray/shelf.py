@@ -46,6 +46,7 @@ class Kept:
         self._batch: Any = None
         self._versions: list[int] = []
         self._title = ""
+        self._loans: list[Result] = []
 
     def keep(self, output: Any, title: str) -> int | None:
         """Keep what the method `title` returned, if it is a batch; its rows."""
@@ -61,6 +62,19 @@ class Kept:
     def fail(self) -> None:
         """Note that there will be no batch; who waits for one learns why from the call itself."""
         self.made.set()
+
+    def published(self, lends: bool) -> tuple[Any, Any]:
+        """The batch for others, and the bytes it takes; with `lends`, device memory stays here."""
+        result = Result(self.batch(), lends=lends)
+        if lends:
+            self._loans.append(result)
+        return result, SizeOf(result)
+
+    def end_loans(self) -> None:
+        """Nobody will read what was lent any more."""
+        for result in self._loans:
+            for tensor in result.lent:
+                tensor.end()
 
     def batch(self) -> Any:
         """The batch, which is still its maker's: it must not be changed.
@@ -119,6 +133,7 @@ class Shelf:
     def _drop(self, token: str) -> None:
         kept = self._kept[token]
         if kept.last is not None and kept.publications >= kept.last:
+            kept.end_loans()
             del self._kept[token]
             _rows.pop(token.rpartition(":")[0], None)
 
@@ -177,14 +192,15 @@ class ShelfTasks:
     _shelf: Shelf
 
     @ray.method(num_returns=2)
-    def publish(self, token: str, wanted: Any = None) -> tuple[Any, Any]:
+    def publish(self, token: str, wanted: Any = None, lends: bool = False) -> tuple[Any, Any]:
         """The batch, for shared memory, and how many bytes that took.
 
         `wanted`: futures that other hosts will read; nothing is published if none needs this.
+        `lends`: memory on a device is lent to them instead, until the release.
         """
         kept = self._shelf.publication(token)
         with claimed({token: kept}):
-            return _published(kept) if _is_needed(token, wanted) else (None, 0)
+            return kept.published(lends) if _is_needed(token, wanted) else (None, 0)
 
     def release(self, token: str, publications: int, turn: Any) -> None:
         """Let go of a result; calls that were sent before this have read it."""
@@ -201,17 +217,12 @@ class AsyncShelfTasks:
     _shelf: Shelf
 
     @ray.method(num_returns=2)
-    async def publish(self, token: str, wanted: Any = None) -> tuple[Any, Any]:
+    async def publish(self, token: str, wanted: Any = None, lends: bool = False) -> tuple[Any, Any]:
         kept = self._shelf.publication(token)
         await kept.made.wait()
         with claimed({token: kept}):
             needed = wanted is None or await in_thread(_is_needed, token, wanted)
-        return _published(kept) if needed else (None, 0)
-
-
-def _published(kept: Kept) -> tuple[Any, Any]:
-    result = Result(kept.batch())
-    return result, SizeOf(result)
+        return kept.published(lends) if needed else (None, 0)
 
 
 def _is_needed(token: str, wanted: Any) -> bool:

@@ -24,6 +24,7 @@ from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray import patience
 from single_controller.ray.actor_spec import ActorSpec
+from single_controller.ray.devices import check_devices
 from single_controller.ray.failure import CallSite, diagnose, dumps, explain_death
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import Hosts, end_processes
@@ -87,6 +88,7 @@ class Recipe:
                 starting.handles.append(_launch(actor, {**common, **own}))
             address = starting.meet()
             infos = starting.build(bundles, kind, address)
+            check_devices([info.identity for info in infos], self.pool.gpus_per_process)
             if restored:
                 starting.restore()
         except BaseException:

@@ -15,6 +15,7 @@ from single_controller.base.colocated import Colocated, role_specs
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
+from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.worker import Worker
@@ -51,6 +52,7 @@ class SwitchedWorkerGroup(InlineWorkerGroup[W]):
         materialize: bool = True,
         reads_only: bool = False,
         deferred: bool = False,
+        transport: Transport = "host",
     ) -> Pending:
         here = [call and Call(tuple(map(_here, call.args)), _named(call)) for call in calls]
         pending = super()._submit(
@@ -62,6 +64,7 @@ class SwitchedWorkerGroup(InlineWorkerGroup[W]):
             materialize=materialize,
             reads_only=reads_only,
             deferred=deferred,
+            transport=transport,
         )
         return _WithRayReferences(pending) if ray.is_initialized() else pending
 

@@ -19,6 +19,7 @@ from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call, Layout
 from single_controller.base.recorder import CallRecord
+from single_controller.base.registered import Transport
 from single_controller.base.roles import W
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
@@ -193,6 +194,7 @@ class RayWorkerGroup(HostGroup[W]):
         materialize: bool = True,
         reads_only: bool = False,
         deferred: bool = False,
+        transport: Transport = "host",
     ) -> Pending:
         hosts = self._supervisor.usable()
         routes = route(calls, hosts, materialize)
@@ -225,10 +227,12 @@ class RayWorkerGroup(HostGroup[W]):
                     turns[rank] = turn
                 hosts.sent(rank)
                 sites.append(hosts.site(self.role, method, rank))
+        routes.sent({site.rank: ref for site, ref in zip(sites, refs, strict=True)})
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         if timeout_s is not None and math.isinf(timeout_s):
             timeout_s = None
-        return RayPending(hosts, sites, refs, turns, answers, timeout_s, record, token)
+        lends = transport == "device"
+        return RayPending(hosts, sites, refs, turns, answers, timeout_s, record, token, lends)
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
         return Outbox(calls)

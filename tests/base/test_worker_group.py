@@ -84,6 +84,7 @@ class LocalGroup(WorkerGroup):
         record: CallRecord,
         materialize: bool = True,
         reads_only: bool = False,
+        transport: str = "host",
         deferred: bool = False,
     ) -> Pending:
         ranks = [rank for rank, call in enumerate(calls) if call]

@@ -1,0 +1,238 @@
+"""Times tensors on CUDA devices to workers and back, beside the ways that others take.
+
+    python benchmarks/gpu.py --json figures.json        # one card; more cases with two
+
+In one run: 512 MB from process to process by the device path, by bare CUDA IPC and as numpy; from
+role to role of one host; through the host path and its floor, which is the same bytes in numpy
+arrays through plain Ray actors. With two cards, also from card to card, beside a bare
+torch.distributed send and recv. Medians of `--rounds`, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from protocol import DataProto
+from single_controller.base import Worker
+from single_controller.base.decorator import Dispatch, register
+from single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    colocate,
+)
+
+BYTES = 512 << 20
+COLUMNS = 8
+
+BY_DEVICE: dict[str, Any] = {
+    "dispatch_mode": Dispatch.DP_COMPUTE_PROTO,
+    "blocking": False,
+    "transport": "device",
+}
+METRIC: dict[str, Any] = {"dispatch_mode": Dispatch.DP_COMPUTE_METRIC}
+
+
+class Maker(Worker):
+    def __init__(self) -> None:
+        super().__init__()
+        size = (1, BYTES // COLUMNS // 4)
+        self.tensors = {
+            f"c{i}": torch.randint(0, 1 << 30, size, dtype=torch.int32, device=self.device)
+            for i in range(COLUMNS)
+        }
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def noop(self) -> None: ...
+
+    @register(**BY_DEVICE)
+    def by_device(self, data: DataProto) -> DataProto:
+        return DataProto.from_dict(self.tensors)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
+    def by_host(self, data: DataProto) -> DataProto:
+        return DataProto.from_dict(self.tensors)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def to_driver(self, data: DataProto) -> DataProto:
+        return DataProto.from_dict(self.tensors)
+
+    @register(**METRIC)
+    def read(self, data: DataProto) -> int:
+        return look(data.batch)
+
+    @register(**METRIC, reads_only=True)
+    def read_only(self, data: DataProto) -> int:
+        return look(data.batch)
+
+
+def look(columns: Any) -> int:
+    torch.cuda.synchronize()
+    return sum(int(column[0, 0]) for column in columns.values())
+
+
+@ray.remote
+class Plain:
+    """The other ways, by hand."""
+
+    def __init__(self) -> None:
+        size = (1, BYTES // COLUMNS // 4)
+        self.tensors = {
+            f"c{i}": torch.randint(0, 1 << 30, size, dtype=torch.int32, device="cuda")
+            for i in range(COLUMNS)
+        }
+        self.arrays = {key: t.cpu().numpy() for key, t in self.tensors.items()}
+
+    def noop(self) -> None: ...
+
+    def as_numpy(self) -> dict[str, np.ndarray[Any, Any]]:
+        return {key: t.cpu().numpy() for key, t in self.tensors.items()}
+
+    def from_numpy(self, data: dict[str, np.ndarray[Any, Any]]) -> int:
+        return look({key: torch.from_numpy(a.copy()).cuda() for key, a in data.items()})
+
+    def host(self) -> dict[str, np.ndarray[Any, Any]]:
+        return self.arrays
+
+    def copied(self, data: dict[str, np.ndarray[Any, Any]]) -> int:
+        return sum(int(a.copy()[0, 0]) for a in data.values())
+
+    def handles(self) -> list[Any]:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        return [reduce_tensor(t) for t in self.tensors.values()]
+
+    def mapped(self, handles: list[Any]) -> int:
+        return look({str(i): f(*args).clone() for i, (f, args) in enumerate(handles)})
+
+    def join(self, port: int, rank: int) -> None:
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+        torch.distributed.init_process_group("nccl", store=store, rank=rank, world_size=2)
+
+    def send(self, times: int) -> None:
+        for _ in range(times):
+            for tensor in self.tensors.values():
+                torch.distributed.send(tensor, 1)
+        torch.cuda.synchronize()
+
+    def receive(self, times: int) -> list[float]:
+        took = []
+        for _ in range(times):
+            began = time.perf_counter()
+            for tensor in self.tensors.values():
+                torch.distributed.recv(tensor, 0)
+            torch.cuda.synchronize()
+            took.append((time.perf_counter() - began) * 1e3)
+        return took
+
+
+def timed(name: str, case: Callable[[], Any], rounds: int) -> dict[str, float]:
+    print(name, end=" … ", flush=True)
+    took = []
+    for turn in range(rounds + 2):
+        began = time.perf_counter()
+        case()
+        if turn > 1:  # the first two open handles and fill caches
+            took.append((time.perf_counter() - began) * 1e3)
+    print(f"{median(took):.2f} ms")
+    return {name: median(took)}
+
+
+def one_card(rounds: int) -> dict[str, float]:
+    data = DataProto.from_dict({"x": torch.zeros(1)})
+    found: dict[str, float] = {}
+    with (
+        RayResourcePool([1], gpus_per_process=0.4) as pool,
+        colocate(pool, maker=Maker, other=Maker) as team,
+        RayWorkerGroup(pool, RayClassWithInitArgs(Maker)) as reader,
+    ):
+        maker: Any = team.maker
+        found |= timed("no-op call", maker.noop, 10 * rounds)
+        made = maker.by_device(data)
+        len(made)
+        found |= timed("role to role, reads_only", lambda: team.other.read_only(made), rounds)
+        found |= timed("role to role, own copy", lambda: team.other.read(made), rounds)
+        found |= timed("device path, published", lambda: reader.read(made), rounds)
+        by_device = lambda: reader.read(maker.by_device(data))  # noqa: E731
+        found |= timed("device path, made and read", by_device, rounds)
+        by_host = lambda: reader.read(maker.by_host(data))  # noqa: E731
+        found |= timed("host path, made and read", by_host, rounds)
+        found |= timed("to the driver", lambda: maker.to_driver(data), rounds)
+    share = {"num_gpus": 0.2, "num_cpus": 0}
+    a, b = (Plain.options(**share).remote() for _ in range(2))
+    ray.get([a.noop.remote(), b.noop.remote()])
+    ways = {
+        "bare CUDA IPC": (a.handles, b.mapped),
+        "numpy, to the device": (a.as_numpy, b.from_numpy),
+        "floor: numpy on the host": (a.host, b.copied),
+    }
+    for name, (make, take) in ways.items():
+        found |= timed(
+            name, lambda m=make, t=take: ray.get(t.remote(m.remote()), timeout=20), rounds
+        )
+
+    def arrays() -> dict[str, Any]:
+        return {key: array.copy() for key, array in ray.get(a.host.remote()).items()}
+
+    found |= timed("floor: numpy to the driver", arrays, rounds)
+    for actor in (a, b):
+        ray.kill(actor)
+    return found
+
+
+def two_cards(rounds: int) -> dict[str, float]:
+    data = DataProto.from_dict({"x": torch.zeros(1)})
+    found: dict[str, float] = {}
+    with (
+        RayResourcePool([1]) as first,
+        RayResourcePool([1]) as second,
+        RayWorkerGroup(first, RayClassWithInitArgs(Maker)) as maker,
+        RayWorkerGroup(second, RayClassWithInitArgs(Maker)) as reader,
+    ):
+        print(maker.describe(), reader.describe(), sep="\n")
+        made = maker.by_device(data)
+        len(made)
+        found |= timed("card to card, published", lambda: reader.read(made), rounds)
+        by_device = lambda: reader.read(maker.by_device(data))  # noqa: E731
+        found |= timed("card to card, made and read", by_device, rounds)
+        found |= timed("no-op call, between cards", reader.noop, 10 * rounds)
+    a, b = (Plain.options(num_gpus=1).remote() for _ in range(2))
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ray.get([a.join.remote(store.port, 0), b.join.remote(store.port, 1)])
+    sent = a.send.remote(rounds + 2)
+    found["bare send and recv, card to card"] = median(ray.get(b.receive.remote(rounds + 2))[2:])
+    ray.get(sent)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a CUDA device")
+    cards = torch.cuda.device_count()
+    ray.init(num_cpus=16, num_gpus=cards, include_dashboard=False, logging_level="ERROR")
+    found = one_card(options.rounds)
+    if cards > 1:
+        found |= two_cards(options.rounds)
+    print(f"{cards} × {torch.cuda.get_device_name()}, torch {torch.__version__}, 512 MB")
+    for name, value in found.items():
+        print(f"{name:36} {value:10.2f} ms {BYTES / value / 1e6:8.1f} GB/s")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Batches on a device: to the driver, to roles of the same process, to other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from protocol.staging import to_host
+from single_controller import SingleControllerError
+from single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    colocate,
+)
+from tests.gpu.cards import ROWS, Consumer, Producer, rows
+from tests.waiting import eventually
+
+
+@pytest.fixture(scope="module")
+def team(shared_card: RayResourcePool) -> Iterator[Any]:
+    with colocate(shared_card, producer=Producer, consumer=Consumer) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def reader(shared_card: RayResourcePool) -> Iterator[RayWorkerGroup]:
+    """Consumers in processes of their own, on the same card."""
+    with RayWorkerGroup(shared_card, RayClassWithInitArgs(Consumer)) as group:
+        yield group
+
+
+def check(found: list[dict[str, Any]], device: str) -> None:
+    """All rows, whichever ranks they are on."""
+    every = {
+        key: [value for one in found for value in one[key]]
+        for key in ("x", "wide", "turned", "name")
+    }
+    assert every["x"] == [2.0 * i for i in range(ROWS)]
+    assert every["wide"] == [[float(i)] * 4 for i in range(ROWS)]
+    assert every["turned"] == [[0.0, i, 2.0 * i] for i in range(ROWS)]
+    assert every["name"] == [f"row {i}" for i in range(ROWS)]
+    halves = [one["half"] for one in found]
+    assert [value for values, _ in halves for value in values] == list(range(ROWS))
+    assert {dtype for _, dtype in halves} == {"torch.bfloat16"}
+    assert [set(row) for one in found for row in one["jagged"] if row] == [
+        {i} for i in range(ROWS) if i % 3 != 1
+    ]
+    assert {one["device"] for one in found} == {device}
+    assert all(one.get("uuid") == one.get("own") for one in found)
+
+
+def test_what_a_call_returns_comes_to_the_cpu_or_where_it_is_told(team: Any) -> None:
+    assert team.producer.to_driver(rows()).batch["x"].device.type == "cpu"
+    there = team.producer.to_driver.options(map_location="cuda:0")(rows())
+    assert there.batch["x"].device == torch.device("cuda:0")
+    assert there.batch["x"].tolist() == [2.0 * i for i in range(ROWS)]
+    future = team.producer.by_device(rows())
+    assert future.get().batch["x"].device.type == "cpu"
+    assert future.get(map_location="cuda").batch["x"].device.type == "cuda"
+
+
+def test_by_host_a_batch_reaches_other_processes_on_the_cpu(team: Any, reader: Any) -> None:
+    check(reader.look(team.producer.by_host(rows())), "cpu")
+
+
+def test_by_device_it_reaches_them_on_their_own_device(team: Any, reader: Any) -> None:
+    future = team.producer.by_device(rows())
+    check(reader.look(future), "cuda")
+    check(reader.look(future), "cuda")  # what the first wrote is not there
+    moved = team.producer.stats()
+    assert moved["by_device"].bytes_between < 20_000
+
+
+def test_each_consumer_gets_its_rows_of_several_producers(team: Any, reader: Any) -> None:
+    future = team.producer.by_device(rows())
+    found = reader.look.options(ranks=[1])(future)
+    check(found, "cuda")
+    assert [len(one["x"]) for one in found] == [ROWS]
+    check(reader.look(future.select(["x", "half", "wide", "turned", "jagged", "name"])), "cuda")
+
+
+def test_a_tensordict_keeps_its_device_on_the_way(team: Any, reader: Any) -> None:
+    found = reader.look(team.producer.tensordict(rows()))
+    assert [(one["device"], one["x"]) for one in found] == [
+        ("cuda", [0.0, 2.0, 4.0]),
+        ("cuda", [6.0, 8.0, 10.0]),
+    ]
+
+
+def test_between_roles_of_one_process_a_reader_gets_the_very_memory(team: Any) -> None:
+    before = team.producer.stats()["by_host"].bytes_between
+    future = team.producer.by_host(rows())
+    assert team.consumer.pointer(future) == team.consumer.pointer(future)
+    (own, device), _ = team.consumer.own_pointer(future)
+    assert device == "cuda"
+    assert own != team.consumer.pointer(future)[0]
+    assert team.producer.stats()["by_host"].bytes_between == before
+
+
+def test_lent_memory_is_back_when_the_future_is_dropped(team: Any, reader: Any) -> None:
+    before = sum(team.producer.allocated())
+    future = team.producer.big(rows(4))
+    assert reader.sum(future) == [(1.0, "cuda"), (5.0, "cuda")]
+    assert sum(team.producer.allocated()) >= before + 4 * (64 << 20)
+    del future
+    assert eventually(lambda: sum(team.producer.allocated()) <= before)
+
+
+def test_a_consumer_that_is_still_busy_keeps_what_it_was_lent(team: Any, reader: Any) -> None:
+    before = sum(team.producer.allocated())
+    pending = [reader.sum.submit(team.producer.big(rows(2))) for _ in range(8)]
+    assert [one.result() for one in pending] == [[(0.0, "cuda"), (1.0, "cuda")]] * 8
+    assert eventually(lambda: sum(team.producer.allocated()) <= before)
+
+
+def test_what_nobody_redeemed_is_given_back_too(team: Any, shared_card: RayResourcePool) -> None:
+    before = sum(team.producer.allocated())
+    with RayWorkerGroup(shared_card, RayClassWithInitArgs(Consumer)) as other:
+        future = team.producer.big(rows(2))
+        with pytest.raises(SingleControllerError):
+            other.look(future)  # "half" is not there
+        del future
+    assert eventually(lambda: sum(team.producer.allocated()) <= before)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (16 << 20) + 1, (96 << 20) + 5])
+def test_bytes_leave_the_device_as_they_are(gpus: int, size: int) -> None:
+    flat = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
+    assert torch.equal(to_host(flat), flat.cpu())
