@@ -138,6 +138,7 @@ def test_methods_run_in_the_thread_that_calls(group: Any) -> None:
 
 
 def run(program: str, *, stdin: str = "", **env: str) -> str:
+    env.setdefault("PYTHONBREAKPOINT", "")  # ray.init() of the tests before has set it
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         input=stdin,
