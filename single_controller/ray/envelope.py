@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from single_controller.base.dispatch import is_future
 from single_controller.base.spans import CallMark
 from single_controller.ray.parcel import ArrivedParcel, Slot
 
-__all__ = ["Envelope", "Late", "arguments", "waits"]
+__all__ = ["Envelope", "Late", "arguments", "opened", "sealed", "waits"]
 
 
 class Late(NamedTuple):
@@ -41,6 +42,24 @@ class Envelope(NamedTuple):
     keeps: str | None
     claims: tuple[str, ...]
     mark: CallMark | None
+
+
+# What pickles alike in every process: no class of the user's, no reference that Ray has to see.
+_PLAIN = {str, bytes, int, float, bool, type(None), Slot}
+
+
+def sealed(envelope: Envelope) -> Envelope | bytes:
+    """The envelope as bytes where that can be: Ray carries those quickest, as they are."""
+    parts = (envelope.role, envelope.method, *envelope.names, *envelope.values)
+    return pickle.dumps(envelope, 5) if _PLAIN.issuperset(map(type, parts)) else envelope
+
+
+def opened(arrived: Envelope | bytes) -> Envelope:
+    """The envelope that was sealed."""
+    if isinstance(arrived, bytes):
+        envelope: Envelope = pickle.loads(arrived)
+        return envelope
+    return arrived
 
 
 def waits(envelope: Envelope) -> bool:

@@ -25,7 +25,7 @@ from single_controller.base.worker import WorkerContext
 from single_controller.device import DeviceKind
 from single_controller.errors import WorkerError
 from single_controller.ray.devices import DeviceIdentity, identify
-from single_controller.ray.envelope import Envelope, arguments, waits
+from single_controller.ray.envelope import Envelope, arguments, opened, waits
 from single_controller.ray.parcel import ArrivedParcel, Result
 from single_controller.ray.process import ProcessInfo, arrive, log_tail
 from single_controller.ray.reads import Reads, checks_reads
@@ -169,8 +169,9 @@ class Host(ShelfTasks, HostTracing):
             identity=self._identity,
         )
 
-    def call(self, envelope: Envelope, *parcels: ArrivedParcel) -> Any:
+    def call(self, arrived: Envelope | bytes, *parcels: ArrivedParcel) -> Any:
         """Run one method of one role."""
+        envelope = opened(arrived)
         place = self._place(envelope)
         try:
             with claimed(self._shelf.claim(envelope.claims)) if envelope.claims else nullcontext():
@@ -233,8 +234,8 @@ class AsyncHost(AsyncShelfTasks, Host):
         self._dropped: set[tuple[str, int]] = set()
         self._awaiting: set[Coroutine[Any, Any, Any]] = set()
 
-    async def call(self, envelope: Envelope, *parcels: ArrivedParcel) -> Any:
-        pending = None
+    async def call(self, arrived: Envelope | bytes, *parcels: ArrivedParcel) -> Any:
+        envelope, pending = opened(arrived), None
         place = self._place(envelope)
         try:
             await self._turn(envelope.turn)

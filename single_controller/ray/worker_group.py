@@ -24,7 +24,7 @@ from single_controller.base.roles import W
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.calls import RayPending
-from single_controller.ray.envelope import Envelope
+from single_controller.ray.envelope import Envelope, sealed
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.outbox import Outbox
 from single_controller.ray.placement import RayResourcePool
@@ -222,7 +222,7 @@ class RayWorkerGroup(HostGroup[W]):
                     claims=routes.claims.get(rank, ()),
                     mark=mark(record, hosts),
                 )
-                refs.append(hosts.handles[rank].call.remote(envelope, *parcels))
+                refs.append(hosts.handles[rank].call.remote(sealed(envelope), *parcels))
                 if turn is not None:
                     turns[rank] = turn
                 hosts.sent(rank)

@@ -1,0 +1,43 @@
+"""What goes to a host with a call goes as bytes, unless a receiver could read these differently."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import pytest
+
+from single_controller.base.spans import CallMark
+from single_controller.ray.envelope import Envelope, Late, opened, sealed
+from single_controller.ray.parcel import Slot
+
+
+class Stage(str, enum.Enum):
+    FIRST = "first"
+
+
+def envelope(*values: Any, names: tuple[str, ...] = (), method: str = "update") -> Envelope:
+    mark = CallMark(1, 2, 3)
+    return Envelope(
+        "actor", method, values, names, True, False, True, ("me", 4), "t:0", ("u",), mark
+    )
+
+
+def test_plain_values_and_slots_travel_as_bytes_and_arrive_as_they_were() -> None:
+    sent = envelope(1, 2.5, True, None, "text", b"raw", Slot(0, 1), names=("raw", "slot"))
+    packed = sealed(sent)
+    assert isinstance(packed, bytes)
+    assert opened(packed) == sent
+    assert type(opened(packed).values[-1]) is Slot
+
+
+@pytest.mark.parametrize("value", [Late("a reference"), Stage.FIRST])
+def test_references_and_values_of_other_classes_are_left_to_ray(value: Any) -> None:
+    for sent in (envelope(value), envelope(7, value, names=("by_name",))):
+        assert sealed(sent) is sent
+        assert opened(sent) is sent
+
+
+def test_names_of_other_classes_are_left_to_ray() -> None:
+    for sent in (envelope(method=Stage.FIRST), envelope(1, names=(Stage.FIRST,))):
+        assert sealed(sent) is sent
