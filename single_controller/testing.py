@@ -20,7 +20,6 @@ import pytest
 from single_controller.base.colocated import Colocated
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
-from single_controller.base.worker import Worker
 from single_controller.inline.roles import colocate
 from single_controller.inline.worker_group import InlineWorkerGroup
 
@@ -50,10 +49,11 @@ class InlineGroups:
         self._made.append(group)
         return group
 
-    def colocate(
-        self, ranks: int | Sequence[int] = 1, /, **roles: type[Worker] | ClassWithInitArgs
-    ) -> Colocated:
-        """Several roles on each rank: `inline_group.colocate(2, actor=Actor).actor.update(x)`."""
+    def colocate(self, ranks: int | Sequence[int] = 1, /, **roles: Any) -> Colocated:
+        """Several roles on each rank: `inline_group.colocate(2, actor=Actor).actor.update(x)`.
+
+        It takes the options of `single_controller.inline.colocate` as well.
+        """
         made = colocate(_pool(ranks), **roles)
         self._made.append(made)
         return made

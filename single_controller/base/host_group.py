@@ -10,8 +10,11 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from single_controller.base.dispatch import Mode
+from single_controller.base.plan import Layout
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
+from single_controller.base.supervisor import Replaceable, Supervisor
 from single_controller.base.table import GroupTable, Place, RankState
 from single_controller.base.worker import Worker
 from single_controller.base.worker_group import WorkerGroup
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["HostGroup", "SomeHosts"]
 
 
-class SomeHosts(Protocol):
+class SomeHosts(Replaceable, Protocol):
     """What a group needs of its hosts besides calling them."""
 
     @property
@@ -33,7 +36,6 @@ class SomeHosts(Protocol):
     @property
     def address(self) -> tuple[str, int]: ...
     def states(self) -> Sequence[RankState]: ...
-    def close(self) -> None: ...
 
 
 class HostGroup(WorkerGroup[W]):
@@ -44,17 +46,16 @@ class HostGroup(WorkerGroup[W]):
 
     _classes: Mapping[str, type[Worker]]
     call_timeout_s: float | None
+    _supervisor: Supervisor[Any]
+    _layouts_of: SomeHosts
 
     @property
     @abc.abstractmethod
     def _hosts(self) -> SomeHosts: ...
 
-    @abc.abstractmethod
-    def _share_hosts(self, other: Any) -> None:
-        """Be on the hosts of another group, whatever becomes of them."""
-
     def _start(
         self,
+        supervisor: Supervisor[Any],
         resource_pool: ResourcePool | None,
         ray_cls_with_init: ClassWithInitArgs | None,
         call_timeout_s: float | None,
@@ -64,6 +65,7 @@ class HostGroup(WorkerGroup[W]):
         Raises:
             ValueError: they hold other roles than `ray_cls_with_init` says.
         """
+        self._supervisor, self._layouts_of = supervisor, supervisor.hosts
         self.resource_pool = resource_pool
         self.ray_cls_with_init = ray_cls_with_init
         self.call_timeout_s = call_timeout_s
@@ -85,6 +87,12 @@ class HostGroup(WorkerGroup[W]):
         self.role = role
         if role in self._classes:
             self._bind(self._classes[role])
+
+    def _layout(self, mode: Mode) -> Layout:
+        hosts = self._supervisor.usable()
+        if hosts is not self._layouts_of:
+            self._layouts, self._layouts_of = {}, hosts
+        return super()._layout(mode)
 
     @property
     def world_size(self) -> int:
@@ -134,7 +142,7 @@ class HostGroup(WorkerGroup[W]):
         view.resource_pool, view.ray_cls_with_init = self.resource_pool, self.ray_cls_with_init
         view.call_timeout_s = self.call_timeout_s
         view._classes = self._classes
-        view._share_hosts(self)
+        view._supervisor, view._layouts_of = self._supervisor, self._hosts
         view._take_role(role)
         return view
 
@@ -153,9 +161,35 @@ class HostGroup(WorkerGroup[W]):
         roles = (self.role,) if self.role else self._hosts.roles
         return GroupTable.of(self._hosts.infos, roles, self._hosts.states())
 
+    @abc.abstractmethod
+    def stacks(self) -> dict[int, str]:
+        """By rank, the Python stack of each thread that runs the worker's code, now; also of
+        ranks that are stuck.
+        """
+
+    def restart(self) -> None:
+        """Start the group anew: other hosts and another rendezvous, the same ranks and devices, all
+        roles built from their specs. Then each worker's `restore()` is called, if it has one.
+
+        All groups on these hosts follow. Calls that were under way raise GroupBrokenError.
+
+        Raises:
+            GroupBrokenError: the group is closed, or was started by another driver.
+            What starting a group raises; then it may be tried again.
+        """
+        self._supervisor.restart()
+
+    @property
+    def restarts(self) -> int:
+        """How often the group was restarted."""
+        return self._supervisor.restarts
+
     def close(self) -> None:
-        """End the hosts, with all their roles. Calls raise GroupBrokenError from then on."""
-        self._hosts.close()
+        """End the hosts, with all their roles, and return when they are gone.
+
+        Calls raise GroupBrokenError from then on.
+        """
+        self._supervisor.close()
 
     def __enter__(self) -> Self:
         return self

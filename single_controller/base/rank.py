@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from single_controller.base.residency import Turns
@@ -16,7 +17,16 @@ from single_controller.base.roles import FusedWorker, RoleSpec
 from single_controller.base.worker import Worker, WorkerContext, building
 from single_controller.errors import RegistrationError
 
-__all__ = ["NO_BATCH", "build_roles", "checked_output", "has_async_method", "own_traceback"]
+__all__ = [
+    "NO_BATCH",
+    "build_roles",
+    "checked_output",
+    "coroutine_stacks",
+    "has_async_method",
+    "own_frames",
+    "own_traceback",
+    "restore_hooks",
+]
 
 
 NO_BATCH = (
@@ -64,6 +74,12 @@ def build_roles(
         yield role, worker
 
 
+def restore_hooks(workers: Mapping[str, Worker]) -> list[tuple[str, Callable[[], Any]]]:
+    """The optional `restore()` of the workers that have one, by role, for those that take over."""
+    found = {role: getattr(worker, "restore", None) for role, worker in workers.items()}
+    return [(role, hook) for role, hook in found.items() if callable(hook)]
+
+
 def checked_output(output: Any) -> Any:
     """What a method returned. Raises TypeError where it is no value that could be sent."""
     if inspect.iscoroutine(output):
@@ -87,3 +103,30 @@ def own_traceback(error: BaseException, hidden: Sequence[str]) -> str:
         shown.stack = traceback.StackSummary.from_list(own or shown.stack)
         shown = shown.__cause__ or shown.__context__
     return "".join(["On the worker: ", *whole.format()])
+
+
+def own_frames(frames: Iterable[FrameType], hidden: Sequence[str]) -> list[str]:
+    """A line for each frame that is not of files in the `hidden` folders."""
+    return [
+        f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}'
+        for frame in frames
+        if not frame.f_code.co_filename.startswith((os.path.dirname(__file__), *hidden))
+    ]
+
+
+def coroutine_stacks(coroutines: Iterable[Any], hidden: Sequence[str]) -> str:
+    """What each coroutine awaits, the innermost frame first, without frames of `hidden` folders."""
+    shown = []
+    for coroutine in coroutines:
+        lines = own_frames(reversed(list(_awaited(coroutine))), hidden)
+        shown.append("\n".join(lines) or "  waits for its arguments")
+    return "\n  -- another coroutine --\n".join(shown)
+
+
+def _awaited(coroutine: Any) -> Iterator[FrameType]:
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None)
+        if frame is None:
+            return
+        yield frame
+        coroutine = getattr(coroutine, "cr_await", None)

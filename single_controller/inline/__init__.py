@@ -2,6 +2,7 @@
 
 from single_controller.base.colocated import Colocated
 from single_controller.inline.calls import InlineReference
+from single_controller.inline.pin import pin
 from single_controller.inline.roles import (
     colocate,
     create_colocated_worker_cls,
@@ -18,4 +19,5 @@ __all__ = [
     "create_colocated_worker_cls",
     "create_colocated_worker_cls_fused",
     "create_colocated_worker_raw_cls",
+    "pin",
 ]

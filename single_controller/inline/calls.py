@@ -5,6 +5,7 @@ rank returned or raised; only `async def` methods may still be waiting.
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
@@ -64,7 +65,8 @@ class InlineReference(Handle):
                 self._fail(error)
         if not self.done():
             assert self.hosts.loop is not None
-            self.hosts.loop.start(self.rank.here, self._await(output, keep))
+            self.rank.waiting[self] = waiting = self._await(output, keep)
+            self.hosts.loop.start(self.rank.here, waiting)
 
     async def _await(self, output: Any, keep: bool) -> None:
         try:
@@ -74,6 +76,8 @@ class InlineReference(Handle):
         except BaseException:
             self.error = CancelledError(f"{self.role}.{self.method}: its group was closed")
             raise
+        finally:
+            self.rank.waiting.pop(self, None)
 
     def _finish(self, output: Any, keep: bool) -> None:
         self._package = Package(checked_output(output) if keep else None)
@@ -81,7 +85,7 @@ class InlineReference(Handle):
     def _fail(self, error: BaseException) -> None:
         self.error = self.rank.failure(self.role, self.method, error)
         if isinstance(self.error, WorkerDiedError):
-            self.hosts.broken = f"the group lost a rank: {self.error.args[0]}"
+            self.hosts.died(self.error)
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,8 @@ def send(
     """Run the call on its ranks, one after another.
 
     Raises:
-        GroupBrokenError: the group takes no more calls.
         TypeError, pickle.PicklingError: an argument cannot be sent.
     """
-    hosts.check_usable()
     values = [call.values() if call else () for call in calls]
     receivers: dict[int, int] = {}
     for value in chain.from_iterable(values):
@@ -166,17 +168,22 @@ class InlinePending(Pending):
         self._timeout_s = timeout_s
 
     def wait(self, timeout_s: float | None) -> list[Any]:
+        self._hosts.check_current()
         limit = self._timeout_s if timeout_s is None else timeout_s
+        if limit is not None and math.isinf(limit):
+            limit = None
         if not self.done():
             assert self._hosts.loop is not None
             self._hosts.loop.turn(self.done, limit)
         late = [r for r in self._references if not r.done()]
         if late:
-            ranks = [reference.rank.context.rank for reference in late]
+            stacks = {r.rank.context.rank: r.rank.stack() for r in late}
+            ranks = list(stacks)
             raise CallTimeoutError(
                 f"{late[0].role}.{late[0].method}: ranks {ranks} of {len(self._hosts.ranks)} had "
                 f"not finished after {limit:g} s",
                 ranks,
+                stacks,
             )
         errors = [r.error for r in self._references if r.error is not None]
         if errors:

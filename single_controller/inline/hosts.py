@@ -6,17 +6,28 @@ Calls and their outputs are left to `calls`.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import walk_stack
 from typing import Any
 
-from single_controller.base.rank import build_roles, has_async_method, own_traceback
+from single_controller.base.rank import (
+    build_roles,
+    checked_output,
+    coroutine_stacks,
+    has_async_method,
+    own_frames,
+    own_traceback,
+    restore_hooks,
+)
 from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.residency import Turns
 from single_controller.base.resource_pool import ResourcePool
@@ -30,6 +41,8 @@ from single_controller.inline.loop import RankLoop, one_at_a_time
 from single_controller.inline.privacy import Handle, dumps
 
 __all__ = ["InlineHosts", "InlineRank", "RankInfo"]
+
+_logger = logging.getLogger(__name__)
 
 _ADDRESS = "127.0.0.1"
 _OURS = (os.path.dirname(__file__), os.path.dirname(threading.__file__) + "/asyncio")
@@ -57,6 +70,8 @@ class InlineRank:
         }
         self._world = RankWorld()
         self.turns = Turns()
+        self._thread: int | None = None  # that runs the rank's code
+        self.waiting: dict[Any, Any] = {}  # coroutines of its async methods, by their call
 
     def build(self, roles: Mapping[str, RoleSpec]) -> None:
         """Construct the workers, in their order.
@@ -80,14 +95,44 @@ class InlineRank:
             _apply(self._env)
             entered = dict(current)
             self._world.enter()
+            outer, self._thread = self._thread, threading.get_ident()
             try:
                 yield
             finally:
+                self._thread = outer
                 self._world.leave()
                 if current != entered:
                     changed = {key for key, _ in current.items() ^ outside.items()}
                     self._env = {key: current.get(key) for key in {*self._env, *changed}}
                 _apply({key: outside.get(key) for key in self._env})
+
+    def restore(self, loop: RankLoop | None) -> None:
+        """Call the workers' optional `restore()`: they replace others.
+
+        Raises:
+            WorkerError: one raised.
+        """
+        for role, hook in restore_hooks(self.workers):
+            errors: list[BaseException] = []
+            try:
+                with self.here():
+                    done = hook()
+                if loop is not None and inspect.isawaitable(done):
+                    loop.finish(self.here, done, errors)
+                else:
+                    checked_output(done)
+            except (Exception, SystemExit) as error:
+                errors.append(error)
+            if errors:
+                raise self.failure(role, "restore", errors[0])
+
+    def stack(self) -> str:
+        """What the rank's code is doing, the innermost frame first."""
+        thread = self._thread
+        running = None if thread is None else sys._current_frames().get(thread)
+        lines = [] if running is None else own_frames((f for f, _ in walk_stack(running)), _OURS)
+        waiting = coroutine_stacks([*self.waiting.values()], _OURS) if self.waiting else ""
+        return "\n".join(filter(None, [*lines, waiting])) or "  in no call"
 
     def failure(self, role: str, method: str, error: BaseException) -> Exception:
         """What to raise for `error`, which stays its cause with all its frames, for a debugger."""
@@ -149,12 +194,16 @@ class InlineHosts(Handle):
         device_name: str | None = None,
         master_port: int = 0,
         port_range: Sequence[int] | None = None,
+        restored: bool = False,
     ) -> None:
         kind = _device(device_name)
         rendezvous = Rendezvous(_ADDRESS, master_port, port_range)  # no other group gets the port
         self.address = (_ADDRESS, rendezvous.port)
         self.roles = tuple(roles)
         self.broken: str | None = None
+        self.closed_because: str | None = None
+        self.retired = False
+        self.on_death: list[Callable[[WorkerDiedError], object]] = []
         self.loop = RankLoop() if has_async_method(roles) else None
         self.ranks: list[InlineRank] = []
         self._end = weakref.finalize(self, _end, rendezvous, self.loop, self.ranks)
@@ -162,6 +211,9 @@ class InlineHosts(Handle):
             for context in _contexts(pool, kind, self.address, prefix):
                 self.ranks.append(InlineRank(context, env))
                 self.ranks[-1].build(roles)
+            if restored:
+                for rank in self.ranks:
+                    rank.restore(self.loop)
         except BaseException:
             self.close()
             raise
@@ -178,13 +230,33 @@ class InlineHosts(Handle):
 
     def check_usable(self) -> None:
         """Raise GroupBrokenError where the group takes no more calls."""
+        if self.closed_because is not None:
+            raise GroupBrokenError(self.closed_because)
         if self.broken is not None:
-            raise GroupBrokenError(self.broken)
+            raise GroupBrokenError(f"{self.broken}. restart() the group, or close() it")
 
-    def close(self) -> None:
+    def check_current(self) -> None:
+        """Raise GroupBrokenError where other hosts have taken over."""
+        if self.retired:
+            raise GroupBrokenError(self.closed_because)
+
+    def died(self, error: WorkerDiedError) -> None:
+        """A rank asked for the end of its process: the group takes no more calls."""
+        first, self.broken = self.broken is None, f"the group lost a rank: {error.args[0]}"
+        if first:
+            for told in self.on_death:
+                _logger.error("%s", error.args[0])
+                told(error)
+
+    def close(self, why: str = "the group is closed") -> None:
         """Let go of all workers; calls then raise GroupBrokenError."""
-        self.broken = self.broken or "the group is closed"
+        self.closed_because = self.closed_because or why
         self._end()
+
+    def retire(self) -> None:
+        """Close for others to take over: from then on, no result of these hosts counts."""
+        self.retired = True
+        self.close("the group was restarted, and this call was sent to its former workers")
 
 
 def _end(rendezvous: Rendezvous, loop: RankLoop | None, ranks: Sequence[InlineRank]) -> None:

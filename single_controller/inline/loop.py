@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractContextManager
 from types import coroutine
 from typing import Any, TypeVar
@@ -47,6 +47,26 @@ class RankLoop:
 
         self._loop.call_soon_threadsafe(begin)
         self.turn(begun.is_set, None)
+
+    def finish(
+        self,
+        here: Callable[[], AbstractContextManager[Any]],
+        awaited: Awaitable[Any],
+        errors: list[BaseException],
+    ) -> None:
+        """Take it to its end, and note what it raised."""
+        done = threading.Event()
+
+        async def run() -> None:
+            try:
+                await awaited
+            except Exception as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self.start(here, run())
+        self.turn(done.is_set, None)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -24,11 +24,19 @@ __all__ = [
 
 
 def colocate(
-    pool: ResourcePool | None = None, /, **roles: ClassWithInitArgs | type[Worker]
+    pool: ResourcePool | None = None,
+    /,
+    *,
+    startup_timeout_s: float = 600,
+    call_timeout_s: float | None = None,
+    on_failure: str = "raise",
+    max_restarts: int = 3,
+    **roles: ClassWithInitArgs | type[Worker],
 ) -> Colocated:
     """Every role on each rank of the pool, by default on one rank, in this process.
 
     Args:
+        startup_timeout_s, call_timeout_s, on_failure, max_restarts: as for `InlineWorkerGroup`.
         roles: by name, a worker class, or `ClassWithInitArgs` where it takes arguments.
 
     Returns:
@@ -38,7 +46,15 @@ def colocate(
         What `InlineWorkerGroup` raises.
     """
     specs = role_specs(roles, ClassWithInitArgs)
-    return Colocated(InlineWorkerGroup(pool, create_colocated_worker_cls(specs)), specs)
+    hosts = InlineWorkerGroup(
+        pool,
+        create_colocated_worker_cls(specs),
+        startup_timeout_s=startup_timeout_s,
+        call_timeout_s=call_timeout_s,
+        on_failure=on_failure,
+        max_restarts=max_restarts,
+    )
+    return Colocated(hosts, specs)
 
 
 def create_colocated_worker_cls(class_dict: Mapping[str, ClassWithInitArgs]) -> ColocatedClasses:

@@ -5,7 +5,8 @@ Ranks are owned by `hosts`, a call by `calls`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from single_controller.base.host_group import HostGroup
@@ -15,15 +16,21 @@ from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
+from single_controller.base.supervisor import RestartPolicy, Supervisor
 from single_controller.base.worker import checked_worker_env
-from single_controller.errors import RegistrationError
+from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.inline.calls import Arguments, send
 from single_controller.inline.hosts import InlineHosts
 
 if TYPE_CHECKING:
-    pass
+    from typing_extensions import Self
 
 __all__ = ["InlineWorkerGroup"]
+
+_NO_ATTACHING = (
+    "worker_names, worker_handles and from_detached find running Ray actors; an inline group lives "
+    "in this process alone, and has none to attach to"
+)
 
 
 class InlineWorkerGroup(HostGroup[W]):
@@ -43,6 +50,7 @@ class InlineWorkerGroup(HostGroup[W]):
         worker_env: environment variables for all ranks, there while their code runs.
         master_port, master_port_range: the workers' MASTER_PORT; nobody listens there.
         call_timeout_s: how long an `async def` method may take; others end when they end.
+        on_failure, max_restarts: as on Ray; what breaks a group is a rank that exits.
         bin_pack, detached, ray_wait_register_center_timeout, master_addr, startup_timeout_s:
             without meaning here, and taken so that a program can be switched.
         worker_names, worker_handles: refused, there being nothing to attach to.
@@ -52,6 +60,8 @@ class InlineWorkerGroup(HostGroup[W]):
         WorkerError: a constructor raised; it names role and rank.
         ResourceError: `master_port` is taken.
     """
+
+    _supervisor: _Supervisor
 
     def __init__(
         self,
@@ -71,13 +81,13 @@ class InlineWorkerGroup(HostGroup[W]):
         master_port_range: Sequence[int] | None = None,
         startup_timeout_s: float = 600,
         call_timeout_s: float | None = None,
+        on_failure: str = "raise",
+        max_restarts: int = 3,
     ) -> None:
         super().__init__(resource_pool)
+        policy = RestartPolicy(on_failure, max_restarts)
         if worker_names or worker_handles:
-            raise ValueError(
-                "worker_names and worker_handles name running Ray actors; an inline group lives "
-                "in this process alone, and has none to attach to"
-            )
+            raise ValueError(_NO_ATTACHING)
         if not isinstance(ray_cls_with_init, ClassWithInitArgs):
             raise RegistrationError(
                 "ray_cls_with_init must say what to start, as ClassWithInitArgs(cls, ...) or "
@@ -86,7 +96,8 @@ class InlineWorkerGroup(HostGroup[W]):
         pool = ResourcePool([1]) if resource_pool is None else resource_pool
         if not pool.world_size:
             raise ValueError("process_on_nodes must name the processes of at least one node")
-        self._inline_hosts = InlineHosts(
+        start = partial(
+            InlineHosts,
             pool,
             ray_cls_with_init.roles(),
             checked_worker_env(worker_env),
@@ -95,14 +106,21 @@ class InlineWorkerGroup(HostGroup[W]):
             master_port or 0,
             master_port_range,
         )
-        self._start(resource_pool, ray_cls_with_init, call_timeout_s)
+        supervisor = _Supervisor(start(), partial(start, restored=True), policy)
+        self._start(supervisor, resource_pool, ray_cls_with_init, call_timeout_s)
+
+    @classmethod
+    def from_detached(cls, *_: Any, **__: Any) -> Self:
+        """Refused: an inline group ends with its driver.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_NO_ATTACHING)
 
     @property
     def _hosts(self) -> InlineHosts:
-        return self._inline_hosts
-
-    def _share_hosts(self, other: Any) -> None:
-        self._inline_hosts = other._inline_hosts
+        return self._supervisor.hosts
 
     @property
     def workers(self) -> list[W]:
@@ -121,8 +139,22 @@ class InlineWorkerGroup(HostGroup[W]):
         label = "_".join(self._hosts.roles)
         return [f"{rank.context.prefix}{label}_0:{i}" for i, rank in enumerate(self._hosts.ranks)]
 
-    def start_worker_aliveness_check(self, every_n_seconds: float = 1) -> None:
-        """Nothing: the ranks live as long as the driver."""
+    def stacks(self) -> dict[int, str]:
+        """By rank, the Python stack of the thread that runs the worker's code, now, and of its
+        `async def` methods that wait.
+        """
+        return {rank.context.rank: rank.stack() for rank in self._hosts.ranks}
+
+    def start_worker_aliveness_check(
+        self,
+        every_n_seconds: float = 1,
+        on_death: Callable[[WorkerDiedError], object] | None = None,
+    ) -> None:
+        """Have `on_death` called once a rank has asked for the end of its process; there is nothing
+        to look for every so often.
+        """
+        if on_death is not None:
+            self._supervisor.watch(on_death)
 
     def _submit(
         self,
@@ -139,4 +171,17 @@ class InlineWorkerGroup(HostGroup[W]):
     ) -> Pending:
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         arguments = Arguments(materialize, reads_only)
-        return send(self._hosts, self.role, method, calls, answers, arguments, timeout_s)
+        hosts = self._supervisor.usable()
+        return send(hosts, self.role, method, calls, answers, arguments, timeout_s)
+
+
+class _Supervisor(Supervisor[InlineHosts]):
+    """Tells whoever asked of a rank's end, also after a restart."""
+
+    def restart(self) -> None:
+        told = self.hosts.on_death
+        super().restart()
+        self.hosts.on_death = told
+
+    def watch(self, on_death: Callable[[WorkerDiedError], object]) -> None:
+        self.hosts.on_death.append(on_death)

@@ -7,6 +7,7 @@ from single_controller.ray.backend import (
     ResourcePoolManager,
     colocate,
     merge_resource_pool,
+    pin,
     split_resource_pool,
 )
 from single_controller.ray.colocate import (
@@ -14,7 +15,6 @@ from single_controller.ray.colocate import (
     create_colocated_worker_cls_fused,
     create_colocated_worker_raw_cls,
 )
-from single_controller.ray.pin import pin
 from single_controller.ray.placement import (
     RayResourcePool,
     SubRayResourcePool,

@@ -13,6 +13,7 @@ __all__ = [
     "backend_name",
     "colocate",
     "merge_resource_pool",
+    "pin",
     "split_resource_pool",
 ]
 
@@ -30,6 +31,7 @@ def backend_name() -> str:
 
 
 if TYPE_CHECKING or backend_name() == "ray":
+    from single_controller.ray.pin import pin
     from single_controller.ray.pools import (
         ResourcePoolManager,
         merge_resource_pool,
@@ -38,6 +40,7 @@ if TYPE_CHECKING or backend_name() == "ray":
     from single_controller.ray.roles import colocate
     from single_controller.ray.worker_group import RayWorkerGroup
 else:
+    from single_controller.inline.pin import pin as pin
     from single_controller.ray.switched import SwitchedPoolManager as ResourcePoolManager
     from single_controller.ray.switched import SwitchedWorkerGroup as RayWorkerGroup
     from single_controller.ray.switched import colocate_switched as colocate

@@ -17,7 +17,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from single_controller.base.rank import build_roles, checked_output, own_traceback
+from single_controller.base.rank import (
+    build_roles,
+    checked_output,
+    coroutine_stacks,
+    own_traceback,
+    restore_hooks,
+)
 from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.residency import Turns
 from single_controller.base.roles import RoleSpec
@@ -37,7 +43,6 @@ from single_controller.ray.shelf import (
     claimed,
     in_thread,
 )
-from single_controller.ray.stacks import coroutine_stacks
 from single_controller.ray.tracing import HostTracing, running
 
 __all__ = [
@@ -136,16 +141,12 @@ class Host(ShelfTasks, HostTracing):
 
     def restore(self) -> None:
         """Call the workers' optional `restore()`: this process replaces one that ended."""
-        for role, hook in self._restore_hooks():
+        for role, hook in restore_hooks(self._workers):
             try:
                 self._turns.take(role)
                 hook()
             except Exception as error:
                 raise self._failure(role, "restore", error) from None
-
-    def _restore_hooks(self) -> list[tuple[str, Callable[[], Any]]]:
-        found = {role: getattr(worker, "restore", None) for role, worker in self._workers.items()}
-        return [(role, hook) for role, hook in found.items() if callable(hook)]
 
     def whoami(self) -> tuple[HostInfo, tuple[str, int], bool]:
         """For a driver that attaches: who this is, where the group meets, whether Ray keeps the
@@ -294,7 +295,7 @@ class AsyncHost(AsyncShelfTasks, Host):
         self._shelf.release(token, publications)
 
     async def restore(self) -> None:  # type: ignore[override]
-        for role, hook in self._restore_hooks():
+        for role, hook in restore_hooks(self._workers):
             try:
                 done = hook()
                 if inspect.isawaitable(done):
@@ -304,7 +305,7 @@ class AsyncHost(AsyncShelfTasks, Host):
 
     async def coroutines(self) -> str:
         """What the calls in this process await, where its loop runs."""
-        return coroutine_stacks(self._awaiting)
+        return coroutine_stacks(self._awaiting, _OURS)
 
     async def drop(self, turn: tuple[str, int]) -> None:
         """Do not run a call whose turn has not come."""

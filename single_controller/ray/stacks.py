@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 import ray
 
-__all__ = ["collective", "coroutine_stacks", "readable"]
+__all__ = ["collective", "readable"]
 
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
 _COLLECTIVES = ("/torch/distributed/", "/ray/util/collective/")
@@ -81,25 +79,3 @@ def collective(dump: str) -> str | None:
         if any(part in frames[0].file for part in _COLLECTIVES):
             return str(frames)
     return None
-
-
-def coroutine_stacks(coroutines: Iterable[Any]) -> str:
-    """What each coroutine awaits, the innermost frame first, without this package's frames."""
-    shown = []
-    for coroutine in coroutines:
-        lines = [
-            f'  File "{f.f_code.co_filename}", line {f.f_lineno}, in {f.f_code.co_name}'
-            for f in reversed(list(_awaited(coroutine)))
-            if not f.f_code.co_filename.startswith(_OURS)
-        ]
-        shown.append("\n".join(lines) or "  waits for its arguments")
-    return "\n  -- another coroutine --\n".join(shown)
-
-
-def _awaited(coroutine: Any) -> Iterator[FrameType]:
-    while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", None)
-        if frame is None:
-            return
-        yield frame
-        coroutine = getattr(coroutine, "cr_await", None)

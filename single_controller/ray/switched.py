@@ -121,7 +121,23 @@ def merge_unreserved(rp1: ResourcePool, rp2: ResourcePool) -> RayResourcePool:
     return RayResourcePool([*rp1.store, *rp2.store])
 
 
-def colocate_switched(pool: ResourcePool, **roles: ClassWithInitArgs | type[Worker]) -> Colocated:
+def colocate_switched(
+    pool: ResourcePool,
+    *,
+    startup_timeout_s: float = 600,
+    call_timeout_s: float | None = None,
+    on_failure: str = "raise",
+    max_restarts: int = 3,
+    **roles: ClassWithInitArgs | type[Worker],
+) -> Colocated:
     """As `single_controller.ray.colocate`, in this process."""
     specs = role_specs(roles, RayClassWithInitArgs)
-    return Colocated(SwitchedWorkerGroup(pool, create_colocated_worker_cls(specs)), specs)
+    hosts = SwitchedWorkerGroup(
+        pool,
+        create_colocated_worker_cls(specs),
+        startup_timeout_s=startup_timeout_s,
+        call_timeout_s=call_timeout_s,
+        on_failure=on_failure,
+        max_restarts=max_restarts,
+    )
+    return Colocated(hosts, specs)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from single_controller.base.dispatch import Mode
 from single_controller.base.explain import Carrier
 from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
-from single_controller.base.plan import Call, Layout
+from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
 from single_controller.base.roles import W
+from single_controller.base.supervisor import RestartPolicy
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.calls import RayPending
@@ -30,7 +30,7 @@ from single_controller.ray.outbox import Outbox
 from single_controller.ray.placement import RayResourcePool
 from single_controller.ray.remote_batch import route
 from single_controller.ray.start import Recipe, StartOptions, running_names
-from single_controller.ray.supervisor import RestartPolicy, Supervisor
+from single_controller.ray.supervisor import RaySupervisor
 from single_controller.ray.tracing import mark
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class RayWorkerGroup(HostGroup[W]):
         WorkerError: a constructor raised; it names role and rank.
         CallTimeoutError: a constructor did not return in time.
     """
+
+    _supervisor: RaySupervisor
 
     def __init__(
         self,
@@ -125,9 +127,8 @@ class RayWorkerGroup(HostGroup[W]):
             spec = ray_cls_with_init.actor_spec()
             recipe = Recipe(resource_pool, strategy, device_name, spec, options)
             hosts = recipe.start()
-        self._supervisor = Supervisor(hosts, recipe, policy)
-        self._layouts_of = hosts
-        self._start(resource_pool, ray_cls_with_init, call_timeout_s)
+        supervisor = RaySupervisor(hosts, recipe, policy)
+        self._start(supervisor, resource_pool, ray_cls_with_init, call_timeout_s)
 
     @classmethod
     def from_detached(
@@ -163,15 +164,6 @@ class RayWorkerGroup(HostGroup[W]):
     @property
     def _hosts(self) -> Hosts:
         return self._supervisor.hosts
-
-    def _share_hosts(self, other: Any) -> None:
-        self._supervisor, self._layouts_of = other._supervisor, other._hosts
-
-    def _layout(self, mode: Mode) -> Layout:
-        hosts = self._supervisor.usable()
-        if hosts is not self._layouts_of:
-            self._layouts, self._layouts_of = {}, hosts
-        return super()._layout(mode)
 
     @property
     def workers(self) -> list[Any]:
@@ -243,40 +235,16 @@ class RayWorkerGroup(HostGroup[W]):
         """
         return self._hosts.stacks()
 
-    def restart(self) -> None:
-        """Start the group anew: new processes and rendezvous, the same ranks and devices, all
-        roles built from their specs. Then each worker's `restore()` is called, if it has one.
-
-        All groups on these hosts follow. Calls that were under way raise GroupBrokenError.
-
-        Raises:
-            GroupBrokenError: the group is closed, or was started by another driver.
-            What starting a group raises; then it may be tried again.
-        """
-        self._supervisor.restart()
-
-    @property
-    def restarts(self) -> int:
-        """How often the group was restarted."""
-        return self._supervisor.restarts
-
     def start_worker_aliveness_check(
         self,
         every_n_seconds: float = 1,
-        on_death: Callable[[WorkerDiedError], Any] | None = None,
+        on_death: Callable[[WorkerDiedError], object] | None = None,
     ) -> None:
         """Look every so often, in a thread, whether all processes live. After a death, that is
         logged, `on_death` is called with it, in that thread, and calls raise GroupBrokenError at
         once (or restart the group, with `on_failure="restart"`).
         """
         self._supervisor.watch(every_n_seconds, on_death)
-
-    def close(self) -> None:
-        """End the processes, with all their roles, and return when they are gone.
-
-        Calls raise GroupBrokenError from then on.
-        """
-        self._supervisor.close()
 
 
 def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_s: float) -> Hosts:

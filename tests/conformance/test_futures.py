@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from protocol import DataProto, DataProtoFuture
+from protocol import BatchTypeError, DataProto, DataProtoFuture
 from single_controller import WorkerError
 from tests.conformance.conftest import Backend
 from tests.conformance.probe import batch, values
@@ -75,3 +75,15 @@ def test_rows_that_were_padded_stay_paddable_along_a_chain(group: Any) -> None:
 def test_options_choose_ranks(group: Any) -> None:
     assert group.echo.options(ranks=[1])("x") == [(1, "x", None)]
     assert values(group.add_rank.options(ranks=[1, 0])(batch(2))) == [1, 1]
+
+
+def test_a_pinned_batch_is_sent_as_it_was_and_cannot_be_written_into(
+    backend: Backend, group: Any, three: Any
+) -> None:
+    data = batch(6)
+    pinned = backend.module.pin(data)
+    data.batch["a"] += 100
+    assert values(group.add_rank(pinned)) == [0, 1, 2, 4, 5, 6]
+    assert values(three.uneven_rows(pinned)) == values(pinned.get()) == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(BatchTypeError, match="data must be a DataProto"):
+        backend.module.pin(3)

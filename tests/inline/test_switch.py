@@ -39,7 +39,7 @@ def test_a_program_for_ray_runs_inline_without_an_edit_and_without_a_cluster() -
         from protocol import DataProto
         from single_controller.ray import (
             RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, ResourcePoolManager, colocate,
-            create_colocated_worker_cls, merge_resource_pool, split_resource_pool,
+            create_colocated_worker_cls, merge_resource_pool, pin, split_resource_pool,
         )
         from single_controller.base import Worker
         from single_controller.base.decorator import Dispatch, register
@@ -63,13 +63,16 @@ def test_a_program_for_ray_runs_inline_without_an_edit_and_without_a_cluster() -
         hosts = RayWorkerGroup(first, create_colocated_worker_cls({"actor": spec}), bin_pack=True)
         actor = hosts.spawn(["actor"])["actor"]
         print(actor.add(data).batch["a"].tolist())
-        with colocate(RayResourcePool([2]), actor=Actor) as group:
+        print(actor.add(pin(data)).batch["a"].tolist())
+        options = {"call_timeout_s": 60, "on_failure": "restart", "max_restarts": 1}
+        with colocate(RayResourcePool([2]), **options, actor=Actor) as group:
             print({reference.result() for reference in group.actor.pid()} == {os.getpid()})
         print(ray.is_initialized())
         """
     done = run("-c", textwrap.dedent(program))
     assert done.stdout.splitlines() == [
         "4 64",
+        "[0.0, 0.0, 1.0, 2.0, 3.0]",
         "[0.0, 0.0, 1.0, 2.0, 3.0]",
         "True",
         "False",

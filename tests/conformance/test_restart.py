@@ -1,0 +1,90 @@
+"""Restarting a group: the same on every backend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
+from single_controller.base import PerRank, Worker
+from single_controller.base.decorator import Dispatch, register
+from tests.conformance.conftest import Backend
+
+
+class Mortal(Worker):
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.state, self.broken = "new", broken
+
+    def restore(self) -> None:
+        if self.broken:
+            raise FileNotFoundError("no checkpoint")
+        self.state = f"restored on {self.rank}"
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def look(self) -> str:
+        return self.state
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def die(self, now: bool) -> None:
+        if now:
+            sys.exit(3)
+
+
+class Other(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def answer(self) -> int:
+        return 42
+
+
+@pytest.fixture(scope="module")
+def both(backend: Backend) -> Iterator[Any]:
+    with backend.module.colocate(
+        backend.pool([2]), on_failure="restart", max_restarts=1, mortal=Mortal, other=Other
+    ) as roles:
+        yield roles
+
+
+def test_a_restarted_group_has_all_its_roles_anew_and_former_calls_no_longer_count(
+    both: Any,
+) -> None:
+    former = both.other.answer.submit()
+    assert former.result() == [42, 42]
+    both.other.restart()
+    assert both.mortal.look() == ["restored on 0", "restored on 1"]
+    assert both.other.answer() == [42, 42]
+    assert both.hosts.restarts == 1
+    assert [row.state for row in both.hosts.describe().rows] == ["alive"] * 4
+    with pytest.raises(GroupBrokenError, match="the group was restarted"):
+        former.result()
+
+
+def test_a_group_restarts_itself_after_a_death_as_often_as_it_was_told(both: Any) -> None:
+    with pytest.raises(WorkerDiedError):
+        both.mortal.die(PerRank([False, True]))
+    with pytest.raises(GroupBrokenError, match=r"lost a rank.*restart\(\).*max_restarts=1"):
+        both.mortal.look()
+    both.mortal.restart()
+    assert both.mortal.look() == ["restored on 0", "restored on 1"]
+
+
+def test_stacks_say_of_each_rank_what_it_is_doing(both: Any) -> None:
+    assert both.other.stacks() == {0: "  in no call", 1: "  in no call"}
+
+
+def test_a_restart_that_fails_says_why_and_can_be_tried_again(backend: Backend) -> None:
+    with backend.group(backend.spec(Mortal, broken=True)) as group:
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError, match=r"Mortal.restore failed") as caught:
+                group.restart()
+            assert isinstance(caught.value, WorkerError)
+            with pytest.raises(GroupBrokenError, match=r"restart failed.*no checkpoint"):
+                group.look()
+        group.close()
+        with pytest.raises(GroupBrokenError, match="a closed group cannot be restarted"):
+            group.restart()
+        with pytest.raises(ValueError, match="on_failure must be 'raise' or 'restart'"):
+            backend.group(backend.spec(Mortal), on_failure="retry")

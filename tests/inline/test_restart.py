@@ -1,0 +1,100 @@
+"""What a restart, a death and a stack are where there is no process to lose."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from single_controller import (
+    CallTimeoutError,
+    ClassWithInitArgs,
+    GroupBrokenError,
+    ResourcePool,
+    WorkerDiedError,
+)
+from single_controller.base import PerRank, Worker
+from single_controller.base.decorator import Dispatch, register
+from single_controller.inline import InlineWorkerGroup
+from tests.waiting import eventually
+
+
+class Async(Worker):
+    restored = ""
+
+    async def restore(self) -> None:
+        await asyncio.sleep(0)
+        self.restored = f"on {self.rank}"
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def look(self) -> str:
+        return self.restored
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def nap(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def wait(self, event: type) -> None:
+        event.go.wait(60)  # type: ignore[attr-defined]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def leave(self, now: bool) -> None:
+        if now:
+            sys.exit(3)
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    with InlineWorkerGroup(ResourcePool([2]), ClassWithInitArgs(Async)) as two:
+        yield two
+
+
+def test_a_restart_builds_other_workers_and_ends_calls_that_wait(group: Any) -> None:
+    before, waiting = group.workers, group.nap.submit(60)
+    group.restart()
+    assert group.look() == ["on 0", "on 1"]
+    assert not set(before) & set(group.workers)
+    assert group.nap(0) == [None, None]
+    with pytest.raises(GroupBrokenError, match="the group was restarted"):
+        waiting.result()
+
+
+def test_a_death_is_told_at_once_also_after_a_restart(group: Any) -> None:
+    told: list[int] = []
+    group.start_worker_aliveness_check(0.1, on_death=lambda error: told.append(error.rank))
+    for rank in (1, 0):
+        with pytest.raises(WorkerDiedError):
+            group.leave(PerRank([rank == 0, rank == 1]))
+        group.restart()
+    assert told == [1, 0]
+
+
+def test_a_stack_is_that_of_the_thread_which_runs_the_rank_or_of_what_it_awaits(
+    group: Any,
+) -> None:
+    class Event:
+        go = threading.Event()
+
+    thread = threading.Thread(target=group.wait, args=(Event,))
+    thread.start()
+    try:
+        assert eventually(lambda: "in wait" in group.stacks()[0], 10)
+        assert "single_controller" not in group.stacks()[0]
+        assert group.stacks()[1] == "  in no call"
+    finally:
+        Event.go.set()
+        thread.join()
+    with pytest.raises(CallTimeoutError) as caught:
+        group.nap.options(timeout_s=0.01)(60)
+    assert "in nap" in caught.value.stacks[1]
+    assert "in nap" in group.stacks()[0]
+
+
+def test_there_is_nothing_to_attach_to() -> None:
+    with pytest.raises(ValueError, match="has none to attach to"):
+        InlineWorkerGroup.from_detached(name_prefix="x")
