@@ -108,6 +108,15 @@ class DataProtoFuture:
             self._sizes = tuple(source.rows(deadline.left()) for source in self._sources)
         return self._sizes
 
+    def as_input(self) -> DataProto:
+        """This future itself, as the batch that a method declares, for type checkers:
+
+        future = rollout[Rollout.generate](prompts)
+        actor[Actor.update](future.as_input())
+        """
+        itself: Any = self
+        return itself  # type: ignore[no-any-return]
+
     def get(
         self, timeout: float | None = None, map_location: torch.device | str | None = None
     ) -> Batch:

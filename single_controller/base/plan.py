@@ -5,23 +5,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 __all__ = ["Broadcast", "Call", "Layout", "Padding", "PerRank", "Plan"]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Broadcast:
+class Broadcast(Generic[T]):
     """Marks an argument that every rank gets whole, whatever the mode does with others."""
 
-    value: Any
+    value: T
+
+    def as_input(self) -> T:
+        """This mark itself, as the value that a method declares, for type checkers."""
+        itself: Any = self
+        return itself  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
-class PerRank:
+class PerRank(Generic[T]):
     """Marks an argument of which rank i gets `values[i]`, whatever the mode does with others."""
 
-    values: Sequence[Any]
+    values: Sequence[T]
+
+    def as_input(self) -> T:
+        """This mark itself, as the value that a method declares, for type checkers."""
+        itself: Any = self
+        return itself  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

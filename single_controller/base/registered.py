@@ -60,10 +60,17 @@ class GroupFuture(Protocol[G_co]):
 
 
 class GroupMethod(Protocol[P, G_co]):
-    """A worker's method on a group. `options(timeout_s=…)` also sets the deadline of `submit`."""
+    """A worker's method on a group.
+
+    Type checkers know no way to say `submit(…, timeout_s=…)` of a method's own parameters: they
+    check them without a deadline, or where it is given by `options(timeout_s=…).submit(…)`.
+    """
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> G_co: ...
+    @overload
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> GroupFuture[G_co]: ...
+    @overload
+    def submit(self, *args: Any, timeout_s: float | None, **kwargs: Any) -> GroupFuture[G_co]: ...
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
     def options(
         self, *, timeout_s: float | None = None, ranks: Iterable[int] | None = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from protocol import BatchTypeError, DataProto, DataProtoFuture
-from single_controller import WorkerError
+from single_controller import Broadcast, PerRank, WorkerError
 from tests.conformance.conftest import Backend
 from tests.conformance.probe import batch, values
 
@@ -87,3 +87,12 @@ def test_a_pinned_batch_is_sent_as_it_was_and_cannot_be_written_into(
     assert values(three.uneven_rows(pinned)) == values(pinned.get()) == [0, 1, 2, 3, 4, 5]
     with pytest.raises(BatchTypeError, match="data must be a DataProto"):
         backend.module.pin(3)
+
+
+def test_what_stands_for_a_value_is_itself_for_type_checkers_too(group: Any) -> None:
+    future = group.add_rank_later(batch(4))
+    assert values(group.add_rank(future.as_input())) == [0, 1, 4, 5]
+    assert group.echo(PerRank("ab").as_input(), y=Broadcast([1]).as_input()) == [
+        (0, "a", [1]),
+        (1, "b", [1]),
+    ]

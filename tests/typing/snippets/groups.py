@@ -3,7 +3,14 @@
 from typing_extensions import assert_type
 
 from protocol import DataProto, DataProtoFuture
-from single_controller import ClassWithInitArgs, GroupView, ResourcePool, Worker
+from single_controller import (
+    Broadcast,
+    ClassWithInitArgs,
+    GroupView,
+    PerRank,
+    ResourcePool,
+    Worker,
+)
 from single_controller.base.decorator import (
     Dispatch,
     Execute,
@@ -89,6 +96,24 @@ async def by_the_workers_method(group: RayWorkerGroup[Actor], batch: DataProto) 
     group[Actor.update](batch, epoch=2)  # E
     group[Actor.update]()  # E
     group[Actor.nothing]  # E
+
+
+def what_stands_for_a_value(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
+    future = group[Actor.later](batch)
+    assert_type(group[Actor.update](future.as_input()), DataProto)
+    assert_type(group[Actor.update](batch, epochs=PerRank([1, 2]).as_input()), DataProto)
+    assert_type(group[Actor.update](batch, epochs=Broadcast(1).as_input()), DataProto)
+    group[Actor.update](future)  # E
+    group[Actor.update](batch, epochs=PerRank(["1", "2"]).as_input())  # E
+    group[Actor.update](batch, epochs=Broadcast(1))  # E
+
+
+def deadlines(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
+    assert_type(group[Actor.loss].submit(batch, timeout_s=3).result(), list[float])
+    assert_type(group[Actor.loss].options(timeout_s=3).submit(batch).result(), list[float])
+    group[Actor.loss].submit(3)  # E
+    group[Actor.loss].submit(batch, timeout=3)  # E
+    group[Actor.loss].options(timeout_s=3).submit(3)  # E
 
 
 def by_a_view(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
