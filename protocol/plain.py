@@ -41,7 +41,7 @@ def arrival(value: object, how: Reading) -> Any:
 
 class _Reader:
     def __init__(self, how: Reading) -> None:
-        self._how = how
+        self._how: Reading = how
         self._seen: set[int] = set()  # a second time, only a pickler knows it for the same
 
     def read(self, value: Any) -> Any:

@@ -168,7 +168,9 @@ class InlineRank:
 
 def _apply(values: Mapping[bytes, bytes | None]) -> None:
     """Set the process's variables. `os.environb` itself takes longer for them than a small call."""
-    current, put, unset = os.environb._data, os.putenv, os.unsetenv  # type: ignore[attr-defined]
+    current = os.environb._data  # type: ignore[attr-defined]
+    put: Any = os.putenv
+    unset: Any = os.unsetenv
     for key, value in values.items():
         if value is not None:
             put(key, value)

@@ -61,7 +61,7 @@ class InlineWorkerGroup(HostGroup[W]):
         ResourceError: `master_port` is taken.
     """
 
-    _supervisor: _Supervisor
+    _supervisor: _Supervisor  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,

@@ -73,7 +73,7 @@ class RayWorkerGroup(HostGroup[W]):
         CallTimeoutError: a constructor did not return in time.
     """
 
-    _supervisor: RaySupervisor
+    _supervisor: RaySupervisor  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
