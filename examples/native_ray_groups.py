@@ -6,7 +6,6 @@ cluster has four of them, else on CPUs.
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import sys
@@ -21,8 +20,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.cluster import connect
-from examples.two_models import MLP, Attention, check_different, check_synchronised, make_data
+from examples.cluster import chosen_strategy, connect
+from examples.two_models import MODELS, check_different, check_synchronised, make_data
 
 PER_GROUP = 2
 
@@ -50,14 +49,11 @@ class ModelWorker:
         self.model = DistributedDataParallel(model_class().to(self.device))
         return f"rank {rank}/{dist.get_world_size()} {model_class.__name__} on {self.device}"
 
-    def train_step(self, x: torch.Tensor) -> float:
+    def train_step(self, x: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The loss, and the gradient of the first parameter."""
         loss = self.model(x.to(self.device)).square().mean()
         loss.backward()
-        return loss.item()
-
-    def gradient(self) -> torch.Tensor:
-        """Of the first parameter, on the CPU."""
-        return next(self.model.parameters()).grad.cpu()
+        return loss.item(), next(self.model.parameters()).grad.cpu()
 
 
 def start_group(
@@ -80,29 +76,27 @@ def start_group(
 def train(name: str, workers: list[Any], data: torch.Tensor) -> torch.Tensor:
     """One step on a shard per worker; the gradient, which all of them must have."""
     shards = data.chunk(len(workers))
-    losses = [w.train_step.remote(shard) for w, shard in zip(workers, shards, strict=True)]
-    gradients = [worker.gradient.remote() for worker in workers]
-    return check_synchronised(name, ray.get(losses), ray.get(gradients))
+    outputs = [w.train_step.remote(shard) for w, shard in zip(workers, shards, strict=True)]
+    return check_synchronised(name, ray.get(outputs))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.parse_args(arguments)
-    connect(2 * PER_GROUP)
-    on_gpu = ray.cluster_resources().get("GPU", 0) >= 2 * PER_GROUP
+    strategy = chosen_strategy(__doc__, arguments)
+    on_gpu = connect(processes=2 * PER_GROUP)
     bundle = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1}
-    group = placement_group([bundle] * 2 * PER_GROUP, strategy="STRICT_PACK")
+    group = placement_group([bundle] * 2 * PER_GROUP, strategy=strategy)
     if not group.wait(60):
-        print(f"the cluster has no node with {2 * PER_GROUP} free bundles of {bundle}")
+        print(f"the cluster has no room for {2 * PER_GROUP} bundles of {bundle}: {strategy}")
         return 1
-    workers = []
+    workers: list[Any] = []
     try:
-        attention = start_group(group, 0, Attention, on_gpu)
-        mlp = start_group(group, PER_GROUP, MLP, on_gpu)
-        workers = attention + mlp
-        for_attention, for_mlp = make_data()
-        first = train("Attention", attention, for_attention)
-        check_different(first, train("MLP", mlp, for_mlp))
+        for i, model_class in enumerate(MODELS):
+            workers += start_group(group, i * PER_GROUP, model_class, on_gpu)
+        gradients = [
+            train(model_class.__name__, workers[i * PER_GROUP :][:PER_GROUP], data)
+            for i, (model_class, data) in enumerate(zip(MODELS, make_data(), strict=True))
+        ]
+        check_different(*gradients)
     finally:
         for worker in workers:
             ray.kill(worker)

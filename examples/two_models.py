@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Attention", "check_different", "check_synchronised", "make_data"]
+__all__ = ["MODELS", "check_different", "check_synchronised", "make_data"]
 
 
 class Attention(nn.Module):
@@ -32,24 +32,30 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
 
 
+MODELS = (Attention, MLP)
+
+
 def make_data() -> tuple[Tensor, Tensor]:
     """A batch for each model: (4, 128, 1024) and (4, 512)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(4, 128, 1024, generator=generator), torch.randn(4, 512, generator=generator)
 
 
-def check_synchronised(name: str, losses: Sequence[float], gradients: Sequence[Tensor]) -> Tensor:
+def check_synchronised(name: str, outputs: Sequence[tuple[float, Tensor]]) -> Tensor:
     """The one gradient of all ranks, whose losses come from different rows.
+
+    Args:
+        outputs: the loss and the gradient of each rank.
 
     Raises:
         RuntimeError: ranks have different gradients, or the same loss.
     """
-    same = all(torch.equal(gradients[0], gradient) for gradient in gradients)
-    if not same or len(set(losses)) < len(losses):
+    losses, (first, *others) = zip(*outputs, strict=True)
+    if not all(torch.equal(first, other) for other in others) or len(set(losses)) < len(losses):
         raise RuntimeError(f"{name}: not one gradient of different rows: losses {losses}")
     shown = ", ".join(f"{loss:.4f}" for loss in losses)
-    print(f"{name}: losses {shown}; one gradient of norm {gradients[0].norm():.4f}")
-    return gradients[0]
+    print(f"{name}: losses {shown}; one gradient of norm {first.norm():.4f}")
+    return first
 
 
 def check_different(first: Tensor, second: Tensor) -> None:
