@@ -1,8 +1,8 @@
 """Rollout of step n+1 while step n trains: two groups, a future between them, and what it gains.
 
-Each group is one process of one thread. The same GRPO steps are run twice, first waiting for each
-call and then with the next rollout under way during training, so that its answers come from a
-policy one step older, which the ratio of the PPO loss accounts for.
+Each group is one process of one thread. GRPO steps are run in turns of two kinds: waiting for each
+call, and with the next rollout under way during training, so that its answers come from a policy
+one step older, which the ratio of the PPO loss accounts for. Medians are compared, over all turns.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -20,13 +18,13 @@ import torch
 from examples.cluster import connect
 from examples.ppo.settings import Settings
 from examples.ppo.task import CharTokenizer, position_rewards
-from examples.ppo.train import READS, advantages, make_batch, mini_batches
+from examples.ppo.train import advantages, make_batch, mini_batches
 from examples.ppo.workers import Actor
+from examples.timelines import Run, Span, seconds, show
 from protocol import DataProto
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
-Span = tuple[float, float]
 SETTINGS = Settings(
     algorithm="grpo", prompts=32, answers=8, digits=8, response_length=24, epochs=1, ranks=1
 )
@@ -62,11 +60,11 @@ class Learner(Actor):
     def learn(self, batch: DataProto) -> tuple[Span, dict[str, torch.Tensor]]:
         """An update per mini-batch; when it was at work, and the new parameters."""
         began = time.time()
-        self.update(*mini_batches(self.settings, batch.select(READS["actor"]), step=0))
+        self.update(*mini_batches(self.settings, batch, step=0))
         return (began, time.time()), self.parameters()
 
 
-def run(rollout: RayWorkerGroup, learner: RayWorkerGroup, steps: int, overlap: bool) -> Any:
+def run(rollout: RayWorkerGroup, learner: RayWorkerGroup, steps: int, overlap: bool) -> Run:
     """`steps` steps; the spans of both roles, and the mean reward of each step."""
     spans: dict[str, list[Span]] = {"rollout": [], "training": []}
     rewards = []
@@ -92,55 +90,17 @@ def run(rollout: RayWorkerGroup, learner: RayWorkerGroup, steps: int, overlap: b
     return spans, rewards
 
 
-def seconds(spans: dict[str, list[Span]]) -> float:
-    """From the first moment of work to the last."""
-    every = [moment for all_ in spans.values() for span in all_ for moment in span]
-    return max(every) - min(every)
-
-
-def timeline(spans: Sequence[Span], start: float, scale: float, width: int = 72) -> str:
-    """A line with a block where a role was at work, in turns of two shades."""
-    line = [" "] * width
-    for i, (began, ended) in enumerate(spans):
-        for at in range(int((began - start) / scale), int((ended - start) / scale) + 1):
-            line[min(at, width - 1)] = "█▒"[i % 2]
-    return "".join(line)
-
-
-def show(runs: dict[str, Any], picture: str) -> None:
-    """Both timelines on one scale, as text and, if asked for, as a PNG."""
-    scale = max(seconds(spans) for spans, _ in runs.values()) / 72
-    for name, (spans, rewards) in runs.items():
-        start = min(began for all_ in spans.values() for began, _ in all_)
-        print(f"{name}: {seconds(spans):.2f} s, reward {rewards[0]:.2f} → {rewards[-1]:.2f}")
-        for role, all_ in spans.items():
-            print(f"  {role:<9}|{timeline(all_, start, scale)}|")
-    if picture:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 2.6), layout="constrained")
-        axes = figure.subplots(2, 1, sharex=True)
-        for axis, (name, (spans, _)) in zip(axes, runs.items(), strict=True):
-            start = min(began for all_ in spans.values() for began, _ in all_)
-            for row, all_ in enumerate(spans.values()):
-                bars = [(began - start, ended - began) for began, ended in all_]
-                axis.broken_barh(bars, (row - 0.4, 0.8), facecolors=[f"C{row}"], edgecolor="w")
-            axis.set(yticks=[0, 1], yticklabels=list(spans), title=name, ylim=(1.6, -0.6))
-        axes[1].set_xlabel("seconds")
-        Path(picture).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, dpi=110)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="of each run (default 12)")
+    parser.add_argument("--steps", type=int, default=8, help="of each turn (default 8)")
+    parser.add_argument("--turns", type=int, default=3, help="of each kind (default 3)")
     parser.add_argument("--picture", default="", help="also draw the timelines into this PNG")
     args = parser.parse_args(arguments)
     connect(processes=2)
     settings = dataclasses.replace(SETTINGS, threads=1)
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 2 else 0.5
     pools = [RayResourcePool([1], gpus_per_process=gpus) for _ in range(2)]
-    runs = {}
+    runs: dict[str, list[Run]] = {"blocking": [], "pipelined": []}
     with (
         pools[0],
         pools[1],
@@ -150,10 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) as second,
     ):
         run(first, second, 1, overlap=False)  # warms up
-        for name, overlap in (("blocking", False), ("pipelined", True)):
-            runs[name] = run(first, second, args.steps, overlap)
-    show(runs, args.picture)
-    gain = seconds(runs["blocking"][0]) / seconds(runs["pipelined"][0])
+        for _ in range(args.turns):
+            for name, turns in runs.items():
+                turns.append(run(first, second, args.steps, overlap=name == "pipelined"))
+    typical = {name: sorted(turns, key=seconds)[len(turns) // 2] for name, turns in runs.items()}
+    show(typical, args.picture)
+    gain = seconds(typical["blocking"]) / seconds(typical["pipelined"])
     print(f"pipelined is {gain:.2f} × as fast")
 
 

@@ -66,7 +66,7 @@ class Settings:
     entropy: float = _option(0.01, "weight of the entropy bonus")
     kl: float = _option(0.001, "weight of the KL penalty")
     gamma: float = _option(1.0, "discount")
-    lam: float = _option(0.95, "lambda of GAE")
+    lam: float = _option(0.5, "lambda of GAE")
 
     output: str = _option("runs/ppo", "folder for metrics.jsonl, progress.png and checkpoints")
     save_every: int = _option(50, "steps between checkpoints; the last step has one too")
@@ -106,7 +106,7 @@ class Settings:
         chosen, _ = parser.parse_known_args(arguments)
         parser.set_defaults(**PRESETS[chosen.preset])
         if chosen.algorithm == "grpo":
-            parser.set_defaults(prompts=64, answers=8, steps=200)
+            parser.set_defaults(prompts=64, answers=8, steps=200, actor_lr=2e-3)
         values = vars(parser.parse_args(arguments))
         del values["preset"]
         try:

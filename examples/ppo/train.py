@@ -48,8 +48,8 @@ Roles = Mapping[str, RayWorkerGroup]
 _ANSWERED = ["prompts", "prompt_mask", "responses", "response_mask"]
 READS = {
     "reward": [*_ANSWERED, "targets"],
-    "critic": [*_ANSWERED, "returns"],
-    "actor": [*_ANSWERED, "log_probs", "ref_log_probs", "advantages"],
+    "critic": [*_ANSWERED, "weights", "returns"],
+    "actor": [*_ANSWERED, "weights", "log_probs", "ref_log_probs", "advantages"],
 }
 """The columns that a role is sent."""
 
@@ -92,6 +92,14 @@ class Seconds:
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.by_phase: dict[str, list[float]] = {}
+        self.in_driver = 0.0
+
+    @contextlib.contextmanager
+    def driver(self) -> Iterator[None]:
+        """The algorithm's own work in the driver, while no rank works."""
+        began = time.perf_counter()
+        yield
+        self.in_driver += time.perf_counter() - began
 
     def add(self, phase: str, by_rank: list[float]) -> None:
         known = self.by_phase.get(phase, [0.0] * len(by_rank))
@@ -107,11 +115,14 @@ class Seconds:
         return {key: sum(share[key] for share in shares) for key in shares[0]}
 
     def summary(self) -> dict[str, float]:
-        """Seconds by phase, of the slowest rank; "controller" is when no rank worked."""
+        """Seconds by phase, of the slowest rank; "driver" is the algorithm's own work there;
+        "controller" is what is left: dispatch, messages, waits for other ranks, collect.
+        """
         total = time.perf_counter() - self.began
         busy = max(map(sum, zip(*self.by_phase.values(), strict=True)))
         phases = {phase: max(seconds) for phase, seconds in self.by_phase.items()}
-        return {**phases, "controller": total - busy, "step": total}
+        left = total - busy - self.in_driver
+        return {**phases, "driver": self.in_driver, "controller": left, "step": total}
 
 
 def make_batch(settings: Settings, tokenizer: Tokenizer, step: int) -> DataProto:
@@ -159,7 +170,8 @@ def mini_batches(settings: Settings, batch: DataProto, step: int) -> Iterator[Da
 def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
     """One step of the algorithm; returns its metrics."""
     seconds = Seconds()
-    prompts = make_batch(settings, tokenizer, step)
+    with seconds.driver():
+        prompts = make_batch(settings, tokenizer, step)
     batch = prompts.union(seconds.batch("generate", roles["actor"].generate(prompts)))
 
     # None of these needs another's result: all are on their way before the first is waited for.
@@ -173,11 +185,13 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
     for phase, future in parts.items():
         batch = batch.union(seconds.batch(phase, future.result()))
 
-    batch = batch.union(advantages(settings, batch))
+    with seconds.driver():
+        batch = batch.union(advantages(settings, batch))
+        minis = list(mini_batches(settings, batch, step))
 
     # One call takes all mini-batches, each of them split by rows over the ranks.
     updates = {
-        role: roles[role].update.submit(*mini_batches(settings, batch.select(READS[role]), step))
+        role: roles[role].update.submit(*(mini.select(READS[role]) for mini in minis))
         for role in ("critic", "actor")
         if role in roles
     }
@@ -185,12 +199,15 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
         role: seconds.metrics(f"update {role}", future.result()) for role, future in updates.items()
     }
 
-    columns, mask = batch.batch, batch.batch["response_mask"]
-    return {
-        "step": step,
-        "reward": float(columns["rewards"].sum(1).mean()),
-        "kl": float(masked_mean(kl_estimate(columns["log_probs"], columns["ref_log_probs"]), mask)),
-        "response_length": float(mask.sum(1).float().mean()),
-        **{f"{role}/{key}": value for role, all_ in learned.items() for key, value in all_.items()},
-        "seconds": seconds.summary(),
-    }
+    with seconds.driver():
+        columns, mask = batch.batch, batch.batch["response_mask"]
+        kl = kl_estimate(columns["log_probs"], columns["ref_log_probs"])
+        metrics = {
+            "step": step,
+            "reward": float(columns["rewards"].sum(1).mean()),
+            "kl": float(masked_mean(kl, mask)),
+            "response_length": float(mask.sum(1).float().mean()),
+        }
+    for role, shares in learned.items():
+        metrics.update({f"{role}/{key}": value for key, value in shares.items()})
+    return {**metrics, "seconds": seconds.summary()}

@@ -72,7 +72,7 @@ def test_a_step_says_what_it_did_and_where_its_time_went(two_ranks: Any, tmp_pat
     seconds = metrics["seconds"]
     assert set(seconds) == {
         *("generate", "reference", "reward", "values", "update critic", "update actor"),
-        *("controller", "step"),
+        *("driver", "controller", "step"),
     }
     assert all(value > 0 for value in seconds.values())
     assert seconds["controller"] < seconds["step"]

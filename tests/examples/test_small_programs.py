@@ -52,7 +52,7 @@ def test_the_pipeline_shows_when_each_role_was_at_work(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "folder" / "timelines.png"
-    pipeline.main(["--steps", "2", "--picture", str(picture)])
+    pipeline.main(["--steps", "2", "--turns", "1", "--picture", str(picture)])
     shown = capsys.readouterr().out
     assert len(re.findall(r"^  (?:rollout |training) \|.*█.*▒.*\|$", shown, re.MULTILINE)) == 4
     assert re.search(r"^pipelined is \d\.\d\d × as fast$", shown, re.MULTILINE)
