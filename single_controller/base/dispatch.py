@@ -88,16 +88,16 @@ def _per_rank(
 ) -> list[Call | None]:
     """Each rank's call, where `spread` turns one unmarked argument into one value per rank."""
     size = layout.world_size
+    if not (args or kwargs):
+        return [Call()] * size
 
     def values(name: str, value: Any) -> Sequence[Any]:
         if isinstance(value, Broadcast):
             return [value.value] * size
         if isinstance(value, PerRank):
             if len(value.values) != size:
-                raise DispatchError(
-                    f"{name}: PerRank needs one value for each of {size} ranks; "
-                    f"got {len(value.values)}"
-                )
+                each = f"one value for each of {size} ranks"
+                raise DispatchError(f"{name}: PerRank needs {each}; got {len(value.values)}")
             return value.values
         return spread(name, value)
 
@@ -116,8 +116,8 @@ class OneToAll(Mode):
     def dispatch(
         self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Plan, list[Call | None]]:
-        calls = _per_rank(layout, args, kwargs, lambda _, value: [value] * layout.world_size)
-        return self.plan(layout), calls
+        size = layout.world_size
+        return self.plan(layout), _per_rank(layout, args, kwargs, lambda _, v: [v] * size)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class RankZero(Mode):
     def dispatch(
         self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Plan, list[Call | None]]:
-        calls = _per_rank(layout, args, kwargs, lambda _, value: [value] * layout.world_size)
+        calls = OneToAll().dispatch(layout, args, kwargs)[1]
         return self.plan(layout), [calls[0], *[None] * (layout.world_size - 1)]
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:

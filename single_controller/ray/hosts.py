@@ -53,6 +53,7 @@ class Hosts:
     ) -> None:
         self.handles, self.names, self.infos = list(handles), list(names), list(infos)
         self.address = address
+        self._sites: dict[tuple[str, str], list[CallSite]] = {}
         self._caller = uuid.uuid4().hex
         self._turns = None if ordered else [0] * len(self.handles)
         self.broken: str | None = None
@@ -120,7 +121,7 @@ class Hosts:
         for rank, (handle, info) in enumerate(zip(self.handles, self.infos, strict=True)):
             found = actors(handle._actor_id.hex())
             if found["State"] == "DEAD" and not self.closed:
-                site = self.site("+".join(self.roles), "no call", rank)
+                site = self.sites("+".join(self.roles), "no call")[rank]
                 death = died(site, str(found["DeathCause"]))
                 death = explain_death(death, info.process, self._watches[rank])
                 self._break(f"the group lost a rank: {death.args[0]}")
@@ -135,9 +136,15 @@ class Hosts:
     def _is_dead(self, rank: int) -> bool:
         return bool(actors(self.handles[rank]._actor_id.hex())["State"] == "DEAD")
 
-    def site(self, role: str, method: str, rank: int) -> CallSite:
-        info = self.infos[rank]
-        return CallSite(role, method, rank, info.node_ip, info.pid)
+    def sites(self, role: str, method: str) -> Sequence[CallSite]:
+        """Where a method runs, by rank."""
+        found = self._sites.get((role, method))
+        if found is None:
+            found = self._sites[role, method] = [
+                CallSite(role, method, rank, info.node_ip, info.pid)
+                for rank, info in enumerate(self.infos)
+            ]
+        return found
 
     def stacks(self, ranks: Iterable[int] | None = None) -> dict[int, str]:
         """By rank, the Python stacks of the threads that run the user's code, whatever the

@@ -195,12 +195,17 @@ class RayWorkerGroup(HostGroup[W]):
         answering = set(answers)
         token = uuid.uuid4().hex if deferred else ""
         sites, refs, turns = [], [], {}
+        places = hosts.sites(self.role, method)
+        shared: Call | None = None  # the call of the rank before, and what was made for it
+        sent: Envelope | None = None
         with hosts.sending:
             for rank, call in enumerate(calls):
                 if call is None:
                     continue
                 turn = hosts.turn(rank)
-                values, parcels = outbox.outgoing(call)
+                if call is not shared:
+                    values, parcels = outbox.outgoing(call)
+                    shared, sent = call, None
                 envelope = Envelope(
                     role=self.role,
                     method=method,
@@ -214,11 +219,13 @@ class RayWorkerGroup(HostGroup[W]):
                     claims=routes.claims.get(rank, ()),
                     mark=mark(record, hosts),
                 )
-                refs.append(hosts.handles[rank].call.remote(sealed(envelope), *parcels))
+                if envelope != sent:
+                    sent, letter = envelope, sealed(envelope)
+                refs.append(hosts.handles[rank].call.remote(letter, *parcels))
                 if turn is not None:
                     turns[rank] = turn
                 hosts.sent(rank)
-                sites.append(hosts.site(self.role, method, rank))
+                sites.append(places[rank])
         routes.sent({site.rank: ref for site, ref in zip(sites, refs, strict=True)})
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         if timeout_s is not None and math.isinf(timeout_s):

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from single_controller.base.dispatch import OneToAll
+from single_controller.base.plan import Layout
 from single_controller.base.spans import CallMark
 from single_controller.ray.envelope import Envelope, Late, opened, sealed
 from single_controller.ray.parcel import Slot
@@ -41,3 +43,11 @@ def test_references_and_values_of_other_classes_are_left_to_ray(value: Any) -> N
 def test_names_of_other_classes_are_left_to_ray() -> None:
     for sent in (envelope(method=Stage.FIRST), envelope(1, names=(Stage.FIRST,))):
         assert sealed(sent) is sent
+
+
+def test_a_call_without_arguments_is_one_value_for_all_ranks() -> None:
+    _, (first, *others) = OneToAll().dispatch(Layout.flat(8), (), {})
+    assert first is not None
+    assert first.values() == ()
+    assert len(others) == 7
+    assert all(call is first for call in others)
