@@ -170,7 +170,10 @@ def main() -> None:
     if options.json and options.json.exists():
         rounds = json.loads(options.json.read_text())["rounds"]
     try:
-        for case in options.only or processes[0].cases["ours"]:
+        known = processes[0].cases["ours"]
+        if unknown := [case for case in options.only or [] if case not in known]:
+            parser.error(f"no cases are called {unknown}; there are {known}")
+        for case in options.only or known:
             rounds |= run(processes, [case], options.rounds)
             figures = summary(rounds)
             if options.json:

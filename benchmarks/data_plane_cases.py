@@ -11,6 +11,7 @@ memory, and into one array on the driver.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import resource
@@ -50,6 +51,7 @@ else:
     READS = {"reads_only": True}
 
 MB = 1 << 20
+STUCK_S = 45.0  # a request that takes longer shows where it is
 Case = Callable[[], Any]
 
 
@@ -270,11 +272,13 @@ def serve(library: str) -> None:
     print(json.dumps([versions, {s: list(c) for s, c in sides.items()}]), file=answers, flush=True)
     for line in sys.stdin:
         side, case, calls = json.loads(line)
+        faulthandler.dump_traceback_later(STUCK_S, repeat=True)
         if side == "end":
             cases.end()
             print(json.dumps([0.0]), file=answers, flush=True)
         else:
             print(json.dumps(measure(sides[side][case], calls)), file=answers, flush=True)
+        faulthandler.cancel_dump_traceback_later()
     ray.shutdown()
 
 
