@@ -203,11 +203,12 @@ def test_a_start_that_fails_on_one_rank_leaves_no_process(cluster: None) -> None
         with pytest.raises(WorkerDiedError, match=r"rank 0 .*SIGKILL") as caught:
             RayWorkerGroup(pool, RayClassWithInitArgs(Victim, ["kill", "fine"]), name_prefix="x")
         assert "last words" in caught.value.log_tail
-        left = ray._private.state.actors().values()
-        hosts = [actor for actor in left if (actor["Name"] or "").startswith("xVictim")]
+        actors = ray._private.state.actors().values()
+        hosts = [actor for actor in actors if (actor["Name"] or "").startswith("xVictim")]
         assert {actor["State"] for actor in hosts} == {"DEAD"}
         assert len(hosts) == 4
-        assert not any(os.path.exists(f"/proc/{actor['Pid']}") for actor in hosts)
+        left = [f"/proc/{actor['Pid']}" for actor in hosts]
+        assert eventually(lambda: not any(map(os.path.exists, left)))
 
 
 def test_rays_own_restarts_are_refused(cluster: None) -> None:

@@ -22,7 +22,7 @@ group = RayWorkerGroup(pool, spec)
 group.look()
 began = time.monotonic()
 try:
-    group.act.options(timeout_s=1)(PerRank(["fine", "in_c"]))
+    group.act.options(timeout_s=5)(PerRank(["fine", "in_c"]))
 except CallTimeoutError as error:
     assert "in _in_c" in error.stacks[1], error
 group.restart()

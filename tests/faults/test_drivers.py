@@ -51,7 +51,7 @@ def test_ctrl_c_in_a_call_returns_to_the_driver_which_is_told_that_ranks_are_bus
     assert "interrupted" in output
     assert "ranks [0, 1] are still in a call that was interrupted" in output
     assert "again ['fine', 'fine']" in output
-    assert gone(pids)
+    assert eventually(lambda: gone(pids))
 
 
 def sleeping(pids: list[int]) -> bool:
@@ -114,7 +114,8 @@ def test_a_driver_that_is_killed_takes_its_workers_with_it(what: str) -> None:
 
 def test_a_driver_that_ends_with_a_stuck_worker_leaves_none() -> None:
     output = run(GROUP + "group.act.submit('in_c')\ntime.sleep(1)")
-    assert gone([int(word) for word in output.split()[1:3]])
+    pids = [int(word) for word in output.split()[1:3]]
+    assert eventually(lambda: gone(pids))
 
 
 SECOND = """

@@ -35,7 +35,7 @@ def test_a_rank_that_raises_while_others_wait_in_a_collective_is_the_cause_and_e
     assert "in all_reduce" in error.stuck[0]
     assert "Ranks [0] waited for it in a collective and were ended" in str(error)
     assert "about to fail" in error.log_tail
-    assert eventually(lambda: not os.path.exists(f"/proc/{waiting}"), 5)
+    assert eventually(lambda: not os.path.exists(f"/proc/{waiting}"))
     with pytest.raises(GroupBrokenError, match=r"ranks \[0\] waited in a collective.*restart\(\)"):
         whole.look()
 
@@ -95,7 +95,7 @@ def test_a_stopped_process_does_not_keep_the_group_from_ending(group: RayWorkerG
     pids = [pid for _, pid, *_ in group.look()]
     os.kill(pids[0], signal.SIGSTOP)
     group.restart()
-    assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 5)
+    assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
 
 
 @pytest.mark.parametrize(

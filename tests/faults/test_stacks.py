@@ -27,8 +27,9 @@ def whole(group: RayWorkerGroup) -> Iterator[RayWorkerGroup]:
 def test_a_rank_stuck_in_c_code_with_the_interpreters_lock_is_named_with_its_stack(
     whole: RayWorkerGroup,
 ) -> None:
+    whole.act("fine")
     with pytest.raises(CallTimeoutError, match=r"ranks \[1\] of 2 had not finished") as caught:
-        whole.act.options(timeout_s=1)(PerRank(["fine", "in_c"]))
+        whole.act.options(timeout_s=4)(PerRank(["fine", "in_c"]))
     error = pickle.loads(pickle.dumps(caught.value))
     assert error.pending_ranks == (1,)
     assert list(error.stacks) == [1]
