@@ -22,7 +22,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any, TypeAlias
@@ -106,6 +106,7 @@ class Lease:
 
     def publish(self, rank: int, lends: bool = False) -> Any:
         """A reference to a rank's batch in shared memory, or with `lends` to claims on it."""
+        self.hosts.check_current()
         with self._lock:
             if (rank, lends) not in self._published:
                 self._published[rank, lends] = self._send(rank, None, lends)
@@ -113,6 +114,7 @@ class Lease:
 
     def publish_for(self, rank: int, futures: Sequence[Any], lends: bool = False) -> Any:
         """The same; to None where it turns out that no row of these futures is in it."""
+        self.hosts.check_current()
         with self._lock:
             if (rank, lends) in self._published:
                 return self._published[rank, lends]
@@ -134,6 +136,16 @@ class Lease:
     def read(self) -> Any:
         """Count what arrives within this context as results that came to the driver."""
         return counting(lambda size: self._record.count("bytes_in", size))
+
+    @contextmanager
+    def current(self) -> Generator[None, None, None]:
+        """Raises GroupBrokenError, whatever else goes wrong or does not, after a restart."""
+        try:
+            yield
+        except Exception:
+            self.hosts.check_current()
+            raise
+        self.hosts.check_current()
 
 
 def _value_if_ready(ref: Any) -> int | None:
@@ -173,7 +185,8 @@ class RemoteBatch:
 
     def rows(self, timeout: float | None = None) -> int:
         """Wait for the worker to finish, and its peers, without fetching the batch."""
-        rows = self.call.rows(timeout)[self.at]
+        with self.lease.current() if self.lease else nullcontext():
+            rows = self.call.rows(timeout)[self.at]
         if rows is None:
             site = self.site
             raise translate(
@@ -190,7 +203,7 @@ class RemoteBatch:
         if kept is not None:
             return lend_rows(kept.batch(), start, stop)
         if self.lease is not None:
-            with self.lease.read():
+            with self.lease.current(), self.lease.read():
                 return self._read(self.lease.publish(self.site.rank), start, stop, timeout)
         batch = self._read(self.offer, start, stop, timeout)
         assert batch is not None, f"{self.token} is neither here nor published"

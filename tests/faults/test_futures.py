@@ -1,0 +1,86 @@
+"""Batches in the workers, when the processes that make or hold them end."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from protocol import DataProto, DataProtoFuture
+from single_controller import GroupBrokenError
+from single_controller.base.decorator import Dispatch, register
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from tests.faults.victim import Victim
+from tests.waiting import eventually
+
+ROWS = DataProto.from_dict({"x": torch.arange(4.0)})
+HELD_UP = DataProto.from_dict({"x": torch.arange(4.0)}, meta_info={"held_up": True})
+
+
+class Maker(Victim):
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
+    def make(self, data: DataProto) -> DataProto:
+        if data.meta_info.get("held_up"):
+            self._sleep()
+        return data
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
+    def total(self, data: DataProto) -> float:
+        return float(data.batch["x"].sum())
+
+
+@pytest.fixture(scope="module")
+def maker(pool: RayResourcePool) -> Iterator[RayWorkerGroup]:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Maker)) as two:
+        yield two
+
+
+@pytest.fixture(scope="module")
+def reader(pool: RayResourcePool) -> Iterator[RayWorkerGroup]:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Maker)) as two:
+        yield two
+
+
+def test_futures_from_before_a_restart_say_so_however_far_they_had_come(
+    maker: RayWorkerGroup, reader: RayWorkerGroup
+) -> None:
+    made, fetched, sent = (maker.make(ROWS) for _ in range(3))
+    assert len(made) == 4
+    assert fetched.get().batch["x"].tolist() == [0, 1, 2, 3]
+    assert reader.total(sent) == [1, 5]
+    running = maker.make(HELD_UP)
+    queued = maker.make(ROWS)
+    maker.restart()
+    for former in (made, fetched, sent, running, queued):
+        joined = DataProtoFuture.concat([maker.make(ROWS), former])
+        uses = [former.get, joined.get, former.chunk(2)[1].get]
+        uses += [partial(pickle.dumps, former), partial(maker.total, former)]
+        uses += [partial(reader.total, former), partial(reader.total, joined)]
+        for use in uses:
+            with pytest.raises(GroupBrokenError, match="the group was restarted"):
+                use()
+    for group in (maker, reader):
+        assert group.total(maker.make(ROWS)) == [1, 5]
+
+
+def test_a_restart_ends_the_wait_for_a_future(maker: RayWorkerGroup) -> None:
+    running = maker.make(HELD_UP)
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            running.get()
+        except Exception as error:
+            caught.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    assert eventually(lambda: "in _sleep" in maker.stacks()[0])
+    maker.restart()
+    waiting.join(60)
+    assert [type(error) for error in caught] == [GroupBrokenError]
+    assert "the group was restarted" in str(caught[0])
