@@ -3,7 +3,8 @@
     make soak ARGS="--faults 100 --seed 1 --limit 900"
 
 A fault counts as detected when the driver got the error that it ought to, and as survived when
-the group then met in an all-reduce again, restarted if it had to be.
+the group then met in an all-reduce again, restarted if it had to be. The seconds of a fault at
+start include the start of the processes, which load on the machine draws out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -172,6 +173,11 @@ def hosts() -> list[str]:
     return mine
 
 
+def spread(outcomes: Sequence[Outcome]) -> str:
+    seconds = [outcome.seconds for outcome in outcomes] or [0.0]
+    return f"median {statistics.median(seconds):.2f}, worst {max(seconds):.2f}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
@@ -201,12 +207,17 @@ def main() -> int:
             print(line, flush=True)
         restarts = group.restarts
     fresh, again = start_and_restart()
-    seconds = [outcome.seconds for outcome in done]
     left = leaks()
+    print()
+    for fault in FAULTS:
+        if found := [outcome for outcome in done if outcome.fault is fault]:
+            names = " or ".join(sorted({outcome.got for outcome in found}))
+            print(f"      {fault.name:<34}{spread(found)}  {names}")
     print(f"\nfaults    {len(done)} of {options.faults} within {options.limit:g} s")
     print(f"detected  {sum(outcome.detected for outcome in done)}")
     print(f"survived  {sum(outcome.survived for outcome in done)}, with {restarts} restarts")
-    print(f"seconds   median {statistics.median(seconds):.2f}, worst {max(seconds):.2f}")
+    print(f"seconds   {spread(done)}")
+    print(f"          {spread([o for o in done if o.fault.name.endswith('at start')])} at start")
     print(f"4 ranks   start {fresh:.2f} s, restart {again:.2f} s: {again / fresh:.2f} x")
     print("left      " + ", ".join(f"{count} {what}" for what, count in left.items()))
     ray.shutdown()
