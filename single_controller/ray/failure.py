@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,11 +68,12 @@ class CallSite:
 class Diagnosis:
     """The first cause of a failed call, and the ranks that had not finished a moment later.
 
-    `stuck` are those of them, with their stacks, that wait in a collective.
+    `stuck` are those of them, with their stacks, that wait in a collective. `own_death`: the cause
+    is the death of a rank of this group, not of one elsewhere whose batch it was to read.
     """
 
     error: Exception
-    died: bool
+    own_death: bool
     running: tuple[tuple[int, Any], ...]
     stuck: Mapping[int, str] = field(default_factory=dict)
 
@@ -113,7 +114,7 @@ def diagnose(
     because of the first cause, usually with a broken connection.
 
     Args:
-        processes: by rank, where those that do not finish can be looked at.
+        processes: of all ranks, where those that do not finish can be looked at.
     """
     pending = _pending(refs, _GRACE_S)
     before: dict[int, str | None] = {}
@@ -130,14 +131,19 @@ def diagnose(
                 errors.append(translate(failed, site))
     if not errors:
         errors = [translate(error, sites[0])]
-    first = min(errors, key=_order)
+    own = {(process.node_ip, process.pid) for process in processes.values()}
+    first = min(errors, key=lambda error: (not _died_in(own, error), *_order(error)))
     if isinstance(first, WorkerError):
         first.failed_ranks = len(errors)
         first.stuck = stuck
     running = tuple(
         (site.rank, ref) for ref, site in zip(refs, sites, strict=True) if ref in pending
     )
-    return Diagnosis(first, any(isinstance(e, WorkerDiedError) for e in errors), running, stuck)
+    return Diagnosis(first, _died_in(own, first), running, stuck)
+
+
+def _died_in(own: Container[tuple[str, int]], error: Exception) -> bool:
+    return isinstance(error, WorkerDiedError) and (error.node_ip, error.pid) in own
 
 
 def _order(error: Exception) -> tuple[bool, float]:

@@ -204,11 +204,11 @@ class Hosts:
             return GroupBrokenError(self.closed_because)
         diagnosis = diagnose(error, refs, sites, self.processes)
         first = diagnosis.error
-        if isinstance(first, WorkerDiedError):
+        if diagnosis.own_death and isinstance(first, WorkerDiedError):
             first = explain_death(first, self.infos[first.rank].process, self._watches[first.rank])
         why = first.args[0]
         self._note_running(diagnosis.running, f"failed elsewhere: {why}")
-        if diagnosis.died:
+        if diagnosis.own_death:
             self._break(f"the group lost a rank: {why}")
         self._end_stuck(diagnosis.stuck, f"failed elsewhere: {why}")
         return first

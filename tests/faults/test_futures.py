@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from protocol import DataProto, DataProtoFuture
-from single_controller import GroupBrokenError
+from single_controller import GroupBrokenError, WorkerDiedError
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from tests.faults.victim import Victim
@@ -84,3 +86,22 @@ def test_a_restart_ends_the_wait_for_a_future(maker: RayWorkerGroup) -> None:
     waiting.join(60)
     assert [type(error) for error in caught] == [GroupBrokenError]
     assert "the group was restarted" in str(caught[0])
+
+
+def test_the_death_of_a_maker_is_told_to_readers_whose_own_group_stays_whole(
+    maker: RayWorkerGroup, reader: RayWorkerGroup
+) -> None:
+    pid = maker.look()[1][1]
+    running = maker.make(HELD_UP)
+    reading = reader.total.submit(running)
+    assert eventually(lambda: "in _sleep" in maker.stacks()[1])
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerDiedError) as caught:
+        reading.result(timeout=60)
+    assert (caught.value.method, caught.value.rank, caught.value.pid) == ("make", 1, pid)
+    assert reader._hosts.settle(60)
+    assert reader.act("fine") == ["fine", "fine"]
+    with pytest.raises(WorkerDiedError):
+        running.get(timeout=60)
+    maker.restart()
+    assert reader.total(maker.make(ROWS)) == [1, 5]
