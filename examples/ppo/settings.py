@@ -9,6 +9,9 @@ from typing import Any
 
 __all__ = ["Settings"]
 
+GRPO = {"prompts": 64, "answers": 8, "digits": 3, "steps": 200, "actor_lr": 2e-3}
+"""Defaults that differ: without a value function, longer answers take longer to learn."""
+
 PRESETS = {
     "tiny": {"hidden_size": 64, "layers": 2, "heads": 4},
     "0.5b": {
@@ -30,11 +33,16 @@ def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> An
 class Settings:
     """Everything that decides what a run computes, and where it runs."""
 
-    algorithm: str = _option("ppo", "how advantages are estimated", ["ppo", "grpo"])
+    algorithm: str = _option(
+        "ppo",
+        "how advantages are estimated; grpo also changes defaults: "
+        + ", ".join(f"{key} {value}" for key, value in GRPO.items()),
+        ["ppo", "grpo"],
+    )
     task: str = _option("sort", "what to do with the digits", ["copy", "reverse", "sort"])
     digits: int = _option(4, "most digits in a prompt; each has at least two")
     steps: int = _option(100, "PPO steps in all")
-    prompts: int = _option(512, "prompts per step; with grpo, of `answers` rows each")
+    prompts: int = _option(768, "prompts per step; with grpo, of `answers` rows each")
     answers: int = _option(1, "answers to each prompt; grpo needs two or more")
     seed: int = _option(0, "of weights, prompts and sampling")
 
@@ -106,7 +114,7 @@ class Settings:
         chosen, _ = parser.parse_known_args(arguments)
         parser.set_defaults(**PRESETS[chosen.preset])
         if chosen.algorithm == "grpo":
-            parser.set_defaults(prompts=64, answers=8, steps=200, actor_lr=2e-3)
+            parser.set_defaults(**GRPO)
         values = vars(parser.parse_args(arguments))
         del values["preset"]
         try:
