@@ -197,7 +197,10 @@ class RayWorkerGroup(HostGroup[W]):
         sites, refs, turns = [], [], {}
         places = hosts.sites(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
+        values: tuple[Any, ...] = ()
+        parcels: list[Any] = []
         sent: Envelope | None = None
+        letter: Envelope | bytes = b""
         with hosts.sending:
             for rank, call in enumerate(calls):
                 if call is None:
