@@ -91,6 +91,7 @@ ORDER = [
     "single_controller.ray.patience",
     "single_controller.ray.feasibility",
     "single_controller.ray.holders",
+    "single_controller.ray.reservations",
     "single_controller.ray.placement",
     "single_controller.ray.pools",
     "single_controller.ray.actor_spec",

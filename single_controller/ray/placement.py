@@ -1,6 +1,7 @@
 """Pools reserved as placement groups: where each rank goes, and whether the cluster can hold it.
 
-Splitting and merging pools is left to `pools`, what runs in them to `worker_group`.
+Splitting and merging pools is left to `pools`, removing placement groups to `reservations`, what
+runs in them to `worker_group`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
     placement_group_table,
-    remove_placement_group,
 )
 
 from single_controller.base.resource_pool import ResourcePool
@@ -27,6 +27,7 @@ from single_controller.errors import ResourceError
 from single_controller.ray import patience
 from single_controller.ray.feasibility import NodeResources, PoolRequest
 from single_controller.ray.holders import holders
+from single_controller.ray.reservations import remove
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,7 +40,6 @@ __all__ = [
     "sort_placement_group_by_node_ip",
 ]
 
-_REMOVAL_S = 10.0
 _DEVICES = {kind.resource for kind in DEVICE_KINDS}
 
 
@@ -86,7 +86,8 @@ class RayResourcePool(ResourcePool):
         use_gpu: ask for accelerators. On a cluster that has none at all, CPUs alone are taken.
         name_prefix: of the placement groups' names, for `ray list placement-groups`.
         max_colocate_count: how many groups may share the pool.
-        detached: the reservation outlives the driver.
+        detached: the reservation outlives the driver. Whoever ends the last group in it from
+            another driver gives it back.
         accelerator_type: such as "H100": only nodes with that type.
         cpus_per_process, gpus_per_process: what each bundle asks for.
         resources_per_process: custom resources of each bundle, such as `{"fast_disk": 1}`. What
@@ -234,18 +235,18 @@ class RayResourcePool(ResourcePool):
                         f"{holders(but={g.id.hex() for g in groups})}".rstrip()
                     )
         except BaseException:
-            _remove(groups)
+            remove(groups)
             raise
         self.pgs = sort_placement_group_by_node_ip(groups)
         return self.pgs
 
     def close(self) -> None:
-        """Give the reservation back and return when it is; workers in it end. The pool can be
-        used again afterwards.
+        """Give the reservation back and return when it is, or after 10 s with a warning in the log;
+        workers in it end. The pool can be used again afterwards.
         """
         groups, self.pgs = self.pgs or [], None
         if ray.is_initialized():
-            _remove(groups)
+            remove(groups)
 
     def __enter__(self) -> Self:
         return self
@@ -262,17 +263,6 @@ def cluster_nodes() -> list[NodeResources]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-
-
-def _remove(groups: Sequence[PlacementGroup]) -> None:
-    for group in groups:
-        remove_placement_group(group)
-    deadline = time.monotonic() + _REMOVAL_S
-    for group in groups:
-        while placement_group_table(group).get("state", "REMOVED") != "REMOVED":
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.01)
 
 
 def _bundles_of(groups: Sequence[PlacementGroup]) -> tuple[Bundle, ...]:

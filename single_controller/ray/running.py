@@ -21,6 +21,7 @@ from single_controller.errors import SingleControllerError
 from single_controller.ray.host import AsyncHost, Host
 from single_controller.ray.nodes import beside
 from single_controller.ray.process import ProcessInfo, read_stacks_by_pid
+from single_controller.ray.reservations import await_death, give_back
 from single_controller.ray.stacks import readable
 
 __all__ = [
@@ -175,7 +176,8 @@ def _age(seconds: float) -> str:
 def kill_group(name: str, namespace: str | None = None, timeout_s: float = 30) -> RunningGroup:
     """End all hosts of a group, with whatever they are doing, and wait until they are gone.
 
-    Its pool's reservation stays with the driver that made it.
+    A detached reservation that no other actor runs in goes with them; any other stays with the
+    driver that made it.
 
     Raises:
         ValueError: there is no such group, or several. SingleControllerError: a host is still
@@ -188,13 +190,15 @@ def kill_group(name: str, namespace: str | None = None, timeout_s: float = 30) -
         handle, _ = _handle(actor, namespaces) if actor else (None, "")
         if handle is not None:
             ray.kill(handle)
-    left = _await_death([host.actor_id for host in group.hosts], timeout_s)
+    ids = [host.actor_id for host in group.hosts]
+    left = await_death(ids, timeout_s)
     if left:
         ranks = [host.rank for host in group.hosts if host.actor_id in left]
         raise SingleControllerError(
             f"ranks {ranks} of {name!r} are not gone after {timeout_s:g} s: end their processes "
             "on their nodes"
         )
+    give_back(ids)
     return group
 
 
@@ -233,15 +237,3 @@ def find_group(name: str, namespace: str | None = None) -> RunningGroup:
         spaces = [group.namespace for group in named]
         raise ValueError(f"{len(named)} groups are called {name!r}: name a namespace of {spaces}")
     return named[0]
-
-
-def _await_death(ids: Sequence[str], timeout_s: float) -> list[str]:
-    """The actors that are not dead in time."""
-    deadline = time.monotonic() + timeout_s
-    left = list(ids)
-    while left:
-        left = [key for key in left if actors(key).get("State", "DEAD") != "DEAD"]
-        if not left or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    return left

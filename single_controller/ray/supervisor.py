@@ -1,5 +1,6 @@
-"""What only hosts that are processes need of a supervisor: someone who looks whether they live, and
-their end when nobody holds them. Restarts are `base.supervisor`'s.
+"""What only hosts that are processes need of a supervisor: someone who looks whether they live,
+their end when nobody holds them, and that of a reservation which nobody else can give back.
+Restarts are `base.supervisor`'s.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ray
 from single_controller.base.supervisor import RestartPolicy, Supervisor
 from single_controller.errors import WorkerDiedError
 from single_controller.ray.hosts import Hosts
+from single_controller.ray.reservations import give_back
 from single_controller.ray.start import Recipe
 
 __all__ = ["RaySupervisor"]
@@ -37,6 +39,15 @@ class RaySupervisor(Supervisor[Hosts]):
     def restart(self) -> None:
         super().restart()
         self._current[:] = [self.hosts]
+
+    def close(self) -> None:
+        """End the hosts and return when they are gone. Where they were not started from here, the
+        detached placement groups that nothing else runs in go with them.
+        """
+        with self._lock:
+            super().close()
+            if self._start_again is None and ray.is_initialized():
+                give_back([handle._actor_id.hex() for handle in self.hosts.handles])
 
     def watch(
         self, every_n_seconds: float, on_death: Callable[[WorkerDiedError], object] | None

@@ -139,7 +139,8 @@ class RayWorkerGroup(HostGroup[W]):
         ray_cls_with_init: RayClassWithInitArgs[W] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """A group on hosts that another driver started (in the same Ray namespace).
+        """A group on hosts that another driver started (in the same Ray namespace). Its `close()`
+        also gives the detached reservation back, once no other group runs in it.
 
         Args:
             name_prefix: the prefix they were started with, to find them by; or

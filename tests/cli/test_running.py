@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 
 from single_controller.errors import GroupBrokenError, WorkerDiedError
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, colocate
@@ -43,6 +44,8 @@ def test_another_process_lists_a_group_rank_by_rank_and_ends_it(pool: RayResourc
         ended = run("kill", name)
         assert (ended.returncode, ended.stdout) == (0, f"ended the 2 hosts of {name}\n")
         assert name not in [g.name for g in running_groups()]
+        (reservation,) = pool.get_placement_groups()
+        assert placement_group_table(reservation)["state"] == "CREATED", "it is its driver's"
         with pytest.raises((WorkerDiedError, GroupBrokenError)):
             group.actor.execute_all_sync("query_collect_info", "dp")
 
@@ -73,11 +76,13 @@ def _wait_for(flag: Path) -> None:
     assert eventually(flag.exists)
 
 
-def test_a_group_of_another_namespace_is_not_ended(cluster: None) -> None:
+def test_a_group_of_another_namespace_is_not_ended_and_a_detached_one_with_its_reservation(
+    cluster: None,
+) -> None:
     spec = RayClassWithInitArgs(Probe, meshes=False)
     with (
-        RayResourcePool([1], cpus_per_process=0.1) as pool,
-        RayWorkerGroup(pool, spec, name_prefix="mine_") as group,
+        RayResourcePool([1], cpus_per_process=0.1, detached=True) as pool,
+        RayWorkerGroup(pool, spec, name_prefix="mine_", detached=True) as group,
     ):
         [found] = [g for g in running_groups() if g.name.startswith("mine_")]
         with pytest.raises(ValueError, match="no group"):
@@ -85,4 +90,6 @@ def test_a_group_of_another_namespace_is_not_ended(cluster: None) -> None:
         with pytest.raises(ValueError, match=f"did you mean '{found.name}'"):
             kill_group(found.name + "x")
         assert group.count() == [0]
+        (reservation,) = pool.get_placement_groups()
         assert kill_group(found.name, namespace=found.namespace).name == found.name
+        assert placement_group_table(reservation)["state"] == "REMOVED"

@@ -1,20 +1,16 @@
-"""A detached group outlives the driver that started it; the next driver finds it by name."""
+"""A detached group outlives the driver that started it; the next driver finds it by name,
+and gives back what it held."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import placement_group_table
 
 from single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from tests.conformance.probe import Probe, batch, values
@@ -38,7 +34,7 @@ print("pids", *(row.pid for row in group.describe().rows), flush=True)
 
 
 @pytest.fixture
-def pids(cluster: None) -> Iterator[list[int]]:
+def pids(cluster: None) -> list[int]:
     """The processes of a detached group whose driver has ended."""
     context = ray.get_runtime_context()
     done = subprocess.run(
@@ -50,15 +46,16 @@ def pids(cluster: None) -> Iterator[list[int]]:
         timeout=100,
         check=False,
     )
-    try:
-        assert done.returncode == 0, done.stderr
-        # Ray's own lines may be among them
-        (line,) = (line for line in done.stdout.splitlines() if line.startswith("pids "))
-        yield [int(pid) for pid in line.split()[1:]]
-    finally:
-        for key, group in placement_group_table().items():
-            if group["name"].startswith("lasting_") and group["state"] != "REMOVED":
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(key)))
+    assert done.returncode == 0, done.stderr
+    # Ray's own lines may be among them
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("pids "))
+    return [int(pid) for pid in line.split()[1:]]
+
+
+def reservations() -> list[str]:
+    """The states of the placement groups of the other driver's pool."""
+    groups = placement_group_table().values()
+    return [group["state"] for group in groups if group["name"].startswith("lasting_")]
 
 
 def test_the_next_driver_finds_the_group_as_it_was_left(pids: list[int]) -> None:
@@ -71,5 +68,7 @@ def test_the_next_driver_finds_the_group_as_it_was_left(pids: list[int]) -> None
     assert values(group.grow(batch(2)).get(timeout=60)) == [0, 1, 1]
     again = RayWorkerGroup.from_detached(worker_names=group.worker_names, ray_cls_with_init=spec)
     assert again.world_size == 2
+    assert reservations() == ["CREATED"]
     again.close()
+    assert reservations() == ["REMOVED"]
     assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))

@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 
 from single_controller import CallTimeoutError, RegistrationError, ResourceError
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    split_resource_pool,
+)
 from tests.waiting import eventually
 
 
@@ -126,9 +132,14 @@ def test_another_group_object_attaches_to_running_hosts(pool: RayResourcePool) -
         )
     unbound = RayWorkerGroup(worker_handles=started.workers)
     assert [env["RANK"] for env in unbound.execute_all_sync("environment")] == ["0", "1"]
+    last = RayWorkerGroup(split_resource_pool(kept, 1)[1], spec, name_prefix="last_")
+    (reservation,) = kept.get_placement_groups()
     found.close()
-    kept.close()
     assert eventually(lambda: "kept_Member_0:0" not in ray.util.list_named_actors())
+    assert last.environment()[0]["RANK"] == "0", "its reservation went with another group"
+    RayWorkerGroup(worker_handles=last.workers).close()
+    assert placement_group_table(reservation)["state"] == "REMOVED"
+    kept.close()
 
 
 def test_different_counts_per_node_start_all_workers(cluster: None) -> None:
