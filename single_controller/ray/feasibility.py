@@ -5,6 +5,7 @@ Reserving is left to `placement`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,10 @@ class PoolRequest:
         return 0
 
     def _fewer_processes(self, nodes: Sequence[NodeResources]) -> tuple[int, ...]:
+        """The counts, in their order, less as few processes as it takes."""
+        if self.strategy == "STRICT_PACK":
+            kept = _most(self.counts, [self._capacity(node.total) for node in nodes])
+            return tuple(count for count in kept if count)
         counts = list(self.counts)
         while counts and not PoolRequest(tuple(counts), self.bundle, self.strategy).fits(nodes):
             largest = counts.index(max(counts))
@@ -176,3 +181,30 @@ def _packs(counts: list[int], capacities: list[int]) -> bool:
         return False
 
     return sum(counts) <= sum(capacities) and place(sorted(counts, reverse=True), tuple(capacities))
+
+
+def _most(counts: Sequence[int], capacities: Sequence[int]) -> tuple[int, ...]:
+    """What to keep of each count so that each fits whole into one of the capacities and the sum is
+    the largest; among equal sums the earlier counts keep more.
+
+    Exact up to `_SEARCH_LIMIT` steps; beyond, each count takes the first good place.
+    """
+    steps = 0
+
+    @functools.cache
+    def keep(at: int, room: tuple[int, ...]) -> tuple[int, ...]:
+        nonlocal steps
+        steps += 1
+        places = sorted({capacity for capacity in room if capacity})
+        if at == len(counts) or not places:
+            return (0,) * (len(counts) - at)
+        if steps > _SEARCH_LIMIT:
+            places = [next((p for p in places if p >= counts[at]), places[-1])]
+        found = []
+        for place in places:
+            taken, rest = min(counts[at], place), list(room)
+            rest.remove(place)
+            found.append((taken, *keep(at + 1, tuple(sorted((*rest, place - taken))))))
+        return max(found, key=lambda kept: (sum(kept), kept))
+
+    return keep(0, tuple(sorted(capacities)))

@@ -132,6 +132,23 @@ def test_every_change_that_is_offered_really_fits(
     assert [change for change, fits in changes(request_, have) if not fits] == []
 
 
+@pytest.mark.parametrize(
+    ("counts", "have", "smallest"),
+    [
+        ([4, 4], cpus(4, 2), [4, 2]),
+        ([2, 4], cpus(4, 1), [1, 4]),
+        ([4, 4], cpus(1, 4), [4, 1]),
+        ([3, 3, 3], cpus(6, 1), [3, 3, 1]),
+        ([8] * 16, cpus(*[8] * 15), [8] * 15),
+    ],
+)
+def test_the_smallest_change_keeps_as_many_processes_as_fit(
+    counts: list[int], have: list[NodeResources], smallest: list[int]
+) -> None:
+    text = PoolRequest(tuple(counts), ONE_CPU).explain(have)
+    assert f"Smallest change that fits: process_on_nodes={smallest}" in text
+
+
 def test_a_missing_accelerator_type_is_said() -> None:
     request = PoolRequest((2,), {"CPU": 1.0, "accelerator_type:H100": 1e-4})
     assert "accelerator_type=None" in request.explain(cpus(8))
@@ -154,6 +171,9 @@ def test_nodes_without_anything_get_no_offer_of_a_pool_without_processes() -> No
 
 def test_a_search_that_would_take_too_long_leaves_the_answer_to_ray() -> None:
     assert PoolRequest((3,) * 40, ONE_CPU).fits(cpus(*range(4, 40)))
+    mixed = PoolRequest(tuple(range(30, 70)), ONE_CPU)
+    have = cpus(*range(20, 60))
+    assert [fits for _, fits in changes(mixed, have) if not fits] == []
 
 
 def packs(counts: Sequence[int], room: Sequence[int]) -> bool:
@@ -165,6 +185,17 @@ def packs(counts: Sequence[int], room: Sequence[int]) -> bool:
         if min(left) >= 0:
             return True
     return False
+
+
+def most_kept(counts: Sequence[int], room: Sequence[int]) -> int:
+    """By trying all assignments, cut to what each node holds."""
+    best = 0
+    for where in itertools.product(range(len(room)), repeat=len(counts)):
+        asked = [0] * len(room)
+        for count, node in zip(counts, where, strict=True):
+            asked[node] += count
+        best = max(best, sum(map(min, asked, room)))
+    return best
 
 
 @settings(deadline=None, max_examples=80)
@@ -180,4 +211,8 @@ def test_strict_pack_is_exact_and_every_offer_fits(
     if strategy == STRICT:
         assert request.fits(have) == packs(counts, room)
     if not request.fits(have):
+        if strategy == STRICT and any(room):
+            offer = re.search(r"that fits: process_on_nodes=\[([\d, ]+)\]", request.explain(have))
+            assert offer is not None
+            assert sum(map(int, offer[1].split(","))) == most_kept(counts, room)
         assert [change for change, fits in changes(request, have) if not fits] == []
