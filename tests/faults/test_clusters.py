@@ -20,7 +20,6 @@ ELSEWHERE = """
 pool = RayResourcePool([2], resources_per_process={"far": 1})
 group = RayWorkerGroup(pool, spec)
 group.look()
-began = time.monotonic()
 try:
     group.act.options(timeout_s=5)(PerRank(["fine", "in_c"]))
 except CallTimeoutError as error:
