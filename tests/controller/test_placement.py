@@ -19,6 +19,7 @@ from single_controller.ray import (
     extract_pg_from_exist,
     merge_resource_pool,
     placement,
+    reservations,
     split_resource_pool,
 )
 from tests.faults.victim import Victim
@@ -193,6 +194,22 @@ def test_a_closed_pool_is_removed_when_close_returns(cluster: None) -> None:
     pool = RayResourcePool([1])
     (group,) = pool.get_placement_groups()
     pool.close()
+    assert placement_group_table(group)["state"] == "REMOVED"
+
+
+def test_what_a_close_could_not_remove_is_named(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = RayResourcePool([1], name_prefix="stays_")
+    (group,) = pool.get_placement_groups()
+    with monkeypatch.context() as patch:
+        patch.setattr(reservations, "remove_placement_group", lambda group: None)
+        patch.setattr(reservations, "_REMOVAL_S", 0.05)
+        pool.close()
+    assert "1 of 1 placement groups are still there 0.05 s after" in caplog.text
+    assert "stays_single_controller_" in caplog.text
+    assert "(created)" in caplog.text
+    reservations.remove([group])
     assert placement_group_table(group)["state"] == "REMOVED"
 
 
