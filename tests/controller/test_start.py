@@ -50,7 +50,7 @@ def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
     spec = RayClassWithInitArgs(Member)
     with (
         RayWorkerGroup(pool, spec, name_prefix="a_", worker_env={"EXTRA": "1"}) as first,
-        RayWorkerGroup(pool, spec) as second,
+        RayWorkerGroup(pool, spec, master_addr="127.0.0.1") as second,
     ):
         for rank, env in enumerate(first.environment()):
             assert env == {
@@ -66,6 +66,8 @@ def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
                 "WG_BACKEND": "ray",
                 "EXTRA": "1",
             }
+        assert {env["MASTER_ADDR"] for env in second.environment()} == {"127.0.0.1"}
+        assert second.master_address == "127.0.0.1" != first.master_address
         assert first.worker_names == ["a_Member_0:0", "a_Member_0:1"]
         assert first.master_port != second.master_port
         for group in (first, second, first):
