@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from single_controller.errors import GroupBrokenError
+from single_controller.errors import GroupBrokenError, WorkerDiedError
 
-__all__ = ["Replaceable", "RestartPolicy", "Supervisor"]
+__all__ = ["Replaceable", "RestartPolicy", "Supervisor", "check_interval", "tell"]
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +34,22 @@ class Replaceable(Protocol):
 
 
 H = TypeVar("H", bound=Replaceable)
+
+
+def check_interval(every_n_seconds: float) -> None:
+    """Raise ValueError where nobody can look at this interval."""
+    if not 0 < every_n_seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"every_n_seconds must be a finite number above 0; got {every_n_seconds!r}"
+        )
+
+
+def tell(on_death: Callable[[WorkerDiedError], object], death: WorkerDiedError) -> None:
+    """Call a user's callback; what it raises is logged, since whoever tells has more to do."""
+    try:
+        on_death(death)
+    except (Exception, SystemExit):
+        _logger.exception("on_death raised when it was told: %s", death.args[0])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.residency import Turns
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import RoleSpec
+from single_controller.base.supervisor import tell
 from single_controller.base.table import RankState
 from single_controller.base.worker import Worker, WorkerContext
 from single_controller.device import CPU, DeviceKind, device_kind
@@ -248,7 +249,7 @@ class InlineHosts(Handle):
         if first:
             for told in self.on_death:
                 _logger.error("%s", error.args[0])
-                told(error)
+                tell(told, error)
 
     def close(self, why: str = "the group is closed") -> None:
         """Let go of all workers; calls then raise GroupBrokenError."""

@@ -16,7 +16,7 @@ from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
-from single_controller.base.supervisor import RestartPolicy, Supervisor
+from single_controller.base.supervisor import RestartPolicy, Supervisor, check_interval
 from single_controller.base.worker import checked_worker_env
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.inline.calls import Arguments, send
@@ -151,8 +151,12 @@ class InlineWorkerGroup(HostGroup[W]):
         on_death: Callable[[WorkerDiedError], object] | None = None,
     ) -> None:
         """Have `on_death` called once a rank has asked for the end of its process; there is nothing
-        to look for every so often.
+        to look for every so often. What `on_death` raises is logged.
+
+        Raises:
+            ValueError: `every_n_seconds` is not above 0.
         """
+        check_interval(every_n_seconds)
         if on_death is not None:
             self._supervisor.watch(on_death)
 

@@ -13,7 +13,7 @@ from functools import partial
 
 import ray
 
-from single_controller.base.supervisor import RestartPolicy, Supervisor
+from single_controller.base.supervisor import RestartPolicy, Supervisor, check_interval, tell
 from single_controller.errors import WorkerDiedError
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.reservations import give_back
@@ -52,7 +52,12 @@ class RaySupervisor(Supervisor[Hosts]):
     def watch(
         self, every_n_seconds: float, on_death: Callable[[WorkerDiedError], object] | None
     ) -> None:
-        """Look every so often, in a thread, for a process that has ended, until the group does."""
+        """Look every so often, in a thread, for a process that has ended, until the group does.
+
+        Raises:
+            ValueError: `every_n_seconds` is no interval.
+        """
+        check_interval(every_n_seconds)
         mine = weakref.ref(self)
 
         def look() -> None:
@@ -63,7 +68,7 @@ class RaySupervisor(Supervisor[Hosts]):
                 if hosts is not reported and (death := _find_dead(hosts)) is not None:
                     reported = hosts
                     if on_death is not None:
-                        on_death(death)
+                        tell(on_death, death)
                 del supervisor, hosts
                 pause.wait(every_n_seconds)
 

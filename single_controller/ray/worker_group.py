@@ -253,7 +253,10 @@ class RayWorkerGroup(HostGroup[W]):
     ) -> None:
         """Look every so often, in a thread, whether all processes live. After a death, that is
         logged, `on_death` is called with it, in that thread, and calls raise GroupBrokenError at
-        once (or restart the group, with `on_failure="restart"`).
+        once (or restart the group, with `on_failure="restart"`). What `on_death` raises is logged.
+
+        Raises:
+            ValueError: `every_n_seconds` is not above 0.
         """
         self._supervisor.watch(every_n_seconds, on_death)
 

@@ -65,10 +65,17 @@ def test_a_rank_that_dies_in_a_call_says_how_and_with_which_last_words(
 
 
 def test_a_rank_killed_idle_is_reported_by_the_watcher_and_by_the_next_call(
-    group: RayWorkerGroup,
+    group: RayWorkerGroup, caplog: pytest.LogCaptureFixture
 ) -> None:
     found: list[WorkerDiedError] = []
-    group.start_worker_aliveness_check(0.05, on_death=found.append)
+
+    def tell(death: WorkerDiedError) -> None:
+        found.append(death)
+        raise KeyError("from on_death")
+
+    with pytest.raises(ValueError, match="every_n_seconds must be a finite number above 0; got 0"):
+        group.start_worker_aliveness_check(0)
+    group.start_worker_aliveness_check(0.05, on_death=tell)
     os.kill(group.look()[1][1], signal.SIGKILL)
     assert eventually(lambda: bool(found))
     assert (found[0].rank, found[0].exit_code) == (1, -signal.SIGKILL)
@@ -77,6 +84,7 @@ def test_a_rank_killed_idle_is_reported_by_the_watcher_and_by_the_next_call(
     group.restart()
     os.kill(group.look()[0][1], signal.SIGKILL)
     assert eventually(lambda: len(found) == 2), "the new processes are not watched"
+    assert "KeyError: 'from on_death'" in caplog.text
     group.restart()
 
 

@@ -64,14 +64,29 @@ def test_a_restart_builds_other_workers_and_ends_calls_that_wait(group: Any) -> 
         waiting.result()
 
 
-def test_a_death_is_told_at_once_also_after_a_restart(group: Any) -> None:
+def test_a_death_is_told_at_once_also_after_a_restart_whatever_else_is_told_raises(
+    group: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     told: list[int] = []
+
+    def fail(error: WorkerDiedError) -> None:
+        raise KeyError("from on_death")
+
+    group.start_worker_aliveness_check(0.1, on_death=fail)
     group.start_worker_aliveness_check(0.1, on_death=lambda error: told.append(error.rank))
     for rank in (1, 0):
         with pytest.raises(WorkerDiedError):
             group.leave(PerRank([rank == 0, rank == 1]))
         group.restart()
     assert told == [1, 0]
+    logged = [record.exc_info[0] for record in caplog.records if record.exc_info]
+    assert logged == [KeyError, KeyError]
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf")])
+def test_an_interval_at_which_nobody_can_look_is_refused(group: Any, wrong: float) -> None:
+    with pytest.raises(ValueError, match="every_n_seconds must be a finite number above 0; got"):
+        group.start_worker_aliveness_check(wrong)
 
 
 def test_a_stack_is_that_of_the_thread_which_runs_the_rank_or_of_what_it_awaits(
