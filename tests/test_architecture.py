@@ -54,6 +54,7 @@ ORDER = [
     "single_controller.timeline",
     "single_controller.base.resource_pool",
     "single_controller.base.plan",
+    "single_controller.base.rows",
     "single_controller.base.table",
     "single_controller.base.spans",
     "single_controller.base.trace_file",

@@ -8,19 +8,23 @@ imported on use: a worker process reads this module to register methods, and nee
 from __future__ import annotations
 
 import abc
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias
 
-from single_controller.base.plan import Broadcast, Call, Layout, Padding, PerRank, Plan
+from single_controller.base.plan import Broadcast, Call, Layout, PerRank, Plan
+from single_controller.base.rows import (
+    RealRows,
+    aligned,
+    cannot_unpad,
+    is_future,
+    padding_enabled,
+    padding_of,
+    splits,
+)
 from single_controller.errors import DispatchError
-
-if TYPE_CHECKING:
-    from protocol import DataProtoFuture
-    from protocol.future import Source
 
 __all__ = [
     "AllToAll",
@@ -30,7 +34,6 @@ __all__ = [
     "OneToAll",
     "PerElement",
     "RankZero",
-    "is_future",
 ]
 
 Spread: TypeAlias = Callable[[str, Any], Sequence[Any]]
@@ -101,12 +104,20 @@ def _per_rank(
             return value.values
         return spread(name, value)
 
-    columns = [values(f"argument {i}", value) for i, value in enumerate(args)]
-    named = {key: values(f"argument {key!r}", value) for key, value in kwargs.items()}
+    columns = [values(name, value) for name, value in _named(args, kwargs)]
+    positional, named = columns[: len(args)], dict(zip(kwargs, columns[len(args) :], strict=True))
     return [
-        Call(tuple(column[rank] for column in columns), {k: v[rank] for k, v in named.items()})
+        Call(tuple(column[rank] for column in positional), {k: v[rank] for k, v in named.items()})
         for rank in range(size)
     ]
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each argument under the name that errors have for it."""
+    for i, value in enumerate(args):
+        yield f"argument {i}", value
+    for key, value in kwargs.items():
+        yield f"argument {key!r}", value
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,7 @@ class Direct(Mode):
 class ByRows(Mode):
     """Batches (DataProto, TensorDict, futures of them) are split by rows over the dp ranks.
 
+    Those of one call have equally many rows. A future that has not is refused where it is read.
     Ranks of one dp group get the same shard object. `uneven`: shards may differ by one row;
     otherwise rows must divide, unless the batch has padding enabled: then its last row is
     repeated, and what comes back is cut. `merge`: "concat" joins the outputs to one batch,
@@ -237,36 +249,32 @@ class ByRows(Mode):
     def dispatch(
         self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Plan, list[Call | None]]:
-        from protocol.batches import batch_rows
-
         if self.function_first:
             if not args or not callable(args[0]):
                 raise DispatchError("the first argument must be a function, which all ranks get")
             args = (Broadcast(args[0]), *args[1:])
-        batches = [v for v in (*args, *kwargs.values()) if _splits(v)]
-        auto_padding = any(_padding_enabled(batch) for batch in batches)
+        batches = {name: v for name, v in _named(args, kwargs) if splits(v)}
+        rows, compared = aligned(batches) if batches else (0, {})
+        auto_padding = any(padding_enabled(batch) for batch in batches.values())
         pads = auto_padding and not self.uneven
         parts = layout.dp_size
         cut: dict[int, Sequence[Any]] = {}  # by id: a batch in two arguments has one set of shards
 
         def spread(name: str, value: Any) -> Sequence[Any]:
-            if not _splits(value):
+            if not splits(value):
                 raise DispatchError(
                     f"{name} must be a DataProto, TensorDict or DataProtoFuture, to be split by "
                     f"rows; got {type(value).__name__}. Broadcast(x) sends a value whole, "
                     "PerRank([...]) one value to each rank"
                 )
             if id(value) not in cut:
-                cut[id(value)] = self._shards(name, value, parts, pads)
+                batch = compared.get(id(value), value)
+                cut[id(value)] = self._shards(name, batch, parts, pads)
             shards = cut[id(value)]
             return [shards[dp_rank] for dp_rank in layout.dp_ranks]
 
         calls = _per_rank(layout, args, kwargs, spread)
-        padding: Callable[[], Padding] | None = None
-        if pads and is_future(batches[0]):
-            padding = partial(_padding_of, batches[0], parts)
-        elif pads:
-            padding = partial(Padding, batch_rows(batches[0]), parts)
+        padding = partial(padding_of, rows, parts) if pads else None
         plan = self.plan(layout)
         return replace(plan, padding=padding, auto_padding=True) if auto_padding else plan, calls
 
@@ -321,7 +329,7 @@ class ByRows(Mode):
         if plan.padding is None:
             return DataProtoFuture(handles, plan.auto_padding)
         real = [
-            _RealRows(handle, shard, plan.padding)
+            RealRows(handle, shard, plan.padding)
             for handle, shard in zip(handles, plan.shards, strict=True)
         ]
         return DataProtoFuture(real, plan.auto_padding)
@@ -338,63 +346,6 @@ class ByRows(Mode):
             if rows == padding.shard_rows:
                 output = output if rows == real else slice_batch(output, 0, real)
             elif rows and self.merge == "concat":
-                raise _cannot_unpad(shard, padding.shard_rows, rows)
+                raise cannot_unpad(shard, padding.shard_rows, rows)
             kept.append(output)
         return kept
-
-
-def _splits(value: Any) -> bool:
-    from protocol.batches import is_batch
-
-    return is_future(value) or is_batch(value)
-
-
-def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
-    """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
-    module = sys.modules.get("protocol.future")
-    return module is not None and isinstance(value, module.DataProtoFuture)
-
-
-def _padding_of(future: DataProtoFuture, parts: int) -> Padding:
-    return Padding(len(future), parts)
-
-
-@dataclass(frozen=True)
-class _RealRows:
-    """A source of a shard's rows without its padding."""
-
-    source: Source
-    shard: int
-    padding: Callable[[], Padding]
-
-    def rows(self, timeout: float | None) -> int:
-        rows, padding = self.source.rows(timeout), self.padding()
-        if not padding.added:
-            return rows
-        if rows and rows != padding.shard_rows:
-            raise _cannot_unpad(self.shard, padding.shard_rows, rows)
-        return min(rows, padding.real_rows(self.shard))
-
-    def fetch(self, start: int, stop: int, timeout: float | None) -> Any:
-        return self.source.fetch(start, stop, timeout)
-
-    def origins(self) -> Iterator[Source]:
-        yield self.source
-
-    def needed(self, start: int, stop: int) -> Iterator[Source]:
-        yield self.source
-
-
-def _cannot_unpad(shard: int, sent: int, came: int) -> DispatchError:
-    return DispatchError(
-        f"padding cannot be removed: shard {shard} went out with {sent} rows and came back with "
-        f"{came}. Register the method with uneven=True, which needs no padding"
-    )
-
-
-def _padding_enabled(batch: Any) -> bool:
-    from protocol import DataProto, DataProtoConfig
-
-    if isinstance(batch, DataProto):
-        return batch.is_padding_enabled()
-    return DataProtoConfig.auto_padding or (is_future(batch) and batch.auto_padding)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from single_controller.base.dispatch import is_future
 from single_controller.base.plan import Call, Layout, Plan
+from single_controller.base.rows import is_future
 from single_controller.base.table import aligned
 
 __all__ = ["Carrier", "Explanation", "RankArgument", "explain_arguments"]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from single_controller.base.dispatch import is_future
 from single_controller.base.method import Pending
 from single_controller.base.plan import Call
 from single_controller.base.rank import NO_BATCH, checked_output
+from single_controller.base.rows import is_future
 from single_controller.errors import CallTimeoutError, WorkerDiedError, WorkerError
 from single_controller.inline.hosts import InlineHosts, InlineRank
 from single_controller.inline.privacy import Handle, Package

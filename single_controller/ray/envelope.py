@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from single_controller.base.dispatch import is_future
+from single_controller.base.rows import is_future
 from single_controller.base.spans import CallMark
 from single_controller.ray.parcel import ArrivedParcel, Slot
 

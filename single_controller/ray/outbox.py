@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 
-from single_controller.base.dispatch import is_future
 from single_controller.base.explain import Carrier
 from single_controller.base.plan import Call
+from single_controller.base.rows import is_future
 from single_controller.ray.envelope import Late
 from single_controller.ray.parcel import Parcel, Slot, size_of
 from single_controller.ray.remote_batch import Posted

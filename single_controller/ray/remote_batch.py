@@ -31,10 +31,10 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError
 
-from single_controller.base.dispatch import is_future
 from single_controller.base.plan import Call
 from single_controller.base.rank import NO_BATCH
 from single_controller.base.recorder import CallRecord
+from single_controller.base.rows import is_future
 from single_controller.errors import CallTimeoutError, GroupBrokenError
 from single_controller.ray.failure import CallSite, diagnose, translate
 from single_controller.ray.hosts import Hosts

@@ -89,6 +89,15 @@ class Probe(Worker):
         return {"sum": data.batch["a"].sum().item(), "rank": self.rank}
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def second(self, first: DataProto, second: DataProto) -> DataProto:
+        self.calls += 1
+        return second
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
+    def second_later(self, first: DataProto, second: DataProto) -> DataProto:
+        return second
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def no_batch(self, data: DataProto) -> int:
         return 3
 

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from protocol import DataProto
-from single_controller import DispatchError, UnknownMethodError, WorkerError
+from single_controller import Broadcast, DispatchError, UnknownMethodError, WorkerError
 from single_controller.base import PerRank, Worker
 from tests.conformance.conftest import Backend
 from tests.conformance.probe import batch, values
@@ -77,6 +77,23 @@ def test_padding_never_reaches_the_caller(group: Any) -> None:
     assert values(group.add_rank_later(data).get()) == [0, 1, 2, 4, 5]
     assert group.metric(data) == [{"sum": 3.0, "rank": 0}, {"sum": 11.0, "rank": 1}]
     assert len(data) == 5
+
+
+def test_padding_of_one_of_several_batches_never_reaches_the_caller(group: Any) -> None:
+    plain, padded = batch(3), batch(3, auto_padding=True)
+    for first, second in ((plain, padded), (padded, plain)):
+        assert values(group.second(first, second)) == [0, 1, 2]
+        assert values(group.second_later(first, second=second).get()) == [0, 1, 2]
+
+
+def test_batches_that_differ_in_rows_are_refused_before_anything_is_sent(group: Any) -> None:
+    before = group.count()
+    with pytest.raises(
+        DispatchError, match=r"second.*argument 0 has 4, argument 'second' has 3.*Broadcast"
+    ):
+        group.second(batch(4), second=batch(3, auto_padding=True))
+    assert group.count() == before
+    assert values(group.second(Broadcast(batch(5)), batch(4))) == [0, 1, 2, 3]
 
 
 def test_outputs_that_are_no_batch_are_refused_with_advice(group: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from protocol import BatchTypeError, DataProto, DataProtoFuture
-from single_controller import Broadcast, PerRank, WorkerError
+from single_controller import Broadcast, DispatchError, PerRank, WorkerError
 from tests.conformance.conftest import Backend
 from tests.conformance.probe import batch, values
 
@@ -34,6 +34,19 @@ def test_a_future_that_does_not_divide_is_refused_where_its_rows_are_known(
 ) -> None:
     with pytest.raises(AssertionError, match="only support equal chunk"):
         group.add_rank(group.grow(batch(5)))
+
+
+def test_a_future_that_differs_in_rows_from_another_batch_is_refused_where_it_is_read(
+    group: Any, three: Any
+) -> None:
+    four, six = group.add_rank_later(batch(4)), three.add_rank_later(batch(6))
+    assert values(group.second(four, four.select("a"))) == [0, 1, 3, 4]
+    assert values(group.second(batch(4), four)) == [0, 1, 3, 4]
+    for first, second in ((four, six), (six, four), (batch(4), six), (six, batch(4))):
+        with pytest.raises(DispatchError, match=r"equally many rows; argument \d has [46], arg"):
+            group.second(first, second)
+        with pytest.raises(DispatchError, match="equally many rows"):
+            group.second_later(first, second).get()
 
 
 def test_what_failed_in_a_producer_reaches_the_consumer_as_first_cause(
