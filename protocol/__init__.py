@@ -1,5 +1,6 @@
 """What a batch is: names only, each from the module that owns it. Nothing here imports ray."""
 
+from protocol.batch_data import BatchData
 from protocol.batch_ops import (
     all_gather_data_proto,
     collate_fn,
@@ -20,7 +21,7 @@ from protocol.errors import (
     RowIndexError,
     StorageError,
 )
-from protocol.future import BatchData, DataProtoFuture
+from protocol.future import DataProtoFuture
 from protocol.keyed import union_numpy_dict
 from protocol.serialize import (
     deserialize_single_tensor,

@@ -12,14 +12,12 @@ from itertools import accumulate, chain
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from tensordict import TensorDict
 
 from protocol import checks
 from protocol.batches import (
     Batch,
     concat_batches,
     copy_batch,
-    is_batch,
     on_one_device,
     pad_batch,
     select_keys,
@@ -28,10 +26,9 @@ from protocol.batches import (
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, RowCountError
 from protocol.shards import balanced_sizes, equal_sizes, padded_sizes
-from protocol.tensordict_utils import chunk_tensordict
 from protocol.wire import read_as, reading
 
-__all__ = ["BatchData", "DataProtoFuture", "How", "Source"]
+__all__ = ["DataProtoFuture", "How", "Source"]
 
 How: TypeAlias = Literal["equal", "balanced", "padded"]
 
@@ -71,11 +68,17 @@ class DataProtoFuture:
 
     Attributes:
         auto_padding: whether a group may pad it when its rows do not divide over the ranks.
+        map_location: where `get` puts the tensors unless told otherwise.
     """
 
-    __slots__ = ("_sizes", "_sources", "auto_padding")
+    __slots__ = ("_sizes", "_sources", "auto_padding", "map_location")
 
-    def __init__(self, sources: Sequence[Source], auto_padding: bool = False) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        auto_padding: bool = False,
+        map_location: torch.device | str | None = None,
+    ) -> None:
         """The rows of `sources`, in that order. Fetches and waits for nothing.
 
         Raises:
@@ -85,7 +88,7 @@ class DataProtoFuture:
             raise BatchError("a DataProtoFuture needs at least one source; got none")
         self._sources = tuple(sources)
         self._sizes: tuple[int, ...] | None = None  # rows per source, once all are known
-        self.auto_padding = auto_padding
+        self.auto_padding, self.map_location = auto_padding, map_location
 
     def __repr__(self) -> str:
         rows = "?" if self._sizes is None else sum(self._sizes)
@@ -123,14 +126,16 @@ class DataProtoFuture:
         """Wait for all producers and fetch all rows.
 
         Args:
-            map_location: where the tensors go; on the driver they are on the CPU otherwise.
+            map_location: where the tensors go; by default where the future says, else on the
+                driver to the CPU.
 
         Raises:
             TimeoutError: the rows were not here within `timeout` seconds.
         """
         deadline = _Deadline(timeout)
         batch = self.fetch(0, self.rows(timeout), deadline.left())
-        return batch if map_location is None else batch.to(map_location)
+        place = self.map_location if map_location is None else map_location
+        return batch if place is None else batch.to(place)
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Batch:
         """Fetch rows `start:stop`, only from the sources that have some of them.
@@ -180,12 +185,14 @@ class DataProtoFuture:
     def chunk(self, chunks: int) -> list[DataProtoFuture]:
         """`chunks` futures of equally many consecutive rows. Fetches and waits for nothing.
 
-        If the rows do not divide, each of them raises ChunkError once they are known.
+        If the rows do not divide, each of them raises ChunkError once they are known, or with
+        `auto_padding` sizes differ by one.
 
         Raises:
             ChunkError: `chunks` is less than one.
         """
-        return self.shards(chunks, "equal")
+        shards = self.shards(chunks, "balanced" if self.auto_padding else "equal")
+        return [self._derived([shard]) for shard in shards]
 
     def shards(self, parts: int, how: How) -> list[DataProtoFuture]:
         """`parts` futures of consecutive rows. Fetches and waits for nothing.
@@ -210,7 +217,9 @@ class DataProtoFuture:
         Raises:
             BatchError: no future.
         """
-        return DataProtoFuture(checks.list_of(DataProtoFuture, "data", data))
+        futures = checks.list_of(DataProtoFuture, "data", data)
+        padding = any(future.auto_padding for future in futures)
+        return DataProtoFuture(futures, padding, futures[0].map_location if futures else None)
 
     def select(self, keys: Iterable[str]) -> DataProtoFuture:
         """Only these columns, which are all that whoever fetches rows keeps. Fetches nothing.
@@ -218,15 +227,31 @@ class DataProtoFuture:
         A key that is not there raises MissingKeyError when rows are fetched.
         """
         names = (keys,) if isinstance(keys, str) else tuple(keys)
-        return DataProtoFuture([_Columns(source, names) for source in self._sources])
+        return self._derived([_Columns(source, names) for source in self._sources])
 
     def union(self, other: Source) -> DataProtoFuture:
         """The columns of both. Fetches nothing now; later the same rows from either.
 
         Different numbers of rows raise RowCountError once they are known, different values
         under one key ConflictError when rows are fetched.
+
+        Raises:
+            BatchTypeError: `other` is no future, nor any other source.
         """
-        return DataProtoFuture([_Union(self, other)])
+        if not isinstance(other, Source):
+            raise BatchTypeError(
+                f"other must be a DataProtoFuture; got {type(other).__name__}: make it one by "
+                "pin(other), or join batches, future.get().union(other)"
+            )
+        return self._derived([_Union(self, other)], getattr(other, "auto_padding", False))
+
+    def _derived(self, sources: Sequence[Source], auto_padding: bool = False) -> DataProtoFuture:
+        return DataProtoFuture(sources, self.auto_padding or auto_padding, self.map_location)
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """In another process rows stay where they arrive: `map_location` is of this one."""
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return None, {**state, "map_location": None}
 
 
 class _Deadline:
@@ -331,56 +356,3 @@ def _origins(source: Any) -> Iterator[Source]:
 
 def _needed(source: Any, start: int, stop: int) -> Iterator[Source]:
     return source.needed(start, stop) if hasattr(source, "needed") else iter([source])
-
-
-class BatchData:
-    """veRL's wrapper that asks of any value whether it can be split or joined by rows.
-
-    `data` is a DataProto, TensorDict or DataProtoFuture to chunk, or a list of one kind to concat.
-    """
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def is_chunkable(self) -> bool:
-        """Whether `chunk` works: the value is one batch or future."""
-        return is_batch(self.data) or isinstance(self.data, DataProtoFuture)
-
-    def is_concatable(self) -> bool:
-        """Whether `concat` works: the value is a list of batches, or of futures."""
-        if not isinstance(self.data, list | tuple) or not self.data:
-            return False
-        elements = self.data
-        return all(map(is_batch, elements)) or all(isinstance(e, DataProtoFuture) for e in elements)
-
-    def chunk(self, chunks: int) -> list[Any]:
-        """`chunks` equal parts. Fetches nothing of a future.
-
-        Raises:
-            BatchTypeError: the value is not chunkable.
-            ChunkError: the rows do not divide by `chunks`.
-        """
-        if isinstance(self.data, DataProto | DataProtoFuture):
-            return [*self.data.chunk(chunks)]
-        if isinstance(self.data, TensorDict):
-            return [*chunk_tensordict(self.data, chunks)]
-        raise BatchTypeError(
-            "only a DataProto, TensorDict or DataProtoFuture can be chunked; "
-            f"got {type(self.data).__name__}"
-        )
-
-    def concat(self) -> Any:
-        """All rows of all elements. Fetches nothing of futures.
-
-        Raises:
-            BatchError: the elements do not go together.
-            BatchTypeError: the value is not concatable.
-        """
-        if not self.is_concatable():
-            raise BatchTypeError(
-                "only a list of DataProto, of TensorDict or of DataProtoFuture can be "
-                f"concatenated; got {type(self.data).__name__} {self.data!r:.80}"
-            )
-        if is_batch(self.data[0]):
-            return concat_batches(self.data)
-        return DataProtoFuture.concat(self.data)

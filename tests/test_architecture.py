@@ -47,6 +47,7 @@ ORDER = [
     "protocol.batches",
     "protocol.batch_ops",
     "protocol.future",
+    "protocol.batch_data",
     "protocol",
     "single_controller.errors",
     "single_controller.device",

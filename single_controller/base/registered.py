@@ -23,6 +23,7 @@ from single_controller.base.explain import Explanation
 from single_controller.base.table import GroupTable
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Self
 
     from protocol import DataProtoFuture
@@ -73,7 +74,11 @@ class GroupMethod(Protocol[P, G_co]):
     def submit(self, *args: Any, timeout_s: float | None, **kwargs: Any) -> GroupFuture[G_co]: ...
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
     def options(
-        self, *, timeout_s: float | None = None, ranks: Iterable[int] | None = None
+        self,
+        *,
+        timeout_s: float | None = None,
+        ranks: Iterable[int] | None = None,
+        map_location: torch.device | str | None = None,
     ) -> GroupMethod[P, G_co]: ...
 
 

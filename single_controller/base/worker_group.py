@@ -80,11 +80,20 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _invoke(self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call, from the user's arguments to the merged result."""
         mode, deferred = method.mode, not method.binding.spec.blocking
+        place = method.call_options.map_location
+        if deferred and place is not None and not mode.batched:
+            raise ValueError(
+                f"{method.title} returns references at once, whose values map_location cannot "
+                "place: use options(map_location=…).submit(…), or move what you get"
+            )
         record = self._recorder.call(self.role, method.binding.name)
         with record.span("dispatch"):
             plan, pending = self._send(method, args, kwargs, deferred, record)
         if deferred:
-            return mode.promise(plan, pending.handles(mode.batched))
+            promised = mode.promise(plan, pending.handles(mode.batched))
+            if place is not None:
+                promised.map_location = place
+            return promised
         return method.result(plan, pending, None, record)
 
     def _send(

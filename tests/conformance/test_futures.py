@@ -85,6 +85,39 @@ def test_rows_that_were_padded_stay_paddable_along_a_chain(group: Any) -> None:
     assert values(group.add_rank_later(group.grow(padded)).get()) == [0]
 
 
+def test_what_is_made_of_a_padded_future_stays_paddable(group: Any) -> None:
+    padded, plain = group.add_rank_later(batch(3, auto_padding=True)), group.grow(batch(1))
+    for made in (
+        padded.select("a"),
+        padded.union(padded.select("a")),
+        padded.select("a").union(padded),
+        DataProtoFuture.concat([plain.select("a"), padded.select("a"), plain.select("a")]),
+    ):
+        whole = values(made.get())
+        assert len(whole) % 2 == 1
+        assert values(group.second(made, made)) == whole
+    assert [values(group.second(part, part)) for part in padded.chunk(2)] == [[0, 1], [3]]
+
+
+def test_a_future_joins_no_batch_that_is_here(backend: Backend, group: Any) -> None:
+    future, data = group.add_rank_later(batch(4)).select("a"), batch(4).select([], ["s"])
+    with pytest.raises(BatchTypeError, match=r"must be a DataProtoFuture; got DataProto: .*pin"):
+        future.union(data)
+    joined = future.union(backend.module.pin(data)).get()
+    assert joined.non_tensor_batch["s"].tolist() == ["s0", "s1", "s2", "s3"]
+
+
+def test_options_place_the_result_without_blocking_too(group: Any) -> None:
+    future = group.add_rank_later.options(map_location="meta")(batch(4))
+    for made in (future, future.select("a"), future.chunk(2)[0], DataProtoFuture.concat([future])):
+        assert made.get().batch["a"].device.type == "meta"
+    assert values(future.get(map_location="cpu")) == [0, 1, 3, 4]
+    assert values(group.add_rank(future)) == [0, 1, 4, 5]
+    assert [float(x.batch["a"].sum()) for _, x, _ in group.echo(future)] == [8, 8]
+    with pytest.raises(ValueError, match=r"later.*references.*\.submit"):
+        group.later.options(map_location="meta")(torch.ones(1))
+
+
 def test_options_choose_ranks(group: Any) -> None:
     assert group.echo.options(ranks=[1])("x") == [(1, "x", None)]
     assert values(group.add_rank.options(ranks=[1, 0])(batch(2))) == [1, 1]
