@@ -18,7 +18,7 @@ LIST = {"dispatch_mode": Dispatch.DP_COMPUTE_METRIC, "uneven": True}
 
 
 class Stage(Worker):
-    """Methods without blocking, whose results are computed by `Model` alike."""
+    """Methods without blocking, and some that look at what arrived."""
 
     @register(**ROWS, blocking=False)
     def step(self, data: DataProto) -> DataProto:
@@ -61,7 +61,7 @@ class Stage(Worker):
         return float(data.batch["x"].sum())
 
     @register(**LIST, reads_only=True)
-    def spoil_borrowed(self, data: DataProto, wait: Any = None) -> None:
+    def spoil_borrowed(self, data: DataProto) -> None:
         data.batch["x"] += 100
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, reads_only=True)

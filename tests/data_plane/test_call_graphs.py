@@ -14,8 +14,6 @@ from single_controller.ray import Colocated, RayWorkerGroup
 from tests.data_plane.stage import batch, xs
 
 PLACES = ["one", "two", "three"]
-METHODS = ["step", "double", "thin"]
-ON_FUTURES = ["select", "halves", "union", "drop", "get"]
 steps = st.one_of(
     st.tuples(
         st.sampled_from(["step", "double", "thin"]), st.sampled_from(PLACES), st.integers(0, 9)
