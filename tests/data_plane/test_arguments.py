@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from tensordict import TensorDict
 
@@ -14,6 +15,7 @@ from protocol import BatchTypeError, DataProto
 from single_controller import SharedMemoryWriteError
 from single_controller.ray import Colocated, RayWorkerGroup, pin
 from tests.data_plane.stage import batch, xs
+from tests.waiting import eventually
 
 MB = 1 << 20
 
@@ -27,6 +29,12 @@ def sent(group: RayWorkerGroup, call: Any) -> float:
     before = sum(row.bytes_out for row in group.stats())
     call()
     return (sum(row.bytes_out for row in group.stats()) - before) / MB
+
+
+def stored() -> int:
+    """Bytes in the object store, as the cluster learns a moment later."""
+    store = "object_store_memory"
+    return int(ray.cluster_resources()[store] - ray.available_resources().get(store, 0))
 
 
 def test_memory_that_several_arguments_show_leaves_once(three: RayWorkerGroup) -> None:
@@ -52,6 +60,21 @@ def test_a_pinned_batch_leaves_never_again(roles: Colocated, three: RayWorkerGro
     assert sum(three.total(pinned)) == 6 * MB / 4
     with pytest.raises(BatchTypeError, match="data must be a DataProto or TensorDict; got list"):
         pin([1])  # type: ignore[arg-type]
+
+
+def test_a_pinned_batch_is_gone_with_the_last_that_holds_it(three: RayWorkerGroup) -> None:
+    gc.collect()
+    before = stored()
+    pinned = pin(DataProto.from_dict({"x": torch.ones(6, 4 * MB)}))  # 96 MB
+    part = pinned.select("x")
+    assert three.total(part) == [8 * MB] * 3
+    del pinned
+    gc.collect()
+    assert eventually(lambda: stored() > before + 60 * MB)
+    assert three.total(part) == [8 * MB] * 3
+    del part
+    gc.collect()
+    assert eventually(lambda: stored() < before + 30 * MB)
 
 
 def test_what_comes_back_is_private_and_writable(three: RayWorkerGroup) -> None:

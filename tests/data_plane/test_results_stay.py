@@ -9,7 +9,13 @@ import pytest
 import ray
 
 from single_controller import GroupBrokenError, SharedMemoryWriteError, WorkerError
-from single_controller.ray import Colocated, RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from single_controller.ray import (
+    Colocated,
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    pin,
+)
 from tests.data_plane.stage import Stage, batch, xs
 from tests.waiting import eventually
 
@@ -45,6 +51,24 @@ def test_a_role_that_reads_only_gets_what_another_made_and_others_a_copy(both: C
     assert [array.tolist() for array in made.get().non_tensor_batch["s"]] == [
         [i] * 3 for i in range(6)
     ]
+
+
+def test_a_role_that_reads_only_gets_it_without_a_publication(both: Colocated) -> None:
+    before = moved(both.one, both.two)
+    made = both.one.step(pin(batch(6)))
+    assert len(both.two.borrowed_addresses(made)) == 2
+    assert moved(both.one, both.two) == before
+
+
+def test_a_future_goes_from_group_to_group_past_the_driver(
+    both: Colocated, three: RayWorkerGroup
+) -> None:
+    made = both.one.step(batch(6))
+    published = both.one.stats()["step"].bytes_between
+    before = [group.stats().driver_bytes for group in (both.one, three)]
+    assert sum(three.total(three.step(made))) == sum(4 * x + 3 for x in range(6))
+    assert [group.stats().driver_bytes for group in (both.one, three)] == before
+    assert both.one.stats()["step"].bytes_between > published
 
 
 def test_rows_that_lie_elsewhere_are_fetched(both: Colocated, three: RayWorkerGroup) -> None:
