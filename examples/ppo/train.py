@@ -5,6 +5,7 @@ processes is in `workers`; what is kept on disk in `records`.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,6 +36,7 @@ from single_controller.ray import (
 __all__ = [
     "READS",
     "Roles",
+    "Seconds",
     "advantages",
     "make_batch",
     "make_tokenizer",
@@ -86,12 +88,15 @@ def started(settings: Settings, tokenizer: Tokenizer) -> Iterator[Roles]:
             }
 
 
+Interval = tuple[float, float]
+
+
 class Seconds:
-    """What each phase of a step took in the workers, and what the step took in all."""
+    """Where a step's time went: when each phase was at work on each rank, and the driver alone."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
-        self.by_phase: dict[str, list[float]] = {}
+        self.worked: dict[str, list[Interval]] = {}  # of each phase, by rank
         self.in_driver = 0.0
 
     @contextlib.contextmanager
@@ -101,28 +106,39 @@ class Seconds:
         yield
         self.in_driver += time.perf_counter() - began
 
-    def add(self, phase: str, by_rank: list[float]) -> None:
-        known = self.by_phase.get(phase, [0.0] * len(by_rank))
-        self.by_phase[phase] = [a + b for a, b in zip(known, by_rank, strict=True)]
-
     def batch(self, phase: str, batch: DataProto) -> DataProto:
-        self.add(phase, batch.meta_info.pop("metrics")["seconds"])
+        self.worked[phase] = batch.meta_info.pop("metrics")["worked"]
         return batch
 
-    def metrics(self, phase: str, shares: list[dict[str, float]]) -> dict[str, float]:
+    def metrics(self, phase: str, shares: list[dict[str, Any]]) -> dict[str, float]:
         """What the ranks' shares add up to."""
-        self.add(phase, [share.pop("seconds") for share in shares])
+        self.worked[phase] = [share.pop("worked") for share in shares]
         return {key: sum(share[key] for share in shares) for key in shares[0]}
 
     def summary(self) -> dict[str, float]:
         """Seconds by phase, of the slowest rank; "driver" is the algorithm's own work there;
-        "controller" is what is left: dispatch, messages, waits for other ranks, collect.
+        "controller" is what is left: dispatch, messages, waits for other ranks, collect. All of
+        them add up to "step".
         """
         total = time.perf_counter() - self.began
-        busy = max(map(sum, zip(*self.by_phase.values(), strict=True)))
-        phases = {phase: max(seconds) for phase, seconds in self.by_phase.items()}
-        left = total - busy - self.in_driver
+        by_rank = [
+            apart(dict(zip(self.worked, of_rank, strict=True)))
+            for of_rank in zip(*self.worked.values(), strict=True)
+        ]
+        phases = max(by_rank, key=lambda seconds: sum(seconds.values()))
+        left = total - sum(phases.values()) - self.in_driver
         return {**phases, "driver": self.in_driver, "controller": left, "step": total}
+
+
+def apart(worked: Mapping[str, Interval]) -> dict[str, float]:
+    """Each phase's seconds. Where phases overlap, as those of roles in processes of their own, the
+    time is that of the phase which began first.
+    """
+    seconds, until = dict.fromkeys(worked, 0.0), -math.inf
+    for phase, (began, ended) in sorted(worked.items(), key=lambda item: item[1]):
+        seconds[phase] = max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return seconds
 
 
 def make_batch(settings: Settings, tokenizer: Tokenizer, step: int) -> DataProto:

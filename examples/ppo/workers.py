@@ -39,18 +39,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def timed(method: F) -> F:
-    """Add the seconds that a rank worked to what it returns."""
+    """Add to what a rank returns when it began and ended, by its node's clock."""
 
     @functools.wraps(method)
     def run(self: Worker, *data: DataProto) -> Any:
         began = time.perf_counter()
         output = method(self, *data)
         get_torch_device().synchronize()
-        seconds = time.perf_counter() - began
+        worked = began, time.perf_counter()
         if isinstance(output, DataProto):
-            output.to("cpu").meta_info["metrics"] = {"seconds": seconds}
+            output.to("cpu").meta_info["metrics"] = {"worked": worked}
             return output
-        return {**output, "seconds": seconds}
+        return {**output, "worked": worked}
 
     return run  # type: ignore[return-value]
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 
+from examples.ppo import train
 from examples.ppo.records import Records
 from examples.ppo.settings import Settings
-from examples.ppo.train import make_tokenizer, started, train_step
+from examples.ppo.train import Seconds, make_tokenizer, started, train_step
 from tests.examples.runs import TOLERANCE, largest_difference, trained
 
 # 9 rows on 2 ranks, in mini-batches of 4, 4 and 1: the last leaves a rank without rows.
@@ -75,9 +77,22 @@ def test_a_step_says_what_it_did_and_where_its_time_went(two_ranks: Any, tmp_pat
         *("driver", "controller", "step"),
     }
     assert all(value > 0 for value in seconds.values())
-    assert seconds["controller"] < seconds["step"]
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["step"])
     records.draw()
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_seconds_of_phases_that_overlap_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 11.0])
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock.__next__))
+    seconds = Seconds()
+    critic, actor = [(10.0, 10.1), (10.05, 10.75)], [(10.0, 10.1), (10.0, 10.5)]
+    shares = {"update critic": critic, "values": [(10.6, 10.7)] * 2, "update actor": actor}
+    for phase, worked in shares.items():
+        seconds.metrics(phase, [{"worked": interval} for interval in worked])
+    expected = {"update critic": 0.25, "values": 0, "update actor": 0.5}
+    expected.update({"driver": 0, "controller": 0.25, "step": 1})
+    assert seconds.summary() == pytest.approx(expected)
 
 
 def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path: Path) -> None:
