@@ -97,10 +97,13 @@ class Timeline:
         return sorted(found, key=lambda m: -m.calls * m.ms.get("run", 0))
 
     def _method(self, title: str, events: Sequence[dict[str, Any]]) -> MethodTimes:
+        durations: dict[str, dict[tuple[int, int], float]] = {}
+        for event in events:
+            of_part = durations.setdefault(event["cat"], {})
+            where = event["args"]["call"], event["pid"]
+            of_part[where] = of_part.get(where, 0) + event["dur"] / 1e3
         ms = {
-            part: statistics.mean(durations)
-            for part in _PARTS
-            if (durations := [e["dur"] / 1e3 for e in events if e["cat"] == part])
+            part: statistics.mean(durations[part].values()) for part in _PARTS if part in durations
         }
         runs: dict[int, list[float]] = {}
         for event in events:
@@ -111,8 +114,8 @@ class Timeline:
             sum(e["args"].get(way, 0) for e in events) / 1e6 for way in ("bytes_out", "bytes_in")
         ]
         calls = len({e["args"]["call"] for e in events})
-        where = "" if slowest is None else self.processes[slowest].partition(" on ")[0]
-        return MethodTimes(title, calls, ms, where, moved[0], moved[1])
+        name = "" if slowest is None else self.processes[slowest].partition(" on ")[0]
+        return MethodTimes(title, calls, ms, name, moved[0], moved[1])
 
     def user_spans(self) -> list[UserTimes]:
         """The spans that programs named, the longest in all first."""

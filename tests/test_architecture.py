@@ -85,6 +85,7 @@ ORDER = [
     "single_controller.inline.distributed",
     "single_controller.inline.loop",
     "single_controller.inline.hosts",
+    "single_controller.inline.tracing",
     "single_controller.inline.calls",
     "single_controller.inline.worker_group",
     "single_controller.inline.roles",

@@ -31,6 +31,9 @@ class CallOptions:
 class Pending(abc.ABC):
     """A call on its way: what a group's `_submit` returns."""
 
+    def run_here(self, record: CallRecord) -> None:  # noqa: B027 — for Ray there is nothing to do
+        """Run the call on ranks that this process holds; those in others run it by themselves."""
+
     @abc.abstractmethod
     def wait(self, timeout_s: float | None) -> list[Any]:
         """The outputs of the ranks that answer. Raises what went wrong.
@@ -175,8 +178,7 @@ class BoundMethod:
         """Send the call and return at once, whatever `blocking` the method is registered with."""
         method = self.options(timeout_s=timeout_s) if timeout_s is not None else self
         record = self.group._recorder.call(self.group.role, self.__name__)
-        with record.span("dispatch"):
-            plan, pending = self.group._send(method, args, kwargs, False, record)
+        plan, pending = self.group._send(method, args, kwargs, False, record)
         return CallFuture(self, plan, pending, record)
 
     def options(

@@ -12,7 +12,7 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ __all__ = [
     "Harvest",
     "clock_id",
     "harvest",
+    "noting",
     "now_ns",
     "record",
     "recording",
@@ -106,6 +107,7 @@ class Buffer:
 
 _buffer: Buffer | None = None
 within: ContextVar[int] = ContextVar("within", default=0)  # the traced call that runs here
+_of_rank: ContextVar[Buffer | None] = ContextVar("_of_rank", default=None)
 
 
 def recording() -> Buffer | None:
@@ -126,6 +128,19 @@ def harvest() -> Harvest:
     global _buffer
     buffer, _buffer = _buffer, None
     return (buffer or Buffer(1)).harvest()
+
+
+@contextlib.contextmanager
+def noting(buffer: Buffer, call: int) -> Generator[None]:
+    """Within this context, the user's spans belong to a call on a rank with a buffer of its own in
+    this process.
+    """
+    tokens = within.set(call), _of_rank.set(buffer)
+    try:
+        yield
+    finally:
+        within.reset(tokens[0])
+        _of_rank.reset(tokens[1])
 
 
 class _Span:
@@ -153,7 +168,7 @@ def span(name: str, **details: Any) -> AbstractContextManager[None]:
     Args:
         details: what a viewer shows beside the name; they must be JSON.
     """
-    return _OFF if _buffer is None else _Span(_buffer, name, details or None)
+    return _OFF if _buffer is None else _Span(_of_rank.get() or _buffer, name, details or None)
 
 
 def clock_id() -> str:

@@ -87,8 +87,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 "place: use options(map_location=…).submit(…), or move what you get"
             )
         record = self._recorder.call(self.role, method.binding.name)
-        with record.span("dispatch"):
-            plan, pending = self._send(method, args, kwargs, deferred, record)
+        plan, pending = self._send(method, args, kwargs, deferred, record)
         if deferred:
             promised = mode.promise(plan, pending.handles(mode.batched))
             if place is not None:
@@ -104,23 +103,25 @@ class WorkerGroup(abc.ABC, Generic[W]):
         deferred: bool,
         record: CallRecord,
     ) -> tuple[Plan, Pending]:
-        _, plan, calls = self._dispatch(method, args, kwargs)
-        answers, ranks = plan.answers, method.call_options.ranks
-        if ranks:
-            at = dict(zip(ranks, calls, strict=True))
-            calls = [at.get(rank) for rank in range(self.world_size)]
-            answers = tuple(ranks[i] for i in answers)
-        pending = self._submit(
-            method.binding.name,
-            calls,
-            answers,
-            method.call_options,
-            record=record,
-            materialize=method.binding.spec.materialize_futures,
-            reads_only=method.binding.spec.reads_only,
-            deferred=deferred and method.mode.batched,
-            transport=method.binding.spec.transport,
-        )
+        with record.span("dispatch"):
+            _, plan, calls = self._dispatch(method, args, kwargs)
+            answers, ranks = plan.answers, method.call_options.ranks
+            if ranks:
+                at = dict(zip(ranks, calls, strict=True))
+                calls = [at.get(rank) for rank in range(self.world_size)]
+                answers = tuple(ranks[i] for i in answers)
+            pending = self._submit(
+                method.binding.name,
+                calls,
+                answers,
+                method.call_options,
+                record=record,
+                materialize=method.binding.spec.materialize_futures,
+                reads_only=method.binding.spec.reads_only,
+                deferred=deferred and method.mode.batched,
+                transport=method.binding.spec.transport,
+            )
+        pending.run_here(record)
         return plan, pending
 
     def _dispatch(
@@ -306,7 +307,9 @@ class WorkerGroup(abc.ABC, Generic[W]):
             raise UnknownMethodError(self._explain_missing(method_name))
         plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
         record = self._recorder.call(self.role, method_name)
-        return self._submit(method_name, calls, plan.answers, CallOptions(), record=record)
+        pending = self._submit(method_name, calls, plan.answers, CallOptions(), record=record)
+        pending.run_here(record)
+        return pending
 
 
 def check_workers_alive(

@@ -7,19 +7,22 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from single_controller.base.method import Pending
 from single_controller.base.plan import Call
 from single_controller.base.rank import NO_BATCH, checked_output
+from single_controller.base.recorder import CallRecord
 from single_controller.base.rows import is_future
 from single_controller.errors import CallTimeoutError, WorkerDiedError, WorkerError
 from single_controller.inline.hosts import InlineHosts, InlineRank
 from single_controller.inline.privacy import Handle, Package
+from single_controller.inline.tracing import UNTRACED, Noted, traced
 
 __all__ = ["Arguments", "InlinePending", "InlineReference", "LocalBatch", "send"]
 
@@ -31,6 +34,7 @@ class InlineReference(Handle):
         self.hosts, self.rank, self.role, self.method = hosts, rank, role, method
         self._package: Package | None = None
         self.error: Exception | None = None
+        self._run = UNTRACED
 
     def done(self) -> bool:
         """Whether the method has returned or raised."""
@@ -47,7 +51,12 @@ class InlineReference(Handle):
         return self._package.open()
 
     def run(
-        self, args: Sequence[Package], names: Sequence[str], arguments: Arguments, keep: bool
+        self,
+        args: Sequence[Package],
+        names: Sequence[str],
+        arguments: Arguments,
+        keep: bool,
+        noted: Noted,
     ) -> None:
         """Run the method on its rank, an async one up to where it first waits."""
         output: Any = None
@@ -57,7 +66,10 @@ class InlineReference(Handle):
                 values = arguments.read(args)
                 self.rank.turns.take(self.role)
                 split = len(values) - len(names)
-                output = function(*values[:split], **dict(zip(names, values[split:], strict=True)))
+                named = dict(zip(names, values[split:], strict=True))
+                self._run = noted(self.rank)
+                with self._run.context():
+                    output = function(*values[:split], **named)
                 wait = inspect.iscoroutinefunction(function) or self.hosts.loop is not None
                 if not (wait and inspect.isawaitable(output)):
                     self._finish(output, keep)
@@ -66,7 +78,8 @@ class InlineReference(Handle):
         if not self.done():
             assert self.hosts.loop is not None
             self.rank.waiting[self] = waiting = self._await(output, keep)
-            self.hosts.loop.start(self.rank.here, waiting)
+            with self._run.context():
+                self.hosts.loop.start(self.rank.here, waiting)
 
     async def _await(self, output: Any, keep: bool) -> None:
         try:
@@ -80,9 +93,11 @@ class InlineReference(Handle):
             self.rank.waiting.pop(self, None)
 
     def _finish(self, output: Any, keep: bool) -> None:
+        self._run.ended()
         self._package = Package(checked_output(output) if keep else None)
 
     def _fail(self, error: BaseException) -> None:
+        self._run.ended()
         self.error = self.rank.failure(self.role, self.method, error)
         if isinstance(self.error, WorkerDiedError):
             self.hosts.died(self.error)
@@ -124,7 +139,7 @@ def send(
     arguments: Arguments,
     timeout_s: float | None,
 ) -> InlinePending:
-    """Run the call on its ranks, one after another.
+    """The call, to be run on its ranks, one after another.
 
     Raises:
         TypeError, pickle.PicklingError: an argument cannot be sent.
@@ -134,25 +149,25 @@ def send(
     for value in chain.from_iterable(values):
         receivers[id(value)] = receivers.get(id(value), 0) + 1
     packages: dict[int, Package] = {}
-    ready = []
+    references: dict[int, InlineReference] = {}
+    starts = []
     for rank, call in enumerate(calls):
         if call is None:
             continue
         for value in values[rank]:
             if id(value) not in packages:
                 packages[id(value)] = Package(value, receivers[id(value)])
-        reference = InlineReference(hosts, hosts.ranks[rank], role, method)
-        ready.append((rank, reference, [packages[id(v)] for v in values[rank]], tuple(call.kwargs)))
-    for rank, reference, args, names in ready:
-        reference.run(args, names, arguments, rank in answers)
-    references = {rank: reference for rank, reference, *_ in ready}
+        references[rank] = InlineReference(hosts, hosts.ranks[rank], role, method)
+        args = [packages[id(v)] for v in values[rank]]
+        keep = rank in answers
+        starts.append(partial(references[rank].run, args, tuple(call.kwargs), arguments, keep))
     return InlinePending(
-        hosts, list(references.values()), [references[rank] for rank in answers], timeout_s
+        hosts, list(references.values()), [references[rank] for rank in answers], timeout_s, starts
     )
 
 
 class InlinePending(Pending):
-    """A call that has run, but for what `async def` methods still wait for.
+    """A call that has run once it is sent, but for what `async def` methods still wait for.
 
     A deadline counts only for those: what has returned came in time.
     """
@@ -163,9 +178,17 @@ class InlinePending(Pending):
         references: Sequence[InlineReference],
         answers: Sequence[InlineReference],
         timeout_s: float | None,
+        starts: Sequence[Callable[[Noted], None]] = (),
     ) -> None:
         self._hosts, self._references, self._answers = hosts, references, answers
-        self._timeout_s = timeout_s
+        self._timeout_s, self._starts = timeout_s, starts
+
+    def run_here(self, record: CallRecord) -> None:
+        starts, self._starts = self._starts, ()  # which hold the arguments
+        with record.span("wait"):
+            noted = traced(self._hosts, record)
+            for start in starts:
+                start(noted)
 
     def wait(self, timeout_s: float | None) -> list[Any]:
         self._hosts.check_current()

@@ -32,6 +32,7 @@ from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.residency import Turns
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import RoleSpec
+from single_controller.base.spans import Buffer
 from single_controller.base.supervisor import tell
 from single_controller.base.table import RankState
 from single_controller.base.worker import Worker, WorkerContext
@@ -73,6 +74,7 @@ class InlineRank:
         self.turns = Turns()
         self._thread: int | None = None  # that runs the rank's code
         self.waiting: dict[Any, Any] = {}  # coroutines of its async methods, by their call
+        self.noted = Buffer(1)  # of the last trace
 
     def build(self, roles: Mapping[str, RoleSpec]) -> None:
         """Construct the workers, in their order.

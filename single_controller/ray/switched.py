@@ -81,6 +81,9 @@ class _WithRayReferences(Pending):
     def __init__(self, pending: Pending) -> None:
         self._pending = pending
 
+    def run_here(self, record: CallRecord) -> None:
+        self._pending.run_here(record)
+
     def wait(self, timeout_s: float | None) -> list[Any]:
         return self._pending.wait(timeout_s)
 
