@@ -202,6 +202,8 @@ class InlinePending(Pending):
         if late:
             stacks = {r.rank.context.rank: r.rank.stack() for r in late}
             ranks = list(stacks)
+            if timeout_s is None:
+                self._hosts.give_up({r.rank.context.rank: r.done for r in late}, limit or 0)
             raise CallTimeoutError(
                 f"{late[0].role}.{late[0].method}: ranks {ranks} of {len(self._hosts.ranks)} had "
                 f"not finished after {limit:g} s",

@@ -47,6 +47,7 @@ __all__ = ["InlineHosts", "InlineRank", "RankInfo"]
 _logger = logging.getLogger(__name__)
 
 _ADDRESS = "127.0.0.1"
+_SETTLE_S = 0.01  # how long calls that were given up get to finish, whose loop stands still
 _OURS = (os.path.dirname(__file__), os.path.dirname(threading.__file__) + "/asyncio")
 
 
@@ -208,6 +209,7 @@ class InlineHosts(Handle):
         self.broken: str | None = None
         self.closed_because: str | None = None
         self.retired = False
+        self._running: list[tuple[int, Callable[[], bool], str]] = []  # rank, whether done, why
         self.on_death: list[Callable[[WorkerDiedError], object]] = []
         self.loop = RankLoop() if has_async_method(roles) else None
         self.ranks: list[InlineRank] = []
@@ -237,8 +239,25 @@ class InlineHosts(Handle):
         """Raise GroupBrokenError where the group takes no more calls."""
         if self.closed_because is not None:
             raise GroupBrokenError(self.closed_because)
+        if self.broken is None and not self._settled():
+            ranks = sorted({rank for rank, *_ in self._running})
+            raise GroupBrokenError(f"ranks {ranks} are still in a call that {self._running[0][2]}")
         if self.broken is not None:
             raise GroupBrokenError(f"{self.broken}. restart() the group, or close() it")
+
+    def _settled(self) -> bool:
+        """Whether the ranks have finished that were still busy when a call was given up."""
+        if self._running and self.loop is not None:
+            self.loop.turn(lambda: all(done() for _, done, _ in self._running), _SETTLE_S)
+            self._running = [(rank, done, why) for rank, done, why in self._running if not done()]
+        return not self._running
+
+    def give_up(self, running: Mapping[int, Callable[[], bool]], timeout_s: float) -> None:
+        """Note ranks whose deadline has passed, each with what says whether it is done: until they
+        are, no call may follow.
+        """
+        why = f"was given up after {timeout_s:g} s"
+        self._running += [(rank, done, why) for rank, done in running.items()]
 
     def check_current(self) -> None:
         """Raise GroupBrokenError where other hosts have taken over."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import pickle
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
+from single_controller import CallTimeoutError, GroupBrokenError, WorkerDiedError, WorkerError
 from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
 from tests.conformance.conftest import Backend
+from tests.waiting import eventually
 
 
 class OddError(Exception):
@@ -138,6 +142,38 @@ def test_a_rank_that_exits_is_a_death_and_breaks_the_group(backend: Backend) -> 
         assert "alive" not in [row.state for row in group.describe().rows]
         with pytest.raises(GroupBrokenError, match="lost a rank"):
             group.act("fine")
+
+
+class Patient(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def wait_for(self, file: Path) -> str:
+        while not file.exists():
+            await asyncio.sleep(0.01)
+        return "done"
+
+
+def test_after_a_deadline_the_group_takes_no_call_until_its_ranks_have_finished(
+    backend: Backend, tmp_path: Path
+) -> None:
+    file = tmp_path / "go"
+    with backend.group(backend.spec(Patient)) as group:
+        future = group.wait_for.submit(file)
+        with pytest.raises(CallTimeoutError):  # this wait alone: the call may go on
+            future.result(timeout=0.01)
+        with pytest.raises(CallTimeoutError):
+            group.wait_for.options(timeout_s=0.01)(file)
+        given_up = r"ranks \[0, 1\] are still in a call that was given up after 0\.01 s"
+        with pytest.raises(GroupBrokenError, match=given_up):
+            group.wait_for(file)
+        file.touch()
+        assert future.result() == ["done"] * 2
+
+        def usable() -> bool:
+            with contextlib.suppress(GroupBrokenError):
+                return bool(group.wait_for(file) == ["done"] * 2)
+            return False
+
+        assert eventually(usable, 10)
 
 
 def test_a_closed_group_says_so_and_closing_twice_is_fine(backend: Backend) -> None:
