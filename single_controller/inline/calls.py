@@ -99,7 +99,7 @@ class InlineReference(Handle):
     def _fail(self, error: BaseException) -> None:
         self._run.ended()
         self.error = self.rank.failure(self.role, self.method, error)
-        if isinstance(self.error, WorkerDiedError):
+        if isinstance(error, SystemExit) and isinstance(self.error, WorkerDiedError):
             self.hosts.died(self.error)
 
 
@@ -212,7 +212,7 @@ class InlinePending(Pending):
             )
         errors = [r.error for r in self._references if r.error is not None]
         if errors:
-            first = next((e for e in errors if isinstance(e, WorkerDiedError)), errors[0])
+            first = min(errors, key=_order)
             if isinstance(first, WorkerError):
                 first.failed_ranks = len(errors)
             raise first
@@ -228,6 +228,11 @@ class InlinePending(Pending):
         if not batched:
             return list(self._answers)
         return [LocalBatch(reference, tuple(self._references)) for reference in self._answers]
+
+
+def _order(error: Exception) -> tuple[bool, float]:
+    """A death first, then by time: others may have failed because of it."""
+    return not isinstance(error, WorkerDiedError), getattr(error, "when", math.inf)
 
 
 @dataclass(frozen=True)

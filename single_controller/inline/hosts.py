@@ -207,6 +207,7 @@ class InlineHosts(Handle):
         self.address = (_ADDRESS, rendezvous.port)
         self.roles = tuple(roles)
         self.broken: str | None = None
+        self._dead: set[int] = set()
         self.closed_because: str | None = None
         self.retired = False
         self._running: list[tuple[int, Callable[[], bool], str]] = []  # rank, whether done, why
@@ -230,10 +231,9 @@ class InlineHosts(Handle):
         ]
 
     def states(self) -> list[RankState]:
-        """How each rank is. The end of one that asked for it leaves the others alive."""
-        if not self._end.alive:
-            return ["dead"] * len(self.infos)
-        return ["broken" if self.broken else "alive"] * len(self.infos)
+        """How each rank is; one whose group takes no calls is broken, or has asked for its end."""
+        dead = [not self._end.alive or info.rank in self._dead for info in self.infos]
+        return ["dead" if gone else "broken" if self.broken else "alive" for gone in dead]
 
     def check_usable(self) -> None:
         """Raise GroupBrokenError where the group takes no more calls."""
@@ -266,8 +266,9 @@ class InlineHosts(Handle):
 
     def died(self, error: WorkerDiedError) -> None:
         """A rank asked for the end of its process: the group takes no more calls."""
-        first, self.broken = self.broken is None, f"the group lost a rank: {error.args[0]}"
-        if first:
+        self._dead.add(error.rank)
+        if self.broken is None:
+            self.broken = f"the group lost a rank: {error.args[0]}"
             for told in self.on_death:
                 _logger.error("%s", error.args[0])
                 tell(told, error)

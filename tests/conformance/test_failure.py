@@ -139,7 +139,8 @@ def test_a_rank_that_exits_is_a_death_and_breaks_the_group(backend: Backend) -> 
         with pytest.raises(WorkerDiedError, match=r"Fragile\.act: rank 1 ") as caught:
             group.act(PerRank(["fine", "exit"]))
         assert caught.value.rank == 1
-        assert "alive" not in [row.state for row in group.describe().rows]
+        states = ["broken", "dead"]
+        assert eventually(lambda: [row.state for row in group.describe().rows] == states, 10)
         with pytest.raises(GroupBrokenError, match="lost a rank"):
             group.act("fine")
 

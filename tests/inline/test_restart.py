@@ -47,6 +47,15 @@ class Async(Worker):
         if now:
             sys.exit(3)
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def nap_and_leave(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        sys.exit(3)
+
+    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    def make_leave(self, other: Any) -> None:
+        other.leave(True)
+
 
 @pytest.fixture
 def group() -> Iterator[Any]:
@@ -87,6 +96,28 @@ def test_a_death_is_told_at_once_also_after_a_restart_whatever_else_is_told_rais
 def test_an_interval_at_which_nobody_can_look_is_refused(group: Any, wrong: float) -> None:
     with pytest.raises(ValueError, match="every_n_seconds must be a finite number above 0; got"):
         group.start_worker_aliveness_check(wrong)
+
+
+def test_of_several_ranks_that_die_all_are_shown_as_dead_and_the_first_is_named(
+    group: Any,
+) -> None:
+    for match in (r"rank 0 ", r"lost a rank: .*rank 0 "):
+        with pytest.raises((WorkerDiedError, GroupBrokenError), match=match):
+            group.leave(True)
+    assert [row.state for row in group.describe().rows] == ["dead", "dead"]
+    group.restart()
+    for match in (r"rank 1 ", r"lost a rank: .*rank 1 "):
+        with pytest.raises((WorkerDiedError, GroupBrokenError), match=match):
+            group.nap_and_leave(PerRank([0.02, 0]))
+    assert [row.state for row in group.describe().rows] == ["dead", "dead"]
+
+
+def test_the_death_of_another_groups_rank_breaks_that_group_alone(group: Any) -> None:
+    with InlineWorkerGroup(None, ClassWithInitArgs(Async)) as other:
+        with pytest.raises(WorkerDiedError, match=r"Async\.leave: rank 0 "):
+            group.make_leave(other)
+        assert other.describe().rows[0].state == "dead"
+        assert group.look() == ["", ""]
 
 
 def test_a_stack_is_that_of_the_thread_which_runs_the_rank_or_of_what_it_awaits(
