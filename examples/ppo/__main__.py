@@ -79,7 +79,8 @@ def main() -> int:
     if records.history:
         report(records)
     if records.steps_done < settings.steps:
-        print(f"stopped after {records.steps_done} steps; --resume goes on", file=sys.stderr)
+        how = "--resume goes on" if records.checkpoint else "with no checkpoint to go on from"
+        print(f"stopped after {records.steps_done} steps; {how}", file=sys.stderr)
         return 130
     return 0
 

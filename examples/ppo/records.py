@@ -23,10 +23,10 @@ FREE_TO_CHANGE = {
 
 
 class Records:
-    """The output folder of a run.
+    """The output folder of a run. One that was stopped before its first checkpoint is begun anew.
 
     Raises:
-        ValueError: there is a run in the folder, and `resume` is not set; or it is, and the
+        ValueError: there is a checkpoint in the folder, and `resume` is not set; or it is, and the
             checkpoint is of a run with other settings.
         FileNotFoundError: `resume` is set, and there is no checkpoint.
     """
@@ -37,16 +37,20 @@ class Records:
         self.history: list[dict[str, Any]] = []
         self.folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = max(self.folder.glob("step-[0-9]*[0-9]"), default=None)
-        if not settings.resume:
-            if self.metrics_file.exists():
-                raise ValueError(
-                    f"there is a run in {self.folder} already: pass --resume to go on with it, or "
-                    "another --output"
+        if settings.resume:
+            if self.checkpoint is None:
+                raise FileNotFoundError(
+                    f"--resume: there is no checkpoint in {self.folder}; without --resume the run "
+                    "begins anew"
                 )
-        elif self.checkpoint is None:
-            raise FileNotFoundError(f"--resume: there is no checkpoint in {self.folder}")
-        else:
             self._read(self.checkpoint)
+        elif self.checkpoint is not None:
+            raise ValueError(
+                f"there is a run in {self.folder} already: pass --resume to go on with it, or "
+                "another --output"
+            )
+        else:
+            self.metrics_file.unlink(missing_ok=True)
 
     def _read(self, checkpoint: Path) -> None:
         state = json.loads((checkpoint / "state.json").read_text())

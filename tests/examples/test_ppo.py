@@ -97,16 +97,24 @@ def test_the_seconds_of_phases_that_overlap_count_once(monkeypatch: pytest.Monke
 
 def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path: Path) -> None:
     settings = replace(UNEVEN, output=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        Records(replace(settings, resume=True))
     records = Records(settings)
     records.add({"step": 0})
+    records.save({})
     with pytest.raises(ValueError, match="pass --resume"):
         Records(settings)
-    records.save({})
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         Records(replace(settings, resume=True, seed=1))
     assert Records(replace(settings, resume=True, ranks=1, steps=99)).steps_done == 1
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    settings = replace(UNEVEN, output=str(tmp_path))
+    Records(settings).add({"step": 0})
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .* without --resume"):
+        Records(replace(settings, resume=True))
+    again = Records(settings)
+    assert again.steps_done == 0
+    assert not again.metrics_file.exists()
 
 
 @pytest.mark.parametrize(
