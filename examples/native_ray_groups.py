@@ -85,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_gpu = connect(processes=2 * PER_GROUP)
     bundle = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1}
     group = placement_group([bundle] * 2 * PER_GROUP, strategy=strategy)
-    if not group.wait(60):
-        print(f"the cluster has no room for {2 * PER_GROUP} bundles of {bundle}: {strategy}")
-        return 1
     workers: list[Any] = []
     try:
+        if not group.wait(60):
+            print(f"the cluster has no room for {2 * PER_GROUP} bundles of {bundle}: {strategy}")
+            return 1
         for i, model_class in enumerate(MODELS):
             workers += start_group(group, i * PER_GROUP, model_class, on_gpu)
         gradients = [

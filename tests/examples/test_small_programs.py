@@ -11,8 +11,11 @@ import pytest
 
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 
+from ray.util.placement_group import PlacementGroup, placement_group_table
+
 from examples import native_ray_groups, pipeline, two_groups
 from examples.ppo.settings import Settings
+from tests.waiting import eventually
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,17 @@ def test_both_ways_to_run_two_groups_compute_the_same(
     native = RESULTS.findall(capsys.readouterr().out)
     two_groups.main(["--strategy", strategy])
     assert RESULTS.findall(capsys.readouterr().out) == native
+
+
+def test_a_reservation_that_does_not_come_is_given_back(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(PlacementGroup, "wait", lambda *_: False)
+    before = placement_group_table().keys()
+    assert native_ray_groups.main([]) == 1
+    assert "the cluster has no room" in capsys.readouterr().out
+    [asked] = placement_group_table().keys() - before
+    assert eventually(lambda: placement_group_table()[asked]["state"] == "REMOVED", 10)
 
 
 def test_the_pipeline_shows_when_each_role_was_at_work(
