@@ -1,8 +1,12 @@
-"""Short runs of examples/ppo on the session's cluster."""
+"""Short runs of examples/ppo, on groups and as a program."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ from single_controller.ray import RayWorkerGroup
 
 TOLERANCE = 1e-5
 """Of parameters after three steps: sums of float32 in another order, through Adam."""
+ROOT = Path(__file__).parents[2]
 
 
 def parameters(group: RayWorkerGroup) -> dict[str, torch.Tensor]:
@@ -33,3 +38,23 @@ def trained(settings: Any, roles: Any, steps: Iterable[int]) -> dict[str, dict[s
     for step in steps:
         train_step(settings, roles, make_tokenizer(settings), step)
     return {role: parameters(roles[role]) for role in ("actor", "critic") if role in roles}
+
+
+def run(*options: str, output: Path, address: str = "") -> subprocess.Popen[str]:
+    """The program; without an address it starts Ray itself, in its own process group."""
+    sizes = ["--prompts", "9", "--mini-batch", "4", "--hidden-size", "32", "--device", "cpu"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "examples.ppo", *sizes, *options, "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": address},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(*options: str, output: Path, address: str) -> None:
+    with run(*options, output=output, address=address) as program:
+        errors = program.communicate(timeout=120)[1]
+        assert program.returncode == 0, errors

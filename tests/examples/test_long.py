@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +18,10 @@ pytest.importorskip("transformers", reason="the examples extra is not installed"
 
 from examples.ppo.settings import Settings
 from examples.ppo.train import make_tokenizer, started, train_step
-from tests.examples.runs import TOLERANCE, largest_difference, trained
+from tests.examples.runs import TOLERANCE, finish, largest_difference, run, trained
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
 UNEVEN = Settings(prompts=9, mini_batch=4, epochs=1, hidden_size=32, device="cpu", threads=1)
 FIRST, LAST, ENOUGH = 0.2, 0.9, 5
 
@@ -70,30 +67,10 @@ def test_other_ways_to_shard_and_to_place_the_roles_learn_the_same(
         assert largest_difference(got[role], expected[role]) < TOLERANCE
 
 
-def run(*options: str, output: Path, address: str = "") -> subprocess.Popen[str]:
-    """The program; without an address it starts Ray itself, in its own process group."""
-    sizes = ["--prompts", "9", "--mini-batch", "4", "--hidden-size", "32", "--device", "cpu"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "examples.ppo", *sizes, *options, "--output", str(output)],
-        cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": address},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def curves(output: Path) -> list[tuple[Any, ...]]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     keys = ("step", "reward", "kl", "actor/loss", "critic/loss", "actor/grad_norm")
     return [tuple(line[key] for key in keys) for line in lines]
-
-
-def finish(*options: str, output: Path, address: str) -> None:
-    with run(*options, output=output, address=address) as program:
-        errors = program.communicate(timeout=120)[1]
-        assert program.returncode == 0, errors
 
 
 def test_a_run_that_ctrl_c_ended_goes_on_as_if_it_had_not(cluster: None, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 
@@ -16,7 +18,7 @@ from examples.ppo import train
 from examples.ppo.records import Records
 from examples.ppo.settings import Settings
 from examples.ppo.train import Seconds, make_tokenizer, started, train_step
-from tests.examples.runs import TOLERANCE, largest_difference, trained
+from tests.examples.runs import TOLERANCE, finish, largest_difference, trained
 
 # 9 rows on 2 ranks, in mini-batches of 4, 4 and 1: the last leaves a rank without rows.
 UNEVEN = Settings(
@@ -105,6 +107,17 @@ def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         Records(replace(settings, resume=True, seed=1))
     assert Records(replace(settings, resume=True, ranks=1, steps=99)).steps_done == 1
+
+
+def test_the_program_leaves_metrics_a_picture_and_a_checkpoint(
+    cluster: None, tmp_path: Path
+) -> None:
+    address = str(ray.get_runtime_context().gcs_address)
+    finish("--steps", "2", "--ranks", "1", "--epochs", "1", output=tmp_path, address=address)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "step-000002" / "state.json").exists()
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:

@@ -33,20 +33,16 @@ def test_every_example_says_how_to_use_it(
 RESULTS = re.compile(r"^\w+: losses .*norm .*$|^the groups' gradients differ$", re.MULTILINE)
 
 
-def test_two_groups_train_two_models_side_by_side(
-    cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    two_groups.main(["--strategy", "SPREAD"])
-    assert len(RESULTS.findall(capsys.readouterr().out)) == 3
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("strategy", ["PACK", "STRICT_PACK"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["SPREAD", *(pytest.param(name, marks=pytest.mark.long) for name in ("PACK", "STRICT_PACK"))],
+)
 def test_both_ways_to_run_two_groups_compute_the_same(
     strategy: str, cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    native_ray_groups.main([])
+    assert native_ray_groups.main(["--strategy", strategy]) == 0
     native = RESULTS.findall(capsys.readouterr().out)
+    assert len(native) == 3
     two_groups.main(["--strategy", strategy])
     assert RESULTS.findall(capsys.readouterr().out) == native
 
