@@ -13,8 +13,10 @@ from tensordict import TensorDict
 from protocol import dense, meta, tensordict_rows, tensordict_utils
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, MissingKeyError, RowCountError
+from protocol.plain import arrival
 from protocol.shards import balanced_sizes, equal_sizes
-from protocol.wire import reading
+from protocol.table import Array
+from protocol.wire import Reading, reading
 
 __all__ = [
     "Batch",
@@ -119,8 +121,8 @@ def copy_batch(x: Batch) -> Batch:
 
 
 def detach_batch(x: Batch) -> Batch:
-    """The same memory without autograd's graph. Adding or replacing columns and changing
-    meta_info does not show in `x`.
+    """The same tensors without autograd's graph, and arrays of its own. Adding or replacing columns
+    and changing meta_info does not show in `x`.
     """
     if isinstance(x, DataProto):
         return x.detached()
@@ -137,17 +139,26 @@ def batch_tensors(x: Batch) -> list[torch.Tensor]:
 
 def lend_rows(x: Batch, start: int, stop: int) -> Batch:
     """Rows `start:stop` of a batch that others use, as the reader asked for them to be read
-    (`protocol.wire.reading`): copies on the same device, or views.
+    (`protocol.wire.reading`): copies on the same device, or views, where arrays are read-only.
     """
     rows, how = slice_batch(x, start, stop), reading()
     if how == "own":
         return copy_batch(rows)
-    if how == "join" and isinstance(rows, DataProto):
+    if isinstance(rows, DataProto):
+        rows.meta_info = copy.deepcopy(rows.meta_info)
         arrays = rows.non_tensor_batch.items()
-        rows.non_tensor_batch = {
-            key: copy.deepcopy(array) if array.dtype.hasobject else array for key, array in arrays
-        }
+        rows.non_tensor_batch = {key: _lent_array(array, how) for key, array in arrays}
     return rows
+
+
+def _lent_array(array: Array, how: Reading) -> Array:
+    if array.dtype.hasobject:
+        seen = arrival(array, "view") if how == "view" else None
+        array = copy.deepcopy(array) if seen is None else seen
+    else:
+        array = array.view()
+    array.flags.writeable = how != "view"
+    return array
 
 
 def on_one_device(batches: Sequence[Batch]) -> list[Batch]:

@@ -264,8 +264,9 @@ class Table(_Parts):
         return twin
 
     def detached(self: _Self) -> _Self:
-        """The same tensors without autograd's graph, with a meta_info of their own."""
+        """The same tensors without autograd's graph, with arrays and a meta_info of their own."""
         twin = self._map(dense.detached, len(self))
+        twin.non_tensor_batch = {key: a.copy() for key, a in self.non_tensor_batch.items()}
         twin.meta_info = copy.deepcopy({k: dense.detached(v) for k, v in self.meta_info.items()})
         return twin
 

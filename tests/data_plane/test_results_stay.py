@@ -46,6 +46,8 @@ def test_a_role_that_reads_only_gets_what_another_made_and_others_a_copy(both: C
     here = both.two.borrowed_addresses(made)
     assert both.one.borrowed_addresses(made) == here
     assert all(a != b for a, b in zip(both.two.addresses(made), here, strict=True))
+    with pytest.raises(ValueError, match="read-only"):
+        both.two.spoil_borrowed_arrays(made)
     assert sum(both.two.spoil(made)) == sum(2 * x + 1 + 100 for x in range(6))
     assert xs(made.get()) == [2 * x + 1 for x in range(6)]
     assert [array.tolist() for array in made.get().non_tensor_batch["s"]] == [

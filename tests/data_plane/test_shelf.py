@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -55,6 +56,16 @@ def test_what_was_claimed_outlives_its_release() -> None:
         assert xs(found.batch()) == [0, 1, 2]
         assert kept_here("call:1") is None
     assert kept_here("call:0") is None
+
+
+def test_a_maker_may_write_on_in_the_arrays_that_it_returned() -> None:
+    base = np.arange(4)
+    names = np.array(["a", "b"], dtype=object)
+    place = kept(DataProto.from_dict(None, {"n": base[:2], "s": names}))
+    base += 10
+    names[0] = "z"
+    arrays = place.batch().non_tensor_batch
+    assert [arrays["n"].tolist(), arrays["s"].tolist()] == [[0, 1], ["a", "b"]]
 
 
 @pytest.mark.parametrize("wrap", [DataProto.from_dict, lambda x: TensorDict(x, [2])])

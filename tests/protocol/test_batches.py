@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from protocol.batches import (
     concat_batches,
     equal_sizes,
     is_batch,
+    lend_rows,
     pad_batch,
     select_keys,
     slice_batch,
@@ -33,6 +36,7 @@ from protocol.errors import (
 )
 from protocol.shards import padded_sizes
 from protocol.tensordict_utils import get, get_tensordict
+from protocol.wire import read_as
 
 Make = Callable[[int], Batch]
 
@@ -174,3 +178,37 @@ def test_kinds_are_not_mixed() -> None:
 def test_there_must_be_something_to_concatenate() -> None:
     with pytest.raises(BatchError, match="at least one"):
         concat_batches([])
+
+
+def lender() -> DataProto:
+    """Its second object column holds one list twice, which only a pickler knows for the same."""
+    arrays = {"n": np.arange(4), "s": [np.zeros(2) for _ in range(4)], "l": [[0]] * 4}
+    return DataProto.from_dict({"x": torch.zeros(4)}, arrays, {"k": [1]})
+
+
+def test_rows_lent_as_a_view_share_numbers_and_nobody_can_write_into_their_arrays() -> None:
+    data = lender()
+    with read_as("view"):
+        seen = lend_rows(data, 0, 4)
+    arrays = seen.non_tensor_batch
+    assert seen.batch["x"].data_ptr() == data.batch["x"].data_ptr()
+    assert arrays["n"].ctypes.data == data.non_tensor_batch["n"].ctypes.data
+    assert arrays["s"][0].ctypes.data == data.non_tensor_batch["s"][0].ctypes.data
+    for array in (*arrays.values(), arrays["s"][0]):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 7
+    arrays["l"][0].append(7)
+    seen.meta_info["k"].append(7)
+    assert data.diff(lender()) == []
+    data.non_tensor_batch["n"][0] = 7  # the lender's own stay as they were
+
+
+@pytest.mark.parametrize("how", ["own", "join"])
+def test_what_is_no_column_of_numbers_is_private_to_who_joins_lent_rows(how: Any) -> None:
+    data = lender()
+    with read_as(how):
+        seen = lend_rows(data, 1, 4)
+    seen.non_tensor_batch["s"][0].fill(7)
+    seen.non_tensor_batch["l"][0].append(7)
+    seen.meta_info["k"].append(7)
+    assert data.diff(lender()) == []
