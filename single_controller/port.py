@@ -1,8 +1,8 @@
 """`python -m single_controller.port FILE... [--write]`: a program's imports from veRL become ours.
 
-It edits the text of imports, of dotted uses and of strings that are such a name, nothing else, and
-lists by line what it could not map. Which names exist here it reads from the sources of this
-library, and imports none of them.
+It edits the text of imports, of dotted uses, in quoted annotations too, and of strings that are
+such a name, nothing else, and lists by line what it could not map. Which names exist here it reads
+from the sources of this library, and imports none of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import io
 import re
 import sys
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +114,8 @@ class _Port:
         for node in nodes:
             if isinstance(node, ast.ImportFrom) and _IS_VERL(node.module or "") and not node.level:
                 self._from_import(node, node.module or "")
+        self._unquote(nodes)
+        nodes = list(ast.walk(self.tree))
         inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
         for node in nodes:
             if isinstance(node, ast.Attribute) and id(node) not in inner:
@@ -129,6 +131,40 @@ class _Port:
     def _span(self, node: ast.expr | ast.stmt | ast.alias) -> tuple[int, int]:
         end = self.starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
         return self.starts[node.lineno - 1] + node.col_offset, end
+
+    def _unquote(self, nodes: Sequence[ast.AST]) -> None:
+        """Put what annotations quote into the tree, as if it were written without quotes."""
+        inside = _Unquoted(self._unquoted)
+        for node in nodes:
+            for name in ("annotation", "returns"):
+                if isinstance(annotation := getattr(node, name, None), ast.expr):
+                    setattr(node, name, inside.visit(annotation))
+            if isinstance(node, ast.Call) and node.args and _called(node) == "cast":
+                node.args[0] = inside.visit(node.args[0])
+
+    def _unquoted(self, node: ast.Constant, text: str) -> ast.expr:
+        """The expression that a string is, if it names something of veRL's."""
+        try:
+            inner = ast.parse(text, mode="eval").body
+        except (SyntaxError, ValueError):
+            return node
+        names = {n.id for n in ast.walk(inner) if isinstance(n, ast.Name)} & self.roots.keys()
+        if not names or not self._is_plain(node, text):
+            if "verl" in names:
+                self._unknown(node.lineno, repr(text))
+                self.kept = True
+            return node
+        for part in ast.walk(inner):
+            if isinstance(part, ast.expr):
+                part.lineno = part.end_lineno = node.lineno
+                part.col_offset += node.col_offset + 1
+                part.end_col_offset = (part.end_col_offset or 0) + node.col_offset + 1
+        return inner
+
+    def _is_plain(self, node: ast.Constant, text: str) -> bool:
+        """Whether a string is one literal without prefix and escapes."""
+        start, end = self._span(node)
+        return self.text[start + 1 : end - 1] == text.encode()
 
     def _unknown(self, line: int, old: str) -> None:
         self.problems.append((line, f"{old}, left as it was"))
@@ -198,8 +234,8 @@ class _Port:
 
     def _string(self, node: ast.Constant, old: str) -> None:
         """Rewrite what `import_module`, `patch` and their like are given."""
-        found, (start, end) = _first_found(old), self._span(node)
-        if found is None or self.text[start + 1 : end - 1] != old.encode():  # not one plain literal
+        found, start = _first_found(old), self._span(node)[0]
+        if found is None or not self._is_plain(node, old):
             self._unknown(node.lineno, repr(old))
         else:
             self.edits.append((start + 1, start + 1 + len(found), _new_name(found)))
@@ -216,13 +252,31 @@ class _Port:
         call = node.value if isinstance(node, ast.Expr) else node
         if not isinstance(call, ast.Call):
             return
-        called = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        called = _called(call)
         if called in _CALLS:
             self.notes.append((line, f"{called}: {_CALLS[called]}"))
         if called == "union" and isinstance(node, ast.Expr):
             self.notes.append((line, "union: returns a new batch and changes neither"))
         if called.startswith("execute_all") and any(ast.unparse(a)[0] == "[" for a in call.args):
             self.notes.append((line, f"{called}: lists go whole to all; PerRank scatters"))
+
+
+def _called(call: ast.Call) -> str:
+    return str(getattr(call.func, "attr", getattr(call.func, "id", "")))
+
+
+class _Unquoted(ast.NodeTransformer):
+    """Replaces the strings in an annotation, other than those of a `Literal`."""
+
+    def __init__(self, replace: Callable[[ast.Constant, str], ast.expr]) -> None:
+        self._replace = replace
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        literal = ast.unparse(node.value).rpartition(".")[2] == "Literal"
+        return node if literal else self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return self._replace(node, node.value) if isinstance(node.value, str) else node
 
 
 def _statement(module: str, names: list[ast.alias], comments: dict[str, str], indent: str) -> str:

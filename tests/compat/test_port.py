@@ -101,6 +101,20 @@ ROOT = Path(__file__).parents[2]
             'import_module("single_controller.ray.base")\n'
             "patch('protocol.DataProto.concat')\n_target_ = 'protocol.DataProto'",
         ),
+        (
+            "import verl.protocol\nx: 'list[verl.protocol.DataProto]'",
+            "import protocol\nx: 'list[protocol.DataProto]'",
+        ),
+        ("import verl\nx: 'verl.DataProto'", "import protocol\nx: 'protocol.DataProto'"),
+        (
+            "import verl\ndef f(é: \"dict['ü', verl.DataProto]\", k: Literal['verl.DataProto'],\n"
+            "      o: Optional['verl.DataProto']) -> 'verl.DataProto | None':\n"
+            "    return cast('verl.DataProto', o)",
+            "import protocol\ndef f(é: \"dict['ü', protocol.DataProto]\", "
+            "k: Literal['protocol.DataProto'],\n"
+            "      o: Optional['protocol.DataProto']) -> 'protocol.DataProto | None':\n"
+            "    return cast('protocol.DataProto', o)",
+        ),
         ("from .verl import x\nfrom verlib import y\nverl.z\n",) * 2,
     ],
 )
@@ -143,6 +157,13 @@ def test_imports_and_dotted_uses_are_rewritten_and_the_rest_of_the_text_stays(
         ),
         ("logging.getLogger('verl.trainer')\n'about verl.protocol.'", [1], None),
         ("x = f'verl.protocol'\ny = 'verl.' 'protocol'\nz = r'verl.protocol'", [1, 2, 3], None),
+        (
+            "import verl\nx: 'list[verl.trainer.PPO]'\ny: 'list[' 'verl.DataProto]'\n"
+            "def f(z: 'verl.DataProto') -> r'set[verl.DataProto]': pass",
+            [1, 2, 3, 4],
+            "import verl, protocol\nx: 'list[verl.trainer.PPO]'\ny: 'list[' 'verl.DataProto]'\n"
+            "def f(z: 'protocol.DataProto') -> r'set[verl.DataProto]': pass",
+        ),
         (
             "import verl\nx = verl.DataProto\ndef f(protocol):\n    protocol = 1",
             [3, 4],
