@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from tensordict import TensorDict, TensorDictBase
 
 from protocol.errors import BatchError, BatchTypeError
 
 __all__ = [
     "count",
+    "device",
     "flag",
     "instance",
     "key_list",
@@ -49,6 +51,30 @@ def tensordict(name: str, value: object) -> TensorDict:
     if not isinstance(value, TensorDictBase):
         raise _wrong(name, "a TensorDict", value)
     return value
+
+
+def device(name: str, value: object, used: bool) -> torch.device:
+    """A device of torch's; with `used`, one that this process has."""
+    try:
+        found: torch.device = torch.device(value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        raise BatchTypeError(
+            f"{name} must be one of torch's, such as 'cuda:0'; got {short(value)}: {error}"
+        ) from None
+    try:
+        if used:
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ImportError) as error:  # all of them torch's own
+        there = [
+            f"{kind}:{i}"
+            for kind in ("cuda", "npu", "xpu")
+            if hasattr(torch, kind)
+            for i in range(getattr(torch, kind).device_count())
+        ]
+        raise BatchError(
+            f"{name} must be one that this process has: {', '.join(['cpu', *there])}; got '{found}'"
+        ) from error
+    return found
 
 
 def list_of(kind: type[_T], name: str, values: object) -> Sequence[_T]:

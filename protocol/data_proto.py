@@ -138,16 +138,14 @@ class DataProto(Table):
     # In place
 
     def to(self, device: torch.device | str | int) -> DataProto:
-        """Move the tensors of this batch; returns the batch."""
-        try:
-            torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise BatchTypeError(
-                f"device must be one of torch's, such as 'cuda:0'; got {checks.short(device)}: "
-                f"{error}"
-            ) from None
+        """Move the tensors of this batch; returns the batch.
+
+        Raises:
+            BatchError: this process has no such device.
+        """
+        found = checks.device("device", device, used=self.batch is not None)
         if self.batch is not None:
-            self.batch = self.batch.to(device)
+            self.batch = self.batch.to(found)
         return self
 
     def pop(

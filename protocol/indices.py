@@ -38,23 +38,19 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
             f"Indexing with {type(index)} is not supported: rows are selected by an int, slice, "
             f"list, ndarray or tensor; got {index!r:.80}"
         )
-    at = torch.empty(0, 0)
+    at = None
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
         at = index if isinstance(index, torch.Tensor) else torch.from_numpy(np.array(index))
-    if at.numel() == 0 and at.dim() == 1 and at.dtype != torch.bool:
+    wanted = f"an index must be one list of integers or booleans; got {index!r:.200}"
+    if at is None or at.is_nested:
+        raise BatchTypeError(wanted)
+    if at.dim() != 1:
+        raise BatchTypeError(f"{wanted}, which has shape {tuple(at.shape)}")
+    if at.numel() == 0 and at.dtype != torch.bool:
         return torch.empty(0, dtype=torch.int64)
     # A uint8 tensor is refused: torch reads it as a mask, numpy as positions.
-    if (
-        at.is_nested
-        or at.dim() != 1
-        or at.is_floating_point()
-        or at.is_complex()
-        or at.dtype == torch.uint8
-    ):
-        raise BatchTypeError(
-            f"an index must be one list of integers or booleans; got {index!r:.200} "
-            f"({at.dtype}; make a mask with .bool())"
-        )
+    if at.is_floating_point() or at.is_complex() or at.dtype == torch.uint8:
+        raise BatchTypeError(f"{wanted} ({at.dtype}; make a mask with .bool())")
     if at.dtype == torch.bool:
         if len(at) != rows:
             raise RowIndexError(f"a mask needs one entry per row: {rows} rows, {len(at)} entries")

@@ -37,7 +37,7 @@ def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, tor
     for key, value in batch.items():
         path = (*prefix, key)
         if isinstance(value, torch.Tensor):
-            found[path if prefix else key] = value
+            found[path if prefix else key] = _with_rows("batch", key, value)
         elif isinstance(value, TensorDictBase):
             found.update(leaves(value, path))
         else:
@@ -52,14 +52,24 @@ def checked_tensors(tensors: object) -> dict[Any, torch.Tensor]:
     """The tensors that a caller gives in a dict; none for None.
 
     Raises:
-        BatchTypeError: something that is not a tensor, or a key that a TensorDict cannot have.
+        BatchTypeError: something that is not a tensor, a sparse one, or a key that a TensorDict
+            cannot have.
     """
     return {
-        checks.named("a key of tensors", key): checks.instance(
-            torch.Tensor, f"tensors[{key!r}]", tensor
+        checks.named("a key of tensors", key): _with_rows(
+            "tensors", key, checks.instance(torch.Tensor, f"tensors[{key!r}]", tensor)
         )
         for key, tensor in checks.mapping("tensors", tensors).items()
     }
+
+
+def _with_rows(part: str, key: object, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout not in (torch.strided, torch.jagged):
+        raise BatchTypeError(
+            f"{part}[{key!r}] must be a strided or jagged tensor, which can be cut into rows; got "
+            f"one of layout {tensor.layout}: x.to_dense() is strided"
+        )
+    return tensor
 
 
 def checked_arrays(non_tensors: object) -> dict[str, np.ndarray[Any, Any]]:
@@ -86,7 +96,11 @@ def require_keys(keys: Iterable[str], part: Mapping[str, Any], name: str) -> Non
     """Raise MissingKeyError unless all keys are in this part of a batch."""
     missing = [key for key in keys if key not in part]
     if missing:
-        raise MissingKeyError(f"no {missing} in {name}, which has the keys {list(part)}")
+        inside = [key for key in part if isinstance(key, tuple) and key[0] in missing]
+        raise MissingKeyError(
+            f"no {missing} in {name}, which has the keys {list(part)}"
+            + (f": name each tensor of a nested TensorDict, as {inside[0]}" if inside else "")
+        )
 
 
 def require_same_keys(parts: Sequence[Iterable[Any]], what: str, name: str) -> None:

@@ -237,9 +237,46 @@ def test_a_wrong_argument_is_answered_by_an_error_that_says_why(
         (lambda: proto(1).to("gpu:0"), "device must be one of torch's.* got 'gpu:0'"),
         (lambda: tu.get_keys(bare(1), "t0"), "keys must be a list of keys; got str 't0'"),
         (lambda: tu.chunk_tensordict(proto(2), 2), "must be a TensorDict; got DataProto"),  # type: ignore[arg-type]
+        (
+            lambda: DataProto.from_dict({"a": torch.eye(2).to_sparse()}),
+            r"tensors\['a'\] must be a strided or jagged tensor.* layout torch.sparse_coo: x.to_d",
+        ),
+        (
+            lambda: DataProto(TensorDict({"a": torch.eye(2).to_sparse()}, [2])).chunk(2),
+            r"batch\['a'\] must be a strided or jagged tensor",
+        ),
+        (lambda: proto(2)[torch.ones(2, 2, dtype=torch.bool)], r"which has shape \(2, 2\)$"),
+        (lambda: proto(2)[[0.5]], r"got \[0.5\] \(torch.float64; make a mask with .bool\(\)\)"),
         (lambda: proto(2).balanced_chunk(1, [bare(0), 1]), "weights must be a list, array or te"),  # type: ignore[list-item]
     ],
 )
 def test_what_is_wrong_is_named_with_what_was_wanted(call: Callable[[], Any], says: str) -> None:
     with pytest.raises(BatchTypeError, match=says):
         call()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "hpu", "mps"])
+def test_a_device_that_this_process_lacks_is_named_with_those_that_it_has(device: str) -> None:
+    with pytest.raises(BatchError, match=f"this process has: cpu.*; got '{device}'"):
+        proto(1).to(device)
+    assert DataProto().to(device).batch is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda data: data.select(["n"]),
+        lambda data: data.pop(["n"]),
+        lambda data: data.rename("n", "m"),
+    ],
+)
+def test_a_nested_tensordict_is_named_by_its_tensors(call: Callable[[DataProto], Any]) -> None:
+    data = DataProto(TensorDict({"n": TensorDict({"x": torch.zeros(2)}, [2])}, [2]))
+    with pytest.raises(
+        BatchError, match=r"no \['n'\] in batch.*each tensor of a nested .* as \('n', 'x'\)"
+    ):
+        call(data)
+    path: Any = ("n", "x")
+    assert len(data.select([path])) == 2
+    data.rename([path], ["x"])
+    assert data.pop(["x"]).batch["x"].tolist() == [0, 0]
