@@ -95,7 +95,10 @@ class CallFuture:
 
         Raises:
             WorkerError: a rank raised. CallTimeoutError: not all ranks finished in time.
+            ValueError: `timeout` is no number of seconds.
         """
+        if timeout is not None:
+            _check_seconds("timeout", timeout)
         return self._method.result(self._plan, self._pending, timeout, self._record)
 
     def done(self) -> bool:
@@ -199,14 +202,19 @@ class BoundMethod:
         Raises:
             ValueError: a rank that the group does not have, no rank, or no time.
         """
-        chosen = self.call_options.ranks if ranks is None else tuple(ranks)
-        size = self.group.world_size
-        if chosen is not None and (not chosen or len(set(chosen) & set(range(size))) < len(chosen)):
-            raise ValueError(f"ranks must be some of 0 … {size - 1}, each once; got {chosen}")
+        chosen, size = self.call_options.ranks, self.group.world_size
+        if ranks is not None:
+            chosen = tuple(ranks) if isinstance(ranks, Iterable) else ()
+            known = chosen and all(rank in range(size) for rank in chosen)
+            if not known or len(set(chosen)) < len(chosen):
+                raise ValueError(
+                    f"ranks must be some of 0 … {size - 1}, each once, as ranks=[0]; got "
+                    f"{chosen or ranks!r}"
+                )
         if timeout_s is None:
             timeout_s = self.call_options.timeout_s
-        elif not (isinstance(timeout_s, int | float) and timeout_s >= 0):
-            raise ValueError(f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}")
+        else:
+            _check_seconds("timeout_s", timeout_s)
         place = self.call_options.map_location if map_location is None else map_location
         return BoundMethod(self.group, self.binding, CallOptions(timeout_s, chosen, place))
 
@@ -260,6 +268,11 @@ class BoundMethod:
 
     def __repr__(self) -> str:
         return f"<{self.title}, {self.binding.spec.dispatch_mode}>"
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if not (isinstance(value, int | float) and value >= 0):
+        raise ValueError(f"{name} must be seconds, at least 0, or None; got {value!r}")
 
 
 def _placed(result: Any, place: Any) -> Any:
