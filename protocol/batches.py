@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeGuard
 import torch
 from tensordict import TensorDict
 
-from protocol import dense, meta, tensordict_rows, tensordict_utils
+from protocol import checks, dense, meta, tensordict_rows, tensordict_utils
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, MissingKeyError, RowCountError
 from protocol.plain import arrival
@@ -201,14 +201,14 @@ def select_keys(x: Batch, keys: Iterable[str]) -> Batch:
         MissingKeyError: a key that the batch lacks.
     """
     if isinstance(x, DataProto):
-        return _select_columns(x, list(keys))
+        return _select_columns(x, checks.key_list("keys", keys))
     return tensordict_utils.get_keys(x, keys)
 
 
 def _select_columns(x: DataProto, keys: Sequence[str]) -> DataProto:
     tensors: set[str] = set() if x.batch is None else {*map(str, x.batch.keys())}
     arrays = set(x.non_tensor_batch)
-    if missing := sorted(set(keys) - tensors - arrays):
+    if missing := [key for key in keys if key not in tensors and key not in arrays]:
         raise MissingKeyError(f"keys {missing} not in batch, which has {sorted(tensors | arrays)}")
     return x.select(
         batch_keys=[key for key in keys if key in tensors],

@@ -17,6 +17,7 @@ from tensordict import NonTensorData, TensorDict
 import protocol
 from protocol import DataProto, DataProtoFuture
 from protocol import tensordict_utils as tu
+from protocol.batches import Batch, slice_batch
 from protocol.errors import BatchError, BatchTypeError
 from tests.protocol.conftest import LAYOUTS, batches, make_column
 
@@ -82,6 +83,19 @@ small = st.integers(0, 3)
 mini = st.none() | small
 
 
+class Made:
+    """Where a future finds rows that are here already."""
+
+    def __init__(self, batch: DataProto) -> None:
+        self.batch = batch
+
+    def rows(self, timeout: float | None) -> int:
+        return len(self.batch)
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+        return slice_batch(self.batch, start, stop)
+
+
 class Draw:
     """Arguments as short names: `x` is anything; the others are mostly what they should be."""
 
@@ -103,6 +117,10 @@ class Draw:
     @property
     def data_or(self) -> Any:
         return self.draw(batches() | anything)
+
+    @property
+    def future(self) -> DataProtoFuture:
+        return DataProtoFuture([Made(self.data)])
 
     @property
     def td(self) -> Any:
@@ -168,6 +186,11 @@ CALLS: dict[str, Callable[[Draw], Any]] = {
     "BatchData.concat": lambda d: protocol.BatchData(d.x).concat(),
     "DataProtoFuture": lambda d: DataProtoFuture(d.x),
     "DataProtoFuture.concat": lambda d: DataProtoFuture.concat(d.x),
+    "DataProtoFuture.chunk": lambda d: [part.get() for part in d.future.chunk(d.n)],
+    "DataProtoFuture.select": lambda d: d.future.select([d.x, d.x]).get(),
+    "DataProtoFuture.union": lambda d: d.future.union(d.future).get(),
+    "DataProtoFuture.fetch": lambda d: d.future.fetch(d.draw(st.integers()), d.draw(small)),
+    "DataProtoFuture.get": lambda d: d.future.get(map_location=d.x),
     "assign_non_tensor": lambda d: tu.assign_non_tensor(bare(2), k=d.x),
     "assign_non_tensor_data": lambda d: tu.assign_non_tensor_data(d.td, d.key, d.x),
     "assign_non_tensor_stack": lambda d: tu.assign_non_tensor_stack(d.td, d.key, d.x),

@@ -168,6 +168,12 @@ class TestBothKinds:
             union_batches(make(2), make(3))
 
 
+def test_missing_keys_of_any_kind_are_named() -> None:
+    keys: list[Any] = ["ids", 1, None]
+    with pytest.raises(MissingKeyError, match=r"keys \[1, None\] not in batch, which has "):
+        select_keys(proto(1), keys)
+
+
 def test_kinds_are_not_mixed() -> None:
     with pytest.raises(BatchTypeError, match=r"\['DataProto', 'TensorDict'\]"):
         concat_batches([proto(1), tensordict(1)])
