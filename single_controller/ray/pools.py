@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
@@ -13,7 +14,6 @@ from single_controller.ray.placement import (
     RayResourcePool,
     SubRayResourcePool,
     cluster_nodes,
-    sort_placement_group_by_node_ip,
 )
 
 __all__ = [
@@ -65,20 +65,41 @@ def split_resource_pool(
 
 
 def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResourcePool:
-    """One pool over the reservations of both, which stay theirs to close.
+    """One pool over the reservations of both, which stay theirs to close: first the ranks of `rp1`,
+    then those of `rp2`. It may be merged and split again.
 
     Raises:
-        ValueError: they differ in what a process gets, or one is part of a pool.
+        ValueError: they differ in what a process gets, they share a placement group, or one is a
+            part that holds only some bundles of a placement group.
     """
     first, second = rp1.settings(), rp2.settings()
     different = sorted(key for key in first if first[key] != second[key])
     if different:
         raise ValueError(f"pools to be merged must agree; these differ in {', '.join(different)}")
-    if isinstance(rp1, SubRayResourcePool) or isinstance(rp2, SubRayResourcePool):
-        raise ValueError("a part of a pool cannot be merged; merge whole pools")
-    groups = sort_placement_group_by_node_ip([*_reserved(rp1), *_reserved(rp2)])
+    groups = [*_whole_groups(rp1), *_whole_groups(rp2)]
+    if len({group.id for group in groups}) < len(groups):
+        raise ValueError("pools to be merged must not share a placement group; these do")
     count = sum(group.bundle_count for group in groups)
     return SubRayResourcePool(groups, 0, count, **rp1.settings())
+
+
+def _whole_groups(pool: RayResourcePool) -> list[PlacementGroup]:
+    """The placement groups whose bundles the pool is made of.
+
+    Raises:
+        ValueError: it has only some bundles of one.
+    """
+    groups = _reserved(pool)
+    bounds = [*accumulate((group.bundle_count for group in groups), initial=0)]
+    first = getattr(pool, "start_bundle_index", 0)
+    last = first + pool.world_size
+    if first not in bounds or last not in bounds:
+        raise ValueError(
+            "a part of a pool can be merged only if it starts and ends where placement groups do; "
+            f"this one has bundles {first} to {last - 1} of groups with "
+            f"{[group.bundle_count for group in groups]}: merge the whole pools, then split"
+        )
+    return groups[bounds.index(first) : bounds.index(last)]
 
 
 def extract_pg_from_exist(

@@ -135,10 +135,22 @@ def test_pools_split_again_and_merge(cluster: None) -> None:
         assert right.world_size == 2
         with pytest.raises(ValueError, match="add up to the pool's 4 processes"):
             split_resource_pool(pool, 3)
-        with RayResourcePool([1]) as other:
-            merged = merge_resource_pool(pool, other)
-            assert merged.world_size == 5
-            assert set(merged.bundles()) == {*pool.bundles(), *other.bundles()}
+
+
+def test_pools_are_merged_in_their_order_again_and_again_and_split_after_that(
+    cluster: None,
+) -> None:
+    with RayResourcePool([2]) as a, RayResourcePool([1, 2]) as b, RayResourcePool([1]) as c:
+        merged = merge_resource_pool(merge_resource_pool(c, b), a)
+        assert merged.bundles() == (*c.bundles(), *b.bundles(), *a.bundles())
+        one, rest = split_resource_pool(merged, [1, 5])
+        assert [one.bundles(), sorted(rest.store)] == [c.bundles(), [1, 2, 2]]
+        assert merge_resource_pool(rest, one).bundles() == (*rest.bundles(), *one.bundles())
+        with pytest.raises(ValueError, match="must not share a placement group"):
+            merge_resource_pool(merged, rest)
+        half, _ = split_resource_pool(a, 1)
+        with pytest.raises(ValueError, match=r"bundles 0 to 0 of groups with \[2\]: merge the wh"):
+            merge_resource_pool(b, half)
 
 
 def test_a_pool_is_split_on_the_accelerators_that_the_cluster_has(
