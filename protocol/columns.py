@@ -74,10 +74,12 @@ def from_rows(tensors: Sequence[torch.Tensor], ragged_idx: int | None = None) ->
     counted with the batch dim, names it.
 
     Raises:
-        BatchError: there is no row, or the rows differ in dtype or in more than one dim.
+        BatchError: there is no row, one is nested, or they differ in dtype or in more than one dim.
     """
     if not tensors:
         raise BatchError("a jagged tensor needs at least one row to know its dtype; got none")
+    if any(tensor.is_nested for tensor in tensors):
+        raise BatchError("the rows of a jagged tensor must be dense tensors; got a nested one")
     ragged_idx = ragged_idx or differing_dim(tensors) or 1
     dim = ragged_idx - 1
     kinds = {(t.dtype, t.shape[:dim], t.shape[dim + 1 :], t.dim() > dim) for t in tensors}

@@ -303,3 +303,9 @@ def test_a_nested_tensordict_is_named_by_its_tensors(call: Callable[[DataProto],
     assert len(data.select([path])) == 2
     data.rename([path], ["x"])
     assert data.pop(["x"]).batch["x"].tolist() == [0, 0]
+
+
+def test_a_nested_row_of_a_jagged_tensor_is_refused() -> None:
+    rows = [torch.ones(2, 2), tu.nested_tensor_from_tensor_list([torch.ones(4), torch.ones(4)])]
+    with pytest.raises(BatchError, match="must be dense tensors; got a nested one"):
+        tu.list_of_dict_to_tensordict([{"x": row} for row in rows])
