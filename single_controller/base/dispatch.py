@@ -215,12 +215,12 @@ class Direct(Mode):
 class ByRows(Mode):
     """Batches (DataProto, TensorDict, futures of them) are split by rows over the dp ranks.
 
-    Those of one call have equally many rows. A future that has not is refused where it is read.
     Ranks of one dp group get the same shard object. `uneven`: shards may differ by one row;
     otherwise rows must divide, unless the batch has padding enabled: then its last row is
-    repeated, and what comes back is cut. `merge`: "concat" joins the outputs to one batch,
-    "list" returns them as they are. `function_first`: the first argument is a function that
-    every rank gets whole.
+    repeated, and what comes back is cut; all batches of the call then need equally many rows, and
+    a future that has others is refused where it is read. `merge`: "concat" joins the outputs to
+    one batch, "list" returns them as they are. `function_first`: the first argument is a function
+    that every rank gets whole.
     """
 
     uneven: bool = False
@@ -254,9 +254,9 @@ class ByRows(Mode):
                 raise DispatchError("the first argument must be a function, which all ranks get")
             args = (Broadcast(args[0]), *args[1:])
         batches = {name: v for name, v in _named(args, kwargs) if splits(v)}
-        rows, compared = aligned(batches) if batches else (0, {})
         auto_padding = any(padding_enabled(batch) for batch in batches.values())
         pads = auto_padding and not self.uneven
+        rows, compared = aligned(batches) if pads else (0, {})
         parts = layout.dp_size
         cut: dict[int, Sequence[Any]] = {}  # by id: a batch in two arguments has one set of shards
 

@@ -1,4 +1,4 @@
-"""The rows of a call's batches: that all batches have as many, and which rows are padding.
+"""The rows of a call's batches: that those which are padded have as many, and which are padding.
 
 Splitting and joining them is left to the modes in `dispatch`. `protocol` is imported on use.
 """
@@ -92,7 +92,7 @@ def _count(name: str, batch: Any) -> int:
 def _differing(rows: Mapping[str, int]) -> DispatchError:
     counts = ", ".join(f"{name} has {count}" for name, count in rows.items())
     return DispatchError(
-        f"the batches of one call are split alike and need equally many rows; {counts}. "
+        f"batches that are padded, or go with one that is, need equally many rows; {counts}. "
         "Broadcast(x) sends a batch whole, PerRank([...]) one to each rank"
     )
 

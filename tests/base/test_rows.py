@@ -1,4 +1,4 @@
-"""Calls with several batches: that all have as many rows, whichever of them may be padded."""
+"""Calls with several batches: that all have as many rows where any of them may be padded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,6 @@ def columns(batches: Sequence[Any]) -> list[list[int]]:
 MODES = [
     (ByRows(), FLAT2),
     (ByRows(merge="list"), FLAT2),
-    (ByRows(uneven=True), FLAT2),
     (ByRows(mesh="m"), TP),
     (ByRows(), Layout.flat(1)),
 ]
@@ -69,11 +68,11 @@ MODES = [
     [
         (proto(4), proto(3, auto_padding=True)),
         (proto(4, auto_padding=True), td(5)),
-        (td(6), proto(4)),
-        (proto(0), proto(2)),
+        (td(6), proto(4, auto_padding=True)),
+        (proto(0), proto(2, auto_padding=True)),
     ],
 )
-def test_batches_that_differ_in_rows_are_refused_by_name(
+def test_padded_batches_that_differ_in_rows_are_refused_by_name(
     mode: ByRows, layout: Layout, first: Any, second: Any
 ) -> None:
     rows = f"argument 0 has {batch_rows(first)}, argument 'b' has {batch_rows(second)}"
@@ -81,9 +80,29 @@ def test_batches_that_differ_in_rows_are_refused_by_name(
         mode.dispatch(layout, (first,), {"b": second})
 
 
+@pytest.mark.parametrize(
+    ("mode", "first", "second", "shards"),
+    [
+        (ByRows(), proto(4), late(6), [[2, 3], [2, 3]]),
+        (ByRows(uneven=True), proto(5), td(4), [[3, 2], [2, 2]]),
+        (
+            ByRows(uneven=True, merge="list"),
+            proto(1, auto_padding=True),
+            proto(4),
+            [[1, 2], [0, 2]],
+        ),
+    ],
+)
+def test_without_padding_each_batch_is_split_by_its_own_rows(
+    mode: ByRows, first: Any, second: Any, shards: list[list[int]]
+) -> None:
+    _, calls = mode.dispatch(FLAT2, (first, second), {})
+    assert [[len(column(v)) for v in call.args] for call in calls if call] == shards
+
+
 def test_a_batch_that_is_marked_may_have_other_rows() -> None:
     others = {"whole": Broadcast(proto(5)), "each": PerRank([proto(1), proto(7)])}
-    _, calls = ByRows().dispatch(FLAT2, (proto(4),), others)
+    _, calls = ByRows().dispatch(FLAT2, (proto(4, auto_padding=True),), others)
     assert [[len(v) for v in call.values()] for call in calls if call] == [[2, 5, 1], [2, 5, 7]]
 
 
@@ -116,13 +135,15 @@ def test_one_batch_that_may_be_padded_has_all_padded_and_the_result_has_none_of_
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(proto(4), late(6)), (late(6), proto(4)), (late(4), late(6)), (late(4), late(5, True))],
+    [
+        (proto(4), late(6, True)),
+        (late(6), proto(4, auto_padding=True)),
+        (late(4, True), late(6)),
+        (late(4), late(5, True)),
+    ],
 )
-@pytest.mark.parametrize("uneven", [False, True])
-def test_a_future_that_differs_in_rows_is_refused_where_it_is_read(
-    first: Any, second: Any, uneven: bool
-) -> None:
-    _, calls = ByRows(uneven=uneven).dispatch(FLAT2, (first,), {"b": second})
+def test_a_future_that_differs_in_rows_is_refused_where_it_is_read(first: Any, second: Any) -> None:
+    _, calls = ByRows().dispatch(FLAT2, (first,), {"b": second})
     for call in calls:
         assert call is not None
         with pytest.raises(DispatchError, match=r"equally many rows; argument .* has 4, argument"):
