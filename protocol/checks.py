@@ -138,5 +138,5 @@ def key_list(name: str, keys: object) -> list[Any]:
         raise _wrong(name, "a list of keys", keys)
     try:
         return list(dict.fromkeys(keys))
-    except TypeError:  # a key that cannot be hashed, or a 0-dim array
+    except (TypeError, RuntimeError):  # a key without a hash, a 0-dim array or TensorDict
         raise _wrong(name, "a list of keys", keys) from None
