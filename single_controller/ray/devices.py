@@ -14,6 +14,9 @@ from single_controller.errors import ResourceError
 __all__ = ["DeviceIdentity", "check_devices", "identify"]
 
 
+_P2P_READ = 0  # NVML_P2P_CAPS_INDEX_READ, which pynvml has as a tuple that no call takes
+
+
 @dataclass(frozen=True)
 class DeviceIdentity:
     """A device by its UUID, on a node. `peers` are others of the node that it can read."""
@@ -44,21 +47,23 @@ def _peers(uuid: str) -> frozenset[str]:
     """Asked of the driver, since a process does not see the devices of others."""
     try:
         from ray._private.thirdparty.pynvml import pynvml as nvml
-
+    except ImportError:  # this Ray keeps it elsewhere
+        return frozenset()
+    try:
         nvml.nvmlInit()
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         found = {_text(nvml.nvmlDeviceGetUUID(handle)): handle for handle in handles}
         return frozenset(
             other
             for other, handle in found.items()
-            if other != uuid and _can_read(nvml, found[uuid], handle)
+            if other != uuid and uuid in found and _can_read(nvml, found[uuid], handle)
         )
-    except Exception:  # no such driver, or one that does not say: then nobody is read
+    except nvml.NVMLError:  # no such driver, or one that does not say: then nobody is read
         return frozenset()
 
 
 def _can_read(nvml: Any, reader: Any, other: Any) -> bool:
-    status = nvml.nvmlDeviceGetP2PStatus(reader, other, nvml.NVML_P2P_CAPS_INDEX_READ)
+    status = nvml.nvmlDeviceGetP2PStatus(reader, other, _P2P_READ)
     return bool(status == nvml.NVML_P2P_STATUS_OK)
 
 
