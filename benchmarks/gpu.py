@@ -5,7 +5,7 @@
 In one run: 512 MB from process to process by the device path, by bare CUDA IPC and as numpy; from
 role to role of one host; through the host path and its floor, which is the same bytes in numpy
 arrays through plain Ray actors. With two cards, also from card to card, beside a bare
-torch.distributed send and recv. Medians of `--rounds`, in milliseconds.
+torch.distributed send and recv, and once more with 4 GB. Medians of `--rounds`, in milliseconds.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from single_controller.ray import (
 )
 
 BYTES = 512 << 20
+LARGE = 8 * BYTES
 COLUMNS = 8
 
 BY_DEVICE: dict[str, Any] = {
@@ -43,14 +44,21 @@ BY_DEVICE: dict[str, Any] = {
 METRIC: dict[str, Any] = {"dispatch_mode": Dispatch.DP_COMPUTE_METRIC}
 
 
+def columns(size: int) -> dict[str, torch.Tensor]:
+    """That many bytes."""
+    shape = (1, size // COLUMNS // 4)
+    numbers = torch.randint(0, 1 << 30, shape, dtype=torch.int32, device="cuda")
+    return {f"c{i}": numbers + i for i in range(COLUMNS)}
+
+
 class Maker(Worker):
     def __init__(self) -> None:
         super().__init__()
-        size = (1, BYTES // COLUMNS // 4)
-        self.tensors = {
-            f"c{i}": torch.randint(0, 1 << 30, size, dtype=torch.int32, device=self.device)
-            for i in range(COLUMNS)
-        }
+        self.tensors = columns(BYTES)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def hold(self, size: int) -> None:
+        self.tensors = columns(size)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def noop(self) -> None: ...
@@ -71,6 +79,10 @@ class Maker(Worker):
     def read(self, data: DataProto) -> int:
         return look(data.batch)
 
+    @register(**METRIC)
+    def read_there(self, data: DataProto) -> int:
+        return look(data.to(self.device).batch)
+
     @register(**METRIC, reads_only=True)
     def read_only(self, data: DataProto) -> int:
         return look(data.batch)
@@ -86,11 +98,7 @@ class Plain:
     """The other ways, by hand."""
 
     def __init__(self) -> None:
-        size = (1, BYTES // COLUMNS // 4)
-        self.tensors = {
-            f"c{i}": torch.randint(0, 1 << 30, size, dtype=torch.int32, device="cuda")
-            for i in range(COLUMNS)
-        }
+        self.tensors = columns(BYTES)
         self.arrays = {key: t.cpu().numpy() for key, t in self.tensors.items()}
 
     def noop(self) -> None: ...
@@ -114,6 +122,9 @@ class Plain:
 
     def mapped(self, handles: list[Any]) -> int:
         return look({str(i): f(*args).clone() for i, (f, args) in enumerate(handles)})
+
+    def hold(self, size: int) -> None:
+        self.tensors = columns(size)
 
     def join(self, port: int, rank: int) -> None:
         store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
@@ -167,6 +178,8 @@ def one_card(rounds: int) -> dict[str, float]:
         found |= timed("device path, made and read", by_device, rounds)
         by_host = lambda: reader.read(maker.by_host(data))  # noqa: E731
         found |= timed("host path, made and read", by_host, rounds)
+        there = lambda: reader.read_there(maker.by_host(data))  # noqa: E731
+        found |= timed("host path, made, read and moved to the device", there, rounds)
         found |= timed("to the driver", lambda: maker.to_driver(data), rounds)
     share = {"num_gpus": 0.2, "num_cpus": 0}
     a, b = (Plain.options(**share).remote() for _ in range(2))
@@ -206,12 +219,21 @@ def two_cards(rounds: int) -> dict[str, float]:
         by_device = lambda: reader.read(maker.by_device(data))  # noqa: E731
         found |= timed("card to card, made and read", by_device, rounds)
         found |= timed("no-op call, between cards", reader.noop, 10 * rounds)
+        del made
+        maker.hold(LARGE)
+        large = maker.by_device(data)
+        len(large)
+        found |= timed("card to card, 4 GB published", lambda: reader.read(large), rounds)
+        del large
     a, b = (Plain.options(num_gpus=1).remote() for _ in range(2))
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ray.get([a.join.remote(store.port, 0), b.join.remote(store.port, 1)])
-    sent = a.send.remote(rounds + 2)
-    found["bare send and recv, card to card"] = median(ray.get(b.receive.remote(rounds + 2))[2:])
-    ray.get(sent)
+    for name, size in (("card to card", BYTES), ("card to card, 4 GB", LARGE)):
+        ray.get([a.hold.remote(size), b.hold.remote(size)])
+        sent = a.send.remote(rounds + 2)
+        took = ray.get(b.receive.remote(rounds + 2))[2:]
+        found[f"bare send and recv, {name}"] = median(took)
+        ray.get(sent)
     return found
 
 
@@ -229,7 +251,8 @@ def main() -> None:
         found |= two_cards(options.rounds)
     print(f"{cards} × {torch.cuda.get_device_name()}, torch {torch.__version__}, 512 MB")
     for name, value in found.items():
-        print(f"{name:36} {value:10.2f} ms {BYTES / value / 1e6:8.1f} GB/s")
+        size = LARGE if "4 GB" in name else BYTES
+        print(f"{name:46} {value:10.2f} ms {size / value / 1e6:8.1f} GB/s")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
