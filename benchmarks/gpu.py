@@ -219,12 +219,10 @@ def two_cards(rounds: int) -> dict[str, float]:
         by_device = lambda: reader.read(maker.by_device(data))  # noqa: E731
         found |= timed("card to card, made and read", by_device, rounds)
         found |= timed("no-op call, between cards", reader.noop, 10 * rounds)
-        del made
         maker.hold(LARGE)
         large = maker.by_device(data)
         len(large)
         found |= timed("card to card, 4 GB published", lambda: reader.read(large), rounds)
-        del large
     a, b = (Plain.options(num_gpus=1).remote() for _ in range(2))
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ray.get([a.join.remote(store.port, 0), b.join.remote(store.port, 1)])

@@ -6,10 +6,9 @@ loan lasts to whoever lends.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
@@ -18,39 +17,62 @@ from protocol.errors import BatchError
 
 __all__ = ["LentTensor", "can_lend", "lend"]
 
+_Arguments: TypeAlias = "tuple[Any, ...]"
+
+_anchors: dict[str, torch.Tensor] = {}  # by device: what this process keeps mapped
+
 # Places in rebuild_cuda_tensor's arguments.
 _DEVICE, _HANDLE, _COUNTER, _COUNTER_OFFSET = 6, 7, 11, 12
 
 
-class LentTensor(NamedTuple):
+class LentTensor:
     """A picklable claim on a tensor, for any number of receivers in other processes.
 
     The lender keeps the tensor, unchanged, until all of them have read it, and then ends the loan.
+
+    Args:
+        device: the device's UUID.
+        arguments: those of torch's `rebuild_cuda_tensor`.
+        anchor: the same for a tensor that the lender never frees.
     """
 
-    device: str  # the device's UUID
-    arguments: tuple[Any, ...]
+    def __init__(self, device: str, arguments: _Arguments, anchor: _Arguments) -> None:
+        self.device, self.arguments, self.anchor = device, arguments, anchor
+        self._mapped: torch.Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LentTensor, (self.device, self.arguments, self.anchor)
 
     def view(self) -> torch.Tensor:
         """The lender's memory as a tensor of the current device, after all that the lender had
         computed up to `lend`. Another device of this process is copied from.
 
+        It stays mapped as long as this claim is there, and with it all tensors of a message: the
+        last one that goes can cost as much as 5 ms, which the next one pays again. So the anchor
+        of a device stays mapped for good.
+
         Raises:
             BatchError: the lender is gone, or its memory cannot be mapped here.
         """
-        here = torch.cuda.current_device()
+        if self._mapped is None:
+            if self.device not in _anchors:
+                _anchors[self.device] = self._map(self.anchor)
+            self._mapped = self._map(self.arguments)
+        return self._mapped.to(torch.device("cuda", torch.cuda.current_device()))
+
+    def _map(self, arguments: _Arguments) -> torch.Tensor:
         seen = [_uuid(index) for index in range(torch.cuda.device_count())]
-        arguments = list(self.arguments)
         # One that this process does not see is mapped as a peer's memory of its own.
-        arguments[_DEVICE] = seen.index(self.device) if self.device in seen else here
+        known = self.device in seen
+        at = seen.index(self.device) if known else torch.cuda.current_device()
+        here = (*arguments[:_DEVICE], at, *arguments[_DEVICE + 1 :])
         try:
-            tensor: torch.Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
+            return rebuild_cuda_tensor(*here)  # type: ignore[no-untyped-call, no-any-return]
         except RuntimeError as error:
             raise BatchError(
                 f"memory on device {self.device} cannot be mapped here: the process that made the "
                 f"batch is gone, or the devices cannot read each other ({error})"
             ) from error
-        return tensor.to(torch.device("cuda", here))
 
     def end(self) -> None:
         """In the lender: nobody will read it any more.
@@ -64,25 +86,27 @@ class LentTensor(NamedTuple):
 
 def can_lend(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory can be mapped by other processes, and given back afterwards."""
-    return tensor.is_cuda and _counters_are_known(tensor.device.index)
+    return tensor.is_cuda and _anchor(tensor.device.index) is not None
 
 
 def lend(tensor: torch.Tensor) -> LentTensor:
     """A claim on a dense tensor. Copies nothing and waits for nothing."""
     _, arguments = reduce_tensor(tensor.detach())  # type: ignore[no-untyped-call]
-    return LentTensor(_uuid(tensor.device.index), arguments)
+    anchor = _anchor(tensor.device.index)
+    assert anchor is not None, "can_lend says which tensors can be lent"
+    return LentTensor(_uuid(tensor.device.index), arguments, anchor.arguments)
 
 
 # Torch's counters of receivers are in shared memory, 64 bit each, behind a header.
 _HEADER, _COUNT = 64, struct.Struct("q")
 
 
-def _counter_file(arguments: Sequence[Any]) -> tuple[Path, int]:
+def _counter_file(arguments: _Arguments) -> tuple[Path, int]:
     name = arguments[_COUNTER].decode().lstrip("/")
     return Path("/dev/shm", name), _HEADER + _COUNT.size * arguments[_COUNTER_OFFSET]
 
 
-def _read_counter(arguments: Sequence[Any]) -> int:
+def _read_counter(arguments: _Arguments) -> int:
     path, position = _counter_file(arguments)
     with path.open("rb") as file:
         file.seek(position)
@@ -90,24 +114,32 @@ def _read_counter(arguments: Sequence[Any]) -> int:
         return count
 
 
-def _write_counter(arguments: Sequence[Any], count: int) -> None:
+def _write_counter(arguments: _Arguments, count: int) -> None:
     path, position = _counter_file(arguments)
     with path.open("r+b") as file:
         file.seek(position)
         file.write(_COUNT.pack(count))
 
 
+class _Anchor(NamedTuple):
+    tensor: torch.Tensor
+    arguments: _Arguments
+
+
 @cache
-def _counters_are_known(device: int) -> bool:
-    """Whether this torch keeps its counters where they are looked for: seen on one of them."""
+def _anchor(device: int) -> _Anchor | None:
+    """A small tensor that others may map for good; None if this torch does not keep its counters
+    of receivers where they are looked for.
+    """
+    tensor = torch.zeros(1, device=torch.device("cuda", device))
     try:
-        _, arguments = reduce_tensor(torch.zeros(1, device=torch.device("cuda", device)))  # type: ignore[no-untyped-call]
+        _, arguments = reduce_tensor(tensor)  # type: ignore[no-untyped-call]
         known = _read_counter(arguments) == 1
         if known:
             _write_counter(arguments, 0)
     except (OSError, AttributeError, struct.error):
-        return False
-    return known
+        return None
+    return _Anchor(tensor, arguments) if known else None
 
 
 @cache

@@ -19,6 +19,8 @@ from single_controller.ray import (
 from tests.gpu.cards import ROWS, Consumer, Producer, rows
 from tests.waiting import eventually
 
+ANCHOR = 512  # bytes: what a lender keeps allocated for good
+
 
 @pytest.fixture(scope="module")
 def team(shared_card: RayResourcePool) -> Iterator[Any]:
@@ -107,14 +109,14 @@ def test_lent_memory_is_back_when_the_future_is_dropped(team: Any, reader: Any) 
     assert reader.sum(future) == [(1.0, "cuda"), (5.0, "cuda")]
     assert sum(team.producer.allocated()) >= before + 4 * (64 << 20)
     del future
-    assert eventually(lambda: sum(team.producer.allocated()) <= before)
+    assert eventually(lambda: sum(team.producer.allocated()) <= before + ANCHOR)
 
 
 def test_a_consumer_that_is_still_busy_keeps_what_it_was_lent(team: Any, reader: Any) -> None:
     before = sum(team.producer.allocated())
     pending = [reader.sum.submit(team.producer.big(rows(2))) for _ in range(8)]
     assert [one.result() for one in pending] == [[(0.0, "cuda"), (1.0, "cuda")]] * 8
-    assert eventually(lambda: sum(team.producer.allocated()) <= before)
+    assert eventually(lambda: sum(team.producer.allocated()) <= before + ANCHOR)
 
 
 def test_what_nobody_redeemed_is_given_back_too(team: Any, shared_card: RayResourcePool) -> None:
@@ -124,7 +126,7 @@ def test_what_nobody_redeemed_is_given_back_too(team: Any, shared_card: RayResou
         with pytest.raises(SingleControllerError):
             other.look(future)  # "half" is not there
         del future
-    assert eventually(lambda: sum(team.producer.allocated()) <= before)
+    assert eventually(lambda: sum(team.producer.allocated()) <= before + ANCHOR)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (16 << 20) + 1, (96 << 20) + 5])
