@@ -95,6 +95,8 @@ def test_the_colocated_actor_and_critic_with_a_card_per_rank(two_cards: RayResou
     with colocate(two_cards, actor=Actor, critic=critic) as group:
         print(group.describe())
         added, subtracted = group.actor.add(data), group.critic.sub(data)
+    print("actor: ", added.batch["a"].int().tolist())
+    print("critic:", subtracted.batch["a"].int().tolist())
     assert added.batch["a"].tolist() == [0.0] * 5 + [1.0] * 5
     assert subtracted.batch["a"].tolist() == [-10.0] * 10
 
