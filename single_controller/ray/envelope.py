@@ -48,14 +48,26 @@ class Envelope(NamedTuple):
 _PLAIN = {str, bytes, int, float, bool, type(None), Slot}
 
 
-def sealed(envelope: Envelope) -> Envelope | bytes:
-    """The envelope as bytes where that can be: Ray carries those quickest, as they are."""
+def sealed(envelope: Envelope) -> Envelope | bytes | None:
+    """The envelope as bytes where that can be: Ray carries those quickest, as they are. None where
+    the title of its task says it all: any argument takes a fifth of the time of a task.
+    """
+    if envelope == _titled(f"{envelope.role}.{envelope.method}"):
+        return None
     parts = (envelope.role, envelope.method, *envelope.names, *envelope.values)
     return pickle.dumps(envelope, 5) if _PLAIN.issuperset(map(type, parts)) else envelope
 
 
-def opened(arrived: Envelope | bytes) -> Envelope:
-    """The envelope that was sealed."""
+def _titled(title: str) -> Envelope:
+    """A call without arguments, whose result goes to the caller."""
+    role, _, method = title.rpartition(".")
+    return Envelope(role, method, (), (), True, False, True, None, None, (), None)
+
+
+def opened(arrived: Envelope | bytes | None) -> Envelope:
+    """The envelope that was sealed; within a task, whose title is that of the method."""
+    if arrived is None:
+        return _titled(ray.get_runtime_context().get_task_name() or "")
     if isinstance(arrived, bytes):
         envelope: Envelope = pickle.loads(arrived)
         return envelope

@@ -170,7 +170,7 @@ class Host(ShelfTasks, HostTracing):
             identity=self._identity,
         )
 
-    def call(self, arrived: Envelope | bytes, *parcels: ArrivedParcel) -> Any:
+    def call(self, arrived: Envelope | bytes | None = None, *parcels: ArrivedParcel) -> Any:
         """Run one method of one role."""
         envelope = opened(arrived)
         place = self._place(envelope)
@@ -235,7 +235,7 @@ class AsyncHost(AsyncShelfTasks, Host):
         self._dropped: set[tuple[str, int]] = set()
         self._awaiting: set[Coroutine[Any, Any, Any]] = set()
 
-    async def call(self, arrived: Envelope | bytes, *parcels: ArrivedParcel) -> Any:
+    async def call(self, arrived: Envelope | bytes | None = None, *parcels: ArrivedParcel) -> Any:
         envelope, pending = opened(arrived), None
         place = self._place(envelope)
         try:

@@ -54,6 +54,7 @@ class Hosts:
         self.handles, self.names, self.infos = list(handles), list(names), list(infos)
         self.address = address
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
+        self._callables: dict[tuple[str, str], list[Any]] = {}
         self._caller = uuid.uuid4().hex
         self._turns = None if ordered else [0] * len(self.handles)
         self.broken: str | None = None
@@ -144,6 +145,15 @@ class Hosts:
                 CallSite(role, method, rank, info.node_ip, info.pid)
                 for rank, info in enumerate(self.infos)
             ]
+        return found
+
+    def callables(self, role: str, method: str) -> Sequence[Any]:
+        """By rank, the `call` of its host, whose tasks Ray shows under the name of the method."""
+        found = self._callables.get((role, method))
+        if found is None:
+            title = f"{role}.{method}"
+            found = [handle.call.options(name=title) for handle in self.handles]
+            self._callables[role, method] = found
         return found
 
     def stacks(self, ranks: Iterable[int] | None = None) -> dict[int, str]:

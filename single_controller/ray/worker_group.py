@@ -196,12 +196,12 @@ class RayWorkerGroup(HostGroup[W]):
         answering = set(answers)
         token = uuid.uuid4().hex if deferred else ""
         sites, refs, turns = [], [], {}
-        places = hosts.sites(self.role, method)
+        places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
         values: tuple[Any, ...] = ()
         parcels: list[Any] = []
         sent: Envelope | None = None
-        letter: Envelope | bytes = b""
+        letter: Envelope | bytes | None = None
         with hosts.sending:
             for rank, call in enumerate(calls):
                 if call is None:
@@ -225,7 +225,8 @@ class RayWorkerGroup(HostGroup[W]):
                 )
                 if envelope != sent:
                     sent, letter = envelope, sealed(envelope)
-                refs.append(hosts.handles[rank].call.remote(letter, *parcels))
+                sealed_call = () if letter is None else (letter, *parcels)
+                refs.append(callables[rank].remote(*sealed_call))
                 if turn is not None:
                     turns[rank] = turn
                 hosts.sent(rank)

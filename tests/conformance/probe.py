@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,10 @@ class Probe(Worker):
     def echo(self, x: Any, y: Any = None) -> Any:
         self.calls += 1
         return self.rank, x, y
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def process_title(self, x: Any = None) -> str:
+        return Path("/proc/self/cmdline").read_text()
 
     @register()
     def scatter(self, x: Any, y: Any = None) -> Any:

@@ -25,6 +25,12 @@ def test_ranks_that_collect_ignores_return_nothing(group: RayWorkerGroup) -> Non
     assert values(answering) == [1, 2, 3]
 
 
+def test_a_process_bears_the_name_of_the_method_that_it_runs(group: RayWorkerGroup) -> None:
+    for given in ((), (1,)):
+        titles = [title.split("\0")[0] for title in group.process_title(*given)]
+        assert titles == [f"ray::{group.role}.process_title"] * 2
+
+
 def test_an_argument_that_several_ranks_get_is_stored_once(
     group: RayWorkerGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from single_controller.base.dispatch import OneToAll
 from single_controller.base.plan import Layout
@@ -38,6 +40,29 @@ def test_references_and_values_of_other_classes_are_left_to_ray(value: Any) -> N
     for sent in (envelope(value), envelope(7, value, names=("by_name",))):
         assert sealed(sent) is sent
         assert opened(sent) is sent
+
+
+@pytest.mark.parametrize(
+    ("differs", "by_title"),
+    [
+        ({}, True),
+        ({"values": (1,)}, False),
+        ({"answers": False}, False),
+        ({"turn": ("me", 0)}, False),
+        ({"keeps": "t:0"}, False),
+        ({"claims": ("u",)}, False),
+        ({"mark": CallMark(1, 2, 3)}, False),
+    ],
+)
+def test_the_title_of_its_task_says_a_call_where_there_is_no_more_to_say(
+    monkeypatch: pytest.MonkeyPatch, differs: dict[str, Any], by_title: bool
+) -> None:
+    bare = Envelope("the.actor", "update", (), (), True, False, True, None, None, (), None)
+    sent = bare._replace(**differs)
+    task = SimpleNamespace(get_task_name=lambda: "the.actor.update")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: task)
+    assert (sealed(sent) is None) == by_title
+    assert opened(sealed(sent)) == sent
 
 
 def test_names_of_other_classes_are_left_to_ray() -> None:

@@ -37,7 +37,11 @@ GROUP = (
     + """
 pool = RayResourcePool([2], cpus_per_process=0.5)
 group = RayWorkerGroup(pool, spec)
-say("pids", *(pid for _, pid, *_ in group.look()))
+pids = [pid for _, pid, *_ in group.look()]
+say("pids", *pids)
+
+def acting():
+    return all("Victim.act" in open(f"/proc/{pid}/cmdline").read() for pid in pids)
 """
 )
 

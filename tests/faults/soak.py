@@ -168,7 +168,7 @@ def hosts() -> list[str]:
             log = os.readlink(f"/proc/{pid}/fd/2")
         except OSError:
             continue
-        if command.startswith("ray::") and "Host" in command and log.startswith(session):
+        if command.startswith("ray::") and "IDLE" not in command and log.startswith(session):
             mine.append(pid)
     return mine
 

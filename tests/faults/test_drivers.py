@@ -55,7 +55,7 @@ def test_ctrl_c_in_a_call_returns_to_the_driver_which_is_told_that_ranks_are_bus
 
 
 def sleeping(pids: list[int]) -> bool:
-    return all("ray::Host.call" in command(pid) for pid in pids)
+    return all("ray::Victim.act" in command(pid) for pid in pids)
 
 
 def command(pid: int) -> str:
@@ -113,7 +113,7 @@ def test_a_driver_that_is_killed_takes_its_workers_with_it(what: str) -> None:
 
 
 def test_a_driver_that_ends_with_a_stuck_worker_leaves_none() -> None:
-    output = run(GROUP + "group.act.submit('in_c')\ntime.sleep(1)")
+    output = run(GROUP + "group.act.submit('in_c')\nassert eventually(acting)")
     pids = [int(word) for word in output.split()[1:3]]
     assert eventually(lambda: gone(pids))
 
