@@ -114,6 +114,7 @@ ORDER = [
     "single_controller.ray.start",
     "single_controller.ray.supervisor",
     "single_controller.ray.remote_batch",
+    "single_controller.ray.routes",
     "single_controller.ray.outbox",
     "single_controller.ray.calls",
     "single_controller.ray.store",

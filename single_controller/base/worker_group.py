@@ -69,11 +69,13 @@ class WorkerGroup(abc.ABC, Generic[W]):
         materialize: bool = True,
         reads_only: bool = False,
         deferred: bool = False,
+        awaited: bool = False,
         transport: Transport = "host",
     ) -> Pending:
         """Send each rank its call, and count in `record` the bytes that leave.
 
         `deferred`: outputs stay where they are until asked for, then they go by `transport`.
+        `awaited`: the caller waits for the result at once.
         `reads_only`: arguments may be views.
         """
 
@@ -87,7 +89,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 "place: use options(map_location=…).submit(…), or move what you get"
             )
         record = self._recorder.call(self.role, method.binding.name)
-        plan, pending = self._send(method, args, kwargs, deferred, record)
+        plan, pending = self._send(method, args, kwargs, deferred, record, awaited=not deferred)
         if deferred:
             promised = mode.promise(plan, pending.handles(mode.batched))
             if place is not None:
@@ -102,6 +104,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         kwargs: dict[str, Any],
         deferred: bool,
         record: CallRecord,
+        awaited: bool = False,
     ) -> tuple[Plan, Pending]:
         with record.span("dispatch"):
             _, plan, calls = self._dispatch(method, args, kwargs)
@@ -119,6 +122,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 materialize=method.binding.spec.materialize_futures,
                 reads_only=method.binding.spec.reads_only,
                 deferred=deferred and method.mode.batched,
+                awaited=awaited,
                 transport=method.binding.spec.transport,
             )
         pending.run_here(record)

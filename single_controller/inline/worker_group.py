@@ -172,6 +172,7 @@ class InlineWorkerGroup(HostGroup[W]):
         reads_only: bool = False,
         transport: Transport = "host",
         deferred: bool = False,
+        awaited: bool = False,
     ) -> Pending:
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         arguments = Arguments(materialize, reads_only)

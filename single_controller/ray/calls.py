@@ -32,6 +32,7 @@ class RayPending(Pending):
         turns: Mapping[int, tuple[str, int]],
         answers: Sequence[int],
         timeout_s: float | None,
+        deadline: float | None,
         record: CallRecord,
         token: str,
         lends: bool,
@@ -40,13 +41,12 @@ class RayPending(Pending):
         self._turns, self._record, self._token, self._lends = turns, record, token, lends
         at = {site.rank: i for i, site in enumerate(sites)}
         self._answers = [at[rank] for rank in answers]
-        self._timeout_s = timeout_s
-        self._sent = time.monotonic()
+        self._timeout_s, self._deadline = timeout_s, deadline
 
     def wait(self, timeout_s: float | None) -> list[Any]:
         left = timeout_s
-        if timeout_s is None and self._timeout_s is not None:
-            left = max(0.0, self._sent + self._timeout_s - time.monotonic())
+        if timeout_s is None and self._deadline is not None:
+            left = max(0.0, self._deadline - time.monotonic())
         try:
             with counting(lambda size: self._record.count("bytes_in", size)):
                 first = self._sites[0]

@@ -3,8 +3,9 @@
 A result without blocking stays with its host (`shelf`), and the driver gets a `RemoteBatch` for it.
 A call on the same process takes it there; before a call goes to other processes, and when the
 driver itself or a pickler asks, the driver puts `publish` into the queue of the host that has it.
-If readers are both here and elsewhere, it depends on the rows who reads what: then the task itself
-finds out whether anyone elsewhere needs these rows, and otherwise publishes nothing.
+If readers are both here and elsewhere, it depends on the rows who reads what (`routes`): the driver
+looks, if it knows them or is about to wait for the call anyway; else the task itself finds out
+whether anyone elsewhere needs these rows, and otherwise publishes nothing.
 
 No order of calls can dead-lock. Put all tasks (calls and publications) in the order in which the
 driver sent them. A task waits for earlier tasks in its host's queue, for earlier calls whose rows
@@ -31,17 +32,16 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError
 
-from single_controller.base.plan import Call
 from single_controller.base.rank import NO_BATCH
 from single_controller.base.recorder import CallRecord
-from single_controller.base.rows import is_future
 from single_controller.errors import CallTimeoutError, GroupBrokenError
+from single_controller.ray import patience
 from single_controller.ray.failure import CallSite, diagnose, translate
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.parcel import counting
 from single_controller.ray.shelf import kept_here, known_rows, remember_rows
 
-__all__ = ["Lease", "Posted", "RemoteBatch", "RemoteCall", "Routes", "route"]
+__all__ = ["Lease", "Posted", "RemoteBatch", "RemoteCall"]
 
 _NO_OFFERS: Mapping[str, Any] = {}
 _offering: ContextVar[Mapping[str, Any] | None] = ContextVar("_offering", default=None)
@@ -50,23 +50,45 @@ _offering: ContextVar[Mapping[str, Any] | None] = ContextVar("_offering", defaul
 class RemoteCall:
     """A call that keeps its outputs: for each rank a reference to the rows it made.
 
-    It counts only if all ranks succeed, also those whose output is not needed.
+    It counts only if all ranks succeed, also those whose output is not needed. Once they are known,
+    the rows are what goes with it to other processes, and not the references.
     """
 
-    def __init__(self, token: str, refs: Sequence[Any], sites: Sequence[CallSite]) -> None:
+    def __init__(
+        self,
+        token: str,
+        refs: Sequence[Any],
+        sites: Sequence[CallSite],
+        known: tuple[int | None, ...] | None = None,
+    ) -> None:
         self.token, self.refs, self.sites = token, list(refs), tuple(sites)
+        self._known = known
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        refs = self.refs if self._known is None else ()
+        return RemoteCall, (self.token, refs, self.sites, self._known)
 
     def rows(self, timeout: float | None) -> tuple[int | None, ...]:
         """Wait for all ranks; the rows of each, None where it kept no batch."""
-        rows = known_rows(self.token)
-        if rows is None:
-            rows = tuple(self._get(timeout))
-            remember_rows(self.token, rows)
-        return rows
+        if self._known is None:
+            self._known = known_rows(self.token)
+        if self._known is None:
+            self._known = tuple(self._get(timeout))
+            remember_rows(self.token, self._known)
+        return self._known
+
+    def done(self) -> bool:
+        """Whether all ranks have finished, well or not."""
+        if self._known is not None:
+            return True
+        _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
+        return not late
 
     def _get(self, timeout: float | None) -> list[int | None]:
+        first = self.sites[0]
+        ranks = [site.rank for site in self.sites]
         try:
-            return ray.get(self.refs, timeout=timeout)
+            return patience.get(self.refs, timeout, f"{first.role}.{first.method}", ranks)
         except GetTimeoutError:
             _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
             pairs = zip(self.sites, self.refs, strict=True)
@@ -264,58 +286,6 @@ class Posted:
     def __reduce__(self) -> tuple[Any, ...]:
         with _offer(self._offers):
             return pickle.loads, (cloudpickle.dumps(self._future),)
-
-
-class Routes:
-    """How the futures among a call's values reach its ranks."""
-
-    def __init__(self) -> None:
-        self.offers: dict[str, Any] = {}  # by token: a reference to where it is published
-        self.claims: dict[int, tuple[str, ...]] = {}  # by rank: what is in its own process
-        self.loans: list[tuple[Lease, list[int]]] = []  # to which ranks
-
-    def sent(self, refs: Mapping[int, Any]) -> None:
-        """Note the calls, by rank, that read what is lent to them."""
-        for lease, ranks in self.loans:
-            lease.lent_to(refs[rank] for rank in ranks)
-
-
-def route(calls: Sequence[Call | None], hosts: Hosts, materialize: bool) -> Routes:
-    """Send what must be published before these calls can be sent, and nothing else.
-
-    Where a future itself is the argument (`materialize=False`), the worker may keep it for later:
-    then all of it is published.
-    """
-    routes = Routes()
-    batches: dict[str, RemoteBatch] = {}
-    readers: dict[str, list[tuple[int, Any]]] = {}
-    for rank, call in enumerate(calls):
-        for value in call.values() if call else ():
-            if is_future(value):
-                for origin in value.origins():
-                    if isinstance(origin, RemoteBatch):
-                        batches[origin.token] = origin
-                        readers.setdefault(origin.token, []).append((rank, value))
-    for token, batch in batches.items():
-        own = batch.lease is not None and batch.lease.hosts is hosts
-        at = batch.site.rank if own else None
-        here = [rank for rank, _ in readers[token] if rank == at]
-        elsewhere = [future for rank, future in readers[token] if rank != at]
-        others = list(dict.fromkeys(rank for rank, _ in readers[token] if rank != at))
-        for rank in here:
-            routes.claims[rank] = (*routes.claims.get(rank, ()), token)
-        routes.offers[token] = batch.offer
-        if batch.lease is None or (materialize and not elsewhere):
-            continue
-        rank = batch.site.rank
-        lends = materialize and batch.lease.can_lend(rank, hosts, others)
-        if lends:
-            routes.loans.append((batch.lease, others))
-        if materialize and here:
-            routes.offers[token] = batch.lease.publish_for(rank, elsewhere, lends)
-        else:
-            routes.offers[token] = batch.lease.publish(rank, lends)
-    return routes
 
 
 _Gone: TypeAlias = tuple[Hosts, str, dict[int, int], list[Any]]

@@ -2,8 +2,7 @@
 
 A call whose result is a future leaves its batch on the shelf of its host. A later call on the same
 process takes it from there. For anyone else it is published: copied into shared memory, by a task
-that the driver puts into the queue of the host. How the driver decides is in `remote_batch`, with
-the argument why no order of calls can dead-lock.
+that the driver puts into the queue of the host. How the driver decides is in `routes`.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ __all__ = [
     "in_thread",
     "kept_here",
     "known_rows",
+    "needed_tokens",
     "remember_rows",
 ]
 
@@ -226,14 +226,15 @@ class AsyncShelfTasks:
 
 
 def _is_needed(token: str, wanted: Any) -> bool:
-    if wanted is None:
-        return True
+    return wanted is None or any(token in needed_tokens(future) for future in wanted)
+
+
+def needed_tokens(future: Any) -> set[str]:
+    """The results that a future reads rows of; waits until the rows are known. None if they never
+    are: whoever reads it runs into the same, and says so.
+    """
     try:
-        return any(
-            origin.token == token
-            for future in wanted
-            for origin in future.needed(0, future.rows())
-            if hasattr(origin, "token")
-        )
-    except Exception:  # those who read these futures run into the same, and say so
-        return False
+        needed = list(future.needed(0, future.rows()))
+    except Exception:
+        return set()
+    return {origin.token for origin in needed if hasattr(origin, "token")}

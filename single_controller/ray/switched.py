@@ -52,6 +52,7 @@ class SwitchedWorkerGroup(InlineWorkerGroup[W]):
         materialize: bool = True,
         reads_only: bool = False,
         deferred: bool = False,
+        awaited: bool = False,
         transport: Transport = "host",
     ) -> Pending:
         here = [call and Call(tuple(map(_here, call.args)), _named(call)) for call in calls]
@@ -64,6 +65,7 @@ class SwitchedWorkerGroup(InlineWorkerGroup[W]):
             materialize=materialize,
             reads_only=reads_only,
             deferred=deferred,
+            awaited=awaited,
             transport=transport,
         )
         return _WithRayReferences(pending) if ray.is_initialized() else pending

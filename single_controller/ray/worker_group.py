@@ -6,6 +6,7 @@ Processes are owned by `hosts`, a call on its way by `calls`.
 from __future__ import annotations
 
 import math
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,7 +29,7 @@ from single_controller.ray.envelope import Envelope, sealed
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.outbox import Outbox
 from single_controller.ray.placement import RayResourcePool
-from single_controller.ray.remote_batch import route
+from single_controller.ray.routes import route
 from single_controller.ray.start import Recipe, StartOptions, running_names
 from single_controller.ray.supervisor import RaySupervisor
 from single_controller.ray.tracing import mark
@@ -187,10 +188,14 @@ class RayWorkerGroup(HostGroup[W]):
         materialize: bool = True,
         reads_only: bool = False,
         deferred: bool = False,
+        awaited: bool = False,
         transport: Transport = "host",
     ) -> Pending:
-        hosts = self._supervisor.usable()
-        routes = route(calls, hosts, materialize)
+        hosts, began = self._supervisor.usable(), time.monotonic()
+        timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
+        if timeout_s is not None and math.isinf(timeout_s):
+            timeout_s = None
+        routes = route(calls, hosts, materialize, timeout_s if awaited else 0)
         count = partial(record.count, "bytes_out")
         outbox = Outbox(calls, reads_only, count, routes.offers)
         answering = set(answers)
@@ -232,11 +237,11 @@ class RayWorkerGroup(HostGroup[W]):
                 hosts.sent(rank)
                 sites.append(places[rank])
         routes.sent({site.rank: ref for site, ref in zip(sites, refs, strict=True)})
-        timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
-        if timeout_s is not None and math.isinf(timeout_s):
-            timeout_s = None
+        deadline = None if timeout_s is None else began + timeout_s
         lends = transport == "device"
-        return RayPending(hosts, sites, refs, turns, answers, timeout_s, record, token, lends)
+        return RayPending(
+            hosts, sites, refs, turns, answers, timeout_s, deadline, record, token, lends
+        )
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
         return Outbox(calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ class Stage(Worker):
     @register(**ROWS, blocking=False)
     def step(self, data: DataProto) -> DataProto:
         return DataProto.from_dict({"x": data.batch["x"] * 2 + 1}, data.non_tensor_batch)
+
+    @register(**ROWS, blocking=False)
+    def slow(self, data: DataProto) -> DataProto:
+        threading.Event().wait(1)
+        return data
 
     @register(**ROWS, blocking=False)
     def double(self, data: DataProto) -> DataProto:

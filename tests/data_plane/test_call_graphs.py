@@ -16,7 +16,9 @@ from tests.data_plane.stage import batch, xs
 PLACES = ["one", "two", "three"]
 steps = st.one_of(
     st.tuples(
-        st.sampled_from(["step", "double", "thin"]), st.sampled_from(PLACES), st.integers(0, 9)
+        st.sampled_from(["step", "double", "thin", "total"]),
+        st.sampled_from(PLACES),
+        st.integers(0, 9),
     ),
     st.tuples(
         st.sampled_from(["select", "halves", "union", "drop", "get"]), st.none(), st.integers(0, 9)
@@ -56,7 +58,9 @@ def test_any_call_graph_ends_with_the_rows_of_a_list(
     ]
     for action, place, pick in program:
         future, have = futures[pick % len(futures)]
-        if place is not None:
+        if action == "total":
+            assert sum(groups[place].total(future)) == sum(have)
+        elif place is not None:
             if action == "double" and len(have) > 60:
                 continue
             size = groups[place].world_size

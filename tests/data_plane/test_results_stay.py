@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any
 
 import pytest
 import ray
 
-from single_controller import GroupBrokenError, SharedMemoryWriteError, WorkerError
+from single_controller import (
+    CallTimeoutError,
+    GroupBrokenError,
+    SharedMemoryWriteError,
+    WorkerError,
+)
 from single_controller.ray import (
     Colocated,
     RayClassWithInitArgs,
@@ -16,6 +22,7 @@ from single_controller.ray import (
     RayWorkerGroup,
     pin,
 )
+from single_controller.ray.remote_batch import Lease
 from tests.data_plane.stage import Stage, batch, xs
 from tests.waiting import eventually
 
@@ -60,6 +67,34 @@ def test_a_role_that_reads_only_gets_it_without_a_publication(both: Colocated) -
     made = both.one.step(pin(batch(6)))
     assert len(both.two.borrowed_addresses(made)) == 2
     assert moved(both.one, both.two) == before
+
+
+def test_a_call_that_is_waited_for_has_only_what_it_reads_elsewhere_published(
+    both: Colocated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, sent = Lease._send, []
+
+    def noted(lease: Lease, rank: int, wanted: Any, lends: bool) -> Any:
+        sent.append((rank, wanted))
+        return send(lease, rank, wanted, lends)
+
+    monkeypatch.setattr(Lease, "_send", noted)
+    assert sum(both.two.total(both.one.step(batch(6)))) == 36
+    assert sent == []
+    assert sum(both.two.total(both.one.thin(batch(5)))) == 0 + 1 + 2 + 3
+    assert sent == [(0, None)]  # rank 0 made three rows of the four, rank 1 reads two
+
+
+def test_a_call_that_waits_for_what_it_reads_is_given_up_after_its_time(both: Colocated) -> None:
+    with pytest.raises(CallTimeoutError):
+        both.two.total.options(timeout_s=0.2)(both.one.step(both.one.slow(batch(2))))
+
+    def again() -> bool:
+        with contextlib.suppress(GroupBrokenError):  # its ranks are still in that call
+            return sum(both.two.total(both.one.step(batch(2)))) == 1 + 3
+        return False
+
+    assert eventually(again)
 
 
 def test_a_future_goes_from_group_to_group_past_the_driver(
