@@ -38,7 +38,12 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path, "RAY_DEDUP_LOGS": "0"},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "PYTHONDONTWRITEBYTECODE": "",  # compiled once, as what pip installed is
+                "RAY_DEDUP_LOGS": "0",
+            },
         )
         self.versions, self.cases = self._answer()
 

@@ -6,7 +6,8 @@ peak). With "verl" it imports nothing of ours, so that veRL's environment can ru
 
 "floor" are plain Ray actors that move numpy arrays of the same bytes with the copies that cannot be
 spared: from the driver into shared memory, out of it into the worker's own, back into shared
-memory, and into one array on the driver.
+memory, and into one array on the driver. To compare how ranks start, there are plain actors
+without torch, and others that import torch and tensordict as those of a library do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import tensordict
 import torch
 
 if "verl" in sys.argv:
@@ -55,10 +57,14 @@ STUCK_S = 45.0  # a request that takes longer shows where it is
 Case = Callable[[], Any]
 
 
-class Mover(Worker):
+class Light(Worker):
+    """Needs no torch."""
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def noop(self) -> None: ...
 
+
+class Mover(Light):
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def echo(self, data: DataProto) -> DataProto:
         return data
@@ -91,21 +97,25 @@ class Plain:
         array.copy()
 
 
+class PlainWithTorch(Plain):
+    imported = (torch.Tensor, tensordict.TensorDict)
+
+
 def batch(size: int, rows: int = 64) -> DataProto:
     return DataProto.from_dict({"x": torch.ones(rows, size // 4 // rows)})
 
 
-def group(ranks: int, roles: int = 1) -> Any:
+def group(ranks: int, roles: int = 1, cls: Any = Mover) -> Any:
     pool = RayResourcePool([ranks], use_gpu=False)
-    spec = RayClassWithInitArgs(ray.remote(Mover))
+    spec = RayClassWithInitArgs(ray.remote(cls))
     if roles == 1:
         return RayWorkerGroup(pool, spec)
     both = create_colocated_worker_cls({f"role{i}": spec for i in range(roles)})
     return RayWorkerGroup(pool, both).spawn({f"role{i}" for i in range(roles)})
 
 
-def plain(ranks: int) -> list[Any]:
-    actor = ray.remote(num_cpus=0.1)(Plain)
+def plain(ranks: int, cls: Any = Plain) -> list[Any]:
+    actor = ray.remote(num_cpus=0.1)(cls)
     return [actor.remote() for _ in range(ranks)]
 
 
@@ -167,7 +177,8 @@ class Cases:
                 self.roles(4)["role0"], self.roles(4)["role1"].use
             ),
             "4096 strings, 2 ranks": lambda: self.group(2).echo(texts),
-            "8 ranks to first call": lambda: start(lambda: group(8)),
+            "8 ranks to first call, no torch": lambda: start(lambda: group(8, cls=Light)),
+            "8 ranks to first call, torch": lambda: start(lambda: group(8)),
             "peak MiB, 1 GB round trip": lambda: peak(self.group(2), batch(1024 * MB)),
         }
 
@@ -195,7 +206,8 @@ class Cases:
             "no-op, 2 ranks": lambda: noop(2),
             "no-op, 4 ranks": lambda: noop(4),
             "no-op, 8 ranks": lambda: noop(8),
-            "8 ranks to first call": lambda: start(lambda: plain(8)),
+            "8 ranks to first call, no torch": lambda: start(lambda: plain(8)),
+            "8 ranks to first call, torch": lambda: start(lambda: plain(8, PlainWithTorch)),
         }
 
 

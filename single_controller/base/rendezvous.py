@@ -6,7 +6,11 @@ Who learns the address is left to the backends.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,12 +19,15 @@ from single_controller.errors import ResourceError
 
 __all__ = ["Rendezvous"]
 
+_ALONE_S = 10.0  # how long ranks that meet without this one wait for it to import torch
+_POLL_S = 0.01
+
 
 class Rendezvous:
     """A port held in rank 0's process, and the store that listens on it.
 
     The socket is bound at once, so that no other program can take the port between its choice
-    and its use; torch is needed, and imported, only by `serve`.
+    and its use; torch is needed only once a rank comes to the store.
 
     Args:
         address: what the other ranks connect to.
@@ -57,10 +64,16 @@ class Rendezvous:
         self._socket.close()
 
     def serve(self) -> None:
-        """Start the store that ranks join. Ranks that connect earlier simply wait for it."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+        """Let ranks join a store from now on. It starts when the first one connects, in a thread:
+        workers that never meet need no torch, which takes seconds to import.
+        """
+        threading.Thread(target=self._serve, daemon=True, name="rendezvous").start()
 
-        self._store = TCPStore(
+    def _serve(self) -> None:
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        waiting.poll()
+        self._store = _store_class()(
             self.address,
             self.port,
             is_master=True,
@@ -68,3 +81,18 @@ class Rendezvous:
             timeout=timedelta(minutes=5),
             master_listen_fd=self._socket.detach(),
         )
+
+
+def _store_class() -> Any:
+    """`TCPStore`, once this rank's own code has imported torch: two threads that import it at once
+    may dead-lock. Only where that code has not begun to within `_ALONE_S` is it imported here.
+    """
+    began = time.monotonic()
+    while "torch" in sys.modules or time.monotonic() - began < _ALONE_S:
+        found = getattr(sys.modules.get("torch.distributed"), "TCPStore", None)
+        if found is not None:
+            return found
+        time.sleep(_POLL_S)
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore

@@ -1,15 +1,20 @@
-"""The port that ranks meet at: bound before it is published, and held until it is served."""
+"""The port that ranks meet at: bound before it is published, and served when they come."""
 
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from single_controller.base import rendezvous
 from single_controller.base.rendezvous import Rendezvous
 from single_controller.errors import ResourceError
 
@@ -100,3 +105,54 @@ def test_ranks_meet_in_the_store_also_one_that_came_before_it_was_served(
     assert read == [b"value"]
     with pytest.raises(ResourceError):
         Rendezvous(HERE, held.port)
+
+
+def test_a_rank_that_is_just_importing_torch_is_left_to_finish(
+    meet: Callable[..., Rendezvous], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that import it at once may dead-lock."""
+    import torch.distributed as dist
+
+    waited = threading.Event()
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: waited.set())
+    monkeypatch.setattr(rendezvous, "time", clock)
+    monkeypatch.setattr(rendezvous, "_ALONE_S", 0)
+    with monkeypatch.context() as halfway:
+        halfway.setitem(sys.modules, "torch.distributed", None)
+        held = meet(HERE)
+        held.serve()
+        first = socket.create_connection((HERE, held.port))
+        assert waited.wait(10), "it was imported beside the rank's own code"
+    dist.TCPStore(HERE, held.port, is_master=False, timeout=timedelta(seconds=10)).set("a", "b")
+    first.close()
+
+
+WITHOUT_TORCH = """
+import sys
+from single_controller.base import rendezvous
+
+rendezvous._ALONE_S = 0
+held = rendezvous.Rendezvous("127.0.0.1")
+held.serve()
+print(held.port, "torch" in sys.modules, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ranks_that_meet_without_the_first_one_find_the_store_too() -> None:
+    from torch.distributed import TCPStore
+
+    with subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout is not None
+        port, has_torch = first.stdout.readline().split()
+        assert has_torch == "False"
+        store = TCPStore(HERE, int(port), is_master=False, timeout=timedelta(seconds=30))
+        store.set("key", "value")
+        assert store.get("key") == b"value"
+        del store
+        first.kill()

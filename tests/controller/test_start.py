@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from typing import Any
 
 import pytest
@@ -94,6 +95,18 @@ def test_a_master_port_that_is_taken_is_named(pool: RayResourcePool) -> None:
         spec = RayClassWithInitArgs(Member)
         with RayWorkerGroup(pool, spec, master_port_range=[port, port + 50]) as group:
             assert port < int(group.master_port) <= port + 50
+
+
+def test_a_worker_that_needs_no_torch_has_none(pool: RayResourcePool) -> None:
+    """It takes seconds of CPU, on every rank."""
+
+    class Light(Worker):
+        @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+        def heavy(self) -> list[str]:
+            return [name for name in ("torch", "tensordict", "protocol") if name in sys.modules]
+
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Light)) as group:
+        assert [group.heavy(), group.heavy()] == [[[], []]] * 2
 
 
 def test_a_constructor_that_does_not_return_is_given_up_by_rank(pool: RayResourcePool) -> None:
