@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-import numpy as np
 from ray import cloudpickle
 
 from single_controller.base.spans import now_ns, recording
@@ -89,6 +88,8 @@ def _pickled(value: Any, lends: bool = False) -> _Pickled:
 
 def _read(foreign: Sequence[int], data: bytes, buffers: Sequence[Any]) -> Any:
     """The value, with the buffers that `protocol.wire` leaves alone in private memory."""
+    import numpy as np  # not at the top: a worker whose results are numbers needs none
+
     received = list(buffers)
     for i in foreign:
         view = memoryview(buffers[i])

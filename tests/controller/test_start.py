@@ -103,7 +103,9 @@ def test_a_worker_that_needs_no_torch_has_none(pool: RayResourcePool) -> None:
     class Light(Worker):
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)
         def heavy(self) -> list[str]:
-            return [name for name in ("torch", "tensordict", "protocol") if name in sys.modules]
+            return [
+                name for name in ("torch", "tensordict", "protocol", "numpy") if name in sys.modules
+            ]
 
     with RayWorkerGroup(pool, RayClassWithInitArgs(Light)) as group:
         assert [group.heavy(), group.heavy()] == [[[], []]] * 2
