@@ -13,13 +13,23 @@ from single_controller.base.rows import is_future
 from single_controller.base.spans import CallMark
 from single_controller.ray.parcel import ArrivedParcel, Slot
 
-__all__ = ["Envelope", "Late", "arguments", "opened", "sealed", "waits"]
+__all__ = ["Enclosed", "Envelope", "Late", "arguments", "opened", "sealed", "waits"]
 
 
 class Late(NamedTuple):
     """A reference among the arguments, which the host resolves when the call's turn comes."""
 
     ref: Any
+
+
+class Enclosed:
+    """A value that has been pickled, and arrives as itself. No reference is in it."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self._data,)
 
 
 class Envelope(NamedTuple):
@@ -45,7 +55,7 @@ class Envelope(NamedTuple):
 
 
 # What pickles alike in every process: no class of the user's, no reference that Ray has to see.
-_PLAIN = {str, bytes, int, float, bool, type(None), Slot}
+_PLAIN = {str, bytes, int, float, bool, type(None), Slot, Enclosed}
 
 
 def sealed(envelope: Envelope) -> Envelope | bytes | None:

@@ -13,7 +13,7 @@ from single_controller.base.plan import Call
 from single_controller.base.rows import is_future
 from single_controller.ray.envelope import Late
 from single_controller.ray.parcel import Parcel, Slot, size_of
-from single_controller.ray.remote_batch import Posted
+from single_controller.ray.remote_batch import posted
 
 __all__ = ["Outbox"]
 
@@ -68,7 +68,7 @@ class Outbox(Carrier):
             if isinstance(value, ray.ObjectRef):
                 return Late(value)
             if is_future(value):
-                return Posted(value, self._offers)
+                return posted(value, self._offers)
             if id(value) not in self._places:
                 return value
             readers, at = self._places[id(value)]

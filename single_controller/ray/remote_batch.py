@@ -36,12 +36,13 @@ from single_controller.base.rank import NO_BATCH
 from single_controller.base.recorder import CallRecord
 from single_controller.errors import CallTimeoutError, GroupBrokenError
 from single_controller.ray import patience
+from single_controller.ray.envelope import Enclosed
 from single_controller.ray.failure import CallSite, diagnose, translate
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.parcel import counting
 from single_controller.ray.shelf import kept_here, known_rows, remember_rows
 
-__all__ = ["Lease", "Posted", "RemoteBatch", "RemoteCall"]
+__all__ = ["Lease", "Posted", "RemoteBatch", "RemoteCall", "posted"]
 
 _NO_OFFERS: Mapping[str, Any] = {}
 _offering: ContextVar[Mapping[str, Any] | None] = ContextVar("_offering", default=None)
@@ -76,6 +77,11 @@ class RemoteCall:
             self._known = tuple(self._get(timeout))
             remember_rows(self.token, self._known)
         return self._known
+
+    @property
+    def known(self) -> bool:
+        """Whether the rows are, without waiting."""
+        return self._known is not None
 
     def done(self) -> bool:
         """Whether all ranks have finished, well or not."""
@@ -275,9 +281,20 @@ def _offer(offers: Mapping[str, Any]) -> Generator[None, None, None]:
         _offering.reset(token)
 
 
-class Posted:
+def posted(future: Any, offers: Mapping[str, Any]) -> Enclosed | Posted:
     """A future as an argument of a call: it arrives as itself, with these references to where its
-    batches are published, by token. One that is pickled in any other way has all published.
+    batches are published, by token.
+    """
+    for origin in future.origins():
+        if not isinstance(origin, RemoteBatch) or not origin.call.known or offers.get(origin.token):
+            return Posted(future, offers)
+    with _offer(offers):
+        return Enclosed(pickle.dumps(future))
+
+
+class Posted:
+    """The same where references go with it, which Ray has to see. A future that is pickled in any
+    other way has all of its batches published.
     """
 
     def __init__(self, future: Any, offers: Mapping[str, Any]) -> None:
