@@ -129,12 +129,19 @@ class Cases:
 
     def __init__(self) -> None:
         self._groups: dict[Any, Any] = {}
+        self._future: Any = None
 
     def group(self, ranks: int, number: int = 0) -> Any:
         return self._made(("group", ranks, number), lambda: group(ranks))
 
     def roles(self, ranks: int) -> Any:
         return self._made(("roles", ranks), lambda: group(ranks, 2))
+
+    def future(self, data: DataProto) -> Any:
+        """What four ranks made before."""
+        if self._future is None:
+            self._future = self.roles(4)["role0"].make(data)
+        return self._future
 
     def plain(self, ranks: int) -> Any:
         return self._made(("plain", ranks), lambda: plain(ranks))
@@ -145,6 +152,7 @@ class Cases:
         return self._groups[key]
 
     def end(self) -> None:
+        self._future = None
         for made in self._groups.values():
             for one in made.values() if isinstance(made, dict) else [made]:
                 end(one if isinstance(one, list) else one.workers)
@@ -169,6 +177,9 @@ class Cases:
             "no-op, 8 ranks": lambda: self.group(8).noop(),
             "future 4 x 64 MB, group to group": lambda: pass_on(
                 self.group(4), self.group(4, 1).use
+            ),
+            "role to role 4 x 64 MB, made before": lambda: self.roles(4)["role1"].read(
+                self.future(small)
             ),
             "role to role 4 x 64 MB, reads_only": lambda: pass_on(
                 self.roles(4)["role0"], self.roles(4)["role1"].read

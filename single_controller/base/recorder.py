@@ -123,8 +123,9 @@ class MethodStats:
     """What the calls of one method cost, seen from the driver.
 
     Bytes are those of pickled values and their buffers: `bytes_out` left the driver as arguments
-    (once, however many ranks read them), `bytes_in` came to it as results, `bytes_between` were
-    published by workers for others to read. What stays in a process counts nowhere.
+    (large ones once, however many ranks read them), `bytes_in` came to it as results,
+    `bytes_between` were published by workers for others to read. What stays in a process counts
+    nowhere.
     """
 
     method: str

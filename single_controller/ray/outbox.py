@@ -1,9 +1,11 @@
-"""The values of one call as they travel: small ones within it, the others in parcels, each value
-once for all ranks that get it."""
+"""The values of one call as they travel: numbers and short texts within it, others in parcels, of
+which a large one is stored once for all ranks that get it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from math import inf
 from typing import Any
 
 import ray
@@ -19,11 +21,13 @@ __all__ = ["Outbox"]
 
 _INLINE = (int, float, bool, type(None))
 _INLINE_LENGTH = 1_000
+_SMALL = 16_384  # bytes that are sent several times sooner than stored once and fetched
+_FEW = 100
 
 
 class Outbox(Carrier):
     """Puts the values that the same ranks get into one parcel, and stores it once if these are
-    several. Within a parcel, tensors that share memory share the bytes.
+    several and it is not small. Within a parcel, tensors that share memory share the bytes.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class Outbox(Carrier):
         if id(value) not in self._places:
             return "within the call"
         readers, _ = self._places[id(value)]
-        return "by value" if len(readers) == 1 else "by reference, stored once"
+        return "by reference, stored once" if self._is_stored(readers) else "by value"
 
     def size(self, value: Any) -> int | None:
         return None if isinstance(value, ray.ObjectRef) else size_of(value)
@@ -78,12 +82,37 @@ class Outbox(Carrier):
         return placed, [self._parcel(readers) for readers in parcels]
 
     def _parcel(self, readers: tuple[int, ...]) -> Any:
-        if len(readers) == 1:
+        if not self._is_stored(readers):
             return Parcel(self._values[readers], self._reads_only, self._count)
         if readers not in self._stored:
             parcel = Parcel(self._values[readers], self._reads_only, self._count)
             self._stored[readers] = ray.put(parcel)
         return self._stored[readers]
+
+    def _is_stored(self, readers: tuple[int, ...]) -> bool:
+        return len(readers) > 1 and _weight(self._values[readers]) > _SMALL
+
+
+def _weight(value: Any, depth: int = 5) -> float:
+    """About how many bytes a value takes; infinitely many where that is not seen at once."""
+    if isinstance(value, _INLINE):
+        return 8
+    if isinstance(value, str | bytes):
+        return len(value)
+    if hasattr(value, "non_tensor_batch"):
+        parts: Any = (value.batch, value.non_tensor_batch, value.meta_info)
+    elif isinstance(value, Mapping):
+        parts = list(chain.from_iterable(value.items()))
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif type(value).__module__ == "numpy" and value.dtype == object:
+        parts = value.ravel()
+    else:
+        size = getattr(value, "nbytes", inf)
+        return size if isinstance(size, int) else inf
+    if not depth or len(parts) > _FEW:
+        return inf
+    return sum(_weight(part, depth - 1) for part in parts)
 
 
 def _travels_inline(value: Any) -> bool:

@@ -31,7 +31,7 @@ def test_a_process_bears_the_name_of_the_method_that_it_runs(group: RayWorkerGro
         assert titles == [f"ray::{group.role}.process_title"] * 2
 
 
-def test_an_argument_that_several_ranks_get_is_stored_once(
+def test_a_large_argument_that_several_ranks_get_is_stored_once(
     group: RayWorkerGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored: list[Any] = []
@@ -39,18 +39,31 @@ def test_an_argument_that_several_ranks_get_is_stored_once(
     monkeypatch.setattr(
         outbox_module.ray, "put", lambda value: (stored.append(value), put(value))[1]
     )
-    big = torch.zeros(1000)
+    big = torch.zeros(10_000)
     group.echo(big, y=big)
     assert [parcel._values for parcel in stored] == [(big,)]
-    group.replicated(batch(4))
-    assert len(stored) == 2
-    group.echo(1, y="short")
-    group.add_rank(batch(4))
-    assert len(stored) == 2
+    group.echo({"nested": [big]})
+    group.echo([0] * 1_000)  # who knows how large
+    group.echo(circular := [1], y=circular.append(circular))
+    group.replicated(batch(5_000))
+    assert len(stored) == 5
+    group.add_rank(batch(10_000))
+    assert len(stored) == 5
+
+
+def test_small_arguments_go_to_each_rank_with_its_call(
+    group: RayWorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox_module.ray, "put", None)
+    assert values(group.replicated(batch(3))) == [1, 2, 3]
+    settings = {"lr": 1e-5, "names": ("a", b"b"), "rows": np.array(["one", None], object)}
+    for _, x, y in group.echo(settings, y=torch.arange(3)):
+        assert (x["lr"], x["names"], x["rows"].tolist()) == (1e-5, ("a", b"b"), ["one", None])
+        assert y.tolist() == [0, 1, 2]
 
 
 def test_explain_says_what_a_call_would_do_and_does_nothing(group: RayWorkerGroup) -> None:
-    before, big, ref = group.count(), torch.zeros(1000), ray.put(1)
+    before, big, ref = group.count(), torch.zeros(10_000), ray.put(1)
     told = group.explain("echo", big, y=ref)
     assert [(a.rank, a.name, a.travels, a.shared_with) for a in told.arguments] == [
         (0, "x", "by reference, stored once", (1,)),
@@ -58,7 +71,7 @@ def test_explain_says_what_a_call_would_do_and_does_nothing(group: RayWorkerGrou
         (1, "x", "by reference, stored once", (0,)),
         (1, "y", "fetched by the rank", (0,)),
     ]
-    assert told.arguments[0].bytes > 4000
+    assert told.arguments[0].bytes > 40_000
     told = group.explain("add_rank", batch(6))
     assert [(a.rank, a.rows, a.keys, a.travels) for a in told.arguments] == [
         (rank, 3, ("a", "s"), "by value") for rank in (0, 1)
@@ -66,6 +79,7 @@ def test_explain_says_what_a_call_would_do_and_does_nothing(group: RayWorkerGrou
     assert "returns one batch, the rows of ranks 0, 1" in str(told)
     assert group.explain("scatter", lambda: 1).arguments[0].bytes
     assert group.explain("echo", "short").arguments[0].travels == "within the call"
+    assert group.explain("echo", torch.zeros(3)).arguments[0].travels == "by value"
     assert group.count() == before
 
 
