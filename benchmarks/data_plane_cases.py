@@ -280,7 +280,7 @@ def serve(library: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
     ray.init(
         address="local",
-        num_cpus=1_000,  # logical: what ended groups reserve is not waited for
+        num_cpus=10_000,  # logical: what ended groups reserve is not waited for
         num_gpus=0,
         include_dashboard=False,
         logging_level="ERROR",
