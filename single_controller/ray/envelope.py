@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import ray
@@ -68,6 +69,7 @@ def sealed(envelope: Envelope) -> Envelope | bytes | None:
     return pickle.dumps(envelope, 5) if _PLAIN.issuperset(map(type, parts)) else envelope
 
 
+@lru_cache
 def _titled(title: str) -> Envelope:
     """A call without arguments, whose result goes to the caller."""
     role, _, method = title.rpartition(".")

@@ -95,15 +95,19 @@ class Hosts:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the hosts have another caller, with an order of its own."""
-        ordered = self._turns is None
-        return Hosts, (self.handles, self.names, self.infos, self.address, ordered)
+        return Hosts, (self.handles, self.names, self.infos, self.address, self.ordered)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether Ray keeps the order of calls."""
+        return self._turns is None
 
     def turn(self, rank: int) -> tuple[str, int] | None:
         """The next call's place in a rank's order, where Ray keeps none."""
         return None if self._turns is None else (self._caller, self._turns[rank])
 
     def sent(self, rank: int) -> None:
-        """Note that a call has left for a rank."""
+        """Note that a call with a turn has left for a rank."""
         if self._turns is not None:
             self._turns[rank] += 1
 

@@ -200,41 +200,42 @@ class RayWorkerGroup(HostGroup[W]):
         outbox = Outbox(calls, reads_only, count, routes.offers)
         answering = set(answers)
         token = uuid.uuid4().hex if deferred else ""
+        # Whether calls of ranks that get the same values are one.
+        alike = hosts.ordered and not (deferred or routes.claims or record.number)
         sites, refs, turns = [], [], {}
         places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
-        values: tuple[Any, ...] = ()
+        answered, values = False, ()
         parcels: list[Any] = []
-        sent: Envelope | None = None
-        letter: Envelope | bytes | None = None
+        sent: tuple[Any, ...] = ()
         with hosts.sending:
             for rank, call in enumerate(calls):
                 if call is None:
                     continue
-                turn = hosts.turn(rank)
-                if call is not shared:
-                    values, parcels = outbox.outgoing(call)
-                    shared, sent = call, None
-                envelope = Envelope(
-                    role=self.role,
-                    method=method,
-                    values=values,
-                    names=tuple(call.kwargs),
-                    materialize=materialize,
-                    reads_only=reads_only,
-                    answers=rank in answering,
-                    turn=turn,
-                    keeps=f"{token}:{rank}" if deferred and rank in answering else None,
-                    claims=routes.claims.get(rank, ()),
-                    mark=mark(record, hosts),
-                )
-                if envelope != sent:
-                    sent, letter = envelope, sealed(envelope)
-                sealed_call = () if letter is None else (letter, *parcels)
-                refs.append(callables[rank].remote(*sealed_call))
+                turn, answer = hosts.turn(rank), rank in answering
+                if not (alike and call is shared and answer == answered):
+                    if call is not shared:
+                        values, parcels = outbox.outgoing(call)
+                    shared, answered = call, answer
+                    envelope = Envelope(
+                        role=self.role,
+                        method=method,
+                        values=values,
+                        names=tuple(call.kwargs),
+                        materialize=materialize,
+                        reads_only=reads_only,
+                        answers=answer,
+                        turn=turn,
+                        keeps=f"{token}:{rank}" if deferred and answer else None,
+                        claims=routes.claims.get(rank, ()),
+                        mark=mark(record, hosts),
+                    )
+                    letter = sealed(envelope)
+                    sent = () if letter is None else (letter, *parcels)
+                refs.append(callables[rank].remote(*sent))
                 if turn is not None:
                     turns[rank] = turn
-                hosts.sent(rank)
+                    hosts.sent(rank)
                 sites.append(places[rank])
         routes.sent({site.rank: ref for site, ref in zip(sites, refs, strict=True)})
         deadline = None if timeout_s is None else began + timeout_s
