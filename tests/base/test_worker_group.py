@@ -86,6 +86,7 @@ class LocalGroup(WorkerGroup):
         reads_only: bool = False,
         transport: str = "host",
         deferred: bool = False,
+        awaited: bool = False,
     ) -> Pending:
         ranks = [rank for rank, call in enumerate(calls) if call]
         self.sent.append((method, ranks, options, materialize, deferred))
