@@ -144,7 +144,7 @@ def draw(figures: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_xlabel("ms, shorter is better (logarithmic)")
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right")
+    axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="upper right")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()
