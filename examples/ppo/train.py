@@ -226,4 +226,6 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
         }
     for role, shares in learned.items():
         metrics.update({f"{role}/{key}": value for key, value in shares.items()})
-    return {**metrics, "seconds": seconds.summary()}
+    spent = seconds.summary()
+    metrics["tokens_per_second"] = int(mask.sum()) / spent["step"]
+    return {**metrics, "seconds": spent}

@@ -80,6 +80,8 @@ def test_a_step_says_what_it_did_and_where_its_time_went(two_ranks: Any, tmp_pat
     }
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds.values()) == pytest.approx(2 * seconds["step"])
+    tokens = settings.rows * metrics["response_length"]
+    assert metrics["tokens_per_second"] == pytest.approx(tokens / seconds["step"])
     records.draw()
     assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
 
