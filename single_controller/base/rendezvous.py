@@ -6,6 +6,7 @@ Who learns the address is left to the backends.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import sys
@@ -73,14 +74,20 @@ class Rendezvous:
         waiting = select.poll()
         waiting.register(self._socket, select.POLLIN)
         waiting.poll()
-        self._store = _store_class()(
-            self.address,
-            self.port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(minutes=5),
-            master_listen_fd=self._socket.detach(),
-        )
+        store, listening = _store_class(), self._socket.detach()
+        try:
+            self._store = store(
+                self.address,
+                self.port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(minutes=5),
+                master_listen_fd=listening,
+            )
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(listening)  # ranks are refused, rather than wait
+            raise
 
 
 def _store_class() -> Any:
@@ -93,6 +100,6 @@ def _store_class() -> Any:
         if found is not None:
             return found
         time.sleep(_POLL_S)
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    import torch  # not a part of it: this one waits for who imports torch, and holds nothing
 
-    return TCPStore
+    return torch.distributed.TCPStore  # type: ignore[attr-defined]

@@ -23,14 +23,10 @@ class Late(NamedTuple):
     ref: Any
 
 
-class Enclosed:
-    """A value that has been pickled, and arrives as itself. No reference is in it."""
+class Enclosed(NamedTuple):
+    """A pickled future, which the host reads when the call's turn comes. No reference is in it."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.loads, (self._data,)
+    data: bytes
 
 
 class Envelope(NamedTuple):
@@ -88,7 +84,7 @@ def opened(arrived: Envelope | bytes | None) -> Envelope:
 
 def waits(envelope: Envelope) -> bool:
     """Whether reading the arguments may take time."""
-    return any(isinstance(value, Late) or is_future(value) for value in envelope.values)
+    return any(isinstance(value, Late | Enclosed) or is_future(value) for value in envelope.values)
 
 
 def arguments(
@@ -105,6 +101,8 @@ def _resolved(value: Any, envelope: Envelope, parcels: Sequence[ArrivedParcel]) 
         return parcels[value.parcel].value(value.at)
     if isinstance(value, Late):
         return ray.get(value.ref)
+    if isinstance(value, Enclosed):
+        value = pickle.loads(value.data)
     if envelope.materialize and is_future(value):
         how: AbstractContextManager[None] = nullcontext()
         if envelope.reads_only:

@@ -90,29 +90,41 @@ class Outbox(Carrier):
         return self._stored[readers]
 
     def _is_stored(self, readers: tuple[int, ...]) -> bool:
-        return len(readers) > 1 and _weight(self._values[readers]) > _SMALL
+        return len(readers) > 1 and not _is_small(self._values[readers])
 
 
-def _weight(value: Any, depth: int = 5) -> float:
-    """About how many bytes a value takes; infinitely many where that is not seen at once."""
+def _is_small(value: Any) -> bool:
+    """Whether it is seen at once that a value takes few bytes."""
+    try:
+        return _left(value, _SMALL) >= 0
+    except Exception:  # a sparse tensor says nothing of its bytes, a lazy stack not what is in it
+        return False
+
+
+def _left(value: Any, budget: float, depth: int = 5) -> float:
+    """What is left of so many bytes; less than nothing where that is not seen at once."""
     if isinstance(value, _INLINE):
-        return 8
+        return budget - 8
     if isinstance(value, str | bytes):
-        return len(value)
+        return budget - len(value)
     if hasattr(value, "non_tensor_batch"):
         parts: Any = (value.batch, value.non_tensor_batch, value.meta_info)
     elif isinstance(value, Mapping):
         parts = list(chain.from_iterable(value.items()))
     elif isinstance(value, list | tuple):
         parts = value
-    elif type(value).__module__ == "numpy" and value.dtype == object:
+    elif getattr(value, "dtype", None) == "O":
         parts = value.ravel()
     else:
         size = getattr(value, "nbytes", inf)
-        return size if isinstance(size, int) else inf
+        return budget - (size if isinstance(size, int) else inf)
     if not depth or len(parts) > _FEW:
-        return inf
-    return sum(_weight(part, depth - 1) for part in parts)
+        return -inf
+    for part in parts:
+        if budget < 0:
+            break
+        budget = _left(part, budget, depth - 1)
+    return budget
 
 
 def _travels_inline(value: Any) -> bool:

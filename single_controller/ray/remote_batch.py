@@ -4,8 +4,8 @@ A result without blocking stays with its host (`shelf`), and the driver gets a `
 A call on the same process takes it there; before a call goes to other processes, and when the
 driver itself or a pickler asks, the driver puts `publish` into the queue of the host that has it.
 If readers are both here and elsewhere, it depends on the rows who reads what (`routes`): the driver
-looks, if it knows them or is about to wait for the call anyway; else the task itself finds out
-whether anyone elsewhere needs these rows, and otherwise publishes nothing.
+looks, if it knows them or learns them within a moment; else the task itself finds out whether
+anyone elsewhere needs these rows, and otherwise publishes nothing.
 
 No order of calls can dead-lock. Put all tasks (calls and publications) in the order in which the
 driver sent them. A task waits for earlier tasks in its host's queue, for earlier calls whose rows
@@ -289,7 +289,7 @@ def posted(future: Any, offers: Mapping[str, Any]) -> Enclosed | Posted:
         if not isinstance(origin, RemoteBatch) or not origin.call.known or offers.get(origin.token):
             return Posted(future, offers)
     with _offer(offers):
-        return Enclosed(pickle.dumps(future))
+        return Enclosed(cloudpickle.dumps(future))
 
 
 class Posted:

@@ -33,14 +33,12 @@ class Routes:
             lease.lent_to(refs[rank] for rank in ranks)
 
 
-def route(
-    calls: Sequence[Call | None], hosts: Hosts, materialize: bool, wait_s: float | None
-) -> Routes:
+def route(calls: Sequence[Call | None], hosts: Hosts, materialize: bool, wait_s: float) -> Routes:
     """Send what must be published before these calls can be sent, and nothing else.
 
     Where a future itself is the argument (`materialize=False`), the worker may keep it for later:
     then all of it is published. If it depends on the rows who reads what, these are waited for,
-    `wait_s` at most (None: as long as it takes).
+    `wait_s` at most; what is not known then, the publication itself finds out.
     """
     routes = Routes()
     batches: dict[str, RemoteBatch] = {}
@@ -82,7 +80,7 @@ def route(
 class _Needs:
     """Which futures read which batches, as far as that is known on the driver."""
 
-    def __init__(self, batches: Iterable[RemoteBatch], wait_s: float | None) -> None:
+    def __init__(self, batches: Iterable[RemoteBatch], wait_s: float) -> None:
         self._calls = {batch.call.token: batch.call for batch in batches}
         self._wait_s = wait_s
         self._read: dict[int, set[str]] = {}
@@ -94,10 +92,10 @@ class _Needs:
         """
         if self._wait_s == 0 and not all(call.done() for call in self._calls.values()):
             return False
-        deadline = None if self._wait_s is None else time.monotonic() + self._wait_s
+        deadline = time.monotonic() + self._wait_s
         try:
             for call in self._calls.values():
-                call.rows(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                call.rows(max(0.0, deadline - time.monotonic()))
         except Exception:
             return False
         return True

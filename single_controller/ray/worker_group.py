@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RayWorkerGroup"]
 
+_LOOK_S = 1.0  # how long a call that is waited for waits for the rows it reads before it is sent
+
 
 class RayWorkerGroup(HostGroup[W]):
     """A role's ranks in Ray actors.
@@ -195,7 +197,8 @@ class RayWorkerGroup(HostGroup[W]):
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         if timeout_s is not None and math.isinf(timeout_s):
             timeout_s = None
-        routes = route(calls, hosts, materialize, timeout_s if awaited else 0)
+        wait_s = min(_LOOK_S, _LOOK_S if timeout_s is None else timeout_s) if awaited else 0
+        routes = route(calls, hosts, materialize, wait_s)
         count = partial(record.count, "bytes_out")
         outbox = Outbox(calls, reads_only, count, routes.offers)
         answering = set(answers)

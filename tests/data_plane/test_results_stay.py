@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import gc
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_a_call_that_is_waited_for_has_only_what_it_reads_elsewhere_published(
     assert sent == []
     assert sum(both.two.total(both.one.thin(batch(5)))) == 0 + 1 + 2 + 3
     assert sent == [(0, None)]  # rank 0 made three rows of the four, rank 1 reads two
+
+
+def test_a_future_whose_rows_are_known_may_hold_what_only_the_driver_can_import(
+    both: Colocated,
+) -> None:
+    class Key(str, enum.Enum):
+        X = "x"
+
+    made = both.one.step(batch(2))
+    assert len(made) == 2
+    assert sum(both.two.total(made.select([Key.X]))) == 1 + 3
 
 
 def test_a_call_that_waits_for_what_it_reads_is_given_up_after_its_time(both: Colocated) -> None:
