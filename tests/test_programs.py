@@ -6,10 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
+from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,10 +48,12 @@ def demo(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
     return run("examples/colocated_actor_critic.py", *options, **env)
 
 
-@pytest.fixture
-def address(cluster: None) -> str:
-    """The session's cluster: starting one for each program would take most of the time."""
-    return str(ray.get_runtime_context().gcs_address)
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster of their own, so that nothing which other tests did to one can keep them waiting."""
+    alone = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0})
+    yield str(alone.address)
+    alone.shutdown()
 
 
 def test_the_demo_prints_the_table_and_the_seeds_numbers() -> None:

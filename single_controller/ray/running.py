@@ -68,7 +68,8 @@ def running_groups(patience_s: float = 1.0) -> list[RunningGroup]:
     """The groups of the cluster that this process is connected to, by name.
 
     Args:
-        patience_s: how long hosts get to say what they hold; one that does not is busy.
+        patience_s: how long hosts get to say what they hold; one that does not is busy. 0 asks
+            none, so that nothing is added to what they do.
     """
     found = []
     for actor in actors().values():
@@ -116,7 +117,7 @@ def _ask(
     places, refs = {}, {}
     for actor in table:
         handle, places[actor["ActorID"]] = _handle(actor, namespaces)
-        if handle is not None and actor["State"] == "ALIVE":
+        if patience_s and handle is not None and actor["State"] == "ALIVE":
             refs[actor["ActorID"]] = handle.whoami.remote()
     waiting = list(refs.values())
     if waiting:

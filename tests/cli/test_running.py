@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group_table
 
 from single_controller.errors import GroupBrokenError, WorkerDiedError
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, colocate
-from single_controller.ray.running import kill_group, running_groups
+from single_controller.ray.running import find_group, kill_group, running_groups
 from tests.conformance.probe import Probe
 from tests.waiting import eventually
 
@@ -51,7 +51,7 @@ def test_another_process_lists_a_group_rank_by_rank_and_ends_it(pool: RayResourc
 
 
 def test_a_host_in_a_call_is_busy_and_idle_again_afterwards(
-    pool: RayResourcePool, tmp_path: Path
+    pool: RayResourcePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with RayWorkerGroup(pool, RayClassWithInitArgs(Probe, meshes=False)) as group:
         flag = tmp_path / "go"
@@ -67,6 +67,9 @@ def test_a_host_in_a_call_is_busy_and_idle_again_afterwards(
         shown = run("stacks", name).stdout.split("rank 1\n")
         assert "in _wait_for" in shown[0]
         assert "in no call" in shown[1]
+        with monkeypatch.context() as patched:
+            patched.setattr(ray, "wait", lambda *_, **__: pytest.fail("a host was asked"))
+            assert find_group(name).name == name
         flag.touch()
         ray.get(waiting, timeout=30)
         assert eventually(lambda: states() == ["idle", "idle"])
