@@ -25,16 +25,18 @@ def main() -> None:
     tokenizer = make_tokenizer(settings)
     with started(settings, tokenizer) as roles:
         print(roles["actor"].describe())
-        steps = [
-            train_step(settings, roles, tokenizer, step)["seconds"]
-            for step in range(WARM_UP + args.steps)
+        metrics = [
+            train_step(settings, roles, tokenizer, step) for step in range(WARM_UP + args.steps)
         ][WARM_UP:]
+    steps = [one["seconds"] for one in metrics]
     whole = median(seconds["step"] for seconds in steps)
     for phase in steps[0]:
         one = median(seconds[phase] for seconds in steps)
         print(f"{phase:<15} median {1000 * one:9.1f} ms {one / whole:7.1%}")
     updates = settings.epochs * -(-settings.rows // settings.mini_batch)
     print(f"{settings.rows} rows, {updates} updates of each model per step")
+    pace = median(one["tokens_per_second"] for one in metrics)
+    print(f"answer tokens per second, median: {pace:.0f}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def demo(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A cluster of their own, so that nothing which other tests did to one can keep them waiting."""
+    """A cluster of their own: nothing that other tests did to theirs can keep them waiting."""
     alone = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 0})
     yield str(alone.address)
     alone.shutdown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from statistics import median
 from typing import Any
 
 from tqdm import tqdm
@@ -53,7 +54,9 @@ def report(records: Records) -> None:
         one = sum(s[phase] for s in seconds)
         print(f"{phase:<15} {one / len(history):16.4f} {one / total:7.1%}")
     first, last = history[0]["reward"], history[-1]["reward"]
+    pace = median(line["tokens_per_second"] for line in history)
     print(f"\nreward {first:.3f} → {last:.3f} in {len(history)} steps, {total:.0f} s")
+    print(f"answer tokens per second, median: {pace:.0f}")
     print(f"metrics, picture and checkpoint: {records.folder}/")
 
 

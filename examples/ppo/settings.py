@@ -53,6 +53,11 @@ class Settings:
         "colocated", "roles in one process per rank, or each in its own", ["colocated", "separate"]
     )
     threads: int = _option(0, "CPU threads of a process; 0: the node's cores over its ranks")
+    precision: str = _option(
+        "",
+        "of matrix products; default: bfloat16, on a CPU float32",
+        ["bfloat16", "float32"],
+    )
     micro_rows: int = _option(0, "most rows in one forward and backward pass; 0: all")
 
     model: str = _option("", "a Hugging Face name or path; default: random weights, sizes below")

@@ -41,9 +41,12 @@ def join_group(worker: Worker, threads: int) -> None:
     dist.init_process_group(kind.backend)
 
 
-def mixed_precision(device: torch.device) -> Any:
-    """A context in which matrix products are in bfloat16, except on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+def mixed_precision(device: torch.device, precision: str) -> Any:
+    """A context in which matrix products are in "bfloat16" or "float32"; "" leaves it to the
+    device.
+    """
+    lower = precision == "bfloat16" or (not precision and device.type != "cpu")
+    return torch.autocast(device.type, torch.bfloat16, enabled=lower)
 
 
 class Trained:

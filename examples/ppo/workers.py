@@ -77,9 +77,12 @@ class Role(Worker):
             piece = data.slice(rows * i // count, rows * (i + 1) // count)
             yield (piece if len(piece) else _blank_row(data)).to(self.device), len(piece)
 
+    def in_precision(self) -> Any:
+        return mixed_precision(self.device, self.settings.precision)
+
     def mapped(self, data: DataProto, function: Callable[[Any], Tensor]) -> Tensor:
         """A function of a piece's tensors, of all rows of this rank."""
-        with torch.no_grad(), mixed_precision(self.device):
+        with torch.no_grad(), self.in_precision():
             return torch.cat([function(p.batch)[:rows].cpu() for p, rows in self.pieces(data)])
 
     def log_probs_and_logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -163,7 +166,7 @@ class Trainable(Role):
         for i, (piece, _) in enumerate(pieces):
             last = i == len(pieces) - 1
             with self.trained.accumulating(last):
-                with mixed_precision(self.device):
+                with self.in_precision():
                     losses = self.losses(piece.batch)
                 sums = {key: (x * piece.batch["weights"]).sum() for key, x in losses.items()}
                 self.trained.backward(sums["loss"], last)
@@ -208,7 +211,7 @@ class Actor(Trainable):
         rows = len(data)
         batch = (data if rows else _blank_row(data)).to(self.device).batch
         tokenizer = self.tokenizer
-        with self.trained.gathered() as model, mixed_precision(self.device):
+        with self.trained.gathered() as model, self.in_precision():
             responses, response_mask = generate(
                 model,
                 batch["prompts"],

@@ -40,6 +40,27 @@ def trained(settings: Any, roles: Any, steps: Iterable[int]) -> dict[str, dict[s
     return {role: parameters(roles[role]) for role in ("actor", "critic") if role in roles}
 
 
+def until_good(settings: Any) -> list[dict[str, Any]]:
+    """The metrics of each step, until the reward of the last few is good on average."""
+    from examples.ppo.train import make_tokenizer, started, train_step
+
+    seen: list[dict[str, Any]] = []
+    with started(settings, make_tokenizer(settings)) as roles:
+        while len(seen) < settings.steps and not _is_good(seen):
+            seen.append(train_step(settings, roles, make_tokenizer(settings), len(seen)))
+    return seen
+
+
+def check_learned(seen: list[dict[str, Any]]) -> None:
+    assert seen[0]["reward"] <= 0.2
+    assert _is_good(seen), [metrics["reward"] for metrics in seen]
+
+
+def _is_good(seen: list[dict[str, Any]]) -> bool:
+    last = [metrics["reward"] for metrics in seen[-5:]]
+    return len(last) == 5 and sum(last) / 5 >= 0.9
+
+
 def run(*options: str, output: Path, address: str = "") -> subprocess.Popen[str]:
     """The program; without an address it starts Ray itself, in its own process group."""
     sizes = ["--prompts", "9", "--mini-batch", "4", "--hidden-size", "32", "--device", "cpu"]

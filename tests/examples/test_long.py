@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pytest
@@ -17,37 +15,29 @@ import ray
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 
 from examples.ppo.settings import Settings
-from examples.ppo.train import make_tokenizer, started, train_step
-from tests.examples.runs import TOLERANCE, finish, largest_difference, run, trained
+from examples.ppo.train import make_tokenizer, started
+from tests.examples.runs import (
+    TOLERANCE,
+    check_learned,
+    finish,
+    largest_difference,
+    run,
+    trained,
+    until_good,
+)
 
 pytestmark = pytest.mark.long
 
 UNEVEN = Settings(prompts=9, mini_batch=4, epochs=1, hidden_size=32, device="cpu", threads=1)
-FIRST, LAST, ENOUGH = 0.2, 0.9, 5
-
-
-def rewards(settings: Settings) -> Iterator[float]:
-    """The mean reward of each step, until the last few are good on average."""
-    seen: list[float] = []
-    with started(settings, make_tokenizer(settings)) as roles:
-        for step in range(settings.steps):
-            seen.append(train_step(settings, roles, make_tokenizer(settings), step)["reward"])
-            yield seen[-1]
-            if len(seen) >= ENOUGH and mean(seen[-ENOUGH:]) >= LAST:
-                return
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_learns_to_sort_from_reward_alone(seed: int, cluster: None) -> None:
-    seen = list(rewards(Settings.parse(["--seed", str(seed)])))
-    assert seen[0] <= FIRST
-    assert mean(seen[-ENOUGH:]) >= LAST, seen
+    check_learned(until_good(Settings.parse(["--seed", str(seed)])))
 
 
 def test_grpo_learns_to_sort_from_reward_alone(cluster: None) -> None:
-    seen = list(rewards(Settings.parse(["--algorithm", "grpo"])))
-    assert seen[0] <= FIRST
-    assert mean(seen[-ENOUGH:]) >= LAST, seen
+    check_learned(until_good(Settings.parse(["--algorithm", "grpo"])))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 
@@ -18,6 +19,7 @@ from examples.ppo import train
 from examples.ppo.records import Records
 from examples.ppo.settings import Settings
 from examples.ppo.train import Seconds, make_tokenizer, started, train_step
+from examples.ppo.training import mixed_precision
 from tests.examples.runs import TOLERANCE, finish, largest_difference, trained
 
 # 9 rows on 2 ranks, in mini-batches of 4, 4 and 1: the last leaves a rank without rows.
@@ -43,6 +45,17 @@ def test_two_ranks_learn_what_one_rank_learns_from_the_same_uneven_batches(two_r
     for role in ("actor", "critic"):
         assert largest_difference(before[role], expected[role]) > 100 * TOLERANCE
         assert largest_difference(got[role], expected[role]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_matrix_products_are_as_precise_as_was_asked_for(
+    precision: str, expected: torch.dtype
+) -> None:
+    x = torch.ones(2, 2)
+    with mixed_precision(x.device, precision):
+        assert (x @ x).dtype == expected
 
 
 def test_a_checkpoint_holds_all_that_the_next_steps_depend_on(
