@@ -19,9 +19,11 @@ __all__ = [
     "flag",
     "instance",
     "key_list",
+    "keys_or_key",
     "list_of",
     "mapping",
     "named",
+    "seconds",
     "short",
     "tensordict",
 ]
@@ -111,6 +113,15 @@ def count(name: str, value: object, least: int | None = 0) -> int:
     return whole
 
 
+def seconds(name: str, value: object) -> float:
+    """A duration that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _wrong(name, "a number of seconds", value)
+    if not value >= 0:
+        raise BatchError(f"{name} must be at least 0 seconds; got {value}")
+    return float(value)
+
+
 def flag(name: str, value: object) -> bool:
     """True or False; also 1 and 0, and None for False."""
     if not isinstance(value, (bool, np.bool_, int, type(None))):
@@ -140,3 +151,12 @@ def key_list(name: str, keys: object) -> list[Any]:
         return list(dict.fromkeys(keys))
     except (TypeError, RuntimeError):  # a key without a hash, a 0-dim array or TensorDict
         raise _wrong(name, "a list of keys", keys) from None
+
+
+def keys_or_key(name: str, keys: object) -> tuple[Any, ...]:
+    """Keys, of which a single one may come without a list."""
+    if isinstance(keys, str):
+        return (keys,)
+    if keys is None:
+        raise _wrong(name, "a key or a list of keys", keys)
+    return tuple(key_list(name, keys))

@@ -103,6 +103,7 @@ class DataProtoFuture:
 
         Raises:
             TimeoutError: they were not done within `timeout` seconds.
+            BatchTypeError: `timeout` is no number. BatchError: it is negative.
         """
         return sum(self._rows_per_source(_Deadline(timeout)))
 
@@ -131,6 +132,7 @@ class DataProtoFuture:
 
         Raises:
             TimeoutError: the rows were not here within `timeout` seconds.
+            BatchTypeError: `timeout` is no number. BatchError: it is negative.
         """
         deadline = _Deadline(timeout)
         batch = self.fetch(0, self.rows(timeout), deadline.left())
@@ -146,7 +148,9 @@ class DataProtoFuture:
         Raises:
             RowCountError: not 0 <= start <= stop <= rows.
             TimeoutError: the rows were not here within `timeout` seconds.
+            BatchTypeError: `start`, `stop` or `timeout` is no number.
         """
+        start, stop = checks.count("start", start, None), checks.count("stop", stop, None)
         deadline = _Deadline(timeout)
         parts = self._parts(start, stop, deadline)
         if len(parts) == 1:
@@ -225,8 +229,11 @@ class DataProtoFuture:
         """Only these columns, which are all that whoever fetches rows keeps. Fetches nothing.
 
         A key that is not there raises MissingKeyError when rows are fetched.
+
+        Raises:
+            BatchTypeError: `keys` is neither a key nor a list of some.
         """
-        names = (keys,) if isinstance(keys, str) else tuple(keys)
+        names = checks.keys_or_key("keys", keys)
         return self._derived([_Columns(source, names) for source in self._sources])
 
     def union(self, other: Source) -> DataProtoFuture:
@@ -258,7 +265,8 @@ class _Deadline:
     """One time limit over several waits."""
 
     def __init__(self, timeout: float | None) -> None:
-        self._end = None if timeout is None else time.monotonic() + timeout
+        left = None if timeout is None else checks.seconds("timeout", timeout)
+        self._end = None if left is None else time.monotonic() + left
 
     def left(self) -> float | None:
         return None if self._end is None else max(0.0, self._end - time.monotonic())

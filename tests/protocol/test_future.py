@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
@@ -161,6 +162,25 @@ class TestFetching:
         assert [producer.waits for producer in producers] == [0, 0]
         assert len(lazy) == 5
         assert repr(lazy) == "DataProtoFuture(rows=5, sources=2)"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda f: f.select(5), BatchTypeError, "keys must be a list of keys; got int 5"),
+        (lambda f: f.select(None), BatchTypeError, "keys must be a key or a list of keys"),
+        (lambda f: f.fetch("a", 2), BatchTypeError, "start must be a whole number; got str 'a'"),
+        (lambda f: f.fetch(0, 1.5), BatchTypeError, "stop must be a whole number; got float 1.5"),
+        (lambda f: f.get(timeout="x"), BatchTypeError, "timeout must be a number of seconds"),
+        (lambda f: f.rows(timeout=True), BatchTypeError, "timeout must be a number of seconds"),
+        (lambda f: f.get(timeout=-1), BatchError, "timeout must be at least 0 seconds; got -1"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(
+    wrong: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        wrong(future(4))
 
 
 class TestDeadline:
