@@ -157,9 +157,17 @@ class DataProtoFuture:
             ((source, first, last),) = parts
             return source.fetch(first, last, deadline.left())
         with read_as("join"):
-            return concat_batches(
-                on_one_device([source.fetch(a, b, deadline.left()) for source, a, b in parts])
-            )
+            found = [source.fetch(a, b, deadline.left()) for source, a, b in parts]
+            try:
+                return concat_batches(on_one_device(found))
+            except BatchError as error:
+                raise self._not_joined(error) from None
+
+    def _not_joined(self, error: BatchError) -> BatchError:
+        makers = sorted({str(getattr(origin, "title", "")) for origin in self.origins()} - {""})
+        if not makers:
+            return error
+        return type(error)(f"{', '.join(makers)}: the ranks' outputs cannot be joined: {error}")
 
     def _parts(self, start: int, stop: int, deadline: _Deadline) -> list[tuple[Source, int, int]]:
         """The sources that rows `start:stop` come from, each with its own rows."""

@@ -113,6 +113,8 @@ ORDER = [
     "single_controller.ray.hosts",
     "single_controller.ray.start",
     "single_controller.ray.supervisor",
+    "single_controller.ray.offers",
+    "single_controller.ray.lease",
     "single_controller.ray.remote_batch",
     "single_controller.ray.routes",
     "single_controller.ray.outbox",

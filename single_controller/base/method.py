@@ -108,8 +108,9 @@ class CallFuture:
     def cancel(self) -> bool:
         """Ask for the call to be dropped where its turn has not come; False if it will run.
 
-        Only hosts with an `async def` method can be asked. `result` then raises
-        `concurrent.futures.CancelledError`, or gives the result where the call was under way.
+        Only hosts with an `async def` method can be asked, and where another method keeps their
+        loop busy, they may learn of it too late. `result` then raises
+        `concurrent.futures.CancelledError`, or gives the result of a call that ran.
         """
         return self._pending.cancel()
 

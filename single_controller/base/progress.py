@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["patiently"]
+__all__ = ["patiently", "shown_seconds"]
 
 T = TypeVar("T")
 
@@ -20,6 +20,11 @@ _FIRST_S = 1.5
 _EVERY_S = 0.5
 _CLEAR = "\r\x1b[2K"
 _drawing = threading.Lock()  # one line for all threads
+
+
+def shown_seconds(seconds: float | None) -> str:
+    """For messages: to the millisecond, without zeros behind."""
+    return f"{round(seconds or 0, 3):g}"
 
 
 def patiently(

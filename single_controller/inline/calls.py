@@ -244,6 +244,11 @@ class LocalBatch(Handle):
     reference: InlineReference
     peers: tuple[InlineReference, ...]
 
+    @property
+    def title(self) -> str:
+        """The method that makes it, for messages."""
+        return f"{self.reference.role}.{self.reference.method}"
+
     def rows(self, timeout: float | None = None) -> int:
         """How many rows the batch has. Waits, at most `timeout` seconds, for an async method."""
         from protocol.batches import batch_rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from single_controller.errors import GroupBrokenError
 from single_controller.ray import patience
 from single_controller.ray.failure import CallSite
 from single_controller.ray.hosts import Hosts
+from single_controller.ray.lease import Lease, Limit, Publication
 from single_controller.ray.parcel import counting
-from single_controller.ray.remote_batch import Lease, RemoteBatch, RemoteCall
+from single_controller.ray.remote_batch import RemoteBatch, RemoteCall
 
 __all__ = ["RayPending"]
 
@@ -31,22 +31,21 @@ class RayPending(Pending):
         refs: Sequence[Any],
         turns: Mapping[int, tuple[str, int]],
         answers: Sequence[int],
-        timeout_s: float | None,
-        deadline: float | None,
+        limit: Limit,
         record: CallRecord,
         token: str,
         lends: bool,
+        published: Mapping[int, Publication],
     ) -> None:
         self._hosts, self._sites, self._refs = hosts, list(sites), list(refs)
         self._turns, self._record, self._token, self._lends = turns, record, token, lends
+        self._published = published
         at = {site.rank: i for i, site in enumerate(sites)}
         self._answers = [at[rank] for rank in answers]
-        self._timeout_s, self._deadline = timeout_s, deadline
+        self._limit = limit
 
     def wait(self, timeout_s: float | None) -> list[Any]:
-        left = timeout_s
-        if timeout_s is None and self._deadline is not None:
-            left = max(0.0, self._deadline - time.monotonic())
+        left = self._limit.left() if timeout_s is None else timeout_s
         try:
             with counting(lambda size: self._record.count("bytes_in", size)):
                 first = self._sites[0]
@@ -54,7 +53,7 @@ class RayPending(Pending):
                 outputs = patience.get(self._refs, left, f"{first.role}.{first.method}", ranks)
             self._hosts.check_current()
         except GetTimeoutError:
-            limit = timeout_s if timeout_s is not None else self._timeout_s
+            limit = timeout_s if timeout_s is not None else self._limit.seconds
             give_up = timeout_s is None
             raise self._hosts.timed_out(self._refs, self._sites, limit or 0, give_up) from None
         except GroupBrokenError:
@@ -77,10 +76,11 @@ class RayPending(Pending):
         if not batched:
             return [self._refs[i] for i in self._answers]
         call = RemoteCall(self._token, self._refs, self._sites)
-        lease = Lease(self._hosts, self._token, self._record, self._lends)
+        method = self._sites[0].role, self._sites[0].method
+        lease = Lease(self._hosts, self._token, self._record, method, self._limit, self._lends)
         batches = []
         for i in self._answers:
             rank = self._sites[i].rank
-            lease.hold(rank)
+            lease.hold(rank, self._published.get(rank))
             batches.append(RemoteBatch(call, i, lease))
         return batches

@@ -33,7 +33,8 @@ class Envelope(NamedTuple):
     """What a call is, with its small values; `Slot`s stand for those in parcels.
 
     The last values go by `names`. `turn` (caller, number) orders the calls of one caller where Ray
-    itself keeps no order. `keeps`: the token under which the output stays in the host, if it does.
+    itself keeps no order. `keeps`: the token under which the output stays in the host, if it does;
+    `publishes`: whether with device memory lent, if the call publishes it at once, else None.
     `claims`: the tokens of results in this host that the arguments read. `mark`: what
     a trace knows the call by.
     """
@@ -47,6 +48,7 @@ class Envelope(NamedTuple):
     answers: bool
     turn: tuple[str, int] | None
     keeps: str | None
+    publishes: bool | None
     claims: tuple[str, ...]
     mark: CallMark | None
 
@@ -69,7 +71,7 @@ def sealed(envelope: Envelope) -> Envelope | bytes | None:
 def _titled(title: str) -> Envelope:
     """A call without arguments, whose result goes to the caller."""
     role, _, method = title.rpartition(".")
-    return Envelope(role, method, (), (), True, False, True, None, None, (), None)
+    return Envelope(role, method, (), (), True, False, True, None, None, None, (), None)
 
 
 def opened(arrived: Envelope | bytes | None) -> Envelope:

@@ -322,19 +322,26 @@ class AsyncHost(AsyncShelfTasks, Host):
                 raise CallDroppedError
 
     def _end_turn(self, turn: tuple[str, int] | None) -> None:
+        """Let the next call begin, once the loop has passed on what this one returns."""
         if turn is not None:
-            caller, number = turn
-            self._next[caller] = number + 1
-            self._dropped.discard(turn)
-            event = self._waiting.pop((caller, number + 1), None)
-            if event is not None:
-                event.set()
+            asyncio.get_running_loop().call_soon(self._next_turn, turn)
+
+    def _next_turn(self, turn: tuple[str, int]) -> None:
+        caller, number = turn
+        self._next[caller] = number + 1
+        self._dropped.discard(turn)
+        event = self._waiting.pop((caller, number + 1), None)
+        if event is not None:
+            event.set()
 
 
 def _outgoing(envelope: Envelope, output: Any, place: Kept | None) -> Any:
-    """What goes to the caller: the output, or its rows if it stays here."""
+    """What goes to the caller: the output, or its rows if it stays here; then what it publishes."""
     if place is not None:
-        return place.keep(output, f"{envelope.role}.{envelope.method}")
+        rows = place.keep(output, f"{envelope.role}.{envelope.method}")
+        if envelope.publishes is None:
+            return rows
+        return rows, *((None, 0) if rows is None else place.published(envelope.publishes))
     number = envelope.mark.number if envelope.mark else 0
     return Result.wrap(output, number) if envelope.answers else None
 

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray._private.state import actors
 
+from single_controller.base.progress import shown_seconds
 from single_controller.base.table import RankState
 from single_controller.errors import CallTimeoutError, GroupBrokenError, WorkerDiedError
 from single_controller.ray.failure import (
@@ -54,9 +55,10 @@ class Hosts:
         self.handles, self.names, self.infos = list(handles), list(names), list(infos)
         self.address = address
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
-        self._callables: dict[tuple[str, str], list[Any]] = {}
+        self._callables: dict[tuple[str, str, int], list[Any]] = {}
         self._caller = uuid.uuid4().hex
         self._turns = None if ordered else [0] * len(self.handles)
+        self.read_elsewhere: dict[tuple[str, str, int], bool] = {}  # see lease
         self.broken: str | None = None
         self.closed_because: str | None = None
         self.retired = False
@@ -151,13 +153,13 @@ class Hosts:
             ]
         return found
 
-    def callables(self, role: str, method: str) -> Sequence[Any]:
+    def callables(self, role: str, method: str, returns: int = 1) -> Sequence[Any]:
         """By rank, the `call` of its host, whose tasks Ray shows under the name of the method."""
-        found = self._callables.get((role, method))
+        found = self._callables.get((role, method, returns))
         if found is None:
-            title = f"{role}.{method}"
-            found = [handle.call.options(name=title) for handle in self.handles]
-            self._callables[role, method] = found
+            options = {"name": f"{role}.{method}", "num_returns": returns}
+            found = [handle.call.options(**options) for handle in self.handles]
+            self._callables[role, method, returns] = found
         return found
 
     def stacks(self, ranks: Iterable[int] | None = None) -> dict[int, str]:
@@ -167,7 +169,7 @@ class Hosts:
         chosen = range(len(self.infos)) if ranks is None else list(ranks)
         processes = self.processes
         awaited = self._awaited(chosen)
-        found = dumps({rank: processes[rank] for rank in chosen})
+        found = dumps({rank: processes[rank] for rank in chosen if not awaited.get(rank)})
         return {rank: awaited.get(rank) or readable(found[rank]) for rank in chosen}
 
     def _awaited(self, ranks: Iterable[int]) -> dict[int, str]:
@@ -190,7 +192,10 @@ class Hosts:
             self._end_stuck(stuck_ranks(self._processes_of(self._running)), why)
             if self.broken is None:
                 ranks = sorted({rank for rank, _, _ in self._running})
-                raise GroupBrokenError(f"ranks {ranks} are still in a call that {why}")
+                raise GroupBrokenError(
+                    f"ranks {ranks} are still in a call that {why}. Calls are taken again once it "
+                    "has ended; restart() the group to end it, or close() it"
+                )
         if self.broken is not None:
             raise GroupBrokenError(f"{self.broken}. restart() the group, or close() it")
 
@@ -247,11 +252,13 @@ class Hosts:
         _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
         running = [(s.rank, ref) for ref, s in zip(refs, sites, strict=True) if ref in pending]
         if give_up:
-            self._note_running(running, f"was given up after {timeout_s:g} s")
+            title = f"{sites[0].role}.{sites[0].method}"
+            why = f"was given up after {shown_seconds(timeout_s)} s ({title})"
+            self._note_running(running, why)
         ranks = [rank for rank, _ in running]
         return CallTimeoutError(
             f"{sites[0].role}.{sites[0].method}: ranks {ranks} of {len(self.handles)} had not "
-            f"finished after {timeout_s:g} s",
+            f"finished after {shown_seconds(timeout_s)} s",
             ranks,
             self.stacks(ranks),
         )

@@ -11,9 +11,15 @@ from ray.util.placement_group import PlacementGroup
 
 from single_controller.base.progress import patiently
 
-__all__ = ["get", "missing", "placed"]
+__all__ = ["countable", "get", "missing", "placed"]
 
 _MOST_NAMED = 8
+_LONGEST_S = 1e9
+
+
+def countable(timeout_s: float | None) -> float | None:
+    """The same for Ray, which cannot count for ever: None from 30 years on."""
+    return None if timeout_s is None or timeout_s > _LONGEST_S else timeout_s
 
 
 def get(refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence[int]) -> list[Any]:
@@ -23,7 +29,8 @@ def get(refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence
     def attempt(seconds: float | None) -> list[Any]:
         return list(ray.get(refs, timeout=seconds))
 
-    return patiently(attempt, GetTimeoutError, timeout_s, lambda: _standing(refs, what, ranks))
+    limit = countable(timeout_s)
+    return patiently(attempt, GetTimeoutError, limit, lambda: _standing(refs, what, ranks))
 
 
 def missing(refs: Sequence[Any], timeout_s: float, what: str) -> list[int]:

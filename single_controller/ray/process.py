@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import struct
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ _SIGNAL = getattr(signal, "SIGRTMIN", 0) + 7  # a real-time one: programs use th
 _STACKS = "stacks"  # the file in memory that they are written to
 _POLL_S = 0.01
 _QUIET_S = 0.03
-_STACKS_S = 1.0  # how long a process gets to write its stacks; it takes milliseconds
+_ASKED_S = 0.5  # how long a process gets to write its stacks by itself; it takes milliseconds
+_STACKS_S = 1.0  # how long when it is made to
 _LOG_BYTES = 16_384
 _LOG_LINES = 20
 
@@ -61,22 +63,33 @@ class ProcessInfo:
 
 
 def arrive(node_id: str, node_ip: str) -> ProcessInfo:
-    """Let this process write all threads' stacks when it is signalled; who it is.
+    """Let this process write all threads' stacks when it is asked to; who it is.
 
-    The writing happens in C in the signal's handler, so a thread that holds the GIL for good does
-    not keep it from happening. The file is in memory and goes with the process.
+    A thread does, which needs the GIL: nothing else runs Python meanwhile. Only while another one
+    holds the GIL for good, a signal is needed, in whose handler C code writes; where threads ran
+    on, that would now and then read what they have just freed, and crash. The file is in memory and
+    goes with the process; its name has the pipe to ask by.
     """
     descriptor = -1
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create(_STACKS)
+        asked, asks = os.pipe()
+        descriptor = os.memfd_create(f"{_STACKS}:{asks}:")
         fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # whoever reads it empties it
         faulthandler.register(_SIGNAL, file=descriptor, all_threads=True)
+        answer = threading.Thread(target=_answer, args=(asked, descriptor), name=_STACKS)
+        answer.daemon = True
+        answer.start()
     pid = os.getpid()
     found = _stat(pid)
     log = ""
     with contextlib.suppress(OSError):
         log = os.readlink("/proc/self/fd/2")
     return ProcessInfo(node_id, node_ip, pid, found[1] if found else 0, descriptor, log)
+
+
+def _answer(asked: int, descriptor: int) -> None:
+    while os.read(asked, 1_024):
+        faulthandler.dump_traceback(descriptor, all_threads=True)
 
 
 def is_running(process: ProcessInfo) -> bool:
@@ -96,11 +109,13 @@ def _stat(pid: int) -> tuple[str, int] | None:
 
 def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
     """The stack of every thread of each process, as faulthandler writes them, or why not."""
-    files = [_signalled(process) for process in processes]
-    deadline = time.monotonic() + _STACKS_S
-    return [
-        _written(file, process, deadline) for file, process in zip(files, processes, strict=True)
-    ]
+    files = {process: file for process in processes if (file := _emptied(process))}
+    found: dict[ProcessInfo, str] = {}
+    for tell, seconds in ((_ask, _ASKED_S), (_signal, _STACKS_S)):
+        told = [process for process in files if not found.get(process) and tell(process)]
+        deadline = time.monotonic() + seconds
+        found.update({process: _written(files[process], deadline) for process in told})
+    return [found.get(process) or _silence(process) for process in processes]
 
 
 def read_stacks_by_pid(processes: Sequence[ProcessInfo]) -> list[str]:
@@ -114,36 +129,58 @@ def _looked_up(process: ProcessInfo) -> ProcessInfo:
     started, descriptor = found[1] if found else 0, -1
     with contextlib.suppress(OSError):
         for file in Path(f"/proc/{process.pid}/fd").iterdir():
-            if os.readlink(file).startswith(f"/memfd:{_STACKS}"):
+            if os.readlink(file).startswith(f"/memfd:{_STACKS}:"):
                 descriptor = int(file.name)
     return replace(process, started=started, stacks_fd=descriptor)
 
 
-def _signalled(process: ProcessInfo) -> Path | None:
+def _emptied(process: ProcessInfo) -> Path | None:
+    """The file of a running process that its stacks go to."""
     if process.stacks_fd < 0 or not is_running(process):
         return None
     file = Path(f"/proc/{process.pid}/fd/{process.stacks_fd}")
     try:
         os.truncate(file, 0)
-        os.kill(process.pid, _SIGNAL)
     except OSError:
         return None
     return file
 
 
-def _written(file: Path | None, process: ProcessInfo, deadline: float) -> str:
+def _ask(process: ProcessInfo) -> bool:
+    opened = f"/proc/{process.pid}/fd"
+    try:
+        asks = os.readlink(f"{opened}/{process.stacks_fd}").split(":")[2]
+        with open(f"{opened}/{asks}", "wb", buffering=0) as pipe:
+            pipe.write(b"?")
+    except OSError:
+        return False
+    return True
+
+
+def _signal(process: ProcessInfo) -> bool:
+    try:
+        os.kill(process.pid, _SIGNAL)
+    except OSError:
+        return False
+    return True
+
+
+def _written(file: Path, deadline: float) -> str:
     """What came, once no more comes."""
     text, changed = "", time.monotonic()
     with contextlib.suppress(OSError):  # it may end meanwhile
-        while file is not None:
+        while True:
             before, text = text, file.read_text(errors="replace")
             now = time.monotonic()
             changed = changed if text == before else now
             if (text and now - changed > _QUIET_S) or now > deadline:
                 break
             time.sleep(_POLL_S)
-    if text.strip():
-        return text
+    return text.strip() and text
+
+
+def _silence(process: ProcessInfo) -> str:
+    """Why there is no stack."""
     found = _stat(process.pid)
     if found is None or found[1] != process.started:
         return f"no stack: process {process.pid} has ended"

@@ -5,7 +5,8 @@ A call on the same process takes it there; before a call goes to other processes
 driver itself or a pickler asks, the driver puts `publish` into the queue of the host that has it.
 If readers are both here and elsewhere, it depends on the rows who reads what (`routes`): the driver
 looks, if it knows them or learns them within a moment; else the task itself finds out whether
-anyone elsewhere needs these rows, and otherwise publishes nothing.
+anyone elsewhere needs these rows, and otherwise publishes nothing. A publication waits behind what
+its host was told before, so a call whose last result was read elsewhere publishes by itself.
 
 No order of calls can dead-lock. Put all tasks (calls and publications) in the order in which the
 driver sent them. A task waits for earlier tasks in its host's queue, for earlier calls whose rows
@@ -18,34 +19,25 @@ happens in threads of their own, and a publication has no turn. A release waits 
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-import threading
-import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from queue import SimpleQueue
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError
 
+from single_controller.base.progress import shown_seconds
 from single_controller.base.rank import NO_BATCH
-from single_controller.base.recorder import CallRecord
-from single_controller.errors import CallTimeoutError, GroupBrokenError
+from single_controller.errors import CallTimeoutError
 from single_controller.ray import patience
 from single_controller.ray.envelope import Enclosed
 from single_controller.ray.failure import CallSite, diagnose, translate
-from single_controller.ray.hosts import Hosts
-from single_controller.ray.parcel import counting
+from single_controller.ray.lease import Lease
+from single_controller.ray.offers import NO_OFFERS, Posted, offered, offering
 from single_controller.ray.shelf import kept_here, known_rows, remember_rows
 
-__all__ = ["Lease", "Posted", "RemoteBatch", "RemoteCall", "posted"]
-
-_NO_OFFERS: Mapping[str, Any] = {}
-_offering: ContextVar[Mapping[str, Any] | None] = ContextVar("_offering", default=None)
+__all__ = ["RemoteBatch", "RemoteCall", "posted"]
 
 
 class RemoteCall:
@@ -69,12 +61,16 @@ class RemoteCall:
         refs = self.refs if self._known is None else ()
         return RemoteCall, (self.token, refs, self.sites, self._known)
 
-    def rows(self, timeout: float | None) -> tuple[int | None, ...]:
-        """Wait for all ranks; the rows of each, None where it kept no batch."""
+    def rows(self, timeout: float | None, lease: Lease | None = None) -> tuple[int | None, ...]:
+        """Wait for all ranks; the rows of each, None where it kept no batch.
+
+        With the driver's `lease`, the call's own deadline counts where there is no `timeout`, and
+        its group learns what went wrong.
+        """
         if self._known is None:
             self._known = known_rows(self.token)
         if self._known is None:
-            self._known = tuple(self._get(timeout))
+            self._known = tuple(self._get(timeout, lease))
             remember_rows(self.token, self._known)
         return self._known
 
@@ -90,100 +86,26 @@ class RemoteCall:
         _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
         return not late
 
-    def _get(self, timeout: float | None) -> list[int | None]:
+    def _get(self, timeout: float | None, lease: Lease | None) -> list[int | None]:
         first = self.sites[0]
         ranks = [site.rank for site in self.sites]
+        left = lease.limit.left() if lease and timeout is None else timeout
         try:
-            return patience.get(self.refs, timeout, f"{first.role}.{first.method}", ranks)
+            return patience.get(self.refs, left, f"{first.role}.{first.method}", ranks)
         except GetTimeoutError:
+            if lease is not None:
+                raise lease.timed_out(self.refs, self.sites, timeout) from None
             _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
-            pairs = zip(self.sites, self.refs, strict=True)
-            raise _timed_out([site for site, ref in pairs if ref in late], timeout) from None
+            ranks = [s.rank for s, ref in zip(self.sites, self.refs, strict=True) if ref in late]
+            raise CallTimeoutError(
+                f"{first.role}.{first.method}: ranks {ranks} had not finished after "
+                f"{shown_seconds(timeout)} s",
+                ranks,
+            ) from None
         except Exception as error:
+            if lease is not None:
+                raise lease.hosts.failed(error, self.refs, self.sites) from None
             raise diagnose(error, self.refs, self.sites, {}).error from None
-
-
-class Lease:
-    """The driver's hold on the results of one call: without it, their hosts let go of them."""
-
-    def __init__(self, hosts: Hosts, token: str, record: CallRecord, lends: bool = False) -> None:
-        self.hosts, self._token, self._record = hosts, token, record
-        self._lends = lends
-        self._borrowers: list[Any] = []
-        self._published: dict[tuple[int, bool], Any] = {}
-        self._publications: dict[int, int] = {}  # by rank: how many tasks were sent
-        self._lock = threading.Lock()
-
-    def hold(self, rank: int) -> None:
-        """Include a rank's result, and release all once nobody holds this any more."""
-        if not self._publications:
-            gone = (self.hosts, self._token, self._publications, self._borrowers)
-            weakref.finalize(self, _releaser().put, gone).atexit = False
-        self._publications[rank] = 0
-
-    def can_lend(self, rank: int, hosts: Hosts, readers: Iterable[int]) -> bool:
-        """Whether all these ranks of some hosts can map device memory of a rank's batch."""
-        device = self.hosts.infos[rank].identity
-        ids = [hosts.infos[reader].identity for reader in readers]
-        return self._lends and device is not None and all(i and i.reads(device) for i in ids)
-
-    def lent_to(self, refs: Iterable[Any]) -> None:
-        """Keep the memory at least until these calls have ended."""
-        held = list(dict.fromkeys([*self._borrowers, *refs]))
-        _, self._borrowers[:] = ray.wait(held, num_returns=len(held), timeout=0, fetch_local=False)
-
-    def publish(self, rank: int, lends: bool = False) -> Any:
-        """A reference to a rank's batch in shared memory, or with `lends` to claims on it."""
-        self.hosts.check_current()
-        with self._lock:
-            if (rank, lends) not in self._published:
-                self._published[rank, lends] = self._send(rank, None, lends)
-            return self._published[rank, lends]
-
-    def publish_for(self, rank: int, futures: Sequence[Any], lends: bool = False) -> Any:
-        """The same; to None where it turns out that no row of these futures is in it."""
-        self.hosts.check_current()
-        with self._lock:
-            if (rank, lends) in self._published:
-                return self._published[rank, lends]
-            wanted = [Posted(future, _NO_OFFERS) for future in futures]
-            return self._send(rank, wanted, lends)
-
-    def _send(self, rank: int, wanted: Any, lends: bool) -> Any:
-        hosts = self.hosts
-        if hosts.closed:
-            raise GroupBrokenError(
-                f"{hosts.closed_because}: results that were still in its workers are gone. "
-                "Fetch what you need of a future before the group closes"
-            )
-        self._publications[rank] += 1
-        ref, size = hosts.handles[rank].publish.remote(f"{self._token}:{rank}", wanted, lends)
-        self._record.count_later("bytes_between", lambda: _value_if_ready(size))
-        return ref
-
-    def read(self) -> Any:
-        """Count what arrives within this context as results that came to the driver."""
-        return counting(lambda size: self._record.count("bytes_in", size))
-
-    @contextmanager
-    def current(self) -> Generator[None, None, None]:
-        """Raises GroupBrokenError, whatever else goes wrong or does not, after a restart."""
-        try:
-            yield
-        except Exception:
-            self.hosts.check_current()
-            raise
-        self.hosts.check_current()
-
-
-def _value_if_ready(ref: Any) -> int | None:
-    ready, _ = ray.wait([ref], timeout=0)
-    if not ready:
-        return None
-    try:
-        return int(ray.get(ref))
-    except Exception:
-        return 0
 
 
 class RemoteBatch:
@@ -211,10 +133,15 @@ class RemoteBatch:
     def token(self) -> str:
         return f"{self.call.token}:{self.site.rank}"
 
+    @property
+    def title(self) -> str:
+        """The method that makes it, for messages."""
+        return f"{self.site.role}.{self.site.method}"
+
     def rows(self, timeout: float | None = None) -> int:
         """Wait for the worker to finish, and its peers, without fetching the batch."""
         with self.lease.current() if self.lease else nullcontext():
-            rows = self.call.rows(timeout)[self.at]
+            rows = self.call.rows(timeout, self.lease)[self.at]
         if rows is None:
             site = self.site
             raise translate(
@@ -241,44 +168,35 @@ class RemoteBatch:
         from protocol.batches import lend_rows
         from protocol.wire import read_as, reading
 
-        how = reading()
+        how, lease, site = reading(), self.lease, self.site
         whole = start == 0 and stop == self.rows(timeout)
+        limit = lease.limit.seconds if lease and timeout is None else timeout
         try:
             with read_as("join" if how == "own" and not whole else how):
-                batch: Any = ray.get(ref, timeout=timeout)
+                batch: Any = ray.get(ref, timeout=patience.countable(limit))
         except GetTimeoutError:
-            raise _timed_out([self.site], timeout) from None
+            raise CallTimeoutError(
+                f"{site.role}.{site.method}: rank {site.rank} has finished, and had not sent its "
+                f"rows after {shown_seconds(limit)} s: a later call keeps it busy",
+                [site.rank],
+                lease.hosts.stacks([site.rank]) if lease else {},
+            ) from None
         except Exception as error:
-            raise translate(error, self.site) from None
+            raise (
+                lease.hosts.failed(error, [ref], [site]) if lease else translate(error, site)
+            ) from None
         return batch if whole or batch is None else lend_rows(batch, start, stop)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteBatch, (self.call, self.at, None, self._offered())
 
     def _offered(self) -> Any:
-        offers = _offering.get()
-        if offers is _NO_OFFERS:
+        offers = offered()
+        if offers is NO_OFFERS:
             return None
         if offers is not None and self.token in offers:
             return offers[self.token]
         return self.offer if self.lease is None else self.lease.publish(self.site.rank)
-
-
-def _timed_out(sites: Sequence[CallSite], timeout: float | None) -> CallTimeoutError:
-    ranks = [site.rank for site in sites]
-    return CallTimeoutError(
-        f"{sites[0].role}.{sites[0].method}: ranks {ranks} had not finished after {timeout:g} s",
-        ranks,
-    )
-
-
-@contextmanager
-def _offer(offers: Mapping[str, Any]) -> Generator[None, None, None]:
-    token = _offering.set(offers)
-    try:
-        yield
-    finally:
-        _offering.reset(token)
 
 
 def posted(future: Any, offers: Mapping[str, Any]) -> Enclosed | Posted:
@@ -288,56 +206,5 @@ def posted(future: Any, offers: Mapping[str, Any]) -> Enclosed | Posted:
     for origin in future.origins():
         if not isinstance(origin, RemoteBatch) or not origin.call.known or offers.get(origin.token):
             return Posted(future, offers)
-    with _offer(offers):
+    with offering(offers):
         return Enclosed(cloudpickle.dumps(future))
-
-
-class Posted:
-    """The same where references go with it, which Ray has to see. A future that is pickled in any
-    other way has all of its batches published.
-    """
-
-    def __init__(self, future: Any, offers: Mapping[str, Any]) -> None:
-        self._future, self._offers = future, offers
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        with _offer(self._offers):
-            return pickle.loads, (cloudpickle.dumps(self._future),)
-
-
-_Gone: TypeAlias = tuple[Hosts, str, dict[int, int], list[Any]]
-
-_queue: SimpleQueue[_Gone] = SimpleQueue()
-_started = threading.Lock()
-
-
-def _releaser() -> SimpleQueue[_Gone]:
-    """Takes what is to be released: garbage may be collected at any moment, with any lock held,
-    and a thread of its own can wait for its turn.
-    """
-    if _started.acquire(blocking=False):
-        threading.Thread(target=_release_all, daemon=True, name="release-results").start()
-    return _queue
-
-
-def _release_all() -> None:
-    while True:
-        hosts, token, publications, borrowers = _queue.get()
-        if borrowers:
-            again: _Gone = (hosts, token, publications, [])
-            threading.Thread(target=_wait_for, args=(borrowers, again), daemon=True).start()
-            continue
-        try:
-            with hosts.sending:
-                for rank, count in publications.items() if not hosts.closed else ():
-                    turn = hosts.turn(rank)
-                    hosts.handles[rank].release.remote(f"{token}:{rank}", count, turn)
-                    hosts.sent(rank)
-        except Exception:  # the cluster or the host is gone, and the results with it
-            continue
-
-
-def _wait_for(borrowers: list[Any], again: _Gone) -> None:
-    with contextlib.suppress(Exception):  # the cluster is gone
-        ray.wait(borrowers, num_returns=len(borrowers), timeout=None, fetch_local=False)
-    _queue.put(again)

@@ -13,7 +13,8 @@ from typing import Any
 from single_controller.base.plan import Call
 from single_controller.base.rows import is_future
 from single_controller.ray.hosts import Hosts
-from single_controller.ray.remote_batch import Lease, RemoteBatch
+from single_controller.ray.lease import Lease
+from single_controller.ray.remote_batch import RemoteBatch
 from single_controller.ray.shelf import needed_tokens
 
 __all__ = ["Routes", "route"]

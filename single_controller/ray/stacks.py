@@ -38,11 +38,19 @@ class _Frame:
 
 
 def _threads(dump: str) -> Iterator[list[_Frame]]:
-    """The frames of each thread, the innermost first, as faulthandler writes them."""
-    for part in re.split(r"\n(?=Thread 0x|Current thread 0x)", dump):
+    """The frames of each thread, the innermost first, as faulthandler writes them; of one that was
+    asked for its stack twice, the last ones.
+    """
+    parts = re.split(r"\n(?=Thread 0x|Current thread 0x)", dump)
+    for part in {_thread_id(part): part for part in parts}.values():
         frames = [_Frame(**match.groupdict()) for match in _FRAME.finditer(part)]
         if frames:
             yield frames
+
+
+def _thread_id(part: str) -> str:
+    found = re.search("hread (0x[0-9a-f]+)", part)
+    return found[1] if found else ""
 
 
 def readable(dump: str) -> str:

@@ -27,6 +27,7 @@ from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.calls import RayPending
 from single_controller.ray.envelope import Envelope, sealed
 from single_controller.ray.hosts import Hosts
+from single_controller.ray.lease import Limit, Publication
 from single_controller.ray.outbox import Outbox
 from single_controller.ray.placement import RayResourcePool
 from single_controller.ray.routes import route
@@ -206,6 +207,7 @@ class RayWorkerGroup(HostGroup[W]):
         # Whether calls of ranks that get the same values are one.
         alike = hosts.ordered and not (deferred or routes.claims or record.number)
         sites, refs, turns = [], [], {}
+        published: dict[int, Publication] = {}
         places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
         answered, values = False, ()
@@ -216,6 +218,8 @@ class RayWorkerGroup(HostGroup[W]):
                 if call is None:
                     continue
                 turn, answer = hosts.turn(rank), rank in answering
+                keeps = f"{token}:{rank}" if deferred and answer else None
+                publishes = hosts.read_elsewhere.get((self.role, method, rank)) if keeps else None
                 if not (alike and call is shared and answer == answered):
                     if call is not shared:
                         values, parcels = outbox.outgoing(call)
@@ -229,22 +233,28 @@ class RayWorkerGroup(HostGroup[W]):
                         reads_only=reads_only,
                         answers=answer,
                         turn=turn,
-                        keeps=f"{token}:{rank}" if deferred and answer else None,
+                        keeps=keeps,
+                        publishes=publishes,
                         claims=routes.claims.get(rank, ()),
                         mark=mark(record, hosts),
                     )
                     letter = sealed(envelope)
                     sent = () if letter is None else (letter, *parcels)
-                refs.append(callables[rank].remote(*sent))
+                if publishes is None:
+                    refs.append(callables[rank].remote(*sent))
+                else:
+                    ref, batch, size = hosts.callables(self.role, method, 3)[rank].remote(*sent)
+                    refs.append(ref)
+                    published[rank] = Publication(batch, size, publishes)
                 if turn is not None:
                     turns[rank] = turn
                     hosts.sent(rank)
                 sites.append(places[rank])
         routes.sent({site.rank: ref for site, ref in zip(sites, refs, strict=True)})
-        deadline = None if timeout_s is None else began + timeout_s
+        limit = Limit(timeout_s, None if timeout_s is None else began + timeout_s)
         lends = transport == "device"
         return RayPending(
-            hosts, sites, refs, turns, answers, timeout_s, deadline, record, token, lends
+            hosts, sites, refs, turns, answers, limit, record, token, lends, published
         )
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:

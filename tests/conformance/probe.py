@@ -80,6 +80,10 @@ class Probe(Worker):
     def add_rank_later(self, data: DataProto) -> DataProto:
         return self.add_rank(data)
 
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
+    def other_keys(self, data: DataProto) -> DataProto:
+        return data.rename("a", f"a{self.rank}")
+
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False)
     def grow(self, data: DataProto) -> DataProto:
         return data.repeat(1 + self.rank)

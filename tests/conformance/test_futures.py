@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -58,6 +59,22 @@ def test_what_failed_in_a_producer_reaches_the_consumer_as_first_cause(
         three.uneven_rows(group.add_rank_later(broken))
     assert isinstance(caught.value, WorkerError)
     assert caught.value.method == "add_rank_later"
+
+
+def test_outputs_that_cannot_be_joined_are_said_to_be_their_makers(group: Any, three: Any) -> None:
+    made = group.other_keys(batch(4))
+    for read in (made.get, lambda: three.uneven_rows(made)):
+        with pytest.raises(KeyError, match="other_keys: the ranks' outputs cannot be joined"):
+            read()
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e20])
+def test_a_timeout_may_be_as_long_as_one_likes(group: Any, timeout: float) -> None:
+    future = group.add_rank_later(batch(2))
+    assert future.rows(timeout) == 2
+    assert values(future.get(timeout=timeout)) == [0, 2]
+    assert group.echo.submit(1).result(timeout=timeout) == [(0, 1, None), (1, 1, None)]
+    assert group.echo.options(timeout_s=timeout)(1) == [(0, 1, None), (1, 1, None)]
 
 
 def test_submit_returns_at_once_and_await_works(group: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,11 @@ class Stage(Worker):
     def hand_out_buffer(self, data: DataProto) -> DataProto:
         self.buffer = torch.zeros(len(data))
         return DataProto.from_dict({"x": self.buffer})
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def hold(self, until: Path) -> None:
+        while not until.exists():
+            threading.Event().wait(0.01)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def write_buffer(self) -> None:

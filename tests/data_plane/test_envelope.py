@@ -23,7 +23,7 @@ class Stage(str, enum.Enum):
 def envelope(*values: Any, names: tuple[str, ...] = (), method: str = "update") -> Envelope:
     mark = CallMark(1, 2, 3)
     return Envelope(
-        "actor", method, values, names, True, False, True, ("me", 4), "t:0", ("u",), mark
+        "actor", method, values, names, True, False, True, ("me", 4), "t:0", False, ("u",), mark
     )
 
 
@@ -50,6 +50,7 @@ def test_references_and_values_of_other_classes_are_left_to_ray(value: Any) -> N
         ({"answers": False}, False),
         ({"turn": ("me", 0)}, False),
         ({"keeps": "t:0"}, False),
+        ({"publishes": False}, False),
         ({"claims": ("u",)}, False),
         ({"mark": CallMark(1, 2, 3)}, False),
     ],
@@ -57,7 +58,7 @@ def test_references_and_values_of_other_classes_are_left_to_ray(value: Any) -> N
 def test_the_title_of_its_task_says_a_call_where_there_is_no_more_to_say(
     monkeypatch: pytest.MonkeyPatch, differs: dict[str, Any], by_title: bool
 ) -> None:
-    bare = Envelope("the.actor", "update", (), (), True, False, True, None, None, (), None)
+    bare = Envelope("the.actor", "update", (), (), True, False, True, None, None, None, (), None)
     sent = bare._replace(**differs)
     task = SimpleNamespace(get_task_name=lambda: "the.actor.update")
     monkeypatch.setattr(ray, "get_runtime_context", lambda: task)

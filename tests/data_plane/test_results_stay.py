@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import gc
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,14 +25,24 @@ from single_controller.ray import (
     RayWorkerGroup,
     pin,
 )
-from single_controller.ray.remote_batch import Lease
+from single_controller.ray.lease import Lease, Limit
 from tests.data_plane.stage import Stage, batch, xs
 from tests.waiting import eventually
 
 
 @pytest.fixture(params=["roles", "async_roles"])
 def both(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
+    """Two roles, of which nothing was read elsewhere so far."""
+    group = request.getfixturevalue(request.param)
+    group.one._hosts.read_elsewhere.clear()
+    return group
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """The file that `hold` waits for; it is there when the test is over."""
+    yield tmp_path / "go"
+    (tmp_path / "go").touch()
 
 
 def moved(*groups: RayWorkerGroup) -> int:
@@ -107,6 +119,81 @@ def test_a_call_that_waits_for_what_it_reads_is_given_up_after_its_time(both: Co
         return False
 
     assert eventually(again)
+
+
+def test_what_others_have_read_once_comes_to_them_before_later_calls(
+    both: Colocated, three: RayWorkerGroup, gate: Path
+) -> None:
+    assert sum(three.total(both.one.step(batch(2)))) == 1 + 3
+    made = both.one.step(batch(4))
+    busy = both.one.hold.submit(gate)
+    assert sum(three.total.options(timeout_s=10)(made)) == 1 + 3 + 5 + 7
+    assert xs(made.get(timeout=10)) == [1, 3, 5, 7]
+    assert not busy.done()
+    gate.touch()
+    busy.result()
+
+
+def test_on_a_loop_a_call_has_ended_before_the_next_one_begins(
+    async_roles: Colocated, gate: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "there").touch()
+    first = async_roles.one.hold.submit(tmp_path / "there")
+    second = async_roles.one.hold.submit(gate)
+    first.result(timeout=10)
+    assert not second.done()
+    gate.touch()
+    second.result()
+
+
+def test_what_nobody_read_elsewhere_is_not_sent_any_more(both: Colocated) -> None:
+    assert xs(both.one.step(batch(2)).get()) == [1, 3]
+    habits = both.one._hosts.read_elsewhere
+    assert set(habits) == {("one", "step", 0), ("one", "step", 1)}
+    assert sum(both.two.total(both.one.step(batch(2)))) == 1 + 3
+    gc.collect()
+    assert eventually(lambda: not habits)
+    before = moved(both.one)
+    assert sum(both.two.total(both.one.step(pin(batch(2))))) == 1 + 3
+    assert moved(both.one) == before
+
+
+def test_rows_that_a_later_call_keeps_back_are_said_to_be(both: Colocated, gate: Path) -> None:
+    made = both.one.step(batch(4))
+    assert len(made) == 4
+    busy = both.one.hold.submit(gate)
+    late = r"one.step: rank \d has finished, and had not sent its rows after [\d.]+ s: a later call"
+    with pytest.raises(CallTimeoutError, match=late) as caught:
+        made.get(timeout=0.3)
+    (stack,) = caught.value.stacks.values()
+    assert "in hold" in stack
+    gate.touch()
+    busy.result()
+    assert xs(made.get()) == [1, 3, 5, 7]
+
+
+def test_a_call_that_is_not_waited_for_has_its_deadline_too(both: Colocated) -> None:
+    with pytest.raises(CallTimeoutError, match=r"had not finished after 0.2 s") as caught:
+        both.one.slow.options(timeout_s=0.2)(batch(2)).get()
+    assert "in slow" in caught.value.stacks[0]
+    given_up = r"a call that was given up after 0.2 s \(one.slow\)\. Calls are taken again"
+    with pytest.raises(GroupBrokenError, match=given_up):
+        both.one.step(batch(2))
+
+    def again() -> bool:
+        with contextlib.suppress(GroupBrokenError):
+            return xs(both.one.step(batch(2)).get()) == [1, 3]
+        return False
+
+    assert eventually(again)
+
+
+def test_what_was_made_in_time_can_be_read_after_the_deadline(both: Colocated) -> None:
+    made = both.one.step.options(timeout_s=60)(batch(2))
+    (origin, _) = made.origins()
+    assert eventually(origin.call.done)  # type: ignore[attr-defined]
+    origin.lease.limit = Limit(60, 0)  # type: ignore[attr-defined]
+    assert xs(made.get()) == [1, 3]
 
 
 def test_a_future_goes_from_group_to_group_past_the_driver(
@@ -193,7 +280,9 @@ def test_results_end_with_their_group(cluster: None) -> None:
         RayResourcePool([1], cpus_per_process=0.1) as pool,
         RayWorkerGroup(pool, RayClassWithInitArgs(Stage)) as group,
     ):
-        made = group.step(batch(2))
+        made, late = group.step(batch(2)), group.slow(batch(2))
         assert len(made) == 2
     with pytest.raises(GroupBrokenError, match="Fetch what you need"):
         made.get()
+    with pytest.raises(GroupBrokenError, match="the group is closed"):
+        late.get()

@@ -101,7 +101,10 @@ def test_the_death_of_a_maker_is_told_to_readers_whose_own_group_stays_whole(
     assert (caught.value.method, caught.value.rank, caught.value.pid) == ("make", 1, pid)
     assert reader._hosts.settle(60)
     assert reader.act("fine") == ["fine", "fine"]
-    with pytest.raises(WorkerDiedError):
+    with pytest.raises(WorkerDiedError, match="was killed by signal SIGKILL") as told:
         running.get(timeout=60)
+    assert told.value.exit_code == -9
+    with pytest.raises(GroupBrokenError, match="the group lost a rank"):
+        maker.look()
     maker.restart()
     assert reader.total(maker.make(ROWS)) == [1, 5]

@@ -49,6 +49,11 @@ def test_a_thread_of_the_users_is_shown_after_the_main_one() -> None:
     assert names(text) == ["f", "load"]
 
 
+def test_a_process_that_was_asked_twice_is_shown_as_it_was_last() -> None:
+    twice = dump([("/u.py", "f"), *SERVES]) + "\n" + dump([("/u.py", "g"), *SERVES])
+    assert names(readable(twice)) == ["g"]
+
+
 def test_a_call_that_waits_in_our_own_code_is_still_shown() -> None:
     assert names(readable(dump([(RAY / "_private/worker.py", "get"), *SERVES]))) == ["get"]
 

@@ -6,6 +6,8 @@ import asyncio
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +15,12 @@ import pytest
 from single_controller import CallTimeoutError
 from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    process,
+)
 from tests.waiting import eventually
 
 
@@ -39,6 +46,48 @@ def test_a_rank_stuck_in_c_code_with_the_interpreters_lock_is_named_with_its_sta
     assert "in act" in lines[1]
     assert len(lines) == 2, "frames that are not the user's"
     assert "rank 1 (most recent call first):\n" + error.stacks[1] in str(error)
+
+
+BUSY = """
+import threading
+from single_controller.ray.process import arrive
+
+def work():
+    while True:
+        exec("def f(n): return n and f(n - 1)\\nf(30)", {})
+
+info = arrive("node", "127.0.0.1")
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+print(info.stacks_fd, info.started, flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def busy() -> Iterator[process.ProcessInfo]:
+    """A process whose threads never stop running Python."""
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout is not None
+        descriptor, started = map(int, one.stdout.readline().split())
+        yield process.ProcessInfo("node", "127.0.0.1", one.pid, started, descriptor, "")
+        assert one.poll() is None
+        one.kill()
+
+
+def test_a_process_that_runs_writes_its_stacks_by_itself(
+    busy: process.ProcessInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_signal", lambda info: pytest.fail("it was interrupted"))
+    [stacks] = process.read_stacks([busy])
+    assert stacks.count("in work") == 3
+
+
+@pytest.mark.long
+def test_seeing_its_stacks_does_a_process_no_harm(busy: process.ProcessInfo) -> None:
+    for _ in range(1_000):
+        process.read_stacks([busy])
+        assert process.is_running(busy)
 
 
 def test_a_process_that_is_stopped_says_so_instead_of_a_stack(whole: RayWorkerGroup) -> None:
