@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from single_controller import checks
 from single_controller.base.custom import CustomMode
 from single_controller.base.decorator import MethodSpec
 from single_controller.base.explain import Explanation
@@ -97,8 +98,7 @@ class CallFuture:
             WorkerError: a rank raised. CallTimeoutError: not all ranks finished in time.
             ValueError: `timeout` is no number of seconds.
         """
-        if timeout is not None:
-            _check_seconds("timeout", timeout)
+        checks.seconds("timeout", timeout)
         return self._method.result(self._plan, self._pending, timeout, self._record)
 
     def done(self) -> bool:
@@ -211,10 +211,9 @@ class BoundMethod:
                     f"ranks must be some of 0 … {size - 1}, each once, as ranks=[0]; got "
                     f"{chosen or ranks!r}"
                 )
+        checks.seconds("timeout_s", timeout_s)
         if timeout_s is None:
             timeout_s = self.call_options.timeout_s
-        else:
-            _check_seconds("timeout_s", timeout_s)
         place = self.call_options.map_location if map_location is None else map_location
         return BoundMethod(self.group, self.binding, CallOptions(timeout_s, chosen, place))
 
@@ -268,11 +267,6 @@ class BoundMethod:
 
     def __repr__(self) -> str:
         return f"<{self.title}, {self.binding.spec.dispatch_mode}>"
-
-
-def _check_seconds(name: str, value: object) -> None:
-    if not (isinstance(value, int | float) and value >= 0):
-        raise ValueError(f"{name} must be seconds, at least 0, or None; got {value!r}")
 
 
 def _placed(result: Any, place: Any) -> Any:

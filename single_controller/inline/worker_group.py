@@ -16,7 +16,7 @@ from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
-from single_controller.base.supervisor import RestartPolicy, Supervisor, check_interval
+from single_controller.base.supervisor import RestartPolicy, Supervisor, check_watch
 from single_controller.base.worker import checked_worker_env
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.inline.calls import Arguments, send
@@ -84,7 +84,8 @@ class InlineWorkerGroup(HostGroup[W]):
         on_failure: str = "raise",
         max_restarts: int = 3,
     ) -> None:
-        super().__init__(resource_pool)
+        startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
+        super().__init__(resource_pool, name_prefix, worker_env, startup_timeout_s, call_timeout_s)
         policy = RestartPolicy(on_failure, max_restarts)
         if worker_names or worker_handles:
             raise ValueError(_NO_ATTACHING)
@@ -154,9 +155,9 @@ class InlineWorkerGroup(HostGroup[W]):
         to look for every so often. What `on_death` raises is logged.
 
         Raises:
-            ValueError: `every_n_seconds` is not above 0.
+            ValueError: `every_n_seconds` is not above 0. TypeError: `on_death` is no function.
         """
-        check_interval(every_n_seconds)
+        check_watch(every_n_seconds, on_death)
         if on_death is not None:
             self._supervisor.watch(on_death)
 

@@ -99,10 +99,10 @@ class RayWorkerGroup(HostGroup[W]):
         on_failure: str = "raise",
         max_restarts: int = 3,
     ) -> None:
-        super().__init__(resource_pool)
+        startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
+        super().__init__(resource_pool, name_prefix, worker_env, startup_timeout_s, call_timeout_s)
         policy = RestartPolicy(on_failure, max_restarts)
         recipe = None
-        startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
         if resource_pool is None:
             hosts = _attach(worker_names, worker_handles, startup_timeout_s)
         elif not isinstance(ray_cls_with_init, RayClassWithInitArgs):
@@ -266,7 +266,7 @@ class RayWorkerGroup(HostGroup[W]):
         once (or restart the group, with `on_failure="restart"`). What `on_death` raises is logged.
 
         Raises:
-            ValueError: `every_n_seconds` is not above 0.
+            ValueError: `every_n_seconds` is not above 0. TypeError: `on_death` is no function.
         """
         self._supervisor.watch(every_n_seconds, on_death)
 
