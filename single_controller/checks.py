@@ -33,10 +33,10 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def count(name: str, value: Any, least: int = 1) -> None:
-    """A whole number, at least `least`."""
-    if not (is_whole(value) and value >= least):
-        raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
+def count(name: str, value: Any) -> None:
+    """A whole number above 0."""
+    if not (is_whole(value) and value >= 1):
+        raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
 
 
 def amount(name: str, value: Any) -> None:

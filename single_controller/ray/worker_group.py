@@ -28,7 +28,7 @@ from single_controller.ray.calls import RayPending
 from single_controller.ray.envelope import Envelope, sealed
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.outbox import Outbox
-from single_controller.ray.placement import RayResourcePool
+from single_controller.ray.placement import RayResourcePool, check_started
 from single_controller.ray.routes import route
 from single_controller.ray.start import Recipe, StartOptions, running_names
 from single_controller.ray.supervisor import RaySupervisor
@@ -278,5 +278,6 @@ def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_
                 "a group needs a resource_pool to start on, or worker_names or worker_handles of "
                 "running hosts; none was found"
             )
+        check_started()
         handles = [ray.get_actor(name) for name in names]
     return Hosts.attach(handles, names or [], timeout_s)
