@@ -12,10 +12,12 @@ from typing import Any
 __all__ = ["amount", "count", "function", "instance", "interval", "is_whole", "seconds"]
 
 
-def instance(kind: type[Any], name: str, value: object, wanted: str = "") -> None:
+def instance(
+    kind: type[Any] | tuple[type[Any], ...], name: str, value: object, wanted: str
+) -> None:
     """An instance of `kind`, in words `wanted`."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {wanted or f'a {kind.__name__}'}; got {value!r}")
+        raise TypeError(f"{name} must be {wanted}; got {value!r}")
 
 
 def function(name: str, value: object) -> None:

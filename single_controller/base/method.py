@@ -17,7 +17,15 @@ from single_controller.base.plan import Plan
 from single_controller.base.recorder import CallRecord, Recorder
 from single_controller.errors import DispatchError
 
-__all__ = ["BoundMethod", "CallFuture", "CallOptions", "MethodBinding", "Pending"]
+__all__ = [
+    "BoundMethod",
+    "CallFuture",
+    "CallOptions",
+    "MethodBinding",
+    "Pending",
+    "callers_signature",
+    "shown",
+]
 
 
 @dataclass(frozen=True)
@@ -125,15 +133,20 @@ class MethodBinding:
 
     def __init__(self, name: str, function: Callable[..., Any], spec: MethodSpec) -> None:
         self.name, self.function, self.spec, self.mode = name, function, spec, spec.mode()
-        signature = inspect.signature(function)
-        parameters = list(signature.parameters.values())
-        if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
-            del parameters[0]  # self
-        # @ray.remote adds this one to the methods of a class and of its bases
-        parameters = [p for p in parameters if p.name != "_ray_trace_ctx"]
-        self.signature = signature.replace(parameters=parameters)
+        self.signature = callers_signature(function)
         self.bind = self.signature.bind if self.mode.signature_kept else None
-        self.shown = _shown(self.signature)
+        self.shown = shown(self.signature)
+
+
+def callers_signature(method: Any, follow_wrapped: bool = True) -> inspect.Signature:
+    """The signature of a method as its callers see it, without `self`."""
+    signature = inspect.signature(method, follow_wrapped=follow_wrapped)
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+        del parameters[0]  # self
+    # @ray.remote adds this one to the methods of a class and of its bases
+    parameters = [p for p in parameters if p.name != "_ray_trace_ctx"]
+    return signature.replace(parameters=parameters)
 
 
 class _Bare:
@@ -146,7 +159,7 @@ class _Bare:
         return self._text
 
 
-def _shown(signature: inspect.Signature) -> str:
+def shown(signature: inspect.Signature) -> str:
     """A signature as its author wrote it: `(batch: DataProto) -> DataProto`."""
 
     def bare(annotation: Any) -> Any:

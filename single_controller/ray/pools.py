@@ -56,7 +56,7 @@ def split_resource_pool(
     Raises:
         ResourceError: the pool cannot be reserved. ValueError: the sizes do not add up to it.
     """
-    checks.instance(RayResourcePool, "resource_pool", resource_pool)
+    checks.instance(RayResourcePool, "resource_pool", resource_pool, "a RayResourcePool")
     sizes = split_sizes(resource_pool.world_size, split_size)
     groups = _reserved(resource_pool)
     first = getattr(resource_pool, "start_bundle_index", 0)
@@ -75,8 +75,8 @@ def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResour
         ValueError: they differ in what a process gets, they share a placement group, or one is a
             part that holds only some bundles of a placement group.
     """
-    checks.instance(RayResourcePool, "rp1", rp1)
-    checks.instance(RayResourcePool, "rp2", rp2)
+    checks.instance(RayResourcePool, "rp1", rp1, "a RayResourcePool")
+    checks.instance(RayResourcePool, "rp2", rp2, "a RayResourcePool")
     first, second = rp1.settings(), rp2.settings()
     different = sorted(key for key in first if first[key] != second[key])
     if different:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from single_controller import checks
 from single_controller.base.explain import Carrier
 from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
-from single_controller.base.roles import W
+from single_controller.base.roles import W, check_constructors
 from single_controller.base.supervisor import RestartPolicy
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
@@ -71,7 +72,7 @@ class RayWorkerGroup(HostGroup[W]):
 
     Raises:
         ResourceError: the cluster cannot hold the pool, or the pool one more group.
-        RegistrationError: a class cannot be used as a worker.
+        RegistrationError: a class cannot be used as a worker, or not with these arguments.
         WorkerError: a constructor raised; it names role and rank.
         CallTimeoutError: a constructor did not return in time.
     """
@@ -101,6 +102,8 @@ class RayWorkerGroup(HostGroup[W]):
     ) -> None:
         startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
         super().__init__(resource_pool, name_prefix, worker_env, startup_timeout_s, call_timeout_s)
+        pools = (RayResourcePool, type(None))
+        checks.instance(pools, "resource_pool", resource_pool, "a RayResourcePool, or None")
         policy = RestartPolicy(on_failure, max_restarts)
         recipe = None
         if resource_pool is None:
@@ -128,6 +131,7 @@ class RayWorkerGroup(HostGroup[W]):
             )
             strategy = "STRICT_PACK" if bin_pack else "PACK"
             spec = ray_cls_with_init.actor_spec()
+            check_constructors(spec.roles)
             recipe = Recipe(resource_pool, strategy, device_name, spec, options)
             hosts = recipe.start()
         supervisor = RaySupervisor(hosts, recipe, policy)

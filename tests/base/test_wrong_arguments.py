@@ -3,18 +3,23 @@ started or sent."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from single_controller import (
     ClassWithInitArgs,
     DispatchError,
     PerRank,
+    RegistrationError,
     ResourceError,
     ResourcePool,
     Worker,
+    inline,
+    trace,
 )
 from single_controller import ray as on_ray
 from single_controller.inline import InlineWorkerGroup, colocate
@@ -141,3 +146,91 @@ def test_a_pool_or_group_before_ray_was_started_says_so(
             ResourceError, match=r"ray.init\(\) must come before a pool is reserved"
         ):
             use()
+
+
+WRONG_TYPES: list[tuple[Any, str]] = [
+    (lambda: on_ray.parallel_put(5), "data_list must be a list of values; got 5"),  # type: ignore[arg-type]
+    (lambda: trace(5), "path must be the path of a file to write; got 5"),  # type: ignore[arg-type]
+    (lambda: on_ray.create_colocated_worker_cls(5), "class_dict must be a dict of .*; got 5"),  # type: ignore[arg-type]
+    (lambda: inline.create_colocated_worker_cls(5), "class_dict must be a dict of .*; got 5"),  # type: ignore[arg-type]
+    (lambda: inline.create_colocated_worker_cls({}), "class_dict .* at least one role; got {}"),
+    (lambda: spec().update_options(5), "options must be a dict of Ray's options by name; got 5"),
+    (lambda: spec().set_additional_resource(5), "additional_resource must be a dict .*; got 5"),
+    (lambda: on_ray.RayWorkerGroup(5, spec()), "resource_pool must be a RayResourcePool, .*; got"),  # type: ignore[arg-type]
+    (lambda: InlineWorkerGroup(5, spec()), "resource_pool must be a ResourcePool, .*; got 5"),  # type: ignore[arg-type]
+]
+
+
+def spec() -> Any:
+    return on_ray.RayClassWithInitArgs(Worker)
+
+
+@pytest.mark.parametrize(("use", "match"), WRONG_TYPES)
+def test_what_is_of_a_wrong_type_is_named(use: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        use()
+
+
+@pytest.mark.parametrize("capacity", [0, "x"])
+def test_a_trace_keeps_at_least_one_span(capacity: Any) -> None:
+    with pytest.raises(ValueError, match="capacity must be a whole number, at least 1; got "):
+        trace("never_written.json", capacity=capacity)
+
+
+class Named(Worker):
+    def __init__(self, name: str, *, size: int = 1) -> None: ...
+
+
+def forgiving(function: Any) -> Any:
+    @functools.wraps(function)
+    def init(self: Any, *_: Any, **__: Any) -> None:
+        function(self, "x")
+
+    return init
+
+
+class Forgiving(Worker):
+    @forgiving
+    def __init__(self, name: str) -> None: ...
+
+
+class Doubled(type):
+    def __call__(cls, *args: Any) -> Any:
+        return super().__call__(*args, *args)
+
+
+class Twice(Worker, metaclass=Doubled):
+    def __init__(self, a: int, b: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "match"),
+    [
+        (("a",), {"zz": 1}, "got an unexpected keyword argument 'zz'"),
+        ((), {}, "missing a required argument: 'name'"),
+        (("a", 2), {}, "too many positional arguments"),
+    ],
+)
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_a_constructor_does_not_take_is_refused_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch, args: Any, kwargs: Any, match: str, remote: bool
+) -> None:
+    monkeypatch.setattr(placement.ray, "is_initialized", lambda: False)
+    cls: Any = ray.remote(Named) if remote else Named
+    one: Any = on_ray.RayClassWithInitArgs(cls, *args, **kwargs)
+    known = r"Named\(name: str, \*, size: int = 1\): "
+    for role, made in {"Named": one, "a": on_ray.create_colocated_worker_cls({"a": one})}.items():
+        for start in (
+            lambda made=made: on_ray.RayWorkerGroup(on_ray.RayResourcePool([1]), made),
+            lambda made=made: InlineWorkerGroup(None, made),
+        ):
+            with pytest.raises(
+                RegistrationError, match=f"role '{role}' cannot be built: {known}{match}"
+            ):
+                start()
+
+
+@pytest.mark.parametrize("spec", [(Forgiving, "a", 2), (Twice, 1), (Named, "a"), (Worker,)])
+def test_a_constructor_whose_parameters_cannot_be_told_is_left_to_the_worker(spec: Any) -> None:
+    with InlineWorkerGroup(None, ClassWithInitArgs(*spec)) as group:
+        assert type(group.workers[0]) is spec[0]
