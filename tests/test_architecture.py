@@ -50,6 +50,7 @@ ORDER = [
     "protocol.batch_data",
     "protocol",
     "single_controller.errors",
+    "single_controller.checks",
     "single_controller.device",
     "single_controller.port",
     "single_controller.timeline",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
+from single_controller import checks
 from single_controller.base.custom import (
     CustomMode,
     Functions,
@@ -341,17 +342,6 @@ def register(
     Raises:
         RegistrationError: an argument is none of these.
     """
-    if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s >= 0):
-        raise RegistrationError(
-            f"timeout_s must be seconds, at least 0, or None; got {timeout_s!r}"
-        )
-    if transport not in ("host", "device"):
-        raise RegistrationError(f'transport must be "host" or "device"; got {transport!r}')
-    if transport == "device" and blocking:
-        raise RegistrationError(
-            'transport="device" needs blocking=False: a result that the call waits for comes to '
-            "the driver, through shared memory"
-        )
     spec = MethodSpec(
         dispatch_mode,
         execute_mode,
@@ -362,6 +352,19 @@ def register(
         timeout_s,
         transport,
     )
+    try:
+        for name in ("blocking", "materialize_futures", "uneven", "reads_only"):
+            checks.instance(bool, name, getattr(spec, name), "True or False")
+        checks.seconds("timeout_s", timeout_s)
+    except (TypeError, ValueError) as error:
+        raise RegistrationError(str(error)) from None
+    if transport not in ("host", "device"):
+        raise RegistrationError(f'transport must be "host" or "device"; got {transport!r}')
+    if transport == "device" and blocking:
+        raise RegistrationError(
+            'transport="device" needs blocking=False: a result that the call waits for comes to '
+            "the driver, through shared memory"
+        )
     get_predefined_execute_fn(execute_mode)
     spec.mode()
 

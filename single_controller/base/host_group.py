@@ -10,13 +10,14 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from single_controller import checks
 from single_controller.base.dispatch import Mode
 from single_controller.base.plan import Layout
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.supervisor import Replaceable, Supervisor
 from single_controller.base.table import GroupTable, Place, RankState
-from single_controller.base.worker import Worker
+from single_controller.base.worker import Worker, checked_worker_env
 from single_controller.base.worker_group import WorkerGroup
 from single_controller.errors import UnknownRoleError
 
@@ -48,6 +49,27 @@ class HostGroup(WorkerGroup[W]):
     call_timeout_s: float | None
     _supervisor: Supervisor[Any]
     _layouts_of: SomeHosts
+
+    def __init__(
+        self,
+        resource_pool: ResourcePool | None,
+        name_prefix: str | None,
+        worker_env: Mapping[str, str] | None,
+        startup_timeout_s: float | None,
+        call_timeout_s: float | None,
+    ) -> None:
+        """Refuse options that would fail on their first use.
+
+        Raises:
+            ValueError: no time, or a variable that each rank gets its own of.
+            TypeError: no string, or no dict of strings.
+        """
+        super().__init__(resource_pool)
+        prefix = "" if name_prefix is None else name_prefix
+        checks.instance(str, "name_prefix", prefix, "a string, or None")
+        checks.seconds("startup_timeout_s", startup_timeout_s)
+        checks.seconds("call_timeout_s", call_timeout_s)
+        checked_worker_env(worker_env)
 
     @property
     @abc.abstractmethod

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from single_controller import checks
 from single_controller.base.custom import CustomMode
 from single_controller.base.decorator import MethodSpec
 from single_controller.base.explain import Explanation
@@ -16,7 +17,15 @@ from single_controller.base.plan import Plan
 from single_controller.base.recorder import CallRecord, Recorder
 from single_controller.errors import DispatchError
 
-__all__ = ["BoundMethod", "CallFuture", "CallOptions", "MethodBinding", "Pending"]
+__all__ = [
+    "BoundMethod",
+    "CallFuture",
+    "CallOptions",
+    "MethodBinding",
+    "Pending",
+    "callers_signature",
+    "shown",
+]
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,7 @@ class CallFuture:
             WorkerError: a rank raised. CallTimeoutError: not all ranks finished in time.
             ValueError: `timeout` is no number of seconds.
         """
-        if timeout is not None:
-            _check_seconds("timeout", timeout)
+        checks.seconds("timeout", timeout)
         return self._method.result(self._plan, self._pending, timeout, self._record)
 
     def done(self) -> bool:
@@ -126,15 +134,20 @@ class MethodBinding:
 
     def __init__(self, name: str, function: Callable[..., Any], spec: MethodSpec) -> None:
         self.name, self.function, self.spec, self.mode = name, function, spec, spec.mode()
-        signature = inspect.signature(function)
-        parameters = list(signature.parameters.values())
-        if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
-            del parameters[0]  # self
-        # @ray.remote adds this one to the methods of a class and of its bases
-        parameters = [p for p in parameters if p.name != "_ray_trace_ctx"]
-        self.signature = signature.replace(parameters=parameters)
+        self.signature = callers_signature(function)
         self.bind = self.signature.bind if self.mode.signature_kept else None
-        self.shown = _shown(self.signature)
+        self.shown = shown(self.signature)
+
+
+def callers_signature(method: Any, follow_wrapped: bool = True) -> inspect.Signature:
+    """The signature of a method as its callers see it, without `self`."""
+    signature = inspect.signature(method, follow_wrapped=follow_wrapped)
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+        del parameters[0]  # self
+    # @ray.remote adds this one to the methods of a class and of its bases
+    parameters = [p for p in parameters if p.name != "_ray_trace_ctx"]
+    return signature.replace(parameters=parameters)
 
 
 class _Bare:
@@ -147,7 +160,7 @@ class _Bare:
         return self._text
 
 
-def _shown(signature: inspect.Signature) -> str:
+def shown(signature: inspect.Signature) -> str:
     """A signature as its author wrote it: `(batch: DataProto) -> DataProto`."""
 
     def bare(annotation: Any) -> Any:
@@ -212,10 +225,9 @@ class BoundMethod:
                     f"ranks must be some of 0 … {size - 1}, each once, as ranks=[0]; got "
                     f"{chosen or ranks!r}"
                 )
+        checks.seconds("timeout_s", timeout_s)
         if timeout_s is None:
             timeout_s = self.call_options.timeout_s
-        else:
-            _check_seconds("timeout_s", timeout_s)
         place = self.call_options.map_location if map_location is None else map_location
         return BoundMethod(self.group, self.binding, CallOptions(timeout_s, chosen, place))
 
@@ -269,11 +281,6 @@ class BoundMethod:
 
     def __repr__(self) -> str:
         return f"<{self.title}, {self.binding.spec.dispatch_mode}>"
-
-
-def _check_seconds(name: str, value: object) -> None:
-    if not (isinstance(value, int | float) and value >= 0):
-        raise ValueError(f"{name} must be seconds, at least 0, or None; got {value!r}")
 
 
 def _placed(result: Any, place: Any) -> Any:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+from single_controller.errors import DispatchError
 
 __all__ = ["Broadcast", "Call", "Layout", "Padding", "PerRank", "Plan"]
 
@@ -26,14 +28,31 @@ class Broadcast(Generic[T]):
 
 @dataclass(frozen=True)
 class PerRank(Generic[T]):
-    """Marks an argument of which rank i gets `values[i]`, whatever the mode does with others."""
+    """Marks an argument of which rank i gets `values[i]`, whatever the mode does with others.
+
+    Raises:
+        DispatchError: `values` have no length, or no order.
+    """
 
     values: Sequence[T]
+
+    def __post_init__(self) -> None:
+        if not _is_list(self.values):
+            raise DispatchError(f"PerRank needs a list, one value per rank; got {self.values!r}")
 
     def as_input(self) -> T:
         """This mark itself, as the value that a method declares, for type checkers."""
         itself: Any = self
         return itself  # type: ignore[no-any-return]
+
+
+def _is_list(values: Any) -> bool:
+    """Whether it has a length, as a tensor without dimensions has not, and an order."""
+    try:
+        len(values)
+    except TypeError:
+        return False
+    return hasattr(values, "__getitem__") and not isinstance(values, Mapping)
 
 
 @dataclass(frozen=True)

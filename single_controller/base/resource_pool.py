@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+
+from single_controller import checks
 
 __all__ = ["ResourcePool"]
 
@@ -34,15 +35,13 @@ class ResourcePool:
             )
         for count in process_on_nodes or ():
             self.add_node(count)
-        if max_colocate_count < 1:
-            raise ValueError(f"max_colocate_count must be at least 1; got {max_colocate_count!r}")
+        checks.count("max_colocate_count", max_colocate_count)
         self.max_colocate_count = max_colocate_count
         self.n_gpus_per_node = n_gpus_per_node
 
     def add_node(self, process_count: int) -> None:
         """Append a node with `process_count` processes."""
-        whole = isinstance(process_count, Integral) and not isinstance(process_count, bool)
-        if not whole or process_count < 1:
+        if not (checks.is_whole(process_count) and process_count >= 1):
             raise ValueError(
                 "process_on_nodes must hold positive integers, one per node; "
                 f"got {process_count!r} for node {len(self._store)}"

@@ -5,10 +5,12 @@ Starting processes, and options of the processes, are left to the backends.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec
 
+from single_controller.base.method import callers_signature, shown
 from single_controller.base.worker import Worker
 from single_controller.errors import RegistrationError
 
@@ -27,6 +29,8 @@ __all__ = [
     "ColocatedClasses",
     "FusedWorker",
     "RoleSpec",
+    "check_class_dict",
+    "check_constructors",
     "create_fused_worker_cls",
     "worker_class",
 ]
@@ -52,6 +56,27 @@ def worker_class(cls: Any, role: str) -> type[Worker]:
             f"role {role!r} needs a subclass of single_controller.base.Worker; got {cls!r}"
         )
     return cls
+
+
+def check_constructors(roles: Mapping[str, RoleSpec]) -> None:
+    """Refuse arguments that a constructor would not take; one whose parameters cannot be told, as
+    under a decorator, takes any.
+
+    Raises:
+        RegistrationError: it names class, role and argument.
+    """
+    for role, spec in roles.items():
+        init: Any = spec.cls.__init__
+        if not inspect.isfunction(init) or type(spec.cls).__call__ is not type.__call__:
+            continue
+        signature = callers_signature(init, follow_wrapped=False)
+        try:
+            signature.bind(*spec.args, **spec.kwargs)
+        except TypeError as error:
+            takes = shown(signature.replace(return_annotation=signature.empty))
+            raise RegistrationError(
+                f"role {role!r} cannot be built: {spec.cls.__name__}{takes}: {error}"
+            ) from None
 
 
 class ClassWithInitArgs(Generic[W]):
@@ -100,6 +125,15 @@ class FusedWorker(Worker):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
+def check_class_dict(class_dict: object) -> None:
+    """Raise RegistrationError for what names no role."""
+    if not (isinstance(class_dict, Mapping) and class_dict):
+        raise RegistrationError(
+            "class_dict must be a dict of role names and RayClassWithInitArgs(cls, ...), or "
+            f"ClassWithInitArgs, with at least one role; got {class_dict!r}"
+        )
+
+
 class ColocatedClasses(ClassWithInitArgs[Any]):
     """Roles by name, to be built in one host per rank.
 
@@ -108,8 +142,7 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
     """
 
     def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
-        if not class_dict:
-            raise RegistrationError("class_dict must hold at least one role")
+        check_class_dict(class_dict)
         for role, spec in class_dict.items():
             if isinstance(spec, ColocatedClasses) or not isinstance(spec, ClassWithInitArgs):
                 raise RegistrationError(

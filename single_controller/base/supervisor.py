@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from single_controller import checks
 from single_controller.errors import GroupBrokenError, WorkerDiedError
 
-__all__ = ["Replaceable", "RestartPolicy", "Supervisor", "check_interval", "tell"]
+__all__ = ["Replaceable", "RestartPolicy", "Supervisor", "check_watch", "tell"]
 
 _logger = logging.getLogger(__name__)
 
@@ -36,12 +37,12 @@ class Replaceable(Protocol):
 H = TypeVar("H", bound=Replaceable)
 
 
-def check_interval(every_n_seconds: float) -> None:
-    """Raise ValueError where nobody can look at this interval."""
-    if not 0 < every_n_seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"every_n_seconds must be a finite number above 0; got {every_n_seconds!r}"
-        )
+def check_watch(
+    every_n_seconds: float, on_death: Callable[[WorkerDiedError], object] | None
+) -> None:
+    """Raise where nobody can look at this interval (ValueError), or be told (TypeError)."""
+    checks.interval("every_n_seconds", every_n_seconds)
+    checks.function("on_death", on_death)
 
 
 def tell(on_death: Callable[[WorkerDiedError], object], death: WorkerDiedError) -> None:

@@ -6,11 +6,13 @@ What is noted is `spans`'; getting it from other processes is left to the backen
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from single_controller import checks
 from single_controller.base import spans, telemetry
 from single_controller.base.trace_file import ProcessTrace, write
 
@@ -53,8 +55,8 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
     def __init__(
         self, path: str | Path, *, capacity: int = spans.CAPACITY, tracer_provider: Any = None
     ) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1 span; got {capacity!r}")
+        checks.instance((str, os.PathLike), "path", path, "the path of a file to write")
+        checks.count("capacity", capacity)
         self.path, self.capacity = Path(path), capacity
         self._provider = tracer_provider
         self.content: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from single_controller import checks
 from single_controller.base.decorator import Dispatch, Execute, register
 from single_controller.base.residency import move
 from single_controller.device import CPU, device_kind
@@ -325,12 +326,17 @@ def checked_worker_env(worker_env: Mapping[str, str] | None) -> dict[str, str]:
     """What a user adds to the environment of all ranks.
 
     Raises:
-        ValueError: it sets what each rank gets its own of.
+        ValueError: it sets what each rank gets its own of. TypeError: it is no dict of strings.
     """
-    taken = sorted(set(_ENV_KEYS) & set(worker_env or ()))
-    if taken:
+    wanted = "a dict of strings by name, or None"
+    env = worker_env or {}
+    checks.instance(Mapping, "worker_env", env, wanted)
+    for name, value in env.items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise TypeError(f"worker_env must be {wanted}; got {name!r}: {value!r}")
+    if taken := sorted(set(_ENV_KEYS) & set(env)):
         raise ValueError(f"worker_env must not set {', '.join(taken)}: each rank gets its own")
-    return {key: str(value) for key, value in (worker_env or {}).items()}
+    return dict(env)
 
 
 def _node_ip() -> str:

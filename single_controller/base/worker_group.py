@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
+from single_controller import checks
 from single_controller.base.decorator import registered_methods
 from single_controller.base.dispatch import Mode, OneToAll, RankZero
 from single_controller.base.explain import Carrier, Explanation, explain_arguments
@@ -149,8 +150,10 @@ class WorkerGroup(abc.ABC, Generic[W]):
         dispatch function of the user's own runs.
 
         Raises:
+            TypeError: `method_name` is no string.
             What the call itself would raise before anything is sent.
         """
+        checks.instance(str, "method_name", method_name, "a method's name, a string")
         if method_name not in self._methods:
             raise UnknownMethodError(self._explain_missing(method_name))
         return BoundMethod(self, self._methods[method_name]).explain(*args, **kwargs)
@@ -306,6 +309,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _execute(
         self, mode: Mode, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Pending:
+        checks.instance(str, "method_name", method_name, "a method's name, a string")
         known = self._worker_cls is None or callable(getattr(self._worker_cls, method_name, None))
         if not self.role or not known:
             raise UnknownMethodError(self._explain_missing(method_name))

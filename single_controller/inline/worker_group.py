@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from single_controller import checks
 from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs, W
-from single_controller.base.supervisor import RestartPolicy, Supervisor, check_interval
+from single_controller.base.roles import ClassWithInitArgs, W, check_constructors
+from single_controller.base.supervisor import RestartPolicy, Supervisor, check_watch
 from single_controller.base.worker import checked_worker_env
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.inline.calls import Arguments, send
@@ -56,7 +57,7 @@ class InlineWorkerGroup(HostGroup[W]):
         worker_names, worker_handles: refused, there being nothing to attach to.
 
     Raises:
-        RegistrationError: a class cannot be used as a worker.
+        RegistrationError: a class cannot be used as a worker, or not with these arguments.
         WorkerError: a constructor raised; it names role and rank.
         ResourceError: `master_port` is taken.
     """
@@ -84,7 +85,8 @@ class InlineWorkerGroup(HostGroup[W]):
         on_failure: str = "raise",
         max_restarts: int = 3,
     ) -> None:
-        super().__init__(resource_pool)
+        startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
+        super().__init__(resource_pool, name_prefix, worker_env, startup_timeout_s, call_timeout_s)
         policy = RestartPolicy(on_failure, max_restarts)
         if worker_names or worker_handles:
             raise ValueError(_NO_ATTACHING)
@@ -94,12 +96,15 @@ class InlineWorkerGroup(HostGroup[W]):
                 f"create_colocated_worker_cls(...); got {ray_cls_with_init!r}"
             )
         pool = ResourcePool([1]) if resource_pool is None else resource_pool
+        checks.instance(ResourcePool, "resource_pool", pool, "a ResourcePool, or None")
         if not pool.world_size:
             raise ValueError("process_on_nodes must name the processes of at least one node")
+        roles = ray_cls_with_init.roles()
+        check_constructors(roles)
         start = partial(
             InlineHosts,
             pool,
-            ray_cls_with_init.roles(),
+            roles,
             checked_worker_env(worker_env),
             name_prefix or "",
             device_name,
@@ -154,9 +159,9 @@ class InlineWorkerGroup(HostGroup[W]):
         to look for every so often. What `on_death` raises is logged.
 
         Raises:
-            ValueError: `every_n_seconds` is not above 0.
+            ValueError: `every_n_seconds` is not above 0. TypeError: `on_death` is no function.
         """
-        check_interval(every_n_seconds)
+        check_watch(every_n_seconds, on_death)
         if on_death is not None:
             self._supervisor.watch(on_death)
 

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 from ray.actor import ActorClass
 
+from single_controller import checks
 from single_controller.base.roles import ClassWithInitArgs, P, RoleSpec, W, worker_class
 
 __all__ = ["ActorSpec", "RayClassWithInitArgs", "unwrap_remote"]
@@ -50,10 +51,12 @@ class RayClassWithInitArgs(ClassWithInitArgs[W]):
 
     def update_options(self, options: Mapping[str, Any]) -> None:
         """Add to Ray's options for the actor, such as `runtime_env`."""
+        checks.instance(Mapping, "options", options, "a dict of Ray's options by name")
         self._options.update(options)
 
     def set_additional_resource(self, additional_resource: Mapping[str, float]) -> None:
         """Ask for custom resources on top of the pool's, such as `{"high_bandwidth": 1}`."""
+        checks.instance(Mapping, "additional_resource", additional_resource, "a dict of amounts")
         self._additional_resource = dict(additional_resource)
 
     def actor_spec(self) -> ActorSpec:

@@ -11,6 +11,7 @@ from single_controller.base.roles import (
     ClassWithInitArgs,
     ColocatedClasses,
     FusedWorker,
+    check_class_dict,
     create_fused_worker_cls,
 )
 from single_controller.errors import RegistrationError
@@ -33,6 +34,7 @@ class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
     """
 
     def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
+        check_class_dict(class_dict)
         ColocatedClasses.__init__(self, {r: _ray_spec(spec) for r, spec in class_dict.items()})
         self._options: dict[str, Any] = {}
         self._additional_resource: dict[str, float] = {}

@@ -21,6 +21,7 @@ from ray.util.placement_group import (
     placement_group_table,
 )
 
+from single_controller import checks
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, device_kind
 from single_controller.errors import ResourceError
@@ -36,6 +37,7 @@ __all__ = [
     "Bundle",
     "RayResourcePool",
     "SubRayResourcePool",
+    "check_started",
     "cluster_nodes",
     "sort_placement_group_by_node_ip",
 ]
@@ -110,22 +112,25 @@ class RayResourcePool(ResourcePool):
         placement_timeout_s: float = 60,
     ) -> None:
         super().__init__(process_on_nodes, max_colocate_count)
-        for name, amount in (("cpus", cpus_per_process), ("gpus", gpus_per_process)):
-            if not amount > 0:
-                raise ValueError(f"{name}_per_process must be more than 0; got {amount!r}")
-        custom = dict(resources_per_process or {})
-        if _DEVICES & custom.keys() or not all(amount > 0 for amount in custom.values()):
+        checks.amount("cpus_per_process", cpus_per_process)
+        checks.amount("gpus_per_process", gpus_per_process)
+        checks.seconds("placement_timeout_s", placement_timeout_s, optional=False)
+        custom = resources_per_process or {}
+        checks.instance(Mapping, "resources_per_process", custom, "a dict of amounts by name")
+        if _DEVICES & custom.keys():
             raise ValueError(
-                "resources_per_process must be positive amounts of custom resources (CPUs and "
-                f"devices have parameters of their own); got {custom}"
+                "resources_per_process must be amounts of custom resources (CPUs and devices have "
+                f"parameters of their own); got {custom}"
             )
+        for name, amount in custom.items():
+            checks.amount(f"resources_per_process[{name!r}]", amount)
         self.use_gpu = use_gpu
         self.name_prefix = name_prefix or uuid.uuid4().hex[:8]
         self.detached = detached
         self.accelerator_type = accelerator_type
         self.cpus_per_process = cpus_per_process
         self.gpus_per_process = gpus_per_process
-        self.resources_per_process = custom
+        self.resources_per_process = dict(custom)
         self.placement_timeout_s = placement_timeout_s
         self.pgs: list[PlacementGroup] | None = None
 
@@ -148,6 +153,7 @@ class RayResourcePool(ResourcePool):
             return CPU
         if device_name is not None:
             return device_kind(device_name)
+        check_started()
         total = ray.cluster_resources()
         return next(kind for kind in DEVICE_KINDS if total.get(kind.resource, 0) or kind is CPU)
 
@@ -170,7 +176,8 @@ class RayResourcePool(ResourcePool):
         `device_name` says which accelerator, on a cluster that has any.
 
         Raises:
-            ResourceError: the cluster cannot hold the pool, or did not free it in time.
+            ResourceError: the cluster cannot hold the pool, or did not free it in time; or there is
+                none, as before `ray.init()`.
         """
         found = self.device()
         return self._reserve(strategy, name, found if found is CPU else device_kind(device_name))
@@ -206,6 +213,7 @@ class RayResourcePool(ResourcePool):
                 )
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
+        check_started()
         if self.pgs is not None:
             return self.pgs
         if not self.store:
@@ -253,6 +261,15 @@ class RayResourcePool(ResourcePool):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_started() -> None:
+    """Raise ResourceError in a process without a cluster, where Ray may start one unasked."""
+    if not ray.is_initialized():
+        raise ResourceError(
+            "ray.init() must come before a pool is reserved or a group made; Ray has not been "
+            "started in this process, or was shut down"
+        )
 
 
 def cluster_nodes() -> list[NodeResources]:

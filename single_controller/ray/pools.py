@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
+from single_controller import checks
 from single_controller.errors import ResourceError
 from single_controller.ray.placement import (
     RayResourcePool,
@@ -31,14 +32,15 @@ def split_sizes(total: int, split_size: int | list[int]) -> list[int]:
     Raises:
         ValueError: the sizes do not add up to it.
     """
-    if isinstance(split_size, int):
-        sizes = [split_size] * (total // split_size) if split_size > 0 else []
+    given: Any = split_size
+    if isinstance(given, Iterable):
+        sizes = list(given)
     else:
-        sizes = list(split_size)
-    if sum(sizes) != total or any(size < 1 for size in sizes):
+        sizes = [given] * (total // given) if checks.is_whole(given) and given > 0 else []
+    if not all(checks.is_whole(size) and size >= 1 for size in sizes) or sum(sizes) != total:
         raise ValueError(
-            f"split_size must be positive and add up to the pool's {total} processes; "
-            f"got {split_size!r}"
+            "split_size must be whole numbers, at least 1, that add up to the pool's "
+            f"{total} processes, or one for all parts; got {given!r}"
         )
     return sizes
 
@@ -54,6 +56,7 @@ def split_resource_pool(
     Raises:
         ResourceError: the pool cannot be reserved. ValueError: the sizes do not add up to it.
     """
+    checks.instance(RayResourcePool, "resource_pool", resource_pool, "a RayResourcePool")
     sizes = split_sizes(resource_pool.world_size, split_size)
     groups = _reserved(resource_pool)
     first = getattr(resource_pool, "start_bundle_index", 0)
@@ -72,6 +75,8 @@ def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResour
         ValueError: they differ in what a process gets, they share a placement group, or one is a
             part that holds only some bundles of a placement group.
     """
+    checks.instance(RayResourcePool, "rp1", rp1, "a RayResourcePool")
+    checks.instance(RayResourcePool, "rp2", rp2, "a RayResourcePool")
     first, second = rp1.settings(), rp2.settings()
     different = sorted(key for key in first if first[key] != second[key])
     if different:

@@ -28,7 +28,7 @@ from single_controller.ray.devices import check_devices
 from single_controller.ray.failure import CallSite, diagnose, dumps, explain_death
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import Hosts, end_processes
-from single_controller.ray.placement import Bundle, RayResourcePool
+from single_controller.ray.placement import Bundle, RayResourcePool, check_started
 from single_controller.ray.process import ExitWatch, ProcessInfo
 from single_controller.ray.stacks import readable
 
@@ -203,8 +203,9 @@ def running_names(prefix: str, spec: ActorSpec | None) -> list[str]:
     """Names of running hosts that were started with `prefix` and, where given, with `spec`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none. ResourceError: Ray has not been started.
     """
+    check_started()
     roles = re.escape("_".join(spec.roles)) if spec else ".+"
     pattern = re.compile(rf"{re.escape(prefix)}{roles}_\d+:\d+")
     named = ray.util.list_named_actors()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
+
+from single_controller import checks
 
 __all__ = ["parallel_put"]
 
@@ -16,8 +18,9 @@ def parallel_put(data_list: Sequence[Any], max_workers: int | None = None) -> li
     """`ray.put` each value, in threads; the references in the same order.
 
     Raises:
-        ValueError: `data_list` is empty.
+        ValueError: `data_list` is empty. TypeError: it is no list.
     """
+    checks.instance(Collection, "data_list", data_list, "a list of values")
     if not data_list:
         raise ValueError("data_list must hold at least one value; got none")
     workers = max_workers or min(len(data_list), os.cpu_count() or 1, 16)

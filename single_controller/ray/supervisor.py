@@ -13,7 +13,7 @@ from functools import partial
 
 import ray
 
-from single_controller.base.supervisor import RestartPolicy, Supervisor, check_interval, tell
+from single_controller.base.supervisor import RestartPolicy, Supervisor, check_watch, tell
 from single_controller.errors import WorkerDiedError
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.reservations import give_back
@@ -55,9 +55,9 @@ class RaySupervisor(Supervisor[Hosts]):
         """Look every so often, in a thread, for a process that has ended, until the group does.
 
         Raises:
-            ValueError: `every_n_seconds` is no interval.
+            ValueError: `every_n_seconds` is no interval. TypeError: `on_death` is no function.
         """
-        check_interval(every_n_seconds)
+        check_watch(every_n_seconds, on_death)
         mine = weakref.ref(self)
 
         def look() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from single_controller import checks
 from single_controller.base.colocated import Colocated, role_specs
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
@@ -118,11 +119,14 @@ def split_unreserved(
     Raises:
         ValueError: the sizes do not add up to the pool.
     """
+    checks.instance(ResourcePool, "resource_pool", resource_pool, "a ResourcePool")
     return [RayResourcePool([n]) for n in split_sizes(resource_pool.world_size, split_size)]
 
 
 def merge_unreserved(rp1: ResourcePool, rp2: ResourcePool) -> RayResourcePool:
     """A pool of the nodes of both."""
+    checks.instance(ResourcePool, "rp1", rp1, "a ResourcePool")
+    checks.instance(ResourcePool, "rp2", rp2, "a ResourcePool")
     return RayResourcePool([*rp1.store, *rp2.store])
 
 

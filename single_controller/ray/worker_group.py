@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from single_controller import checks
 from single_controller.base.explain import Carrier
 from single_controller.base.host_group import HostGroup
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
-from single_controller.base.roles import W
+from single_controller.base.roles import W, check_constructors
 from single_controller.base.supervisor import RestartPolicy
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
@@ -29,7 +30,7 @@ from single_controller.ray.envelope import Envelope, sealed
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.lease import Limit, Publication
 from single_controller.ray.outbox import Outbox
-from single_controller.ray.placement import RayResourcePool
+from single_controller.ray.placement import RayResourcePool, check_started
 from single_controller.ray.routes import route
 from single_controller.ray.start import Recipe, StartOptions, running_names
 from single_controller.ray.supervisor import RaySupervisor
@@ -72,7 +73,7 @@ class RayWorkerGroup(HostGroup[W]):
 
     Raises:
         ResourceError: the cluster cannot hold the pool, or the pool one more group.
-        RegistrationError: a class cannot be used as a worker.
+        RegistrationError: a class cannot be used as a worker, or not with these arguments.
         WorkerError: a constructor raised; it names role and rank.
         CallTimeoutError: a constructor did not return in time.
     """
@@ -100,10 +101,12 @@ class RayWorkerGroup(HostGroup[W]):
         on_failure: str = "raise",
         max_restarts: int = 3,
     ) -> None:
-        super().__init__(resource_pool)
+        startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
+        super().__init__(resource_pool, name_prefix, worker_env, startup_timeout_s, call_timeout_s)
+        pools = (RayResourcePool, type(None))
+        checks.instance(pools, "resource_pool", resource_pool, "a RayResourcePool, or None")
         policy = RestartPolicy(on_failure, max_restarts)
         recipe = None
-        startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
         if resource_pool is None:
             hosts = _attach(worker_names, worker_handles, startup_timeout_s)
         elif not isinstance(ray_cls_with_init, RayClassWithInitArgs):
@@ -129,6 +132,7 @@ class RayWorkerGroup(HostGroup[W]):
             )
             strategy = "STRICT_PACK" if bin_pack else "PACK"
             spec = ray_cls_with_init.actor_spec()
+            check_constructors(spec.roles)
             recipe = Recipe(resource_pool, strategy, device_name, spec, options)
             hosts = recipe.start()
         supervisor = RaySupervisor(hosts, recipe, policy)
@@ -276,7 +280,7 @@ class RayWorkerGroup(HostGroup[W]):
         once (or restart the group, with `on_failure="restart"`). What `on_death` raises is logged.
 
         Raises:
-            ValueError: `every_n_seconds` is not above 0.
+            ValueError: `every_n_seconds` is not above 0. TypeError: `on_death` is no function.
         """
         self._supervisor.watch(every_n_seconds, on_death)
 
@@ -288,5 +292,6 @@ def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_
                 "a group needs a resource_pool to start on, or worker_names or worker_handles of "
                 "running hosts; none was found"
             )
+        check_started()
         handles = [ray.get_actor(name) for name in names]
     return Hosts.attach(handles, names or [], timeout_s)

@@ -55,9 +55,17 @@ def test_a_count_that_is_no_positive_integer_is_refused_with_its_node(count: Any
         ResourcePool([1, count])
 
 
-def test_a_pool_must_allow_at_least_one_group() -> None:
-    with pytest.raises(ValueError, match="max_colocate_count must be at least 1; got 0"):
-        ResourcePool([1], max_colocate_count=0)
+@pytest.mark.parametrize("wrong", [5, {1}])
+def test_what_lists_no_nodes_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="process_on_nodes must list the processes of each node"):
+        ResourcePool(wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, "x", 1.5, True])
+def test_a_pool_must_allow_at_least_one_group(wrong: Any) -> None:
+    match = f"max_colocate_count must be a whole number, at least 1; got {wrong!r}"
+    with pytest.raises(ValueError, match=match):
+        ResourcePool([1], max_colocate_count=wrong)
 
 
 @settings(deadline=None, max_examples=30)

