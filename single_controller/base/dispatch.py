@@ -8,13 +8,13 @@ imported on use: a worker process reads this module to register methods, and nee
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from single_controller.base.plan import Broadcast, Call, Layout, PerRank, Plan
+from single_controller.base.plan import Broadcast, Call, Layout, PerRank, Plan, named_arguments
 from single_controller.base.rows import (
     RealRows,
     aligned,
@@ -104,20 +104,12 @@ def _per_rank(
             return value.values
         return spread(name, value)
 
-    columns = [values(name, value) for name, value in _named(args, kwargs)]
+    columns = [values(name, value) for name, value in named_arguments(args, kwargs)]
     positional, named = columns[: len(args)], dict(zip(kwargs, columns[len(args) :], strict=True))
     return [
         Call(tuple(column[rank] for column in positional), {k: v[rank] for k, v in named.items()})
         for rank in range(size)
     ]
-
-
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each argument under the name that errors have for it."""
-    for i, value in enumerate(args):
-        yield f"argument {i}", value
-    for key, value in kwargs.items():
-        yield f"argument {key!r}", value
 
 
 @dataclass(frozen=True)
@@ -253,7 +245,7 @@ class ByRows(Mode):
             if not args or not callable(args[0]):
                 raise DispatchError("the first argument must be a function, which all ranks get")
             args = (Broadcast(args[0]), *args[1:])
-        batches = {name: v for name, v in _named(args, kwargs) if splits(v)}
+        batches = {name: v for name, v in named_arguments(args, kwargs) if splits(v)}
         auto_padding = any(padding_enabled(batch) for batch in batches.values())
         pads = auto_padding and not self.uneven
         rows, compared = aligned(batches) if pads else (0, {})

@@ -28,6 +28,7 @@ from single_controller.ray.calls import RayPending
 from single_controller.ray.envelope import Envelope, sealed
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.outbox import Outbox
+from single_controller.ray.parcel import pickles
 from single_controller.ray.placement import RayResourcePool
 from single_controller.ray.routes import route
 from single_controller.ray.start import Recipe, StartOptions, running_names
@@ -201,6 +202,8 @@ class RayWorkerGroup(HostGroup[W]):
         routes = route(calls, hosts, materialize, wait_s)
         count = partial(record.count, "bytes_out")
         outbox = Outbox(calls, reads_only, count, routes.offers)
+        # Before any is sent: ranks whose peers get no call would wait for them.
+        outgoing = [outbox.outgoing(call) if call else None for call in calls]
         answering = set(answers)
         token = uuid.uuid4().hex if deferred else ""
         # Whether calls of ranks that get the same values are one.
@@ -208,18 +211,16 @@ class RayWorkerGroup(HostGroup[W]):
         sites, refs, turns = [], [], {}
         places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
-        answered, values = False, ()
-        parcels: list[Any] = []
+        answered = False
         sent: tuple[Any, ...] = ()
         with hosts.sending:
-            for rank, call in enumerate(calls):
-                if call is None:
+            for rank, (call, packed) in enumerate(zip(calls, outgoing, strict=True)):
+                if call is None or packed is None:
                     continue
                 turn, answer = hosts.turn(rank), rank in answering
                 if not (alike and call is shared and answer == answered):
-                    if call is not shared:
-                        values, parcels = outbox.outgoing(call)
                     shared, answered = call, answer
+                    values, parcels = packed
                     envelope = Envelope(
                         role=self.role,
                         method=method,
@@ -249,6 +250,9 @@ class RayWorkerGroup(HostGroup[W]):
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
         return Outbox(calls)
+
+    def _pickles(self, value: Any) -> object:
+        return pickles(value)
 
     def stacks(self) -> dict[int, str]:
         """By rank, the Python stack of each thread that runs the worker's code, now; also of
