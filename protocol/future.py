@@ -83,9 +83,17 @@ class DataProtoFuture:
 
         Raises:
             BatchError: no source, so that not even the columns of zero rows could be known.
+            BatchTypeError: something that is no source.
         """
         if not checks.list_of(object, "sources", sources):
             raise BatchError("a DataProtoFuture needs at least one source; got none")
+        for i, source in enumerate(sources):
+            if not (hasattr(source, "rows") and hasattr(source, "fetch")):
+                raise BatchTypeError(
+                    f"sources[{i}] must have rows and fetch, as a Source has; got "
+                    f"{type(source).__name__} {checks.short(source)}: a group's method registered "
+                    "with blocking=False, or pin(data), gives a future"
+                )
         self._sources = tuple(sources)
         self._sizes: tuple[int, ...] | None = None  # rows per source, once all are known
         self.auto_padding, self.map_location = auto_padding, map_location
@@ -209,7 +217,7 @@ class DataProtoFuture:
             BatchError: another `how`.
             ChunkError: `parts` is less than one.
         """
-        if how not in _SIZES:
+        if not isinstance(how, str) or how not in _SIZES:
             raise BatchError(f"how must be one of {list(_SIZES)}; got {how!r}")
         _SIZES[how](0, parts)  # refuses what is wrong whatever the rows
         return [DataProtoFuture([_Shard(self, part, parts, how)]) for part in range(parts)]
