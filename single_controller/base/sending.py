@@ -32,8 +32,9 @@ def not_sent(title: str, named: Iterable[tuple[str, Any]], pickles: Pickles) -> 
         found = _search(value, pickles, ())
         if found is not None:
             path, cause = found
+            why = str(cause) or type(cause).__name__
             where = f"{name}: {path.removeprefix('.')}" if path else name
-            return SendError(f"{title}: {where} cannot be sent: {cause or type(cause).__name__}")
+            return SendError(f"{title}: {where} cannot be sent: {why}")
     return None
 
 
