@@ -24,7 +24,7 @@ from protocol.batches import (
     union_batches,
 )
 from protocol.data_proto import DataProto
-from protocol.errors import BatchError, BatchTypeError, RowCountError
+from protocol.errors import BatchError, BatchTypeError, ChunkError, RowCountError
 from protocol.shards import balanced_sizes, equal_sizes, padded_sizes
 from protocol.wire import read_as, reading
 
@@ -83,9 +83,17 @@ class DataProtoFuture:
 
         Raises:
             BatchError: no source, so that not even the columns of zero rows could be known.
+            BatchTypeError: something that is no source.
         """
         if not checks.list_of(object, "sources", sources):
             raise BatchError("a DataProtoFuture needs at least one source; got none")
+        for i, source in enumerate(sources):
+            if not (hasattr(source, "rows") and hasattr(source, "fetch")):
+                raise BatchTypeError(
+                    f"sources[{i}] must have rows and fetch, as a Source has; got "
+                    f"{type(source).__name__} {checks.short(source)}: a group's method registered "
+                    "with blocking=False, or pin(data), gives a future"
+                )
         self._sources = tuple(sources)
         self._sizes: tuple[int, ...] | None = None  # rows per source, once all are known
         self.auto_padding, self.map_location = auto_padding, map_location
@@ -206,21 +214,22 @@ class DataProtoFuture:
         shards = self.shards(chunks, "balanced" if self.auto_padding else "equal")
         return [self._derived([shard]) for shard in shards]
 
-    def shards(self, parts: int, how: How) -> list[DataProtoFuture]:
+    def shards(self, parts: int, how: How, advice: str = "") -> list[DataProtoFuture]:
         """`parts` futures of consecutive rows. Fetches and waits for nothing.
 
         "equal": each has the same number of rows; if they do not divide, each raises ChunkError
-        once they are known. "balanced": they differ by at most one row, larger ones first.
-        "padded": each has ceil(rows / parts), the last row being repeated to fill up.
+        once they are known, which ends in `advice`. "balanced": they differ by at most one row,
+        larger ones first. "padded": each has ceil(rows / parts), the last row being repeated to
+        fill up.
 
         Raises:
             BatchError: another `how`.
             ChunkError: `parts` is less than one.
         """
-        if how not in _SIZES:
+        if not isinstance(how, str) or how not in _SIZES:
             raise BatchError(f"how must be one of {list(_SIZES)}; got {how!r}")
         _SIZES[how](0, parts)  # refuses what is wrong whatever the rows
-        return [DataProtoFuture([_Shard(self, part, parts, how)]) for part in range(parts)]
+        return [DataProtoFuture([_Shard(self, part, parts, how, advice)]) for part in range(parts)]
 
     @staticmethod
     def concat(data: Sequence[DataProtoFuture]) -> DataProtoFuture:
@@ -288,9 +297,10 @@ class _Shard:
     part: int
     parts: int
     how: How
+    advice: str
 
     def rows(self, timeout: float | None) -> int:
-        return _SIZES[self.how](self.whole.rows(timeout), self.parts)[self.part]
+        return self._sizes(self.whole.rows(timeout))[self.part]
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
         deadline = _Deadline(timeout)
@@ -305,10 +315,16 @@ class _Shard:
         first, last, _ = self._rows_of_whole(start, stop, None)
         return self.whole.needed(first, last)
 
+    def _sizes(self, rows: int) -> list[int]:
+        try:
+            return _SIZES[self.how](rows, self.parts)
+        except ChunkError as error:
+            raise ChunkError(f"{error}{self.advice}") from None
+
     def _rows_of_whole(self, start: int, stop: int, timeout: float | None) -> tuple[int, int, int]:
         """`(first, last, padding)`: rows `first:last` of the whole, the last one padded."""
         rows = self.whole.rows(timeout)
-        offset = sum(_SIZES[self.how](rows, self.parts)[: self.part])
+        offset = sum(self._sizes(rows)[: self.part])
         first, last = min(offset + start, rows), min(offset + stop, rows)
         padding = (stop - start) - (last - first)
         if padding and first == last:  # nothing but copies of the last row

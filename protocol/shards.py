@@ -19,10 +19,7 @@ def equal_sizes(rows: int, parts: int) -> list[int]:
     parts = _whole(parts)
     if rows % parts:
         raise ChunkError(
-            f"only support equal chunk. Got size of DataProto {rows} and chunk {parts}. Two ways "
-            "out: register(..., uneven=True) sends shards that differ by at most one row; "
-            "DataProto.from_dict(..., auto_padding=True) repeats the last row and removes the "
-            "padding from what comes back"
+            f"only support equal chunk. Got size of DataProto {rows} and chunk {parts}."
         )
     return [rows // parts] * parts
 

@@ -289,6 +289,9 @@ class Table(_Parts):
             type(self).__name__, len(self), self._tensors(), self.non_tensor_batch, self.meta_info
         )
 
+    def __eq__(self, other: object) -> bool:
+        return self.equal(other) if isinstance(other, Table) else NotImplemented
+
     def equal(self, other: Table) -> bool:
         """Whether both hold the same keys and values; NaN equals NaN, devices do not matter."""
         return not self.diff(other)

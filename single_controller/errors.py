@@ -15,6 +15,7 @@ __all__ = [
     "GroupBrokenError",
     "RegistrationError",
     "ResourceError",
+    "SendError",
     "SharedMemoryWriteError",
     "SingleControllerError",
     "UnknownMethodError",
@@ -45,6 +46,10 @@ class DispatchError(SingleControllerError, ValueError, AssertionError):
 
     It is also an AssertionError because programs written for veRL catch that.
     """
+
+
+class SendError(SingleControllerError, TypeError):
+    """An argument cannot be pickled, so no rank was sent anything."""
 
 
 class ResourceError(SingleControllerError, RuntimeError):

@@ -75,6 +75,7 @@ ORDER = [
     "single_controller.base.worker",
     "single_controller.base.roles",
     "single_controller.base.rank",
+    "single_controller.base.sending",
     "single_controller.base.worker_group",
     "single_controller.base.supervisor",
     "single_controller.base.host_group",

@@ -8,23 +8,27 @@ imported on use: a worker process reads this module to register methods, and nee
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from single_controller.base.plan import Broadcast, Call, Layout, PerRank, Plan
+from single_controller.base.plan import Broadcast, Call, Layout, PerRank, Plan, named_arguments
 from single_controller.base.rows import (
     RealRows,
     aligned,
     cannot_unpad,
+    check_batch,
     is_future,
     padding_enabled,
     padding_of,
     splits,
 )
 from single_controller.errors import DispatchError
+
+if TYPE_CHECKING:
+    from protocol.future import How
 
 __all__ = [
     "AllToAll",
@@ -35,6 +39,12 @@ __all__ = [
     "PerElement",
     "RankZero",
 ]
+
+_WAYS_OUT = (
+    " Two ways out: register(..., uneven=True) sends shards that differ by at most one row; "
+    "DataProto.from_dict(..., auto_padding=True) repeats the last row and removes the padding from "
+    "what comes back"
+)
 
 Spread: TypeAlias = Callable[[str, Any], Sequence[Any]]
 
@@ -96,15 +106,18 @@ def _per_rank(
 
     def values(name: str, value: Any) -> Sequence[Any]:
         if isinstance(value, Broadcast):
+            check_batch(name, value.value)
             return [value.value] * size
         if isinstance(value, PerRank):
             if len(value.values) != size:
                 each = f"one value for each of {size} ranks"
                 raise DispatchError(f"{name}: PerRank needs {each}; got {len(value.values)}")
+            _check_batches(name, value.values)
             return value.values
+        check_batch(name, value)
         return spread(name, value)
 
-    columns = [values(name, value) for name, value in _named(args, kwargs)]
+    columns = [values(name, value) for name, value in named_arguments(args, kwargs)]
     positional, named = columns[: len(args)], dict(zip(kwargs, columns[len(args) :], strict=True))
     return [
         Call(tuple(column[rank] for column in positional), {k: v[rank] for k, v in named.items()})
@@ -112,12 +125,9 @@ def _per_rank(
     ]
 
 
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each argument under the name that errors have for it."""
-    for i, value in enumerate(args):
-        yield f"argument {i}", value
-    for key, value in kwargs.items():
-        yield f"argument {key!r}", value
+def _check_batches(name: str, values: Sequence[Any]) -> None:
+    for i, value in enumerate(values):
+        check_batch(f"{name}, element {i}", value)
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,8 @@ class AllToAll(Mode):
                     f"{name} is a list of length {len(value)}, and ALL_TO_ALL scatters lists over "
                     f"{size} ranks: pass {size} elements, or say Broadcast(x) to send it whole"
                 )
+            if scatter:
+                _check_batches(name, value)
             return value if scatter else [value] * size
 
         return self.plan(layout), _per_rank(layout, args, kwargs, spread)
@@ -193,6 +205,7 @@ class PerElement(Mode):
                     f"{name} must be a list of {layout.dp_size} elements, one per data-parallel "
                     f"rank; got {type(value).__name__} ({came}). Broadcast(x) sends a value whole"
                 )
+            _check_batches(name, value)
             return [value[dp_rank] for dp_rank in layout.dp_ranks]
 
         return self.plan(layout), _per_rank(layout, args, kwargs, spread)
@@ -253,7 +266,7 @@ class ByRows(Mode):
             if not args or not callable(args[0]):
                 raise DispatchError("the first argument must be a function, which all ranks get")
             args = (Broadcast(args[0]), *args[1:])
-        batches = {name: v for name, v in _named(args, kwargs) if splits(v)}
+        batches = {name: v for name, v in named_arguments(args, kwargs) if splits(v)}
         auto_padding = any(padding_enabled(batch) for batch in batches.values())
         pads = auto_padding and not self.uneven
         rows, compared = aligned(batches) if pads else (0, {})
@@ -280,10 +293,11 @@ class ByRows(Mode):
 
     def _shards(self, name: str, batch: Any, parts: int, pads: bool) -> Sequence[Any]:
         from protocol.batches import balanced_sizes, batch_rows, equal_sizes, pad_batch, split_batch
-        from protocol.errors import BatchError
+        from protocol.errors import BatchError, ChunkError
 
         if is_future(batch):
-            return batch.shards(parts, "padded" if pads else "balanced" if self.uneven else "equal")
+            how: How = "padded" if pads else "balanced" if self.uneven else "equal"
+            return batch.shards(parts, how, _WAYS_OUT)
         try:
             rows = batch_rows(batch)
             if parts == 1:
@@ -294,7 +308,8 @@ class ByRows(Mode):
                 batch = pad_batch(batch, -rows % parts)
             return split_batch(batch, equal_sizes(batch_rows(batch), parts))
         except BatchError as error:
-            raise DispatchError(f"{name}: {error}") from error
+            advice = _WAYS_OUT if isinstance(error, ChunkError) else ""
+            raise DispatchError(f"{name}: {error}{advice}") from error
 
     def reading(self, plan: Plan) -> AbstractContextManager[None]:
         """Outputs that are joined are read as views, and joining them makes the only copy."""

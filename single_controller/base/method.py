@@ -13,7 +13,7 @@ from single_controller import checks
 from single_controller.base.custom import CustomMode
 from single_controller.base.decorator import MethodSpec
 from single_controller.base.explain import Explanation
-from single_controller.base.plan import Plan
+from single_controller.base.plan import Plan, named_arguments
 from single_controller.base.recorder import CallRecord, Recorder
 from single_controller.errors import DispatchError
 
@@ -236,12 +236,21 @@ class BoundMethod:
         return self.group._explain(self, args, kwargs)
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise TypeError where the worker's method would not take these arguments."""
-        if self.binding.bind is not None:
-            try:
-                self.binding.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{self.title}: {error}") from None
+        """Raise TypeError where the worker's method would not take these arguments, and
+        DispatchError for one that only the driver can use.
+        """
+        if self.binding.bind is None:
+            return
+        try:
+            self.binding.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.title}: {error}") from None
+        for name, value in named_arguments(args, kwargs):
+            if isinstance(value, CallFuture):
+                raise DispatchError(
+                    f"{self.title}: {name} is a CallFuture, which stays on the driver: use "
+                    ".result(), or register the method with blocking=False"
+                )
 
     def result(
         self, plan: Plan, pending: Pending, timeout_s: float | None, record: CallRecord

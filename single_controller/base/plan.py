@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from single_controller.errors import DispatchError
 
-__all__ = ["Broadcast", "Call", "Layout", "Padding", "PerRank", "Plan"]
+__all__ = ["Broadcast", "Call", "Layout", "Padding", "PerRank", "Plan", "named_arguments"]
 
 T = TypeVar("T")
 
@@ -136,3 +136,11 @@ class Plan:
     shards: tuple[int, ...] = ()
     padding: Callable[[], Padding] | None = None
     auto_padding: bool = False
+
+
+def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each argument of a call under the name that errors have for it."""
+    for i, value in enumerate(args):
+        yield f"argument {i}", value
+    for key, value in kwargs.items():
+        yield f"argument {key!r}", value

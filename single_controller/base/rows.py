@@ -22,6 +22,7 @@ __all__ = [
     "RealRows",
     "aligned",
     "cannot_unpad",
+    "check_batch",
     "is_future",
     "padding_enabled",
     "padding_of",
@@ -33,6 +34,18 @@ def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
     """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
     module = sys.modules.get("protocol.future")
     return module is not None and isinstance(value, module.DataProtoFuture)
+
+
+def check_batch(name: str, value: Any) -> None:
+    """Raise DispatchError for a DataProto whose columns somebody made differ in rows."""
+    module = sys.modules.get("protocol.data_proto")
+    if module is not None and isinstance(value, module.DataProto):
+        from protocol.errors import BatchError
+
+        try:
+            value.check_consistency()
+        except BatchError as error:
+            raise DispatchError(f"{name}: {error}") from error
 
 
 def splits(value: Any) -> bool:

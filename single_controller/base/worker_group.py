@@ -22,10 +22,12 @@ from single_controller.base.recorder import CallRecord, Recorder, StatsTable
 from single_controller.base.registered import GroupView, Registered, Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W, worker_class
+from single_controller.base.sending import arguments_not_sent
 from single_controller.base.worker import Worker
 from single_controller.errors import (
     DispatchError,
     RegistrationError,
+    SendError,
     UnknownMethodError,
 )
 
@@ -78,7 +80,14 @@ class WorkerGroup(abc.ABC, Generic[W]):
         `deferred`: outputs stay where they are until asked for, then they go by `transport`.
         `awaited`: the caller waits for the result at once.
         `reads_only`: arguments may be views.
+
+        Raises:
+            SendError: an argument cannot be pickled; then nothing was sent.
         """
+
+    @abc.abstractmethod
+    def _pickles(self, value: Any) -> object:
+        """Raise what pickling a value for the workers raises."""
 
     def _invoke(self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call, from the user's arguments to the merged result."""
@@ -114,18 +123,22 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 at = dict(zip(ranks, calls, strict=True))
                 calls = [at.get(rank) for rank in range(self.world_size)]
                 answers = tuple(ranks[i] for i in answers)
-            pending = self._submit(
-                method.binding.name,
-                calls,
-                answers,
-                method.call_options,
-                record=record,
-                materialize=method.binding.spec.materialize_futures,
-                reads_only=method.binding.spec.reads_only,
-                deferred=deferred and method.mode.batched,
-                awaited=awaited,
-                transport=method.binding.spec.transport,
-            )
+            try:
+                pending = self._submit(
+                    method.binding.name,
+                    calls,
+                    answers,
+                    method.call_options,
+                    record=record,
+                    materialize=method.binding.spec.materialize_futures,
+                    reads_only=method.binding.spec.reads_only,
+                    deferred=deferred and method.mode.batched,
+                    awaited=awaited,
+                    transport=method.binding.spec.transport,
+                )
+            except SendError as error:
+                found = arguments_not_sent(method.title, args, kwargs, error, self._pickles)
+                raise found from error.__cause__
         pending.run_here(record)
         return plan, pending
 
@@ -315,7 +328,12 @@ class WorkerGroup(abc.ABC, Generic[W]):
             raise UnknownMethodError(self._explain_missing(method_name))
         plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
         record = self._recorder.call(self.role, method_name)
-        pending = self._submit(method_name, calls, plan.answers, CallOptions(), record=record)
+        try:
+            pending = self._submit(method_name, calls, plan.answers, CallOptions(), record=record)
+        except SendError as error:
+            title = f"{self.role}.{method_name}"
+            found = arguments_not_sent(title, args, kwargs, error, self._pickles)
+            raise found from error.__cause__
         pending.run_here(record)
         return pending
 

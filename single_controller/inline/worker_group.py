@@ -19,9 +19,15 @@ from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W, check_constructors
 from single_controller.base.supervisor import RestartPolicy, Supervisor, check_watch
 from single_controller.base.worker import checked_worker_env
-from single_controller.errors import RegistrationError, WorkerDiedError
+from single_controller.errors import (
+    RegistrationError,
+    SendError,
+    SingleControllerError,
+    WorkerDiedError,
+)
 from single_controller.inline.calls import Arguments, send
 from single_controller.inline.hosts import InlineHosts
+from single_controller.inline.privacy import Package
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -182,7 +188,15 @@ class InlineWorkerGroup(HostGroup[W]):
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         arguments = Arguments(materialize, reads_only)
         hosts = self._supervisor.usable()
-        return send(hosts, self.role, method, calls, answers, arguments, timeout_s)
+        try:
+            return send(hosts, self.role, method, calls, answers, arguments, timeout_s)
+        except SingleControllerError:
+            raise
+        except Exception as error:
+            raise SendError(f"its arguments cannot be sent: {error}") from error
+
+    def _pickles(self, value: Any) -> object:
+        return Package(value)
 
 
 class _Supervisor(Supervisor[InlineHosts]):

@@ -19,7 +19,7 @@ from single_controller.ray.remote_batch import posted
 
 __all__ = ["Outbox"]
 
-_INLINE = (int, float, bool, type(None))
+_INLINE = (int, float, bool, type(None), str, bytes)
 _INLINE_LENGTH = 1_000
 _SMALL = 16_384  # bytes that are sent several times sooner than stored once and fetched
 _FEW = 100
@@ -51,7 +51,7 @@ class Outbox(Carrier):
             load = self._values.setdefault(tuple(dict.fromkeys(readers)), [])
             self._places[key] = tuple(dict.fromkeys(readers)), len(load)
             load.append(values[key])
-        self._stored: dict[tuple[int, ...], Any] = {}
+        self._parcels: dict[tuple[int, ...], Any] = {}
 
     def way(self, value: Any) -> str:
         if isinstance(value, ray.ObjectRef) or is_future(value):
@@ -65,7 +65,11 @@ class Outbox(Carrier):
         return None if isinstance(value, ray.ObjectRef) else size_of(value)
 
     def outgoing(self, call: Call) -> tuple[tuple[Any, ...], list[Any]]:
-        """A call's values with `Slot`s for those in parcels, and the parcels."""
+        """A call's values with `Slot`s for those in parcels, and the parcels.
+
+        Raises:
+            SendError: a value cannot be pickled.
+        """
         parcels: dict[tuple[int, ...], int] = {}
 
         def place(value: Any) -> Any:
@@ -82,12 +86,10 @@ class Outbox(Carrier):
         return placed, [self._parcel(readers) for readers in parcels]
 
     def _parcel(self, readers: tuple[int, ...]) -> Any:
-        if not self._is_stored(readers):
-            return Parcel(self._values[readers], self._reads_only, self._count)
-        if readers not in self._stored:
+        if readers not in self._parcels:
             parcel = Parcel(self._values[readers], self._reads_only, self._count)
-            self._stored[readers] = ray.put(parcel)
-        return self._stored[readers]
+            self._parcels[readers] = ray.put(parcel) if self._is_stored(readers) else parcel
+        return self._parcels[readers]
 
     def _is_stored(self, readers: tuple[int, ...]) -> bool:
         return len(readers) > 1 and not _is_small(self._values[readers])
@@ -103,10 +105,10 @@ def _is_small(value: Any) -> bool:
 
 def _left(value: Any, budget: float, depth: int = 5) -> float:
     """What is left of so many bytes; less than nothing where that is not seen at once."""
-    if isinstance(value, _INLINE):
-        return budget - 8
     if isinstance(value, str | bytes):
         return budget - len(value)
+    if isinstance(value, _INLINE):
+        return budget - 8
     if hasattr(value, "non_tensor_batch"):
         parts: Any = (value.batch, value.non_tensor_batch, value.meta_info)
     elif isinstance(value, Mapping):
@@ -128,6 +130,6 @@ def _left(value: Any, budget: float, depth: int = 5) -> float:
 
 
 def _travels_inline(value: Any) -> bool:
-    if isinstance(value, str | bytes):
-        return len(value) < _INLINE_LENGTH
-    return isinstance(value, (*_INLINE, ray.ObjectRef)) or is_future(value)
+    if type(value) in _INLINE:
+        return not isinstance(value, str | bytes) or len(value) < _INLINE_LENGTH
+    return isinstance(value, ray.ObjectRef) or is_future(value)

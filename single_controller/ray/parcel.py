@@ -14,14 +14,30 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import ray
 from ray import cloudpickle
+from ray.actor import ActorHandle
 
 from single_controller.base.spans import now_ns, recording
+from single_controller.errors import SendError, SingleControllerError
 
-__all__ = ["ArrivedParcel", "Parcel", "Result", "SizeOf", "Slot", "counting", "received", "size_of"]
+__all__ = [
+    "ArrivedParcel",
+    "Parcel",
+    "Result",
+    "SizeOf",
+    "Slot",
+    "counting",
+    "pickles",
+    "received",
+    "size_of",
+]
 
 _received: ContextVar[Callable[[int], None] | None] = ContextVar("_received", default=None)
 
+_references: ContextVar[Sequence[Any]] = ContextVar("_references")
+
+_REFERENCES = (ray.ObjectRef, ActorHandle)  # which Ray counts where it pickles them itself
 _BARE = (int, float, bool, type(None))
 
 
@@ -31,8 +47,8 @@ class _Pickler(cloudpickle.Pickler):
     It is imported when the first one is met: a worker that has none needs not wait for it.
     """
 
-    def __init__(self, file: io.BytesIO, lends: bool) -> None:
-        self._lends = lends
+    def __init__(self, file: io.BytesIO, lends: bool, held: list[Any] | None) -> None:
+        self._lends, self._held = lends, held
         self.buffers: list[pickle.PickleBuffer] = []
         super().__init__(file, protocol=5, buffer_callback=self.buffers.append)
         self.message: Any = None
@@ -42,6 +58,9 @@ class _Pickler(cloudpickle.Pickler):
         )
 
     def reducer_override(self, obj: Any) -> Any:
+        if self._held is not None and isinstance(obj, _REFERENCES):
+            self._held.append(obj)
+            return _take, (len(self._held) - 1,)
         if self._numbers and isinstance(obj, self._numbers):
             from protocol import wire
 
@@ -53,11 +72,16 @@ class _Pickler(cloudpickle.Pickler):
         return super().reducer_override(obj)
 
 
+def _take(at: int) -> Any:
+    return _references.get()[at]
+
+
 class _Pickled(NamedTuple):
     """A value as it travels.
 
     `numbers`: it holds tensors or batches. `foreign`: the buffers that are not theirs, which
-    whoever reads must make private. `lent`: the tensors that stay on their device.
+    whoever reads must make private. `lent`: the tensors that stay on their device. `held`: the
+    references apart from `data`, for Ray to see them.
     """
 
     numbers: bool
@@ -65,15 +89,16 @@ class _Pickled(NamedTuple):
     data: bytes
     buffers: Sequence[Any]
     lent: Sequence[Any]
+    held: Sequence[Any]
 
     @property
     def size(self) -> int:
         return _size(self.data, self.buffers)
 
 
-def _pickled(value: Any, lends: bool = False) -> _Pickled:
+def _pickled(value: Any, lends: bool = False, held: list[Any] | None = None) -> _Pickled:
     with io.BytesIO() as file:
-        pickler = _Pickler(file, lends)
+        pickler = _Pickler(file, lends, held)
         try:
             pickler.dump(value)
         finally:
@@ -83,10 +108,13 @@ def _pickled(value: Any, lends: bool = False) -> _Pickled:
         buffers = pickler.buffers
         foreign = [i for i, b in enumerate(buffers) if message is None or not message.holds(b)]
         lent = message.lent if message is not None else ()
-        return _Pickled(message is not None, tuple(foreign), file.getvalue(), buffers, lent)
+        data = file.getvalue()
+        return _Pickled(message is not None, tuple(foreign), data, buffers, lent, held or ())
 
 
-def _read(foreign: Sequence[int], data: bytes, buffers: Sequence[Any]) -> Any:
+def _read(
+    foreign: Sequence[int], data: bytes, buffers: Sequence[Any], held: Sequence[Any] = ()
+) -> Any:
     """The value, with the buffers that `protocol.wire` leaves alone in private memory."""
     import numpy as np  # not at the top: a worker whose results are numbers needs none
 
@@ -94,24 +122,38 @@ def _read(foreign: Sequence[int], data: bytes, buffers: Sequence[Any]) -> Any:
     for i in foreign:
         view = memoryview(buffers[i])
         received[i] = np.array(np.frombuffer(view, np.uint8)) if view.nbytes else bytearray()
-    return pickle.loads(data, buffers=received)
+    token = _references.set(held)
+    try:
+        return pickle.loads(data, buffers=received)
+    finally:
+        _references.reset(token)
 
 
 class Parcel:
     """Values to be sent; they arrive as an `ArrivedParcel`. `reads_only`: as views.
 
-    `count` is told the bytes that leave, once, however many ranks read them.
+    They are pickled here and now, so that nothing of a call is sent where one cannot be. `count`
+    is told the bytes whenever they leave.
+
+    Raises:
+        SendError: one of them cannot be pickled.
     """
 
     def __init__(
         self, values: Sequence[Any], reads_only: bool, count: Callable[[int], None]
     ) -> None:
-        self._values, self._reads_only, self._count = tuple(values), reads_only, count
+        self._reads_only, self._count = reads_only, count
+        try:
+            self._sent = _pickled(tuple(values), held=[])
+        except SingleControllerError:
+            raise
+        except Exception as error:
+            raise SendError(f"its arguments cannot be sent: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        sent = _pickled(self._values)
+        sent = self._sent
         self._count(sent.size)
-        head = self._reads_only, sent.numbers, sent.foreign, sent.data
+        head = self._reads_only, sent.numbers, sent.foreign, sent.data, sent.held
         return ArrivedParcel, (*head, *sent.buffers)
 
 
@@ -123,7 +165,13 @@ class ArrivedParcel:
     """
 
     def __init__(
-        self, reads_only: bool, numbers: bool, foreign: Sequence[int], data: bytes, *buffers: Any
+        self,
+        reads_only: bool,
+        numbers: bool,
+        foreign: Sequence[int],
+        data: bytes,
+        held: Sequence[Any],
+        *buffers: Any,
     ) -> None:
         self._values: Sequence[Any] = ()
         self._error: Exception | None = None
@@ -135,7 +183,7 @@ class ArrivedParcel:
 
                 how = wire.read_as("view")
             with how:
-                self._values = _read(() if reads_only else foreign, data, buffers)
+                self._values = _read(() if reads_only else foreign, data, buffers, held)
         except Exception as error:
             self._error = error
         self.read_ns = began, now_ns()
@@ -213,10 +261,15 @@ def counting(count: Callable[[int], None]) -> Generator[None, None, None]:
         _received.reset(token)
 
 
+def pickles(value: Any) -> int:
+    """The bytes of a value on its way. Raises what pickling it raises."""
+    return _pickled(value, held=[]).size
+
+
 def size_of(value: Any) -> int | None:
-    """The bytes of a value on its way; None where it cannot be pickled."""
+    """The same; None where it cannot be pickled."""
     try:
-        return _pickled(value).size
+        return pickles(value)
     except Exception:
         return None
 

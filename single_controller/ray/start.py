@@ -12,13 +12,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pickle import PicklingError
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from single_controller.base.plan import named_arguments
 from single_controller.base.rank import has_async_method
+from single_controller.base.roles import RoleSpec
+from single_controller.base.sending import not_sent
 from single_controller.base.worker import checked_worker_env
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
@@ -28,6 +32,7 @@ from single_controller.ray.devices import check_devices
 from single_controller.ray.failure import CallSite, diagnose, dumps, explain_death
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import Hosts, end_processes
+from single_controller.ray.parcel import pickles
 from single_controller.ray.placement import Bundle, RayResourcePool, check_started
 from single_controller.ray.process import ExitWatch, ProcessInfo
 from single_controller.ray.stacks import readable
@@ -70,11 +75,13 @@ class Recipe:
 
         Raises:
             ResourceError: the bundles have no room for it.
+            SendError: a role's class or arguments cannot be pickled; then no process was started.
             WorkerError: a role's constructor raised. CallTimeoutError: one did not return.
         """
         bundles = self.pool.bundles(self.strategy, self.device_name)
         kind = self.pool.device(self.device_name)
         names = _names(self.spec, bundles, self.options.prefix)
+        roles = _stored(self.spec.roles)
         is_async = has_async_method(self.spec.roles)
         actor = _actor_class(is_async)
         common = _actor_options(self.pool, kind, self.spec, self.options, is_async)
@@ -87,7 +94,7 @@ class Recipe:
                 own = {"name": name, "scheduling_strategy": place}
                 starting.handles.append(_launch(actor, {**common, **own}))
             address = starting.meet()
-            infos = starting.build(bundles, kind, address)
+            infos = starting.build(bundles, kind, address, roles)
             check_devices([info.identity for info in infos], self.pool.gpus_per_process)
             if restored:
                 starting.restore()
@@ -107,6 +114,18 @@ def _launch(actor: Any, options: Mapping[str, Any]) -> Any:
         return actor.options(**options).remote()
     except ValueError as error:
         raise ResourceError(f"Ray cannot start a host with {dict(options)}: {error}") from error
+
+
+def _stored(roles: Mapping[str, RoleSpec]) -> Any:
+    try:
+        return ray.put(dict(roles))
+    except (TypeError, AttributeError, PicklingError) as error:
+        for role, spec in roles.items():
+            parts = [*named_arguments(spec.args, spec.kwargs), ("its class", spec.cls)]
+            found = not_sent(f"{role}.__init__", parts, pickles)
+            if found is not None:
+                raise found from error
+        raise
 
 
 class _Starting:
@@ -140,12 +159,11 @@ class _Starting:
         return address
 
     def build(
-        self, bundles: Sequence[Bundle], kind: DeviceKind, address: tuple[str, int]
+        self, bundles: Sequence[Bundle], kind: DeviceKind, address: tuple[str, int], roles: Any
     ) -> list[HostInfo]:
         """Build the roles everywhere."""
         on_node = Counter(bundle.node_id for bundle in bundles)
         seen: Counter[str] = Counter()
-        roles = ray.put(dict(self.spec.roles))
         refs = []
         for rank, (handle, bundle) in enumerate(zip(self.handles, bundles, strict=True)):
             place = HostPlace(

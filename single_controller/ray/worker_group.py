@@ -30,6 +30,7 @@ from single_controller.ray.envelope import Envelope, sealed
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.lease import Limit, Publication
 from single_controller.ray.outbox import Outbox
+from single_controller.ray.parcel import pickles
 from single_controller.ray.placement import RayResourcePool, check_started
 from single_controller.ray.routes import route
 from single_controller.ray.start import Recipe, StartOptions, running_names
@@ -206,6 +207,9 @@ class RayWorkerGroup(HostGroup[W]):
         routes = route(calls, hosts, materialize, wait_s)
         count = partial(record.count, "bytes_out")
         outbox = Outbox(calls, reads_only, count, routes.offers)
+        # Before any is sent: ranks whose peers get no call would wait for them.
+        different = {id(call): call for call in calls if call is not None}
+        packed = {key: outbox.outgoing(call) for key, call in different.items()}
         answering = set(answers)
         token = uuid.uuid4().hex if deferred else ""
         # Whether calls of ranks that get the same values are one.
@@ -214,8 +218,7 @@ class RayWorkerGroup(HostGroup[W]):
         published: dict[int, Publication] = {}
         places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
-        answered, values = False, ()
-        parcels: list[Any] = []
+        answered = False
         sent: tuple[Any, ...] = ()
         with hosts.sending:
             for rank, call in enumerate(calls):
@@ -225,9 +228,8 @@ class RayWorkerGroup(HostGroup[W]):
                 keeps = f"{token}:{rank}" if deferred and answer else None
                 publishes = hosts.read_elsewhere.get((self.role, method, rank)) if keeps else None
                 if not (alike and call is shared and answer == answered):
-                    if call is not shared:
-                        values, parcels = outbox.outgoing(call)
                     shared, answered = call, answer
+                    values, parcels = packed[id(call)]
                     envelope = Envelope(
                         role=self.role,
                         method=method,
@@ -263,6 +265,9 @@ class RayWorkerGroup(HostGroup[W]):
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
         return Outbox(calls)
+
+    def _pickles(self, value: Any) -> object:
+        return pickles(value)
 
     def stacks(self) -> dict[int, str]:
         """By rank, the Python stack of each thread that runs the worker's code, now; also of

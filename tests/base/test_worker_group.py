@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,9 @@ class LocalGroup(WorkerGroup):
             if call is not None
         }
         return Done([outputs[rank] for rank in answers])
+
+    def _pickles(self, value: Any) -> object:
+        return pickle.dumps(value)
 
     @property
     def methods(self) -> list[str]:

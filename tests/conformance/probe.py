@@ -54,6 +54,10 @@ class Probe(Worker):
     def scatter(self, x: Any, y: Any = None) -> Any:
         return self.rank, x, y
 
+    @register(dispatch_mode=Dispatch.DP_COMPUTE)
+    def each(self, x: Any) -> Any:
+        return self.rank, x
+
     @register(dispatch_mode=Dispatch.RANK_ZERO)
     def lead(self, x: Any) -> Any:
         return self.rank, x

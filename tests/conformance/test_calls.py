@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,31 @@ def test_rows_that_do_not_divide_are_refused_with_both_ways_out(group: Any) -> N
         group.add_rank(batch(7))
     with pytest.raises(AssertionError):
         group.add_rank(batch(7))
+
+
+def by_hand() -> DataProto:
+    data = batch(4)
+    data.non_tensor_batch["q"] = np.zeros(9)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("method", "make"),
+    [
+        *((m, lambda data: data) for m in ("add_rank", "add_rank_later", "uneven_rows", "metric")),
+        *((m, lambda data: data) for m in ("replicated", "meshed", "echo", "scatter", "lead")),
+        ("scatter", lambda data: [batch(1), data]),
+        ("add_rank", Broadcast),
+        ("echo", lambda data: PerRank([data, batch(1)])),
+        ("each", lambda data: [data, data]),
+    ],
+)
+def test_a_batch_that_was_made_inconsistent_by_hand_is_refused_before_it_is_sent(
+    group: Any, method: str, make: Callable[[DataProto], Any]
+) -> None:
+    wrong = r"argument 0.*: key q length 9 is not equal to batch size 4"
+    with pytest.raises(DispatchError, match=wrong):
+        getattr(group, method)(make(by_hand()))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from protocol import BatchTypeError, DataProto, DataProtoFuture
+from protocol import BatchTypeError, ChunkError, DataProto, DataProtoFuture
 from single_controller import Broadcast, DispatchError, PerRank, WorkerError
 from tests.conformance.conftest import Backend
 from tests.conformance.probe import batch, values
@@ -33,8 +33,11 @@ def test_a_future_goes_to_a_group_of_another_size_by_rows(group: Any, three: Any
 def test_a_future_that_does_not_divide_is_refused_where_its_rows_are_known(
     group: Any,
 ) -> None:
-    with pytest.raises(AssertionError, match="only support equal chunk"):
+    with pytest.raises(AssertionError, match=r"only support equal chunk.*uneven=True.*padding"):
         group.add_rank(group.grow(batch(5)))
+    with pytest.raises(ChunkError, match="only support equal chunk") as plain:
+        group.grow(batch(5)).chunk(2)[0].get()
+    assert "register" not in str(plain.value)
 
 
 def test_a_future_that_differs_in_rows_from_a_padded_batch_is_refused_where_it_is_read(
@@ -160,3 +163,14 @@ def test_what_stands_for_a_value_is_itself_for_type_checkers_too(group: Any) -> 
         (0, "a", [1]),
         (1, "b", [1]),
     ]
+
+
+@pytest.mark.parametrize("method", ["add_rank", "echo", "each", "lead"])
+def test_the_future_of_a_submitted_call_is_refused_with_what_to_pass(
+    group: Any, method: str
+) -> None:
+    future = group.add_rank.submit(batch(4))
+    wrong = rf"Probe\.{method}.*argument 0 is a CallFuture.*use \.result\(\), or.*blocking=False"
+    with pytest.raises(DispatchError, match=wrong):
+        getattr(group, method)(future)
+    assert values(group.add_rank(future.result())) == [0, 1, 4, 5]

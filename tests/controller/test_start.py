@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from single_controller import CallTimeoutError, RegistrationError, ResourceError
+from single_controller import CallTimeoutError, RegistrationError, ResourceError, SendError
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import (
@@ -167,3 +167,18 @@ def test_different_counts_per_node_start_all_workers(cluster: None) -> None:
         assert [env["RANK"] for env in group.environment()] == ["0", "1", "2"]
         assert {env["LOCAL_WORLD_SIZE"] for env in group.environment()} == {"3"}
         assert [row[0] for row in group.all_reduce()] == [6.0] * 3
+
+
+class Given(Worker):
+    def __init__(self, rows: Any) -> None:
+        super().__init__()
+
+
+def test_a_constructor_argument_that_cannot_be_sent_is_named_before_any_process_starts(
+    pool: RayResourcePool,
+) -> None:
+    spec = RayClassWithInitArgs(Given, rows=[(i for i in [1])])
+    error = r"^Given\.__init__: argument 'rows': \[0\] cannot be sent: cannot pickle 'generator'"
+    with pytest.raises(SendError, match=error):
+        RayWorkerGroup(pool, spec, name_prefix="unsendable_")
+    assert [n for n in ray.util.list_named_actors() if n.startswith("unsendable_")] == []

@@ -309,3 +309,11 @@ def test_a_nested_row_of_a_jagged_tensor_is_refused() -> None:
     rows = [torch.ones(2, 2), tu.nested_tensor_from_tensor_list([torch.ones(4), torch.ones(4)])]
     with pytest.raises(BatchError, match="must be dense tensors; got a nested one"):
         tu.list_of_dict_to_tensordict([{"x": row} for row in rows])
+
+
+def test_a_future_is_of_sources_and_is_cut_in_a_known_way(sample: DataProto) -> None:
+    with pytest.raises(BatchTypeError, match=r"sources\[1\] must have rows and fetch.*int 1"):
+        DataProtoFuture([Made(sample), 1])  # type: ignore[list-item]
+    for how in (["foo"], "foo", None):
+        with pytest.raises(BatchError, match=r"how must be one of \['equal', .*; got"):
+            DataProtoFuture([Made(sample)]).shards(2, how)  # type: ignore[arg-type]

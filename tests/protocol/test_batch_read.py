@@ -133,3 +133,14 @@ def test_mini_batches_must_divide_unless_the_rest_is_dropped(sample: DataProto) 
     assert [len(batch) for batch in dropping] == [4]
     with pytest.raises(BatchError, match="batch_size"):
         sample.make_iterator(3, 1, dataloader_kwargs={"batch_size": 2})
+
+
+def test_two_equal_signs_compare_as_equal_does(sample: DataProto) -> None:
+    twin, other = copy.deepcopy(sample), sample.repeat(2)
+    assert sample == twin
+    assert sample != other
+    assert twin in [other, sample]
+    for stranger in (1, None, "x", {"a": 1}):
+        assert sample != stranger
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(sample)

@@ -95,12 +95,6 @@ class TestSizes:
         assert len(set(sizes)) == 1
         assert 0 <= sum(sizes) - rows < parts
 
-    def test_the_refusal_names_both_ways_out(self) -> None:
-        with pytest.raises(ChunkError, match="only support equal chunk") as error:
-            equal_sizes(5, 2)
-        assert "register(..., uneven=True)" in str(error.value)
-        assert "DataProto.from_dict(..., auto_padding=True)" in str(error.value)
-
     @pytest.mark.parametrize("sizes", [equal_sizes, balanced_sizes, padded_sizes])
     def test_there_must_be_a_part(self, sizes: Callable[[int, int], list[int]]) -> None:
         with pytest.raises(ChunkError, match="at least one chunk; got 0"):

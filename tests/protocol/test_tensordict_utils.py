@@ -168,9 +168,7 @@ class TestRows:
 
     @pytest.mark.parametrize("chunks", [3, 8])
     def test_rows_that_do_not_divide_are_refused(self, chunks: int) -> None:
-        with pytest.raises(
-            ChunkError, match=rf"only support equal chunk.* 4 and chunk {chunks}\..*uneven=True"
-        ):
+        with pytest.raises(ChunkError, match=rf"only support equal chunk.* 4 and chunk {chunks}"):
             tu.chunk_tensordict(make(4), chunks)
 
     def test_less_than_one_chunk_is_refused(self) -> None:
