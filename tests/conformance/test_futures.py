@@ -65,7 +65,7 @@ def test_what_failed_in_a_producer_reaches_the_consumer_as_first_cause(
 
 
 def test_outputs_that_cannot_be_joined_are_said_to_be_their_makers(group: Any, three: Any) -> None:
-    made = group.other_keys(batch(4))
+    made = group.other_keys(batch(6))
     for read in (made.get, lambda: three.uneven_rows(made)):
         with pytest.raises(KeyError, match="other_keys: the ranks' outputs cannot be joined"):
             read()
