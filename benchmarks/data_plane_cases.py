@@ -248,9 +248,11 @@ def peak(made: Any, data: DataProto) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    result = made.echo(data)
-    done.set()
-    watcher.join()
+    try:
+        result = made.echo(data)
+    finally:
+        done.set()
+        watcher.join()
     del result
     return (max(seen) - seen[0]) / 1024 + 1024  # and the batch itself
 

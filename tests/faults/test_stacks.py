@@ -79,6 +79,7 @@ def test_a_process_that_runs_writes_its_stacks_by_itself(
     busy: process.ProcessInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "_signal", lambda info: pytest.fail("it was interrupted"))
+    monkeypatch.setattr(process, "_ASKED_S", 20.0)
     [stacks] = process.read_stacks([busy])
     assert stacks.count("in work") == 3
 
