@@ -341,7 +341,7 @@ def _outgoing(envelope: Envelope, output: Any, place: Kept | None) -> Any:
         rows = place.keep(output, f"{envelope.role}.{envelope.method}")
         if envelope.publishes is None:
             return rows
-        return rows, *((None, 0) if rows is None else place.published(envelope.publishes))
+        return rows, *place.published(envelope.publishes)
     number = envelope.mark.number if envelope.mark else 0
     return Result.wrap(output, number) if envelope.answers else None
 

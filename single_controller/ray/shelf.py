@@ -64,7 +64,12 @@ class Kept:
         self.made.set()
 
     def published(self, lends: bool) -> tuple[Any, Any]:
-        """The batch for others, and the bytes it takes; with `lends`, device memory stays here."""
+        """The batch for others, and the bytes it takes; with `lends`, device memory stays here.
+
+        None if there is no batch: whoever reads it has learned why, from the call itself.
+        """
+        if self._batch is None:
+            return None, 0
         result = Result(self.batch(), lends=lends)
         if lends:
             self._loans.append(result)

@@ -45,6 +45,14 @@ def test_a_result_that_is_released_before_it_is_made_is_not_kept() -> None:
     assert len(shelf) == 0
 
 
+def test_what_was_not_made_is_published_as_nothing_and_no_error_that_nobody_reads() -> None:
+    failed = Kept()
+    failed.fail()
+    assert failed.published(lends=False) == (None, 0)
+    with pytest.raises(RuntimeError, match="failed or was dropped"):
+        failed.batch()
+
+
 def test_what_was_claimed_outlives_its_release() -> None:
     shelf = Shelf()
     shelf.open("call:0").keep(batch(3), "actor.make")
