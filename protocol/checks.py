@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -115,9 +116,9 @@ def count(name: str, value: object, least: int | None = 0) -> int:
 
 def seconds(name: str, value: object) -> float:
     """A duration that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise _wrong(name, "a number of seconds", value)
-    if not value >= 0:
+    if not float(value) >= 0:
         raise BatchError(f"{name} must be at least 0 seconds; got {value}")
     return float(value)
 

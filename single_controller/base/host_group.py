@@ -17,7 +17,7 @@ from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.supervisor import Replaceable, Supervisor
 from single_controller.base.table import GroupTable, Place, RankState
-from single_controller.base.worker import Worker, checked_worker_env
+from single_controller.base.worker import Worker, check_worker_env
 from single_controller.base.worker_group import WorkerGroup
 from single_controller.errors import UnknownRoleError
 
@@ -69,7 +69,7 @@ class HostGroup(WorkerGroup[W]):
         checks.instance(str, "name_prefix", prefix, "a string, or None")
         checks.seconds("startup_timeout_s", startup_timeout_s)
         checks.seconds("call_timeout_s", call_timeout_s)
-        checked_worker_env(worker_env)
+        check_worker_env(worker_env)
 
     @property
     @abc.abstractmethod

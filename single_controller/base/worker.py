@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Worker", "WorkerContext", "building", "checked_worker_env"]
+__all__ = ["Worker", "WorkerContext", "building", "check_worker_env"]
 
 _ENV_KEYS = (
     "RANK",
@@ -322,8 +322,8 @@ class Worker:
         return func(*args, **kwargs)
 
 
-def checked_worker_env(worker_env: Mapping[str, str] | None) -> dict[str, str]:
-    """What a user adds to the environment of all ranks.
+def check_worker_env(worker_env: Mapping[str, str] | None) -> None:
+    """Refuse what a user cannot add to the environment of all ranks.
 
     Raises:
         ValueError: it sets what each rank gets its own of. TypeError: it is no dict of strings.
@@ -336,7 +336,6 @@ def checked_worker_env(worker_env: Mapping[str, str] | None) -> dict[str, str]:
             raise TypeError(f"worker_env must be {wanted}; got {name!r}: {value!r}")
     if taken := sorted(set(_ENV_KEYS) & set(env)):
         raise ValueError(f"worker_env must not set {', '.join(taken)}: each rank gets its own")
-    return dict(env)
 
 
 def _node_ip() -> str:

@@ -18,7 +18,6 @@ from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W, check_constructors
 from single_controller.base.supervisor import RestartPolicy, Supervisor, check_watch
-from single_controller.base.worker import checked_worker_env
 from single_controller.errors import (
     RegistrationError,
     SendError,
@@ -111,7 +110,7 @@ class InlineWorkerGroup(HostGroup[W]):
             InlineHosts,
             pool,
             roles,
-            checked_worker_env(worker_env),
+            dict(worker_env or {}),
             name_prefix or "",
             device_name,
             master_port or 0,

@@ -45,7 +45,7 @@ class RayPending(Pending):
         self._limit = limit
 
     def wait(self, timeout_s: float | None) -> list[Any]:
-        left = self._limit.left() if timeout_s is None else timeout_s
+        left = self._limit.left(timeout_s)
         try:
             with counting(lambda size: self._record.count("bytes_in", size)):
                 first = self._sites[0]
@@ -53,9 +53,7 @@ class RayPending(Pending):
                 outputs = patience.get(self._refs, left, f"{first.role}.{first.method}", ranks)
             self._hosts.check_current()
         except GetTimeoutError:
-            limit = timeout_s if timeout_s is not None else self._limit.seconds
-            give_up = timeout_s is None
-            raise self._hosts.timed_out(self._refs, self._sites, limit or 0, give_up) from None
+            raise self._limit.expired(self._hosts, self._refs, self._sites, timeout_s) from None
         except GroupBrokenError:
             raise
         except Exception as error:

@@ -31,8 +31,18 @@ class Limit:
     seconds: float | None
     deadline: float | None
 
-    def left(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+    def left(self, asked: float | None) -> float | None:
+        """What a wait has: the seconds `asked` for, or with None what is left of the call's own."""
+        if asked is not None or self.deadline is None:
+            return asked
+        return max(0.0, self.deadline - time.monotonic())
+
+    def expired(
+        self, hosts: Hosts, refs: Sequence[Any], sites: Sequence[CallSite], asked: float | None
+    ) -> CallTimeoutError:
+        """The error for ranks still running; after the call's own time these are given up."""
+        seconds = self.seconds if asked is None else asked
+        return hosts.timed_out(refs, sites, seconds or 0, give_up=asked is None)
 
 
 class Publication(NamedTuple):
@@ -130,13 +140,6 @@ class Lease:
     def read(self) -> Any:
         """Count what arrives within this context as results that came to the driver."""
         return counting(lambda size: self._record.count("bytes_in", size))
-
-    def timed_out(
-        self, refs: Sequence[Any], sites: Sequence[CallSite], timeout: float | None
-    ) -> CallTimeoutError:
-        """The error for ranks still running; after the call's own time these are given up."""
-        limit = self.limit.seconds if timeout is None else timeout
-        return self.hosts.timed_out(refs, sites, limit or 0, give_up=timeout is None)
 
     @contextmanager
     def current(self) -> Generator[None, None, None]:

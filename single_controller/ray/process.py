@@ -152,7 +152,7 @@ def _ask(process: ProcessInfo) -> bool:
         asks = os.readlink(f"{opened}/{process.stacks_fd}").split(":")[2]
         with open(f"{opened}/{asks}", "wb", buffering=0) as pipe:
             pipe.write(b"?")
-    except OSError:
+    except (OSError, IndexError):  # it has ended, or has closed the file
         return False
     return True
 

@@ -89,12 +89,12 @@ class RemoteCall:
     def _get(self, timeout: float | None, lease: Lease | None) -> list[int | None]:
         first = self.sites[0]
         ranks = [site.rank for site in self.sites]
-        left = lease.limit.left() if lease and timeout is None else timeout
+        left = lease.limit.left(timeout) if lease else timeout
         try:
             return patience.get(self.refs, left, f"{first.role}.{first.method}", ranks)
         except GetTimeoutError:
             if lease is not None:
-                raise lease.timed_out(self.refs, self.sites, timeout) from None
+                raise lease.limit.expired(lease.hosts, self.refs, self.sites, timeout) from None
             _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
             ranks = [s.rank for s, ref in zip(self.sites, self.refs, strict=True) if ref in late]
             raise CallTimeoutError(

@@ -23,7 +23,6 @@ from single_controller.base.plan import named_arguments
 from single_controller.base.rank import has_async_method
 from single_controller.base.roles import RoleSpec
 from single_controller.base.sending import not_sent
-from single_controller.base.worker import checked_worker_env
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray import patience
@@ -257,7 +256,7 @@ def _actor_options(
         made["lifetime"] = "detached"
     if is_async:
         made["max_concurrency"] = _ASYNC_CALLS_IN_FLIGHT
-    env = checked_worker_env(options.worker_env)
+    env = dict(options.worker_env or {})
     given = dict(spec.options)
     if given.get("max_restarts"):
         raise ValueError(

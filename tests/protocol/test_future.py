@@ -191,6 +191,10 @@ class TestDeadline:
         with pytest.raises(TimeoutError, match="not done"):
             lazy.select(["ids"]).chunk(1)[0].rows(timeout=0.01)
 
+    @pytest.mark.parametrize("timeout", [np.int64(60), np.float32(60)])
+    def test_it_may_be_a_number_of_numpys(self, timeout: Any) -> None:
+        assert len(future(4).get(timeout=timeout)) == 4
+
     def test_one_timeout_covers_all_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = 0.0
 
