@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +95,7 @@ def test_seeing_its_stacks_does_a_process_no_harm(busy: process.ProcessInfo) -> 
 def test_a_process_that_is_stopped_says_so_instead_of_a_stack(whole: RayWorkerGroup) -> None:
     pid = whole.look()[0][1]
     os.kill(pid, signal.SIGSTOP)
+    assert eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T")
     stacks = whole.stacks()
     assert f"process {pid} does not answer (its state is T)" in stacks[0]
     assert stacks[1] == "  in no call"
