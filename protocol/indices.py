@@ -67,6 +67,12 @@ def are_whole(tensor: torch.Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
+def _is_complex(values: Any) -> bool:
+    return bool(
+        values.is_complex() if isinstance(values, torch.Tensor) else np.iscomplexobj(values)
+    )
+
+
 def numbers(name: str, values: object, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A list, tuple, array or tensor of numbers as a dense tensor on the CPU.
 
@@ -78,7 +84,7 @@ def numbers(name: str, values: object, dtype: torch.dtype | None = None) -> torc
     )
     if isinstance(values, (list, tuple)):  # torch crashes on lists of some nested tensors
         fits = all(map(_is_number, values))
-    if fits:
+    if fits and not _is_complex(values):
         with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
             return torch.as_tensor(values, dtype=dtype, device="cpu")
     raise BatchTypeError(
