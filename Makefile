@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERL := .venv-verl/.ready
 
-.PHONY: demo ppo test test-oldest test-examples test-faults test-gpu soak lint types check docs bench bench-ppo bench-gpu \
+.PHONY: demo ppo test test-slow test-oldest test-examples test-faults test-gpu soak lint types check docs bench bench-ppo bench-gpu \
 	bench-verl chart clean
 
 demo: $(READY)
@@ -13,8 +13,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
+# Whole programs, and processes that are made to fail.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m 'slow and not long' $(ARGS)
+
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/bin/python -m pytest -o filterwarnings=default $(ARGS)
+	.venv-oldest/bin/python -m pytest -m 'not long' -o filterwarnings=default $(ARGS)
 
 # Trains for minutes: that the examples learn, in every way to place and cut them.
 test-examples: $(READY)
@@ -22,7 +26,7 @@ test-examples: $(READY)
 
 # Every fault that there is to survive, on clusters of their own.
 test-faults: $(READY)
-	$(BIN)/python -m pytest tests/faults -m long -o timeout=300 $(ARGS)
+	$(BIN)/python -m pytest tests/faults -m 'slow or long' -o timeout=300 $(ARGS)
 
 # On a machine with CUDA devices; tests for two cards are skipped where there is one.
 test-gpu: $(READY)
@@ -42,7 +46,7 @@ types: $(READY)
 	$(BIN)/mypy
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-check: test lint types
+check: test test-slow lint types
 
 # Fails on a broken link, a broken reference, and on Python in a page that does not run as it says.
 docs: .venv/.docs

@@ -17,6 +17,8 @@ from single_controller.ray.running import find_group, kill_group, running_groups
 from tests.conformance.probe import Probe
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

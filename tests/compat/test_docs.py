@@ -29,6 +29,7 @@ def test_the_program_after_is_what_port_makes_of_the_program_before() -> None:
     assert port(BEFORE) == (AFTER, [], [])
 
 
+@pytest.mark.slow
 def test_the_ported_trainer_prints_what_verl_prints(cluster: None, tmp_path: Path) -> None:
     (tmp_path / "trainer.py").write_text(AFTER, encoding="utf-8")
     address = str(ray.get_runtime_context().gcs_address)

@@ -34,6 +34,8 @@ from single_controller.ray.base import (
     split_resource_pool,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class Role(Enum):
     ACTOR = "actor"

@@ -13,6 +13,8 @@ from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
 from tests.conformance.conftest import Backend
 
+pytestmark = pytest.mark.slow
+
 
 class Mortal(Worker):
     def __init__(self, broken: bool = False) -> None:

@@ -13,6 +13,8 @@ from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWork
 from tests.conformance.test_failure import Fragile
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def group(pool: RayResourcePool) -> Iterator[RayWorkerGroup]:

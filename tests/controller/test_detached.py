@@ -16,6 +16,8 @@ from single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from tests.conformance.probe import Probe, batch, values
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """

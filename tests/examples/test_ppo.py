@@ -36,6 +36,7 @@ def two_ranks(cluster: None) -> Iterator[Any]:
         yield roles
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_rank_learns_from_the_same_uneven_batches(two_ranks: Any) -> None:
     settings = replace(UNEVEN, ranks=1)
     with started(settings, make_tokenizer(settings)) as one_rank:
@@ -124,6 +125,7 @@ def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path
     assert Records(replace(settings, resume=True, ranks=1, steps=99)).steps_done == 1
 
 
+@pytest.mark.slow
 def test_the_program_leaves_metrics_a_picture_and_a_checkpoint(
     cluster: None, tmp_path: Path
 ) -> None:

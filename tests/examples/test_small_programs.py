@@ -33,6 +33,7 @@ def test_every_example_says_how_to_use_it(
 RESULTS = re.compile(r"^\w+: losses .*norm .*$|^the groups' gradients differ$", re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     ["SPREAD", *(pytest.param(name, marks=pytest.mark.long) for name in ("PACK", "STRICT_PACK"))],
@@ -58,6 +59,7 @@ def test_a_reservation_that_does_not_come_is_given_back(
     assert eventually(lambda: placement_group_table()[asked]["state"] == "REMOVED", 10)
 
 
+@pytest.mark.slow
 def test_the_pipeline_shows_when_each_role_was_at_work(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ from single_controller.base import PerRank
 from single_controller.ray import RayWorkerGroup
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def whole(group: RayWorkerGroup) -> Iterator[RayWorkerGroup]:

@@ -19,6 +19,8 @@ from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWork
 from tests.faults.victim import Victim
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 ROWS = DataProto.from_dict({"x": torch.arange(4.0)})
 HELD_UP = DataProto.from_dict({"x": torch.arange(4.0)}, meta_info={"held_up": True})
 

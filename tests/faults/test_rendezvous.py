@@ -13,6 +13,8 @@ import pytest
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from tests.faults.victim import Victim
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.contextmanager
 def grabber() -> Iterator[None]:

@@ -13,6 +13,8 @@ from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWork
 from tests.faults.victim import Victim
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 
 class Other(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

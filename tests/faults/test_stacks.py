@@ -24,6 +24,8 @@ from single_controller.ray import (
 )
 from tests.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def whole(group: RayWorkerGroup) -> Iterator[RayWorkerGroup]:
