@@ -129,7 +129,7 @@ class _Anchor(NamedTuple):
 @cache
 def _anchor(device: int) -> _Anchor | None:
     """A small tensor that others may map for good; None if this torch does not keep its counters
-    of receivers where they are looked for.
+    of receivers where they are looked for, or its allocator's memory cannot be mapped by others.
     """
     tensor = torch.zeros(1, device=torch.device("cuda", device))
     try:
@@ -137,7 +137,7 @@ def _anchor(device: int) -> _Anchor | None:
         known = _read_counter(arguments) == 1
         if known:
             _write_counter(arguments, 0)
-    except (OSError, AttributeError, struct.error):
+    except (OSError, AttributeError, RuntimeError, struct.error):
         return None
     return _Anchor(tensor, arguments) if known else None
 

@@ -1,4 +1,6 @@
-"""The one table of device kinds; nothing else in the code names one."""
+"""The one table of what differs between kinds of device. What CUDA alone can do names it: lending
+memory (`protocol.ipc`) and telling devices apart.
+"""
 
 from __future__ import annotations
 

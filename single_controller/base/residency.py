@@ -23,14 +23,16 @@ def move(owner: object, device: Any) -> None:
     back to the device.
 
     Args:
-        owner: usually a worker; attributes that are lists, tuples or dicts of modules count too.
+        owner: usually a worker. Attributes that are lists, tuples or dicts of modules count too,
+            and so do the attributes of objects that it holds, such as an engine's, one level deep.
         device: a `torch.device` or its name.
     """
     torch = sys.modules.get("torch")
     if torch is None:
         return
     device = torch.device(device)
-    for value in _held(vars(owner)):
+    held = {id(value): value for value in _held(vars(owner), torch.nn.Module)}
+    for value in held.values():
         if isinstance(value, torch.nn.Module):
             for part in value.modules():
                 reshard = getattr(part, "reshard", None)
@@ -48,15 +50,18 @@ def move(owner: object, device: Any) -> None:
             getattr(torch, kind.type).empty_cache()
 
 
-def _held(value: Any) -> Iterator[Any]:
+def _held(value: Any, module: type) -> Iterator[Any]:
     if isinstance(value, Mapping):
         for item in value.values():
-            yield from _held(item)
+            yield from _held(item, module)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _held(item)
+            yield from _held(item, module)
     else:
         yield value
+        # A module moves whole, and another role has turns of its own.
+        if not isinstance(value, (module, type)) and not hasattr(type(value), "takes_turns"):
+            yield from getattr(value, "__dict__", {}).values()
 
 
 class Turns:

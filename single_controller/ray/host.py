@@ -94,7 +94,7 @@ class Host(ShelfTasks, HostTracing):
     """One rank's process. Calls run one after another on its main thread.
 
     Constructing it does nothing, so that all hosts of a group start at once; after `arrive`,
-    `bind` on rank 0 gives the address that `setup` then takes everywhere.
+    `bind` on rank 0 gives the address that `setup` then takes everywhere; `build` comes last.
     """
 
     def __init__(self) -> None:
@@ -115,9 +115,8 @@ class Host(ShelfTasks, HostTracing):
         place: HostPlace,
         kind: DeviceKind,
         address: tuple[str, int],
-        roles: Mapping[str, RoleSpec],
-    ) -> HostInfo:
-        """Set the environment and build the roles, in their order."""
+    ) -> DeviceIdentity | None:
+        """Set the environment, and find this rank's device."""
         self._context = WorkerContext(
             rank=place.rank,
             world_size=place.world_size,
@@ -135,6 +134,10 @@ class Host(ShelfTasks, HostTracing):
             self._rendezvous.serve()
         self._kind = kind
         self._identity = identify(kind, self._context.local_rank, self._process.node_id)
+        return self._identity
+
+    def build(self, roles: Mapping[str, RoleSpec]) -> HostInfo:
+        """Build the roles, in their order."""
         self._turns = Turns()
         self._workers = dict(build_roles(self._context, roles, self._turns, self._not_built))
         return self._info()

@@ -27,7 +27,7 @@ from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray import patience
 from single_controller.ray.actor_spec import ActorSpec
-from single_controller.ray.devices import check_devices
+from single_controller.ray.devices import DeviceIdentity, check_devices
 from single_controller.ray.failure import CallSite, diagnose, dumps, explain_death
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import Hosts, end_processes
@@ -93,8 +93,10 @@ class Recipe:
                 own = {"name": name, "scheduling_strategy": place}
                 starting.handles.append(_launch(actor, {**common, **own}))
             address = starting.meet()
-            infos = starting.build(bundles, kind, address, roles)
-            check_devices([info.identity for info in infos], self.pool.gpus_per_process)
+            # Before the roles are there, of which two need not fit onto one device.
+            devices = starting.set_up(bundles, kind, address)
+            check_devices(devices, self.pool.gpus_per_process)
+            infos = starting.build(roles)
             if restored:
                 starting.restore()
         except BaseException:
@@ -157,10 +159,10 @@ class _Starting:
         address: tuple[str, int] = self._get([bound], "bind", wait_s)[0]
         return address
 
-    def build(
-        self, bundles: Sequence[Bundle], kind: DeviceKind, address: tuple[str, int], roles: Any
-    ) -> list[HostInfo]:
-        """Build the roles everywhere."""
+    def set_up(
+        self, bundles: Sequence[Bundle], kind: DeviceKind, address: tuple[str, int]
+    ) -> list[DeviceIdentity | None]:
+        """Tell all processes who they are; their devices."""
         on_node = Counter(bundle.node_id for bundle in bundles)
         seen: Counter[str] = Counter()
         refs = []
@@ -173,8 +175,13 @@ class _Starting:
                 self.options.prefix,
             )
             seen[bundle.node_id] += 1
-            refs.append(handle.setup.remote(place, kind, address, roles))
+            refs.append(handle.setup.remote(place, kind, address))
         return self._get(refs, "setup", self.options.startup_timeout_s)
+
+    def build(self, roles: Any) -> list[HostInfo]:
+        """Build the roles everywhere."""
+        refs = [handle.build.remote(roles) for handle in self.handles]
+        return self._get(refs, "build", self.options.startup_timeout_s)
 
     def restore(self) -> None:
         """Let the workers load what they had, where they know how."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,24 @@ def test_modules_wherever_they_are_held_and_the_optimizer_state_move() -> None:
     owner = Owner()
     move(owner, "meta")
     assert owner.devices() == {"meta"}
+
+
+def test_what_an_engine_holds_moves_with_its_role_and_what_another_role_holds_does_not() -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.held = Owner()
+            self.module, self.optimizer = self.held.model, self.held.optimizer
+
+    class Role(Engine):
+        takes_turns = True
+
+    worker = SimpleNamespace(engine=Engine(), peer=Role())
+    move(worker, "meta")
+    moved = worker.engine.held
+    assert {p.device.type for p in moved.model.parameters()} == {"meta"}
+    state = [s for of in moved.optimizer.state.values() for s in of.values() if s.dim()]
+    assert {s.device.type for s in state} == {"meta"}
+    assert worker.peer.held.devices() == {"cpu"}
 
 
 def test_a_sharded_module_gives_up_gathered_parameters_before_it_moves() -> None:

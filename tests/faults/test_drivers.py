@@ -83,7 +83,7 @@ def test_ctrl_c_while_a_group_starts_leaves_neither_processes_nor_reservations()
         assert driver.stdout is not None
         assert any(line.startswith("starting") for line in driver.stdout)
         session = children(driver.pid)
-        assert eventually(lambda: any("ray::Host.setup" in command(pid) for pid in session()))
+        assert eventually(lambda: any("ray::Host.build" in command(pid) for pid in session()))
         driver.send_signal(signal.SIGINT)
         output, _ = driver.communicate(timeout=100)
     assert "interrupted" in output
