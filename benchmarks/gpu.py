@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -83,7 +84,7 @@ class Maker(Worker):
     def read(self, data: DataProto) -> int:
         return look(data.batch)
 
-    @register(**METRIC)
+    @register(**METRIC, reads_only=True)
     def read_there(self, data: DataProto) -> int:
         return look(data.to(self.device).batch)
 
@@ -111,7 +112,8 @@ class Plain:
         return {key: t.cpu().numpy() for key, t in self.tensors.items()}
 
     def from_numpy(self, data: dict[str, np.ndarray[Any, Any]]) -> int:
-        return look({key: torch.from_numpy(a.copy()).cuda() for key, a in data.items()})
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return look({key: torch.from_numpy(a).cuda() for key, a in data.items()})
 
     def host(self) -> dict[str, np.ndarray[Any, Any]]:
         return self.arrays
@@ -166,6 +168,15 @@ def timed(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     return found
 
 
+def taken(make: Any, take: Any) -> Any:
+    """What an actor's method makes, taken by another's."""
+    return ray.get(take.remote(make.remote()), timeout=60)
+
+
+def copies(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {key: array.copy() for key, array in arrays.items()}
+
+
 def one_card(rounds: int) -> dict[str, float]:
     data = DataProto.from_dict({"x": torch.zeros(1)})
     found: dict[str, float] = {}
@@ -179,40 +190,31 @@ def one_card(rounds: int) -> dict[str, float]:
         len(made)
         in_host = {
             "no-op call": maker.noop,
-            "a call that reads what its role has": maker.read_own,
+            "a call that reads its own role's tensors": maker.read_own,
             "role to role, reads_only": lambda: team.other.read_only(made),
             "role to role, own copy": lambda: team.other.read(made),
         }
         found |= timed(in_host, 10 * rounds)
         between: dict[str, Callable[[], Any]] = {
-            "device path, published": lambda: reader.read(made),
-            "device path, made and read": lambda: reader.read(maker.by_device(data)),
+            "one card, device path, already made": lambda: reader.read(made),
+            "one card, device path, made and read": lambda: reader.read(maker.by_device(data)),
             "host path, made and read": lambda: reader.read(maker.by_host(data)),
-            "host path, made, read and moved to the device": lambda: reader.read_there(
+            "host path, made, read (reads_only) on the device": lambda: reader.read_there(
                 maker.by_host(data)
             ),
             "to the driver": lambda: maker.to_driver(data),
         }
-        for name, case in between.items():
-            found |= timed({name: case}, rounds)
-    share = {"num_gpus": 0.2, "num_cpus": 0}
-    a, b = (Plain.options(**share).remote() for _ in range(2))
-    ray.get([a.noop.remote(), b.noop.remote()])
-    ways = {
-        "bare CUDA IPC": (a.handles, b.mapped),
-        "numpy, to the device": (a.as_numpy, b.from_numpy),
-        "floor: numpy on the host": (a.host, b.copied),
-    }
-    for name, (make, take) in ways.items():
-        case = lambda m=make, t=take: ray.get(t.remote(m.remote()), timeout=20)  # noqa: E731
-        found |= timed({name: case}, rounds)
-
-    def arrays() -> dict[str, Any]:
-        return {key: array.copy() for key, array in ray.get(a.host.remote()).items()}
-
-    found |= timed({"floor: numpy to the driver": arrays}, rounds)
-    for actor in (a, b):
-        ray.kill(actor)
+        share = {"num_gpus": 0.2, "num_cpus": 0}
+        a, b = (Plain.options(**share).remote() for _ in range(2))
+        between |= {
+            "bare CUDA IPC": lambda: taken(a.handles, b.mapped),
+            "numpy through plain actors, device to device": lambda: taken(a.as_numpy, b.from_numpy),
+            "numpy through plain actors, host to host": lambda: taken(a.host, b.copied),
+            "numpy of a plain actor, host to the driver": lambda: copies(ray.get(a.host.remote())),
+        }
+        found |= timed(between, rounds)
+        for actor in (a, b):
+            ray.kill(actor)
     return found
 
 
@@ -228,13 +230,13 @@ def two_cards(rounds: int) -> dict[str, float]:
         print(maker.describe(), reader.describe(), sep="\n")
         made = maker.by_device(data)
         len(made)
-        found |= timed({"card to card, published": lambda: reader.read(made)}, rounds)
+        found |= timed({"card to card, already made": lambda: reader.read(made)}, rounds)
         by_device = lambda: reader.read(maker.by_device(data))  # noqa: E731
         found |= timed({"card to card, made and read": by_device}, rounds)
         maker.hold(LARGE)
         large = maker.by_device(data)
         len(large)
-        found |= timed({"card to card, 4 GB published": lambda: reader.read(large)}, rounds)
+        found |= timed({"card to card, 4 GB, already made": lambda: reader.read(large)}, rounds)
     a, b = (Plain.options(num_gpus=1).remote() for _ in range(2))
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ray.get([a.join.remote(store.port, 0), b.join.remote(store.port, 1)])

@@ -1,6 +1,6 @@
 """Times a PPO step of examples/ppo by role, and how much of it no worker was at work.
 
-python benchmarks/ppo.py --steps 30 -- --preset 0.5b --mini-batch 64
+PYTHONPATH=. python benchmarks/ppo.py --steps 30 -- --preset 0.5b --mini-batch 64
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from protocol import DataProto
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
+from single_controller.ray import RayResourcePool
 
 ROWS = 6
 
@@ -105,3 +106,48 @@ class Consumer(Worker):
 
 def rows(count: int = ROWS) -> DataProto:
     return DataProto.from_dict({"x": torch.arange(float(count))})
+
+
+class Actor(Worker):
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def add(self, data: DataProto) -> DataProto:
+        data.batch["a"] = data.batch["a"].to("cuda")
+        data.batch["a"] += self.rank
+        return data
+
+
+class Critic(Worker):
+    def __init__(self, config: dict[str, int]) -> None:
+        super().__init__()
+        self.config = config
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def sub(self, data: DataProto) -> DataProto:
+        data.batch["a"] = data.batch["a"].to("cuda")
+        data.batch["a"] -= self.config["b"]
+        return data
+
+
+def check(found: list[dict[str, Any]], device: str) -> None:
+    """All rows, whichever ranks they are on."""
+    every = {
+        key: [value for one in found for value in one[key]]
+        for key in ("x", "wide", "turned", "name")
+    }
+    assert every["x"] == [2.0 * i for i in range(ROWS)]
+    assert every["wide"] == [[float(i)] * 4 for i in range(ROWS)]
+    assert every["turned"] == [[0.0, i, 2.0 * i] for i in range(ROWS)]
+    assert every["name"] == [f"row {i}" for i in range(ROWS)]
+    halves = [one["half"] for one in found]
+    assert [value for values, _ in halves for value in values] == list(range(ROWS))
+    assert {dtype for _, dtype in halves} == {"torch.bfloat16"}
+    assert [set(row) for one in found for row in one["jagged"] if row] == [
+        {i} for i in range(ROWS) if i % 3 != 1
+    ]
+    assert {one["device"] for one in found} == {device}
+    assert all(one.get("uuid") == one.get("own") for one in found)
+
+
+def halves() -> RayResourcePool:
+    """Two ranks on one card."""
+    return RayResourcePool([2], cpus_per_process=0.5, gpus_per_process=0.5)

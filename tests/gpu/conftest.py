@@ -30,13 +30,6 @@ def gpus() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def shared_card(gpus: int) -> Iterator[RayResourcePool]:
-    """Two ranks on one card."""
-    with RayResourcePool([2], cpus_per_process=0.5, gpus_per_process=0.5) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
 def two_cards(gpus: int) -> Iterator[RayResourcePool]:
     """Two ranks, each with a card of its own."""
     if gpus < 2:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.staging import to_host
+from protocol.staging import _pinned, to_host
 from single_controller import SingleControllerError
 from single_controller.ray import (
     RayClassWithInitArgs,
@@ -16,10 +16,16 @@ from single_controller.ray import (
     RayWorkerGroup,
     colocate,
 )
-from tests.gpu.cards import ROWS, Consumer, Producer, rows
+from tests.gpu.cards import ROWS, Consumer, Producer, check, halves, rows
 from tests.waiting import eventually
 
 ANCHOR = 512  # bytes: what a lender keeps allocated for good
+
+
+@pytest.fixture(scope="module")
+def shared_card(gpus: int) -> Iterator[RayResourcePool]:
+    with halves() as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
@@ -33,26 +39,6 @@ def reader(shared_card: RayResourcePool) -> Iterator[RayWorkerGroup]:
     """Consumers in processes of their own, on the same card."""
     with RayWorkerGroup(shared_card, RayClassWithInitArgs(Consumer)) as group:
         yield group
-
-
-def check(found: list[dict[str, Any]], device: str) -> None:
-    """All rows, whichever ranks they are on."""
-    every = {
-        key: [value for one in found for value in one[key]]
-        for key in ("x", "wide", "turned", "name")
-    }
-    assert every["x"] == [2.0 * i for i in range(ROWS)]
-    assert every["wide"] == [[float(i)] * 4 for i in range(ROWS)]
-    assert every["turned"] == [[0.0, i, 2.0 * i] for i in range(ROWS)]
-    assert every["name"] == [f"row {i}" for i in range(ROWS)]
-    halves = [one["half"] for one in found]
-    assert [value for values, _ in halves for value in values] == list(range(ROWS))
-    assert {dtype for _, dtype in halves} == {"torch.bfloat16"}
-    assert [set(row) for one in found for row in one["jagged"] if row] == [
-        {i} for i in range(ROWS) if i % 3 != 1
-    ]
-    assert {one["device"] for one in found} == {device}
-    assert all(one.get("uuid") == one.get("own") for one in found)
 
 
 def test_what_a_call_returns_comes_to_the_cpu_or_where_it_is_told(team: Any) -> None:
@@ -73,8 +59,18 @@ def test_by_device_it_reaches_them_on_their_own_device(team: Any, reader: Any) -
     future = team.producer.by_device(rows())
     check(reader.look(future), "cuda")
     check(reader.look(future), "cuda")  # what the first wrote is not there
-    moved = team.producer.stats()
-    assert moved["by_device"].bytes_between < 20_000
+
+
+@pytest.mark.parametrize("allocator", ["expandable_segments:True", "backend:cudaMallocAsync"])
+def test_what_another_allocator_made_arrives_too(
+    shared_card: RayResourcePool, reader: Any, allocator: str
+) -> None:
+    env = {"PYTORCH_CUDA_ALLOC_CONF": allocator}
+    with RayWorkerGroup(shared_card, RayClassWithInitArgs(Producer), worker_env=env) as producer:
+        found = reader.look(producer.by_device(rows()))
+        check(found, found[0]["device"])
+        assert [x for x, _ in reader.sum(producer.big(rows(4)))] == [1.0, 5.0]
+        print(f"\n{allocator}: to {found[0]['device']}")
 
 
 def test_each_consumer_gets_its_rows_of_several_producers(team: Any, reader: Any) -> None:
@@ -108,6 +104,7 @@ def test_lent_memory_is_back_when_the_future_is_dropped(team: Any, reader: Any) 
     before = sum(team.producer.allocated())
     future = team.producer.big(rows(4))
     assert reader.sum(future) == [(1.0, "cuda"), (5.0, "cuda")]
+    assert team.producer.stats()["big"].bytes_between < 20_000
     assert sum(team.producer.allocated()) >= before + 4 * (64 << 20)
     del future
     assert eventually(lambda: sum(team.producer.allocated()) <= before + ANCHOR)
@@ -115,8 +112,9 @@ def test_lent_memory_is_back_when_the_future_is_dropped(team: Any, reader: Any) 
 
 def test_a_consumer_that_is_still_busy_keeps_what_it_was_lent(team: Any, reader: Any) -> None:
     before = sum(team.producer.allocated())
-    pending = [reader.sum.submit(team.producer.big(rows(2))) for _ in range(8)]
-    assert [one.result() for one in pending] == [[(0.0, "cuda"), (1.0, "cuda")]] * 8
+    pending = [reader.sum.submit(team.producer.big(part)) for part in rows(16).chunk(8)]
+    found = [[value for value, _ in one.result()] for one in pending]
+    assert found == [[2 * i, 2 * i + 1] for i in range(8)]
     assert eventually(lambda: sum(team.producer.allocated()) <= before + ANCHOR)
 
 
@@ -134,3 +132,4 @@ def test_what_nobody_redeemed_is_given_back_too(team: Any, shared_card: RayResou
 def test_bytes_leave_the_device_as_they_are(gpus: int, size: int) -> None:
     flat = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
     assert torch.equal(to_host(flat), flat.cpu())
+    assert size < 16 << 20 or _pinned() is not None

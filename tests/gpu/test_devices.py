@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from ray._private.thirdparty.pynvml import pynvml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from protocol import DataProto
-from single_controller import ResourceError, Worker
+from single_controller import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import (
     RayClassWithInitArgs,
@@ -18,8 +22,10 @@ from single_controller.ray import (
     RayWorkerGroup,
     colocate,
 )
-from tests.gpu.cards import uuid
+from tests.gpu.cards import Actor, Critic, halves, uuid
 from tests.waiting import eventually
+
+WIDTH = 4096
 
 
 class Card(Worker):
@@ -31,26 +37,6 @@ class Card(Worker):
     def fill(self, gib: int) -> None:
         self.kept = torch.empty(gib << 30, dtype=torch.uint8, device=self.device)
         torch.cuda.synchronize()
-
-
-class Actor(Worker):
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
-    def add(self, data: DataProto) -> DataProto:
-        data.batch["a"] = data.batch["a"].to("cuda")
-        data.batch["a"] += self.rank
-        return data
-
-
-class Critic(Worker):
-    def __init__(self, config: dict[str, int]) -> None:
-        super().__init__()
-        self.config = config
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
-    def sub(self, data: DataProto) -> DataProto:
-        data.batch["a"] = data.batch["a"].to("cuda")
-        data.batch["a"] -= self.config["b"]
-        return data
 
 
 class Large(Worker):
@@ -72,9 +58,36 @@ class Large(Worker):
         return self.model.weight.device.type, self.model.weight is self.before
 
 
+class Trainer(Worker):
+    """A sharded module with an optimizer, both held by an engine."""
+
+    def __init__(self, takes_turns: bool) -> None:
+        super().__init__()
+        self.takes_turns = takes_turns
+        if not dist.is_initialized():
+            dist.init_process_group("nccl", device_id=self.device)
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(WIDTH, WIDTH, device=self.device) for _ in range(2)]
+        mesh = init_device_mesh("cuda", (self.world_size,))
+        module = fully_shard(torch.nn.Sequential(*layers), mesh=mesh)
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-5)
+        self.engine = SimpleNamespace(module=module, optimizer=optimizer)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def step(self) -> tuple[float, int]:
+        """The loss, and the bytes of the card in use afterwards."""
+        loss = self.engine.module(torch.ones(4, WIDTH, device=self.device)).square().mean()
+        loss.backward()
+        self.engine.optimizer.step()
+        self.engine.optimizer.zero_grad()
+        return loss.item(), torch.cuda.memory_allocated()
+
+
 @contextlib.contextmanager
-def memory_back(gib: float = 0.5) -> Iterator[None]:
-    """Afterwards, all cards have as much free memory as before, within `gib`."""
+def memory_back(gib: float = 0.5) -> Iterator[Callable[[], float]]:
+    """Afterwards, all cards have as much free memory as before, within `gib`. Until then, the
+    function tells how many GiB more are in use.
+    """
     pynvml.nvmlInit()
 
     def used() -> float:
@@ -82,8 +95,16 @@ def memory_back(gib: float = 0.5) -> Iterator[None]:
         return float(sum(pynvml.nvmlDeviceGetMemoryInfo(card).used for card in cards))
 
     before = used()
-    yield
+    while eventually(lambda seen=before: used() < seen, 1):  # processes are still ending
+        before = used()
+    yield lambda: (used() - before) / 2**30
     assert eventually(lambda: used() <= before + gib * 2**30)
+
+
+@pytest.fixture
+def shared_card(gpus: int) -> Iterator[RayResourcePool]:
+    with halves() as pool:
+        yield pool
 
 
 def test_ranks_share_a_card_where_they_asked_for_half_of_one(shared_card: RayResourcePool) -> None:
@@ -91,17 +112,6 @@ def test_ranks_share_a_card_where_they_asked_for_half_of_one(shared_card: RayRes
         first, second = group.which()
         assert first == second
         assert all(first[:8] in row.device for row in group.describe().rows)
-
-
-def test_ranks_that_were_to_have_a_card_each_may_not_share_one(gpus: int) -> None:
-    with RayResourcePool([1]) as pool:
-        info = RayWorkerGroup(pool, RayClassWithInitArgs(Card))._hosts.infos[0].identity
-        assert info is not None
-        from single_controller.ray.devices import check_devices
-
-        with pytest.raises(ResourceError, match=rf"{info.uuid}: ranks \[0, 1\].*gpus_per_process"):
-            check_devices([info, info], 1)
-        check_devices([info, info], 0.5)
 
 
 def test_the_colocated_actor_and_critic_on_cuda(shared_card: RayResourcePool) -> None:
@@ -114,11 +124,12 @@ def test_the_colocated_actor_and_critic_on_cuda(shared_card: RayResourcePool) ->
 
 def test_after_close_the_cards_memory_is_back(gpus: int) -> None:
     with (
-        memory_back(),
+        memory_back() as taken,
         RayResourcePool([1]) as pool,
         RayWorkerGroup(pool, RayClassWithInitArgs(Card)) as group,
     ):
         group.fill(4)
+        assert taken() >= 4
 
 
 def test_roles_that_do_not_fit_together_take_turns(gpus: int) -> None:
@@ -126,3 +137,17 @@ def test_roles_that_do_not_fit_together_take_turns(gpus: int) -> None:
         for _ in range(2):
             assert group.first.place() == [("cuda", True)]
             assert group.second.place() == [("cuda", True)]
+
+
+def test_a_sharded_model_and_its_optimizer_learn_the_same_when_they_take_turns(gpus: int) -> None:
+    turns, stays = RayClassWithInitArgs(Trainer, True), RayClassWithInitArgs(Trainer, False)
+    with RayResourcePool([1]) as pool:
+        with RayWorkerGroup(pool, stays) as group:
+            alone = [group.step()[0] for _ in range(3)]
+        with colocate(pool, first=turns, second=turns) as team:
+            by_turns = [(team.first.step()[0], team.second.step()[0]) for _ in range(3)]
+    assert alone[0][0] > alone[2][0]
+    for (loss, bytes_used), pair in zip(alone, by_turns, strict=True):
+        for other_loss, other_bytes in pair:
+            assert other_loss == pytest.approx(loss, rel=1e-3)
+            assert other_bytes < 1.2 * bytes_used  # the other role is not there

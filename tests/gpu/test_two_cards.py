@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from examples.two_groups import ModelWorker
 from examples.two_models import MLP, Attention, check_different, check_synchronised, make_data
 from protocol import DataProto
-from single_controller import CallTimeoutError, Worker, WorkerDiedError
+from single_controller import CallTimeoutError, ResourceError, Worker, WorkerDiedError
 from single_controller.base.decorator import (
     Dispatch,
     make_nd_compute_dataproto_dispatch_fn,
@@ -30,10 +30,9 @@ from single_controller.ray import (
     colocate,
     split_resource_pool,
 )
-from tests.gpu.cards import ROWS, Consumer, Producer, rows
-from tests.gpu.test_batches import check
-from tests.gpu.test_devices import Actor, Critic
+from tests.gpu.cards import ROWS, Actor, Consumer, Critic, Producer, check, rows
 
+NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 MESH = make_nd_compute_dataproto_dispatch_fn("mesh")
 
 
@@ -145,9 +144,26 @@ def test_batches_go_from_card_to_card(two_cards: RayResourcePool, cross: bool) -
         found = reader.look(producer.by_device(rows()))
         check(found, "cuda")
         assert len({one["own"] for one in found}) == len(found)
-        assert producer.stats()["by_device"].bytes_between < 20_000
         big = producer.big(rows(ROWS))
         assert sum(value for value, _ in reader.sum(big)) == sum(range(ROWS))
+        assert producer.stats()["big"].bytes_between < 20_000
+
+
+def test_a_batch_arrives_on_a_ranks_own_card_where_it_sees_all(two_cards: RayResourcePool) -> None:
+    env = {NOSET: "1", "CUDA_VISIBLE_DEVICES": "0,1"}
+    with (
+        RayWorkerGroup(two_cards, RayClassWithInitArgs(Producer), worker_env=env) as producer,
+        RayWorkerGroup(two_cards, RayClassWithInitArgs(Consumer), worker_env=env) as reader,
+    ):
+        found = reader.look(producer.by_device(rows()))
+        check(found, "cuda")
+        assert len({one["own"] for one in found}) == 2
+
+
+def test_ranks_that_were_to_have_a_card_each_may_not_share_one(two_cards: RayResourcePool) -> None:
+    env = {NOSET: "1", "CUDA_VISIBLE_DEVICES": "0"}
+    with pytest.raises(ResourceError, match=r"ranks \[0, 1\].*gpus_per_process"):
+        RayWorkerGroup(two_cards, RayClassWithInitArgs(Consumer), worker_env=env)
 
 
 def test_a_rank_that_dies_inside_a_collective_is_named_and_the_group_restarts(
