@@ -94,7 +94,7 @@ class Maker(Worker):
 
 
 def look(columns: Any) -> int:
-    """A sum over all columns, with one wait for the device."""
+    """A number of each column, summed, with one wait for the device."""
     return int(torch.stack([column[0, 0] for column in columns.values()]).sum())
 
 
@@ -105,8 +105,6 @@ class Plain:
     def __init__(self) -> None:
         self.tensors = columns(BYTES)
         self.arrays = {key: t.cpu().numpy() for key, t in self.tensors.items()}
-
-    def noop(self) -> None: ...
 
     def as_numpy(self) -> dict[str, np.ndarray[Any, Any]]:
         return {key: t.cpu().numpy() for key, t in self.tensors.items()}
@@ -230,9 +228,12 @@ def two_cards(rounds: int) -> dict[str, float]:
         print(maker.describe(), reader.describe(), sep="\n")
         made = maker.by_device(data)
         len(made)
-        found |= timed({"card to card, already made": lambda: reader.read(made)}, rounds)
-        by_device = lambda: reader.read(maker.by_device(data))  # noqa: E731
-        found |= timed({"card to card, made and read": by_device}, rounds)
+        cases: dict[str, Callable[[], Any]] = {
+            "card to card, already made": lambda: reader.read(made),
+            "card to card, made and read": lambda: reader.read(maker.by_device(data)),
+        }
+        for name, case in cases.items():
+            found |= timed({name: case}, rounds)
         maker.hold(LARGE)
         large = maker.by_device(data)
         len(large)

@@ -31,8 +31,7 @@ def move(owner: object, device: Any) -> None:
     if torch is None:
         return
     device = torch.device(device)
-    held = {id(value): value for value in _held(vars(owner), torch.nn.Module)}
-    for value in held.values():
+    for value in _held(vars(owner), torch.nn.Module):
         if isinstance(value, torch.nn.Module):
             for part in value.modules():
                 reshard = getattr(part, "reshard", None)

@@ -31,9 +31,7 @@ class DeviceIdentity:
 
 
 def identify(kind: DeviceKind, index: int, node_id: str) -> DeviceIdentity | None:
-    """The device that torch calls `kind.name:index` in this process, made its current one; None if
-    it has no UUID.
-    """
+    """The device that torch calls `kind.name:index` in this process; None if it has no UUID."""
     if not kind.lends:
         return None
     import torch
@@ -41,8 +39,6 @@ def identify(kind: DeviceKind, index: int, node_id: str) -> DeviceIdentity | Non
     module = getattr(torch, kind.name)
     if not module.is_available():
         return None
-    if index:  # 0 is current anyway, and setting it takes memory of the device
-        module.set_device(index)
     uuid = str(module.get_device_properties(index).uuid)
     return DeviceIdentity(node_id, uuid, _peers(uuid))
 

@@ -28,7 +28,7 @@ from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.residency import Turns
 from single_controller.base.roles import RoleSpec
 from single_controller.base.worker import WorkerContext
-from single_controller.device import DeviceKind
+from single_controller.device import DeviceKind, get_torch_device
 from single_controller.errors import WorkerError
 from single_controller.ray.devices import DeviceIdentity, identify
 from single_controller.ray.envelope import Envelope, arguments, opened, waits
@@ -116,7 +116,7 @@ class Host(ShelfTasks, HostTracing):
         kind: DeviceKind,
         address: tuple[str, int],
     ) -> DeviceIdentity | None:
-        """Set the environment, and find this rank's device."""
+        """Set the environment, and find this rank's device, which becomes the current one."""
         self._context = WorkerContext(
             rank=place.rank,
             world_size=place.world_size,
@@ -134,6 +134,9 @@ class Host(ShelfTasks, HostTracing):
             self._rendezvous.serve()
         self._kind = kind
         self._identity = identify(kind, self._context.local_rank, self._process.node_id)
+        if self._identity is not None and self._context.local_rank:
+            # Device 0 is current anyway, and setting it takes memory of the device.
+            get_torch_device().set_device(self._context.local_rank)
         return self._identity
 
     def build(self, roles: Mapping[str, RoleSpec]) -> HostInfo:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.staging import _pinned, to_host
+from protocol.staging import _CHUNK, _pinned, to_host
 from single_controller import SingleControllerError
 from single_controller.ray import (
     RayClassWithInitArgs,
@@ -59,18 +59,20 @@ def test_by_device_it_reaches_them_on_their_own_device(team: Any, reader: Any) -
     future = team.producer.by_device(rows())
     check(reader.look(future), "cuda")
     check(reader.look(future), "cuda")  # what the first wrote is not there
+    assert team.producer.stats()["by_device"].bytes_between < 20_000
 
 
-@pytest.mark.parametrize("allocator", ["expandable_segments:True", "backend:cudaMallocAsync"])
+@pytest.mark.parametrize(
+    ("allocator", "device"),
+    [("expandable_segments:True", "cuda"), ("backend:cudaMallocAsync", "cpu")],
+)
 def test_what_another_allocator_made_arrives_too(
-    shared_card: RayResourcePool, reader: Any, allocator: str
+    shared_card: RayResourcePool, reader: Any, allocator: str, device: str
 ) -> None:
     env = {"PYTORCH_CUDA_ALLOC_CONF": allocator}
     with RayWorkerGroup(shared_card, RayClassWithInitArgs(Producer), worker_env=env) as producer:
-        found = reader.look(producer.by_device(rows()))
-        check(found, found[0]["device"])
+        check(reader.look(producer.by_device(rows())), device)
         assert [x for x, _ in reader.sum(producer.big(rows(4)))] == [1.0, 5.0]
-        print(f"\n{allocator}: to {found[0]['device']}")
 
 
 def test_each_consumer_gets_its_rows_of_several_producers(team: Any, reader: Any) -> None:
@@ -132,4 +134,4 @@ def test_what_nobody_redeemed_is_given_back_too(team: Any, shared_card: RayResou
 def test_bytes_leave_the_device_as_they_are(gpus: int, size: int) -> None:
     flat = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
     assert torch.equal(to_host(flat), flat.cpu())
-    assert size < 16 << 20 or _pinned() is not None
+    assert size < _CHUNK or _pinned() is not None

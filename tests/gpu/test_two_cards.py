@@ -144,6 +144,7 @@ def test_batches_go_from_card_to_card(two_cards: RayResourcePool, cross: bool) -
         found = reader.look(producer.by_device(rows()))
         check(found, "cuda")
         assert len({one["own"] for one in found}) == len(found)
+        assert producer.stats()["by_device"].bytes_between < 20_000
         big = producer.big(rows(ROWS))
         assert sum(value for value, _ in reader.sum(big)) == sum(range(ROWS))
         assert producer.stats()["big"].bytes_between < 20_000
@@ -162,7 +163,7 @@ def test_a_batch_arrives_on_a_ranks_own_card_where_it_sees_all(two_cards: RayRes
 
 def test_ranks_that_were_to_have_a_card_each_may_not_share_one(two_cards: RayResourcePool) -> None:
     env = {NOSET: "1", "CUDA_VISIBLE_DEVICES": "0"}
-    with pytest.raises(ResourceError, match=r"ranks \[0, 1\].*gpus_per_process"):
+    with pytest.raises(ResourceError, match=r"[0-9a-f-]{36}: ranks \[0, 1\].*gpus_per_process"):
         RayWorkerGroup(two_cards, RayClassWithInitArgs(Consumer), worker_env=env)
 
 
