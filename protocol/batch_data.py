@@ -7,10 +7,8 @@ from typing import Any
 
 from tensordict import TensorDict
 
-from protocol.batches import concat_batches, is_batch
-from protocol.data_proto import DataProto
+from protocol.batches import concat_batches, is_batch, is_chunkable
 from protocol.errors import BatchTypeError
-from protocol.future import DataProtoFuture
 from protocol.tensordict_utils import chunk_tensordict
 
 __all__ = ["BatchData"]
@@ -19,7 +17,8 @@ __all__ = ["BatchData"]
 class BatchData:
     """veRL's wrapper that asks of any value whether it can be split or joined by rows.
 
-    `data` is a DataProto, TensorDict or DataProtoFuture to chunk, or a list of one kind to concat.
+    `data` is a DataProto, TensorDict, DataProtoFuture, or anything else that has `chunk(n)` and a
+    `concat` of its class, to chunk, or a list of one kind to concat.
     """
 
     def __init__(self, data: Any) -> None:
@@ -27,14 +26,17 @@ class BatchData:
 
     def is_chunkable(self) -> bool:
         """Whether `chunk` works: the value is one batch or future."""
-        return is_batch(self.data) or isinstance(self.data, DataProtoFuture)
+        return is_batch(self.data) or is_chunkable(self.data)
 
     def is_concatable(self) -> bool:
         """Whether `concat` works: the value is a list of batches, or of futures."""
         if not isinstance(self.data, list | tuple) or not self.data:
             return False
         elements = self.data
-        return all(map(is_batch, elements)) or all(isinstance(e, DataProtoFuture) for e in elements)
+        kind = type(elements[0])
+        return all(map(is_batch, elements)) or all(
+            is_chunkable(element) and type(element) is kind for element in elements
+        )
 
     def chunk(self, chunks: int) -> list[Any]:
         """`chunks` equal parts. Fetches nothing of a future.
@@ -43,13 +45,13 @@ class BatchData:
             BatchTypeError: the value is not chunkable.
             ChunkError: the rows do not divide by `chunks`.
         """
-        if isinstance(self.data, DataProto | DataProtoFuture):
-            return [*self.data.chunk(chunks)]
         if isinstance(self.data, TensorDict):
             return [*chunk_tensordict(self.data, chunks)]
+        if self.is_chunkable():
+            return [*self.data.chunk(chunks)]
         raise BatchTypeError(
-            "only a DataProto, TensorDict or DataProtoFuture can be chunked; "
-            f"got {type(self.data).__name__}"
+            "only a DataProto, TensorDict, DataProtoFuture or what has chunk(n) and a class with "
+            f"concat can be chunked; got {type(self.data).__name__}"
         )
 
     def concat(self) -> Any:
@@ -61,9 +63,9 @@ class BatchData:
         """
         if not self.is_concatable():
             raise BatchTypeError(
-                "only a list of DataProto, of TensorDict or of DataProtoFuture can be "
-                f"concatenated; got {type(self.data).__name__} {self.data!r:.80}"
+                "only a list of DataProto, of TensorDict, of DataProtoFuture or of one class that "
+                f"has concat can be joined; got {type(self.data).__name__} {self.data!r:.80}"
             )
         if is_batch(self.data[0]):
             return concat_batches(self.data)
-        return DataProtoFuture.concat(self.data)
+        return type(self.data[0]).concat(self.data)

@@ -27,7 +27,9 @@ __all__ = [
     "copy_batch",
     "detach_batch",
     "equal_sizes",
+    "has_rows",
     "is_batch",
+    "is_chunkable",
     "lend_rows",
     "on_one_device",
     "only_batch",
@@ -46,13 +48,24 @@ def is_batch(x: object) -> TypeGuard[Batch]:
     return isinstance(x, DataProto | TensorDict)
 
 
-def batch_rows(x: Batch) -> int:
-    """Rows along dim 0.
-
-    Raises:
-        RowCountError: a TensorDict without batch dim.
+def has_rows(x: Batch) -> bool:
+    """Whether a batch can be split by rows. A TensorDict of `batch_size=[]` cannot: it has none, it
+    goes whole wherever rows go, and the first of several stands for all, as metrics do.
     """
-    return len(x) if isinstance(x, DataProto) else tensordict_rows.count_rows(x)
+    return isinstance(x, DataProto) or len(x.batch_size) > 0
+
+
+def is_chunkable(x: object) -> bool:
+    """Whether a value that is no batch can be split and joined: it has `chunk(n)`, which gives a
+    list of n parts, and its class has `concat(parts)`.
+    """
+    splits, joins = getattr(x, "chunk", None), getattr(type(x), "concat", None)
+    return callable(splits) and callable(joins) and not is_batch(x)
+
+
+def batch_rows(x: Batch) -> int:
+    """Rows along dim 0; none in a TensorDict without batch dim."""
+    return len(x) if isinstance(x, DataProto) or has_rows(x) else 0
 
 
 def slice_batch(x: Batch, start: int, stop: int) -> Batch:
@@ -65,7 +78,7 @@ def slice_batch(x: Batch, start: int, stop: int) -> Batch:
         raise RowCountError(f"rows {start}:{stop} are not in a batch of {batch_rows(x)} rows")
     if isinstance(x, DataProto):
         return x.slice(start, stop)
-    return tensordict_rows.slice_rows(x, start, stop)
+    return tensordict_rows.slice_rows(x, start, stop) if has_rows(x) else x
 
 
 def split_batch(x: Batch, sizes: Sequence[int]) -> list[Batch]:

@@ -93,10 +93,12 @@ def get_torch_device() -> Any:
     return getattr(torch, get_device_name())
 
 
-def get_device_id() -> int:
-    """Index of the current device among those that this process sees."""
-    current = get_torch_device().current_device()
-    return current if isinstance(current, int) else 0
+def get_device_id() -> int | str:
+    """The current device, as tensors' `to` takes it: its index among those that this process sees,
+    or "cpu".
+    """
+    current: int | str = get_torch_device().current_device()
+    return current
 
 
 def get_nccl_backend() -> str:

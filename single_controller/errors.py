@@ -29,7 +29,7 @@ class SingleControllerError(Exception):
     """Base of every error this package raises on purpose."""
 
 
-class RegistrationError(SingleControllerError, TypeError):
+class RegistrationError(SingleControllerError, TypeError, AssertionError):
     """A worker class or a `register` call cannot be used as it is written."""
 
 

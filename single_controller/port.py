@@ -19,17 +19,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Ported", "main", "port"]
+__all__ = ["HOMES", "MODULES", "Ported", "main", "port"]
 
 _IS_VERL = re.compile(r"verl\b").match
 _SAME = ("", ".base", ".base.decorator", ".base.worker", ".base.worker_group", ".ray", ".ray.base")
-_MODULES = {
+MODULES = {
     "verl.protocol": "protocol",
     "verl.utils.tensordict_utils": "protocol.tensordict_utils",
     "verl.utils.device": "single_controller.device",
     **{f"verl.single_controller{name}": f"single_controller{name}" for name in _SAME},
 }
-_NAMES = {  # those that are not in the module of the same name
+HOMES = {  # those that are not in the module of the same name
     "verl.DataProto": "protocol",
     "verl.utils.ray_utils.parallel_put": "single_controller.ray",
     "verl.single_controller.base.worker_group.ResourcePool": "single_controller.base",
@@ -71,25 +71,25 @@ def _names_in(module: str) -> frozenset[str]:
 
 def _home(old: str) -> str | None:
     """The module that has here what veRL calls `old`; "" if that is a top-level module itself."""
-    if old in _MODULES:
-        return _MODULES[old].rpartition(".")[0]
+    if old in MODULES:
+        return MODULES[old].rpartition(".")[0]
     module, _, name = old.rpartition(".")
-    if module in _MODULES and name in _names_in(_MODULES[module]):
-        return _MODULES[module]
-    return _NAMES.get(old)
+    if module in MODULES and name in _names_in(MODULES[module]):
+        return MODULES[module]
+    return HOMES.get(old)
 
 
 def _first_found(old: str) -> str | None:
     """The shortest beginning of a dotted name of veRL that has a home here, or all of a module."""
     parts = old.split(".")
     begins = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    found = next((o for o in begins if o not in _MODULES and _home(o) is not None), old)
+    found = next((o for o in begins if o not in MODULES and _home(o) is not None), old)
     return None if _home(found) is None else found
 
 
 def _new_name(found: str) -> str:
     """What the module, or name in a module, that veRL calls `found` is called here."""
-    return _MODULES.get(found) or f"{_home(found)}.{found.rpartition('.')[2]}"
+    return MODULES.get(found) or f"{_home(found)}.{found.rpartition('.')[2]}"
 
 
 class _Port:
@@ -110,7 +110,7 @@ class _Port:
         every = [alias for n in nodes if isinstance(n, ast.Import) for alias in n.names]
         plain = [alias for alias in every if _IS_VERL(alias.name)]
         roots = {a.asname or "verl": a.name if a.asname else "verl" for a in plain}
-        self.roots = {name: old for name, old in roots.items() if old in {"verl", *_MODULES}}
+        self.roots = {name: old for name, old in roots.items() if old in {"verl", *MODULES}}
         for node in nodes:
             if isinstance(node, ast.ImportFrom) and _IS_VERL(node.module or "") and not node.level:
                 self._from_import(node, node.module or "")
@@ -170,11 +170,11 @@ class _Port:
         self.problems.append((line, f"{old}, left as it was"))
 
     def _imports(self, aliases: Sequence[ast.alias]) -> None:
-        have = [_MODULES.get(alias.name, "") for alias in aliases if not alias.asname]
+        have = [MODULES.get(alias.name, "") for alias in aliases if not alias.asname]
         missing = {n for n in self.needed if not any(f"{m}.".startswith(f"{n}.") for m in have)}
         for alias in aliases:
             also = set() if alias.asname else missing
-            new = _MODULES.get(alias.name)
+            new = MODULES.get(alias.name)
             if new is None and (alias.name != "verl" or self.kept or not also):
                 new = alias.name
                 self._unknown(alias.lineno, f"import {alias.name}")
@@ -197,17 +197,17 @@ class _Port:
             self._unknown(node.lineno, found or old)
             self.kept = self.kept or dotted
         elif dotted:
-            self.needed.add(_MODULES.get(found) or str(_home(found)))
+            self.needed.add(MODULES.get(found) or str(_home(found)))
             self.edits.append((start, end, _new_name(found)))
 
     def _from_import(self, statement: ast.ImportFrom, old: str) -> None:
         groups: dict[str, list[ast.alias]] = {}
         for alias in statement.names:
             full = f"{old}.{alias.name}"
-            home = _MODULES.get(old) if alias.name == "*" else _home(full)
+            home = MODULES.get(old) if alias.name == "*" else _home(full)
             if home is None:
                 self._unknown(alias.lineno, full)
-            elif full in _MODULES:
+            elif full in MODULES:
                 self.roots[alias.asname or alias.name] = full
             groups.setdefault(old if home is None else home, []).append(alias)
         start, end = self._span(statement)

@@ -9,22 +9,39 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
-from single_controller.base.dispatch import ByRows, Mode, PerElement
+from single_controller.base.dispatch import (
+    AllToAll,
+    ByRows,
+    Direct,
+    Mode,
+    OneToAll,
+    PerElement,
+    RankZero,
+)
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.errors import DispatchError, RegistrationError
 
 __all__ = [
+    "BUILT_IN",
     "CustomMode",
     "MeshFunctions",
+    "collect_all_to_all",
+    "collect_dp_compute",
+    "collect_dp_compute_data_proto",
     "collect_lazy_compute_data_proto",
     "collect_nd_compute",
     "collect_nd_compute_dataproto",
+    "dispatch_all_to_all",
+    "dispatch_dp_compute",
+    "dispatch_dp_compute_data_proto",
+    "dispatch_dp_compute_data_proto_with_func",
     "dispatch_lazy_compute_data_proto",
     "dispatch_nd_compute",
     "dispatch_nd_compute_dataproto",
+    "dispatch_one_to_all",
+    "dummy_direct_rollout_call",
     "make_nd_compute_dataproto_dispatch_fn",
     "mode_from_functions",
-    "mode_functions",
 ]
 
 Functions: TypeAlias = dict[str, Callable[..., Any]]
@@ -105,25 +122,18 @@ def mode_from_functions(functions: Mapping[str, Any]) -> Mode:
                 f'"collect_fn"; {key!r} is {functions.get(key)!r}'
             )
     dispatch_fn, collect_fn = functions["dispatch_fn"], functions["collect_fn"]
+    for mode, known in BUILT_IN.values():
+        if functions == known:
+            return mode
     if (
         isinstance(dispatch_fn, partial)
         and isinstance(collect_fn, partial)
-        and (dispatch_fn.func, collect_fn.func) == (_dispatch_with, _collect_with)
+        and dispatch_fn.func is dispatch_lazy_compute_data_proto
+        and collect_fn.func is collect_lazy_compute_data_proto
         and dispatch_fn.args == collect_fn.args
     ):
-        mode: Mode = dispatch_fn.args[0]
-        return mode
+        return ByRows(mesh=dispatch_fn.args[0])
     return CustomMode(dispatch_fn, collect_fn)
-
-
-def mode_functions(mode: Mode) -> Functions:
-    """A mode as `{"dispatch_fn": f, "collect_fn": g}`, for functions built on top of it."""
-    if isinstance(mode, CustomMode):
-        return {"dispatch_fn": mode.dispatch_fn, "collect_fn": mode.collect_fn}
-    return {
-        "dispatch_fn": partial(_dispatch_with, mode),
-        "collect_fn": partial(_collect_with, mode),
-    }
 
 
 def make_nd_compute_dataproto_dispatch_fn(mesh_name: str) -> MeshFunctions:
@@ -132,7 +142,10 @@ def make_nd_compute_dataproto_dispatch_fn(mesh_name: str) -> MeshFunctions:
     Workers say where they are in it with `register_mesh` or `_register_dispatch_collect_info`;
     the driver asks them once, on the first call.
     """
-    return MeshFunctions(mode_functions(ByRows(mesh=mesh_name)))
+    return MeshFunctions(
+        dispatch_fn=partial(dispatch_lazy_compute_data_proto, mesh_name),
+        collect_fn=partial(collect_lazy_compute_data_proto, mesh_name),
+    )
 
 
 def dispatch_lazy_compute_data_proto(
@@ -179,6 +192,63 @@ def collect_nd_compute_dataproto(
     return ByRows().collect(Plan(ranks, tuple(range(len(ranks)))), kept)
 
 
+def dispatch_one_to_all(
+    worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Every argument as a list that holds it once per rank."""
+    return _dispatch_with(OneToAll(), worker_group, *args, **kwargs)
+
+
+def dispatch_all_to_all(
+    worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Every argument as a list of one element per rank: itself, if all of them are lists of that
+    length, else each once per rank.
+    """
+    return _dispatch_with(AllToAll(), worker_group, *args, **kwargs)
+
+
+def dispatch_dp_compute(
+    worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Lists with one element per rank, checked."""
+    return _dispatch_with(PerElement(), worker_group, *args, **kwargs)
+
+
+def dispatch_dp_compute_data_proto(
+    worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Batches split by rows: each argument as a list with one shard per rank."""
+    return _dispatch_with(ByRows(), worker_group, *args, **kwargs)
+
+
+def dispatch_dp_compute_data_proto_with_func(
+    worker_group: Any, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same behind a function, which every rank gets."""
+    return _dispatch_with(ByRows(function_first=True), worker_group, *args, **kwargs)
+
+
+def collect_all_to_all(worker_group: Any, output: Any) -> Any:
+    """The outputs as they are."""
+    return output
+
+
+def collect_dp_compute(worker_group: Any, output: Sequence[Any]) -> Any:
+    """The outputs, one per rank."""
+    return _collect_with(PerElement(), worker_group, output)
+
+
+def collect_dp_compute_data_proto(worker_group: Any, output: Sequence[Any]) -> Any:
+    """The outputs, one per rank, as one batch."""
+    return _collect_with(ByRows(), worker_group, output)
+
+
+def dummy_direct_rollout_call(worker_group: Any, *args: Any, **kwargs: Any) -> Any:
+    """Raise NotImplementedError: the method is called on workers, not through a group."""
+    return _dispatch_with(Direct(), worker_group, *args, **kwargs)
+
+
 def _mapped(dp_rank_mapping: Sequence[int], dp_size: int) -> Layout:
     if any(not 0 <= dp_rank < dp_size for dp_rank in dp_rank_mapping):
         raise DispatchError(
@@ -212,3 +282,29 @@ def _dispatch_with(
 def _collect_with(mode: Mode, worker_group: Any, output: Sequence[Any]) -> Any:
     plan = mode.plan(worker_group._layout(mode))
     return mode.collect(plan, [output[rank] for rank in plan.answers])
+
+
+def _pair(dispatch_fn: Callable[..., Any], collect_fn: Callable[..., Any]) -> Functions:
+    return {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
+
+
+_to_one = _pair(partial(_dispatch_with, RankZero()), partial(_collect_with, RankZero()))
+_split = dispatch_dp_compute_data_proto
+
+BUILT_IN: dict[str, tuple[Mode, Functions]] = {
+    "RANK_ZERO": (RankZero(), _to_one),
+    "ONE_TO_ALL": (OneToAll(), _pair(dispatch_one_to_all, collect_all_to_all)),
+    "ALL_TO_ALL": (AllToAll(), _pair(dispatch_all_to_all, collect_all_to_all)),
+    "DP_COMPUTE": (PerElement(), _pair(dispatch_dp_compute, collect_dp_compute)),
+    "DP_COMPUTE_PROTO": (ByRows(), _pair(_split, collect_dp_compute_data_proto)),
+    "DP_COMPUTE_PROTO_WITH_FUNC": (
+        ByRows(function_first=True),
+        _pair(dispatch_dp_compute_data_proto_with_func, collect_dp_compute_data_proto),
+    ),
+    "DP_COMPUTE_METRIC": (ByRows(merge="list"), _pair(_split, collect_dp_compute)),
+    "DIRECT_ROLLOUT_METHOD": (
+        Direct(),
+        _pair(dummy_direct_rollout_call, dummy_direct_rollout_call),
+    ),
+}
+"""The built-in modes by the names of `Dispatch`, each with its functions in veRL's shape."""

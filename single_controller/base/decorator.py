@@ -6,35 +6,38 @@ meshes are here as well because veRL has them here.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 from single_controller import checks
 from single_controller.base.custom import (
+    BUILT_IN,
     CustomMode,
     Functions,
     MeshFunctions,
+    collect_all_to_all,
+    collect_dp_compute,
+    collect_dp_compute_data_proto,
     collect_lazy_compute_data_proto,
     collect_nd_compute,
     collect_nd_compute_dataproto,
+    dispatch_all_to_all,
+    dispatch_dp_compute,
+    dispatch_dp_compute_data_proto,
+    dispatch_dp_compute_data_proto_with_func,
     dispatch_lazy_compute_data_proto,
     dispatch_nd_compute,
     dispatch_nd_compute_dataproto,
+    dispatch_one_to_all,
+    dummy_direct_rollout_call,
     make_nd_compute_dataproto_dispatch_fn,
     mode_from_functions,
-    mode_functions,
 )
-from single_controller.base.dispatch import (
-    AllToAll,
-    ByRows,
-    Direct,
-    Mode,
-    OneToAll,
-    PerElement,
-    RankZero,
-)
+from single_controller.base.dispatch import ByRows, Direct, Mode, RankZero
 from single_controller.base.registered import (
     MoreOptions,
     ToAny,
@@ -54,12 +57,21 @@ __all__ = [
     "Dispatch",
     "Execute",
     "MethodSpec",
+    "collect_all_to_all",
+    "collect_dp_compute",
+    "collect_dp_compute_data_proto",
     "collect_lazy_compute_data_proto",
     "collect_nd_compute",
     "collect_nd_compute_dataproto",
+    "dispatch_all_to_all",
+    "dispatch_dp_compute",
+    "dispatch_dp_compute_data_proto",
+    "dispatch_dp_compute_data_proto_with_func",
     "dispatch_lazy_compute_data_proto",
     "dispatch_nd_compute",
     "dispatch_nd_compute_dataproto",
+    "dispatch_one_to_all",
+    "dummy_direct_rollout_call",
     "get_predefined_dispatch_fn",
     "get_predefined_execute_fn",
     "make_nd_compute_dataproto_dispatch_fn",
@@ -147,17 +159,7 @@ _EXECUTE_FN_NAMES = {
 }
 
 DISPATCH_MODE_FN_REGISTRY: dict[Dispatch, Functions] = {
-    Dispatch.register(name): mode_functions(mode)
-    for name, mode in {
-        "RANK_ZERO": RankZero(),
-        "ONE_TO_ALL": OneToAll(),
-        "ALL_TO_ALL": AllToAll(),
-        "DP_COMPUTE": PerElement(),
-        "DP_COMPUTE_PROTO": ByRows(),
-        "DP_COMPUTE_PROTO_WITH_FUNC": ByRows(function_first=True),
-        "DP_COMPUTE_METRIC": ByRows(merge="list"),
-        "DIRECT_ROLLOUT_METHOD": Direct(),
-    }.items()
+    Dispatch.register(name): functions for name, (_, functions) in BUILT_IN.items()
 }
 
 
@@ -215,11 +217,32 @@ def get_predefined_execute_fn(execute_mode: Execute) -> dict[str, str]:
     Raises:
         RegistrationError: not an `Execute` member.
     """
+    _check_execute_mode(execute_mode)
+    return {"execute_fn_name": _EXECUTE_FN_NAMES[execute_mode]}
+
+
+def _check_execute_mode(execute_mode: Any) -> None:
+    """Raise RegistrationError for what is no `Execute` member."""
     if not isinstance(execute_mode, Execute):
         raise RegistrationError(
             f"execute_mode must be Execute.ALL or Execute.RANK_ZERO; got {execute_mode!r}"
         )
-    return {"execute_fn_name": _EXECUTE_FN_NAMES[execute_mode]}
+
+
+def _check_dispatch_mode(dispatch_mode: Any) -> Mode:
+    """The mode that `register` was given, by name or as a dict of functions.
+
+    Raises:
+        RegistrationError: it is neither, or the mode is unknown.
+    """
+    if isinstance(dispatch_mode, Dispatch):
+        dispatch_mode = get_predefined_dispatch_fn(dispatch_mode)
+    if not isinstance(dispatch_mode, Mapping):
+        raise RegistrationError(
+            "dispatch_mode must be a Dispatch member or a dict with dispatch_fn and "
+            f"collect_fn; got {dispatch_mode!r}"
+        )
+    return mode_from_functions(dispatch_mode)
 
 
 @dataclass(frozen=True)
@@ -242,15 +265,8 @@ class MethodSpec:
             RegistrationError: the mode is unknown, or cannot do what the method asks of it.
         """
         mode = self.dispatch_mode
-        if isinstance(mode, Dispatch):
-            mode = get_predefined_dispatch_fn(mode)
         if not isinstance(mode, Mode):
-            if not isinstance(mode, Mapping):
-                raise RegistrationError(
-                    "dispatch_mode must be a Dispatch member or a dict with dispatch_fn and "
-                    f"collect_fn; got {mode!r}"
-                )
-            mode = mode_from_functions(mode)
+            mode = _check_dispatch_mode(mode)
         if self.uneven:
             if not isinstance(mode, ByRows):
                 raise RegistrationError(
@@ -318,7 +334,8 @@ def register(
     timeout_s: float | None = None,
     transport: Transport = "host",
 ) -> Any:
-    """Let groups call a worker's method. The method stays as it is, sync or `async def`.
+    """Let groups call a worker's method. It does what it did, sync or `async def`; the function
+    that was given is its `__wrapped__`.
 
     Args:
         dispatch_mode: a `Dispatch` member, what `make_nd_compute_dataproto_dispatch_fn` returns,
@@ -365,7 +382,7 @@ def register(
             'transport="device" needs blocking=False: a result that the call waits for comes to '
             "the driver, through shared memory"
         )
-    get_predefined_execute_fn(execute_mode)
+    _check_execute_mode(execute_mode)
     spec.mode()
 
     def mark(method: Any) -> Any:
@@ -374,8 +391,17 @@ def register(
                 f"register decorates plain or async functions; got {type(method).__name__}. Under "
                 "@staticmethod or @classmethod there is no worker to run on"
             )
-        setattr(method, _SPEC, spec)
-        return method
+        registered = types.FunctionType(
+            method.__code__,
+            method.__globals__,
+            method.__name__,
+            method.__defaults__,
+            method.__closure__,
+        )
+        registered.__kwdefaults__ = method.__kwdefaults__
+        functools.update_wrapper(registered, method)
+        setattr(registered, _SPEC, spec)
+        return registered
 
     return mark
 

@@ -20,6 +20,7 @@ from single_controller.base.rows import (
     aligned,
     cannot_unpad,
     check_batch,
+    goes_whole,
     is_future,
     padding_enabled,
     padding_of,
@@ -228,6 +229,9 @@ class Direct(Mode):
 class ByRows(Mode):
     """Batches (DataProto, TensorDict, futures of them) are split by rows over the dp ranks.
 
+    So is whatever has `chunk(n)` and a `concat` of its class. A TensorDict of `batch_size=[]` goes
+    whole to every rank, and of such outputs the first counts.
+
     Ranks of one dp group get the same shard object. `uneven`: shards may differ by one row;
     otherwise rows must divide, unless the batch has padding enabled: then its last row is
     repeated, and what comes back is cut; all batches of the call then need equally many rows, and
@@ -266,7 +270,8 @@ class ByRows(Mode):
             if not args or not callable(args[0]):
                 raise DispatchError("the first argument must be a function, which all ranks get")
             args = (Broadcast(args[0]), *args[1:])
-        batches = {name: v for name, v in named_arguments(args, kwargs) if splits(v)}
+        named = named_arguments(args, kwargs)
+        batches = {name: v for name, v in named if splits(v) and not goes_whole(v)}
         auto_padding = any(padding_enabled(batch) for batch in batches.values())
         pads = auto_padding and not self.uneven
         rows, compared = aligned(batches) if pads else (0, {})
@@ -274,12 +279,6 @@ class ByRows(Mode):
         cut: dict[int, Sequence[Any]] = {}  # by id: a batch in two arguments has one set of shards
 
         def spread(name: str, value: Any) -> Sequence[Any]:
-            if not splits(value):
-                raise DispatchError(
-                    f"{name} must be a DataProto, TensorDict or DataProtoFuture, to be split by "
-                    f"rows; got {type(value).__name__}. Broadcast(x) sends a value whole, "
-                    "PerRank([...]) one value to each rank"
-                )
             if id(value) not in cut:
                 batch = compared.get(id(value), value)
                 cut[id(value)] = self._shards(name, batch, parts, pads)
@@ -292,12 +291,34 @@ class ByRows(Mode):
         return replace(plan, padding=padding, auto_padding=True) if auto_padding else plan, calls
 
     def _shards(self, name: str, batch: Any, parts: int, pads: bool) -> Sequence[Any]:
-        from protocol.batches import balanced_sizes, batch_rows, equal_sizes, pad_batch, split_batch
+        from protocol.batches import (
+            balanced_sizes,
+            batch_rows,
+            equal_sizes,
+            is_chunkable,
+            pad_batch,
+            split_batch,
+        )
         from protocol.errors import BatchError, ChunkError
 
         if is_future(batch):
             how: How = "padded" if pads else "balanced" if self.uneven else "equal"
             return batch.shards(parts, how, _WAYS_OUT)
+        if goes_whole(batch):
+            return [batch] * parts
+        if not splits(batch):
+            if not is_chunkable(batch):
+                raise DispatchError(
+                    f"{name} must be a DataProto, TensorDict or DataProtoFuture, to be split by "
+                    f"rows, or have chunk(n) and a class with concat; got {type(batch).__name__}. "
+                    "Broadcast(x) sends a value whole, PerRank([...]) one value to each rank"
+                )
+            shards = list(batch.chunk(parts))
+            if len(shards) != parts:
+                raise DispatchError(
+                    f"{name}: chunk({parts}) of {type(batch).__name__} gave {len(shards)} parts"
+                )
+            return shards
         try:
             rows = batch_rows(batch)
             if parts == 1:
@@ -318,11 +339,14 @@ class ByRows(Mode):
         return read_as("join") if self.batched and len(plan.answers) > 1 else nullcontext()
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
-        from protocol.batches import concat_batches, is_batch, only_batch
+        from protocol.batches import concat_batches, is_batch, is_chunkable, only_batch
         from protocol.errors import BatchError
 
         if self.merge == "list":
             return self._unpadded(plan, outputs)
+        kind: Any = type(outputs[0])
+        if all(is_chunkable(output) and type(output) is kind for output in outputs):
+            return outputs[0] if len(outputs) == 1 else kind.concat(list(outputs))
         for rank, output in zip(plan.answers, outputs, strict=True):
             if not is_batch(output):
                 raise DispatchError(

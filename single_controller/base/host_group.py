@@ -113,7 +113,7 @@ class HostGroup(WorkerGroup[W]):
     def _layout(self, mode: Mode) -> Layout:
         hosts = self._supervisor.usable()
         if hosts is not self._layouts_of:
-            self._layouts, self._layouts_of = {}, hosts
+            self._dispatch_info, self._collect_info, self._layouts_of = {}, {}, hosts
         return super()._layout(mode)
 
     @property

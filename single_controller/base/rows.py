@@ -23,6 +23,7 @@ __all__ = [
     "aligned",
     "cannot_unpad",
     "check_batch",
+    "goes_whole",
     "is_future",
     "padding_enabled",
     "padding_of",
@@ -53,6 +54,13 @@ def splits(value: Any) -> bool:
     from protocol.batches import is_batch
 
     return is_future(value) or is_batch(value)
+
+
+def goes_whole(value: Any) -> bool:
+    """Whether it is a TensorDict without batch dim, which every rank gets."""
+    from protocol.batches import has_rows, is_batch
+
+    return is_batch(value) and not has_rows(value)
 
 
 def padding_enabled(batch: Any) -> bool:

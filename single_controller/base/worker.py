@@ -123,13 +123,21 @@ class Worker:
     `__init__`, too. Needs a process whose roles have no `async def` method."""
 
     _context: WorkerContext
+    _rank: int  # these four are read by programs that were written for veRL
+    _world_size: int
+    _local_rank: int
+    _local_world_size: int
     _meshes: dict[str, tuple[int, bool]]
 
     if not TYPE_CHECKING:  # or type checkers would take its parameters for the constructor's
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             worker = super().__new__(cls)
-            worker._context = _building.get() or WorkerContext.from_environment()
+            context = _building.get() or WorkerContext.from_environment()
+            worker._context = context
+            worker._rank, worker._world_size = context.rank, context.world_size
+            worker._local_rank = context.local_rank
+            worker._local_world_size = context.local_world_size
             worker._meshes = {}
             return worker
 
@@ -144,21 +152,21 @@ class Worker:
 
     @property
     def rank(self) -> int:
-        return self._context.rank
+        return self._rank
 
     @property
     def world_size(self) -> int:
-        return self._context.world_size
+        return self._world_size
 
-    @cached_property
+    @cached_property  # may be assigned, as veRL's programs do
     def local_rank(self) -> int:
         """Index of this worker's device among the devices that its process sees."""
-        return self._context.local_rank
+        return self._local_rank
 
     @cached_property
     def local_world_size(self) -> int:
         """How many ranks of this group its node has."""
-        return self._context.local_world_size
+        return self._local_world_size
 
     @cached_property
     def device(self) -> torch.device:

@@ -53,7 +53,9 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def __init__(self, resource_pool: ResourcePool | None = None, **kwargs: Any) -> None:
         self._worker_cls: type[Worker] | None = None
         self._methods: dict[str, MethodBinding] = {}
-        self._layouts: dict[str, Layout] = {}
+        self._flat: Layout | None = None
+        self._dispatch_info: dict[str, list[int]] = {}  # by mesh: each rank's data-parallel rank,
+        self._collect_info: dict[str, list[bool]] = {}  # and whether its output counts
         self._recorder = Recorder()
 
     @property
@@ -193,19 +195,28 @@ class WorkerGroup(abc.ABC, Generic[W]):
 
     def _layout(self, mode: Mode) -> Layout:
         """The layout that a mode needs; a mesh is asked for once, from the workers."""
-        if mode.mesh is None:
+        mesh = mode.mesh
+        if mesh is None:
             return self._flat_layout()
-        if mode.mesh not in self._layouts:
-            dp_ranks = self.execute_all_sync("_query_dispatch_info", mode.mesh)
-            collects = self.execute_all_sync("_query_collect_info", mode.mesh)
-            self._layouts[mode.mesh] = Layout(tuple(dp_ranks), tuple(collects), max(dp_ranks) + 1)
-        return self._layouts[mode.mesh]
+        if mesh not in self._dispatch_info:
+            self._dispatch_info[mesh] = self._query_dispatch_info(mesh)
+        if mesh not in self._collect_info:
+            self._collect_info[mesh] = self._query_collect_info(mesh)
+        dp_ranks = self._dispatch_info[mesh]
+        return Layout(tuple(dp_ranks), tuple(self._collect_info[mesh]), max(dp_ranks) + 1)
+
+    def _query_dispatch_info(self, mesh_name: str) -> list[int]:
+        """By rank, which shard it gets in a mesh."""
+        return self.execute_all_sync("_query_dispatch_info", mesh_name)
+
+    def _query_collect_info(self, mesh_name: str) -> list[bool]:
+        """By rank, whether its output counts in a mesh."""
+        return self.execute_all_sync("_query_collect_info", mesh_name)
 
     def _flat_layout(self) -> Layout:
-        layout = self._layouts.get("")
-        if layout is None:
-            layout = self._layouts[""] = Layout.flat(self.world_size)
-        return layout
+        if self._flat is None:
+            self._flat = Layout.flat(self.world_size)
+        return self._flat
 
     def _bind(self, cls: type[Worker]) -> None:
         """Give the group a callable for each registered method of `cls`.

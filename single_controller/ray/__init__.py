@@ -22,6 +22,7 @@ from single_controller.ray.placement import (
 )
 from single_controller.ray.pools import extract_pg_from_exist
 from single_controller.ray.store import parallel_put
+from single_controller.ray.worker_group import get_random_string
 
 __all__ = [
     "Colocated",
@@ -35,6 +36,7 @@ __all__ = [
     "create_colocated_worker_cls_fused",
     "create_colocated_worker_raw_cls",
     "extract_pg_from_exist",
+    "get_random_string",
     "merge_resource_pool",
     "parallel_put",
     "pin",

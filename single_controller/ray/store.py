@@ -18,11 +18,9 @@ def parallel_put(data_list: Sequence[Any], max_workers: int | None = None) -> li
     """`ray.put` each value, in threads; the references in the same order.
 
     Raises:
-        ValueError: `data_list` is empty. TypeError: it is no list.
+        TypeError: `data_list` is no list.
     """
     checks.instance(Collection, "data_list", data_list, "a list of values")
-    if not data_list:
-        raise ValueError("data_list must hold at least one value; got none")
-    workers = max_workers or min(len(data_list), os.cpu_count() or 1, 16)
+    workers = max_workers or min(len(data_list) or 1, os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(ray.put, data_list))

@@ -6,6 +6,8 @@ Processes are owned by `hosts`, a call on its way by `calls`.
 from __future__ import annotations
 
 import math
+import secrets
+import string
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +42,7 @@ from single_controller.ray.tracing import mark
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["RayWorkerGroup"]
+__all__ = ["RayWorkerGroup", "get_random_string"]
 
 _LOOK_S = 1.0  # how long a call that is waited for waits for the rows it reads before it is sent
 
@@ -122,7 +124,7 @@ class RayWorkerGroup(HostGroup[W]):
             )
         else:
             options = StartOptions(
-                prefix=name_prefix if name_prefix is not None else f"{uuid.uuid4().hex[:6]}_",
+                prefix=name_prefix if name_prefix is not None else f"{get_random_string(6)}_",
                 detached=detached,
                 worker_env=worker_env,
                 master_addr=master_addr,
@@ -288,6 +290,11 @@ class RayWorkerGroup(HostGroup[W]):
             ValueError: `every_n_seconds` is not above 0. TypeError: `on_death` is no function.
         """
         self._supervisor.watch(every_n_seconds, on_death)
+
+
+def get_random_string(length: int) -> str:
+    """So many letters and digits, other ones each time, also after `random.seed`."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
 
 
 def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_s: float) -> Hosts:

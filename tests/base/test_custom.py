@@ -10,20 +10,26 @@ import pytest
 import torch
 
 from protocol import DataProto
+from single_controller.base import decorator
 from single_controller.base.custom import (
+    BUILT_IN,
     CustomMode,
+    collect_all_to_all,
+    collect_dp_compute_data_proto,
     collect_lazy_compute_data_proto,
     collect_nd_compute,
     collect_nd_compute_dataproto,
+    dispatch_dp_compute_data_proto,
+    dispatch_dp_compute_data_proto_with_func,
     dispatch_lazy_compute_data_proto,
     dispatch_nd_compute,
     dispatch_nd_compute_dataproto,
+    dummy_direct_rollout_call,
     make_nd_compute_dataproto_dispatch_fn,
     mode_from_functions,
-    mode_functions,
 )
 from single_controller.base.decorator import Dispatch, get_predefined_dispatch_fn
-from single_controller.base.dispatch import ByRows, Call, Layout, Mode, OneToAll, RankZero
+from single_controller.base.dispatch import ByRows, Call, Layout, Mode, OneToAll
 from single_controller.errors import DispatchError, RegistrationError
 
 FLAT2 = Layout.flat(2)
@@ -129,18 +135,56 @@ def test_a_mode_needs_both_functions(functions: Any, named: str) -> None:
         mode_from_functions(functions)
 
 
-@pytest.mark.parametrize("mode", [ByRows(mesh="m"), OneToAll(), RankZero()])
-def test_a_built_in_mode_as_functions_is_the_mode_again(mode: Mode) -> None:
-    assert mode_from_functions(mode_functions(mode)) == mode
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_mode_as_functions_is_the_mode_again(name: str) -> None:
+    assert (
+        mode_from_functions(get_predefined_dispatch_fn(getattr(Dispatch, name)))
+        == BUILT_IN[name][0]
+    )
 
 
 def test_functions_of_two_different_modes_are_a_custom_mode() -> None:
-    mixed = {
-        "dispatch_fn": mode_functions(ByRows())["dispatch_fn"],
-        "collect_fn": mode_functions(OneToAll())["collect_fn"],
-    }
+    mixed = {"dispatch_fn": dispatch_dp_compute_data_proto, "collect_fn": collect_all_to_all}
     assert isinstance(mode_from_functions(mixed), CustomMode)
-    assert mode_functions(CustomMode(scatter, join)) == {"dispatch_fn": scatter, "collect_fn": join}
+
+
+FUNCTIONS = [  # veRL's name, its arguments, what rank 1 of 4 gets, what is made of four outputs
+    ("one_to_all", ("x",), "x", "all_to_all", [0, 1, 2, 3]),
+    ("all_to_all", ("x",), "x", "all_to_all", [0, 1, 2, 3]),
+    ("all_to_all", ([5, 6, 7, 8],), 6, "all_to_all", [0, 1, 2, 3]),
+    ("dp_compute", ([5, 6, 7, 8],), 6, "dp_compute", [0, 1, 2, 3]),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "second", "back", "made"), FUNCTIONS)
+def test_a_function_of_a_built_in_mode_works_in_a_mode_of_ones_own(
+    name: str, args: Any, second: Any, back: str, made: Any
+) -> None:
+    functions = {
+        "dispatch_fn": lambda *a, **k: getattr(decorator, f"dispatch_{name}")(*a, **k),
+        "collect_fn": lambda *a, **k: getattr(decorator, f"collect_{back}")(*a, **k),
+    }
+    mode = CustomMode(**functions).for_group(Group())
+    plan, calls = mode.dispatch(Layout.flat(4), args, {})
+    assert [call.args for call in calls if call][1] == (second,)
+    assert mode.collect(plan, [0, 1, 2, 3]) == made
+
+
+@pytest.mark.parametrize("function", [None, len])
+def test_the_functions_that_split_batches_work_in_a_mode_of_ones_own(function: Any) -> None:
+    dispatch = dispatch_dp_compute_data_proto
+    args: tuple[Any, ...] = (proto(1, 2, 3, 4),)
+    if function is not None:
+        dispatch, args = dispatch_dp_compute_data_proto_with_func, (function, *args)
+    spread, _ = dispatch(Group(), *args)
+    assert [column(shard) for shard in spread[-1]] == [[1], [2], [3], [4]]
+    assert list(spread[0]) == [function] * 4 or function is None
+    assert column(collect_dp_compute_data_proto(Group(), list(spread[-1]))) == [1, 2, 3, 4]
+
+
+def test_a_direct_rollout_method_has_a_function_that_refuses() -> None:
+    with pytest.raises(NotImplementedError, match="forbidden"):
+        dummy_direct_rollout_call(Group())
 
 
 def test_make_nd_compute_is_the_mode_that_splits_over_the_named_mesh() -> None:
@@ -220,7 +264,7 @@ def test_a_bare_dispatch_function_refuses_padding_that_nobody_would_remove() -> 
 
 
 def test_a_bare_rank_zero_function_gives_the_other_ranks_nothing() -> None:
-    functions = mode_functions(RankZero())
+    functions = get_predefined_dispatch_fn(Dispatch.RANK_ZERO)
     args, kwargs = functions["dispatch_fn"](Group(), "x", k=1)
     assert list(args[0]) == ["x", None, None, None]
     assert list(kwargs["k"]) == [1, None, None, None]

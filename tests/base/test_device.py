@@ -49,7 +49,7 @@ def test_a_process_without_accelerator_has_cpus(monkeypatch: pytest.MonkeyPatch)
     pretend(monkeypatch, "cpu")
     assert device_kind() is CPU
     assert device.get_torch_device() is torch.cpu
-    assert device.get_device_id() == 0
+    assert torch.zeros(1).to(device.get_device_id()).device == torch.device("cpu")
 
 
 def test_the_current_device_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:

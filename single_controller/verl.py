@@ -1,0 +1,75 @@
+"""`python -m single_controller.verl PROGRAM ARGUMENTS…`: a program for veRL runs on this core.
+
+PROGRAM is a file, or a module behind `-m`, as for python itself. How veRL's names come to lead here
+is in `as_verl`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["BEFORE", "WORKERS", "main", "named", "runtime_env"]
+
+WORKERS = (
+    "SINGLE_CONTROLLER_AS_VERL"  # set in workers; holds the hook that the program has for them
+)
+BEFORE = "SINGLE_CONTROLLER_RUNTIME_ENV_HOOK"  # the RAY_RUNTIME_ENV_HOOK that was there before
+_IN_WORKERS = "single_controller.as_verl.in_worker"
+_USAGE = "usage: python -m single_controller.verl (FILE | -m MODULE) [ARGUMENTS…]"
+
+
+def named(function: str) -> Callable[..., Any]:
+    """The function `module.name`."""
+    module, _, name = function.rpartition(".")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def runtime_env(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What `ray.init` asks, by RAY_RUNTIME_ENV_HOOK: a job's runtime environment, with this core
+    under veRL's names in its workers if that is so in this process.
+
+    Raises:
+        ValueError: the program has a function as `worker_process_setup_hook`.
+    """
+    if BEFORE in os.environ:
+        given = named(os.environ[BEFORE])(given)
+    if "single_controller.as_verl" not in sys.modules:
+        return given
+    env = dict(given or {})
+    own = env.get("worker_process_setup_hook")
+    if callable(own):
+        raise ValueError(
+            "worker_process_setup_hook must be named, as 'package.module.function', for "
+            f"single_controller.as_verl to run it after its own; got {own!r}"
+        )
+    if own != _IN_WORKERS:
+        env["worker_process_setup_hook"] = _IN_WORKERS
+        env["env_vars"] = {**(env.get("env_vars") or {}), WORKERS: own or ""}
+    return env
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the program as `__main__`, with the rest of the arguments for itself."""
+    module = arguments[:1] == ["-m"]
+    program, *rest = arguments[1:] if module else arguments or [""]
+    if not program or program.startswith("-"):
+        raise SystemExit(_USAGE)
+    importlib.import_module("single_controller.as_verl")
+    sys.argv = [program, *rest]
+    if module:
+        sys.path.insert(0, str(Path.cwd()))
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(program).resolve().parent))
+        runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
