@@ -43,9 +43,10 @@ def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataPr
 def unpad_dataproto(data: DataProto, pad_size: int) -> DataProto:
     """The batch without its last `pad_size` rows, as views; itself if that is 0."""
     pad_size = checks.count("pad_size", pad_size, least=None)
-    if not 0 <= pad_size <= len(checks.instance(DataProto, "data", data)):
-        raise RowCountError(f"cannot remove {pad_size} rows from a batch of {len(data)} rows")
-    return data.slice(0, len(data) - pad_size) if pad_size else data
+    rows = len(checks.instance(DataProto, "data", data))
+    if not 0 <= pad_size <= rows:
+        raise RowCountError(f"cannot remove {pad_size} rows from a batch of {rows} rows")
+    return data.slice(0, rows - pad_size) if pad_size else data
 
 
 def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:

@@ -254,16 +254,21 @@ class DataProto(Table):
     def concat(data: Sequence[DataProto]) -> DataProto:
         """All rows of all batches, in new memory; see `meta.merge` for the meta_info.
 
+        Numbers of several dtypes become those that torch or numpy promote them to. Of a batch
+        without rows only the meta_info counts, if others have rows.
+
         Raises:
-            BatchError: no batch, or they differ in keys, dtypes or trailing shapes.
+            BatchError: no batch, or they differ in keys, kinds or trailing shapes.
             ConflictError: their meta_info differs under a key other than "metrics".
         """
         if not checks.list_of(DataProto, "data", data):
             raise BatchError("cannot concatenate zero batches: pass at least one")
-        held = next((shard for shard in data if shard._batch is not None), data[0])
-        tensors = keyed.cat_columns([shard._tensors() for shard in data], "batch")
-        arrays = keyed.cat_columns([shard.non_tensor_batch for shard in data], "non_tensor_batch")
-        batch = held._unbuilt(tensors, (sum(map(len, data)),))
+        columns_of = [{**shard._tensors(), **shard.non_tensor_batch} for shard in data]
+        shards = [data[i] for i in keyed.deciding([*map(len, data)], columns_of)]
+        held = next((shard for shard in shards if shard._batch is not None), shards[0])
+        tensors = keyed.cat_columns([shard._tensors() for shard in shards], "batch")
+        arrays = keyed.cat_columns([shard.non_tensor_batch for shard in shards], "non_tensor_batch")
+        batch = held._unbuilt(tensors, (sum(map(len, shards)),))
         return type(held)(batch, arrays, meta.merge([shard.meta_info for shard in data]))
 
     def chunk(self, chunks: int) -> list[DataProto]:

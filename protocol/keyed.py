@@ -17,6 +17,7 @@ __all__ = [
     "cat_columns",
     "checked_arrays",
     "checked_tensors",
+    "deciding",
     "leaves",
     "require_keys",
     "require_same_keys",
@@ -115,11 +116,20 @@ def require_same_keys(parts: Sequence[Iterable[Any]], what: str, name: str) -> N
             )
 
 
+def deciding(rows: Sequence[int], parts: Sequence[Iterable[Any]]) -> list[int]:
+    """Which of several shards say what columns the whole has: those with rows. If there is none,
+    those with columns; then all.
+    """
+    indices = range(len(rows))
+    return [i for i in indices if rows[i]] or [i for i in indices if [*parts[i]]] or [*indices]
+
+
 def cat_columns(shards: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """Concatenate the columns of all shards, key by key.
 
     Raises:
-        BatchError: the shards differ in keys, or a column in kind, dtype or trailing shape.
+        BatchError: the shards differ in keys, or a column in kind or trailing shape, or its dtypes
+            have none in common.
     """
     require_same_keys(shards, "batches to concatenate", f"{name} of shard")
     whole = {}
@@ -128,7 +138,7 @@ def cat_columns(shards: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any
             whole[key] = columns.cat([shard[key] for shard in shards])
         except BatchError as error:
             raise BatchError(f"{name}[{key!r}]: {error}") from None
-    return whole
+    return columns.combinable(whole, *shards)
 
 
 def union_columns(a: Mapping[str, _C], b: Mapping[str, _C]) -> dict[str, _C]:
@@ -140,7 +150,7 @@ def union_columns(a: Mapping[str, _C], b: Mapping[str, _C]) -> dict[str, _C]:
     for key, column in b.items():
         if key in a and not columns.equal(a[key], column):
             raise ConflictError(
-                f"{key} in tensor_dict1 and tensor_dict2 are not the same object: "
+                f"`{key}` in tensor_dict1 and tensor_dict2 are not the same object. "
                 f"{summary.difference(a[key], column)}; pop or rename one of them"
             )
     return {**a, **b}
@@ -149,13 +159,14 @@ def union_columns(a: Mapping[str, _C], b: Mapping[str, _C]) -> dict[str, _C]:
 def union_numpy_dict(
     tensor_dict1: dict[str, np.ndarray[Any, Any]], tensor_dict2: dict[str, np.ndarray[Any, Any]]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """A new dict with the keys of both.
+    """`tensor_dict1`, to which the keys of `tensor_dict2` are added in place.
 
     Raises:
-        ConflictError: both have a key, with different values.
+        ConflictError: both have a key, with different values; then nothing is added.
         BatchTypeError: a value is not an ndarray.
     """
     for name, arrays in (("tensor_dict1", tensor_dict1), ("tensor_dict2", tensor_dict2)):
         for key, value in checks.instance(dict, name, arrays).items():
             checks.instance(np.ndarray, f"{name}[{key!r}]", value)
-    return union_columns(tensor_dict1, tensor_dict2)
+    tensor_dict1.update(union_columns(tensor_dict1, tensor_dict2))
+    return tensor_dict1

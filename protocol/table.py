@@ -124,7 +124,8 @@ class Table(_Parts):
 
     def _map(self: _Self, function: Callable[[Any], Column], rows: int) -> _Self:
         """Apply a function to every column; each result has `rows` rows."""
-        tensors = {key: function(column) for key, column in self._tensors().items()}
+        before = self._tensors()
+        tensors = columns.combinable({key: function(c) for key, c in before.items()}, before)
         arrays = {key: function(column) for key, column in self.non_tensor_batch.items()}
         return self._new(tensors, arrays, rows)
 
@@ -134,7 +135,9 @@ class Table(_Parts):
         return columns.rows(next(iter(self.non_tensor_batch.values()), np.empty(0)))
 
     def __iter__(self) -> Iterator[DataProtoItem]:
-        return (self[i] for i in range(len(self)))
+        tensors = {key: columns.unbind(column) for key, column in self._tensors().items()}
+        arrays = dict(self.non_tensor_batch)
+        return (self._item(tensors, arrays, row) for row in range(len(self)))
 
     @overload
     def __getitem__(self, item: int | np.integer[Any]) -> DataProtoItem: ...
@@ -160,9 +163,16 @@ class Table(_Parts):
         if not -rows <= row < rows:
             raise RowIndexError(f"row {row} is out of range for a batch of {rows} rows")
         row %= rows
-        tensors = {key: columns.row(column, row) for key, column in self._tensors().items()}
-        arrays = {key: array[row] for key, array in self.non_tensor_batch.items()}
-        return DataProtoItem(self._unbuilt(tensors, ()), arrays, dict(self.meta_info))
+        tensors = {key: (columns.row(column, row),) for key, column in self._tensors().items()}
+        arrays = {key: array[row : row + 1] for key, array in self.non_tensor_batch.items()}
+        return self._item(tensors, arrays, 0)
+
+    def _item(
+        self, tensors: Mapping[Any, Sequence[Any]], arrays: Mapping[str, Array], row: int
+    ) -> DataProtoItem:
+        one = {key: rows[row] for key, rows in tensors.items()}
+        objects = {key: array[row] for key, array in arrays.items()}
+        return DataProtoItem(self._unbuilt(one, ()), objects, dict(self.meta_info))
 
     def _rows(self: _Self, index: Index) -> _Self:
         at = indices.normalize_index(index, len(self))
@@ -223,11 +233,12 @@ class Table(_Parts):
         return self._split(sizes)
 
     def _split(self: _Self, sizes: Sequence[int]) -> list[_Self]:
-        tensors = {key: columns.split(c, sizes) for key, c in self._tensors().items()}
+        before = self._tensors()
+        tensors = {key: columns.split(column, sizes) for key, column in before.items()}
         arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
         return [
             self._new(
-                {key: parts[i] for key, parts in tensors.items()},
+                columns.combinable({key: parts[i] for key, parts in tensors.items()}, before),
                 {key: parts[i] for key, parts in arrays.items()},
                 size,
             )
@@ -260,14 +271,14 @@ class Table(_Parts):
 
     def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
         twin = self._map(lambda column: _deepcopy(column, memo), len(self))
-        twin.meta_info = copy.deepcopy(self.meta_info, memo)
+        twin.meta_info = dense.deepcopy(self.meta_info, memo)
         return twin
 
     def detached(self: _Self) -> _Self:
         """The same tensors without autograd's graph, with arrays and a meta_info of their own."""
         twin = self._map(dense.detached, len(self))
         twin.non_tensor_batch = {key: a.copy() for key, a in self.non_tensor_batch.items()}
-        twin.meta_info = copy.deepcopy({k: dense.detached(v) for k, v in self.meta_info.items()})
+        twin.meta_info = dense.deepcopy(self.meta_info)
         return twin
 
     def get_data_info(self) -> str:
@@ -310,7 +321,8 @@ class Table(_Parts):
 def _deepcopy(column: Column, memo: dict[int, Any]) -> Column:
     """A copy in its own memory; of a tensor, without the graph that computed it."""
     if not isinstance(column, torch.Tensor):
-        return copy.deepcopy(column, memo)
+        own: Column = dense.deepcopy(column, memo)
+        return own
     twin = columns.cat([column.detach()])
     return twin.requires_grad_(column.requires_grad) if isinstance(twin, torch.Tensor) else twin
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
+from protocol import columns
 from protocol.batch_ops import (
     collate_fn,
     fold_batch_dim,
@@ -78,16 +79,22 @@ def test_unfold_undoes_fold(sample: DataProto) -> None:
         fold_batch_dim(ragged, 2)
 
 
-def test_unions_of_dicts_are_new_and_refuse_differences() -> None:
+def test_unions_of_dicts_change_and_return_the_first_and_refuse_differences() -> None:
     a, b = (TensorDict({key: torch.ones(2)}, [2]) for key in "ab")
-    assert set(union_tensor_dict(a, b).keys()) == {"a", "b"}
-    assert set(a.keys()) == {"a"}
-    with pytest.raises(ConflictError, match="a in tensor_dict1 and tensor_dict2 are not the same"):
-        union_tensor_dict(a, TensorDict({"a": torch.zeros(2)}, [2]))
+    assert union_tensor_dict(a, b) is a
+    assert ([*a.keys()], [*b.keys()]) == (["a", "b"], ["b"])
+    same = "in tensor_dict1 and tensor_dict2 are not the same object."
+    with pytest.raises(ConflictError, match=f"^`a` {same} 2 of 2 rows differ"):
+        union_tensor_dict(a, TensorDict({"new": torch.ones(2), "a": torch.zeros(2)}, [2]))
+    assert [*a.keys()] == ["a", "b"]
     with pytest.raises(RowCountError, match="identical batch size"):
         union_tensor_dict(a, TensorDict({}, [3]))
     nan = {"x": np.array([None, float("nan")], dtype=object)}
-    assert union_numpy_dict(nan, {"x": nan["x"].copy(), "y": np.ones(2)}).keys() == {"x", "y"}
+    assert union_numpy_dict(nan, {"x": nan["x"].copy(), "y": np.ones(2)}) is nan
+    assert nan.keys() == {"x", "y"}
+    with pytest.raises(ConflictError, match=f"^`y` {same} 1 of 2 rows differ"):
+        union_numpy_dict(nan, {"z": np.ones(2), "y": np.arange(2.0)})
+    assert nan.keys() == {"x", "y"}
     with pytest.raises(
         BatchTypeError, match=r"tensor_dict2\['y'\] must be of type ndarray; got list"
     ):
@@ -114,6 +121,18 @@ def test_serialized_jagged_rows_look_as_in_verl() -> None:
     assert [row[:2] for row in rows] == [("int64", (2,)), ("int64", (3,))]
     with pytest.raises(BatchTypeError, match="dense"):
         serialize_single_tensor(column)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_serialized_strided_rows_look_as_in_verl_and_come_back_strided() -> None:
+    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
+    batch = TensorDict({"n": torch.nested.nested_tensor(rows)}, [3])
+    sent = serialize_tensordict(batch)
+    assert sent[2]["n"][0] == "strided"
+    assert [row[1] for row in sent[2]["n"][1]] == [(2, 3), (3, 4), (1, 5)]
+    back = deserialize_tensordict(sent)
+    assert back["n"].layout is torch.strided
+    assert columns.equal(back, batch)
 
 
 GATHER = """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from protocol import columns
+from protocol.batches import select_keys
 from protocol.config import DataProtoConfig
 from protocol.data_proto import DataProto
 from protocol.errors import (
@@ -109,9 +112,50 @@ def test_concat_collects_metrics_and_checks_keys(sample: DataProto) -> None:
         DataProto.concat([sample, sample.select(["a"])])
     with pytest.raises(BatchError, match="zero batches"):
         DataProto.concat([])
-    other.batch["a"] = other.batch["a"].float()
+    other.batch["a"] = other.batch["b"]
     with pytest.raises(BatchError, match=r"batch\['a'\]: .* shard 0 has int64 \(6,\) and shard 1"):
         DataProto.concat([sample, other])
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        DataProto(),
+        DataProto(meta_info={"metrics": {"n": 1}}),
+        DataProto.from_dict({"a": torch.zeros(0, 3)}, {"s": np.array([])}),
+        DataProto.from_dict({"other": torch.zeros(0)}),
+    ],
+)
+def test_a_shard_without_rows_decides_neither_columns_nor_dtypes(
+    sample: DataProto, empty: DataProto
+) -> None:
+    for shards in ([sample, empty], [empty, sample], [empty, sample, empty]):
+        whole = DataProto.concat(shards)
+        assert whole.select(meta_info_keys=["m"]).diff(sample) == []
+        assert {key: array.dtype for key, array in whole.non_tensor_batch.items()} == {"s": "O"}
+        assert (
+            whole.meta_info.get("metrics", {}).keys() == empty.meta_info.get("metrics", {}).keys()
+        )
+    assert len(DataProto.concat([empty, empty])) == 0
+    columns_of = DataProto.concat([DataProto(), sample[:0]])
+    assert (set(columns_of.batch.keys()), len(columns_of)) == ({"a", "b"}, 0)
+    both = [select_keys(shard, ["a"]) for shard in (empty, sample)]
+    assert DataProto.concat(both).batch["a"].tolist() == sample.batch["a"].tolist()
+
+
+def test_numbers_of_several_dtypes_are_joined_as_torch_and_numpy_promote_them() -> None:
+    shards = [
+        DataProto.from_dict({"x": torch.zeros(1, dtype=dtype)}, {"n": np.zeros(1, kind), "s": text})
+        for dtype, kind, text in (
+            (torch.int64, "i8", np.array(["a"])),
+            (torch.float32, "f4", columns.as_object_array([None])),
+            (torch.float64, "?", np.array(["bcd"])),
+        )
+    ]
+    whole = DataProto.concat(shards)
+    assert whole.batch["x"].dtype == torch.float64
+    assert whole.non_tensor_batch["n"].dtype == np.float64
+    assert whole.non_tensor_batch["s"].tolist() == ["a", None, "bcd"]
 
 
 def test_concat_of_one_batch_is_new_memory(sample: DataProto) -> None:
@@ -129,11 +173,11 @@ def test_union_takes_what_both_have_if_it_is_equal(sample: DataProto) -> None:
     assert set(both.batch.keys()) == {"a", "b", "new"}
     assert both.batch["a"] is twin.batch["a"] or both.batch["a"] is not None
     twin.batch["a"][2] = 7
-    with pytest.raises(ConflictError, match=r"a in .* are not the same object: 1 of 6 rows differ"):
+    with pytest.raises(ConflictError, match=r"^`a` in .* are not the same object\. 1 of 6 rows"):
         sample.union(twin)
     with pytest.raises(RowCountError, match=r"identical batch size\. Got 6 and 5"):
         sample.union(sample[:5])
-    with pytest.raises(ConflictError, match=r"s in .* are not the same object"):
+    with pytest.raises(ConflictError, match=r"^`s` in .* are not the same object\."):
         sample.union(DataProto(non_tensor_batch={"s": np.arange(6)}))
 
 
@@ -196,3 +240,23 @@ def test_group_by_keeps_rows_in_order() -> None:
         DataProto.from_dict(non_tensors={"l": [[1], [2]]}).group_by("l")
     with pytest.raises(BatchError, match="one value per row"):
         DataProto.from_dict({"m": torch.zeros(2, 2)}).group_by("m")
+
+
+def test_tensors_with_a_graph_and_sparse_ones_may_be_anywhere_in_a_batch(
+    sample: DataProto,
+) -> None:
+    graph = torch.ones(2, requires_grad=True) * 2
+    sample.meta_info.update(deep={"x": [graph]}, inside=SimpleNamespace(graph=graph))
+    sample.meta_info["sparse"] = torch.eye(2).to_sparse()
+    sample.non_tensor_batch["o"] = columns.as_object_array([{"x": graph}] * 6)
+    for twin in (copy.deepcopy(sample), sample.select(deepcopy=True), sample.detached()):
+        assert twin.diff(sample) == []
+        for tensor in (twin.meta_info["deep"]["x"][0], twin.meta_info["inside"].graph):
+            assert (tensor.is_leaf, tensor.requires_grad) == (True, True)
+            assert tensor.data_ptr() != graph.data_ptr()
+        assert DataProto.concat([sample, twin]).meta_info.keys() == sample.meta_info.keys()
+        assert sample.union(twin).diff(sample) == []
+    twin.meta_info["sparse"] = (2 * torch.eye(2)).to_sparse()
+    assert twin.diff(sample)[0].startswith("meta_info['sparse']: ")
+    with pytest.raises(ConflictError, match="'sparse' in the two batches"):
+        sample.union(twin)
