@@ -18,6 +18,7 @@ __all__ = [
     "checked_arrays",
     "checked_tensors",
     "deciding",
+    "items",
     "leaves",
     "require_keys",
     "require_same_keys",
@@ -28,6 +29,21 @@ __all__ = [
 _C = TypeVar("_C")
 
 
+def items(batch: TensorDictBase) -> list[tuple[str, Any]]:
+    """Keys and values of a TensorDict.
+
+    Raises:
+        BatchTypeError: it is a lazy stack whose rows differ in shape.
+    """
+    try:
+        return [*batch.items()]
+    except RuntimeError as error:
+        raise BatchTypeError(
+            "the rows of a lazy stack must have one shape per key: build a jagged column with "
+            f"nested_tensor_from_tensor_list, or pad them; {checks.short(str(error), 200)}"
+        ) from error
+
+
 def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, torch.Tensor]:
     """The tensors of a TensorDict, those in nested TensorDicts under a tuple of keys.
 
@@ -35,7 +51,7 @@ def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, tor
         BatchTypeError: the TensorDict holds something else.
     """
     found: dict[Any, torch.Tensor] = {}
-    for key, value in batch.items():
+    for key, value in items(batch):
         path = (*prefix, key)
         if isinstance(value, torch.Tensor):
             found[path if prefix else key] = _with_rows("batch", key, value)

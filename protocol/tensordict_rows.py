@@ -17,7 +17,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 from protocol import checks, columns, dense
 from protocol.columns import Column
 from protocol.errors import BatchError, RowCountError
-from protocol.keyed import deciding, require_same_keys
+from protocol.keyed import deciding, items, require_same_keys
 from protocol.nested import concat_nested_tensors
 from protocol.shards import check_sizes
 
@@ -122,7 +122,7 @@ def map_columns(
         is_inner = isinstance(value, TensorDictBase)
         return map_columns(value, tensors, objects) if is_inner else tensors(value)
 
-    before = dict(td.items())
+    before = dict(items(td))
     after = columns.combinable({k: replaced(value) for k, value in before.items()}, before)
     return build(after, td.batch_size, td.device)
 
@@ -142,7 +142,7 @@ def _map(
             return [stack([objects[row] for row in piece]) for piece in numbers]
         return _map(value, sizes, op) if isinstance(value, TensorDictBase) else op(value)
 
-    before = dict(td.items())
+    before = dict(items(td))
     columns_of = {key: pieces(value) for key, value in before.items()}
     return [
         build(
@@ -173,7 +173,7 @@ def concat(data: Sequence[TensorDict]) -> TensorDict:
         key: _join(str(key), [value, *(td.get(key) for td in data[1:])], counts, size)
         for key, value in first.items()
     }
-    return build(columns.combinable(joined, *(dict(td.items()) for td in data)), size, first.device)
+    return build(columns.combinable(joined, *(dict(items(td)) for td in data)), size, first.device)
 
 
 def _join(key: str, values: Sequence[Any], counts: Sequence[int], size: torch.Size) -> Any:

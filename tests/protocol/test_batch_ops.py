@@ -22,7 +22,13 @@ from protocol.batch_ops import (
     unpad_dataproto,
 )
 from protocol.data_proto import DataProto
-from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
+from protocol.errors import (
+    BatchError,
+    BatchTypeError,
+    ConflictError,
+    MissingKeyError,
+    RowCountError,
+)
 from protocol.keyed import union_numpy_dict
 from protocol.serialize import (
     deserialize_single_tensor,
@@ -135,10 +141,21 @@ def test_serialized_strided_rows_look_as_in_verl_and_come_back_strided() -> None
     assert columns.equal(back, batch)
 
 
+def test_rows_that_hold_a_key_as_different_kinds_are_not_collated() -> None:
+    items = [
+        DataProto.from_dict({"x": torch.zeros(1), "k": torch.zeros(1)})[0],
+        DataProto.from_dict({"x": torch.zeros(1)}, {"k": ["text"]})[0],
+    ]
+    for rows in (items, items[::-1]):
+        with pytest.raises(MissingKeyError, match=r"same keys in batch; row 0 has .*row 1 has"):
+            collate_fn(rows)
+
+
 GATHER = """
 import sys, torch, torch.distributed as dist
 from protocol.batch_ops import all_gather_data_proto
 from protocol.data_proto import DataProto
+from protocol.errors import BatchError
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 rows = [3, 1][rank]
@@ -153,6 +170,26 @@ assert data.batch["a"][:, 0].tolist() == [0, 0, 0, 1]
 assert data.batch["j"].offsets().tolist() == [0, 2, 4, 6, 8]
 assert data.non_tensor_batch["s"].tolist() == ["0.0", "0.1", "0.2", "1.0"]
 assert data.meta_info == {"rank": rank}
+
+order = ["a", "b"] if rank else ["b", "a"]
+data = DataProto.from_dict({key: torch.zeros(1, dtype=torch.int64) for key in order})
+if rank:
+    data.batch["a"] = data.batch["a"].float()
+all_gather_data_proto(data, dist.group.WORLD)
+assert list(data.batch.keys()) == order
+assert data.batch["a"].dtype == torch.float32 and len(data) == 2
+
+data = DataProto.from_dict({"a": torch.ones(2)}, {"s": ["x", "y"]}) if rank else DataProto()
+all_gather_data_proto(data, dist.group.WORLD)
+assert data.batch["a"].tolist() == [1, 1] and data.non_tensor_batch["s"].tolist() == ["x", "y"]
+
+for wrong in ({"ab"[rank]: torch.zeros(1)}, {"a": torch.zeros(1, 1 + rank)}):
+    try:
+        all_gather_data_proto(DataProto.from_dict(wrong), dist.group.WORLD)
+    except BatchError as error:
+        assert "concatenate" in str(error)
+    else:
+        raise SystemExit("not refused")
 dist.destroy_process_group()
 """
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
 from protocol import columns
 from protocol.batches import select_keys
@@ -29,7 +31,7 @@ def test_pop_moves_keys_into_a_new_batch(sample: DataProto) -> None:
     assert (set(popped.batch.keys()), set(popped.non_tensor_batch)) == ({"a"}, {"s"})
     assert popped.meta_info == {"m": 1}
     assert (set(sample.batch.keys()), sample.non_tensor_batch, sample.meta_info) == ({"b"}, {}, {})
-    assert set(tensordict.keys()) == {"a", "b"}
+    assert sample.batch is tensordict
     with pytest.raises(MissingKeyError, match="non_tensor_batch"):
         sample.pop(["b"], ["nope"])
     assert set(sample.batch.keys()) == {"b"}
@@ -156,6 +158,48 @@ def test_numbers_of_several_dtypes_are_joined_as_torch_and_numpy_promote_them() 
     assert whole.batch["x"].dtype == torch.float64
     assert whole.non_tensor_batch["n"].dtype == np.float64
     assert whole.non_tensor_batch["s"].tolist() == ["a", None, "bcd"]
+
+
+def test_what_is_popped_or_renamed_is_gone_from_the_tensordict_that_one_has(
+    sample: DataProto,
+) -> None:
+    for lock in (False, True):
+        data = copy.deepcopy(sample)
+        held = data.batch.lock_() if lock else data.batch
+        data.pop(["a"])
+        data.rename("b", "c")
+        assert [*data.batch.keys()] == ["c"]
+        assert [*held.keys()] == (["a", "b"] if lock else ["c"])
+    nested = DataProto(TensorDict({"in": TensorDict({"x": torch.ones(2)}, [2])}, [2]))
+    nested.pop([("in", "x")])
+    assert [*nested.batch.keys()] == []
+
+
+def test_a_key_named_twice_is_not_renamed(sample: DataProto) -> None:
+    for old, new in ((["a", "a"], ["c", "d"]), (["a", "b"], ["c", "c"])):
+        with pytest.raises(ConflictError, match="named twice"):
+            sample.rename(old, new)
+    assert [*sample.batch.keys()] == ["a", "b"]
+
+
+def test_rows_of_nan_are_one_group() -> None:
+    nan = float("nan")
+    objects = columns.as_object_array([nan, "x", np.float32("nan"), nan])
+    data = DataProto.from_dict({"t": torch.tensor([1.0, nan, nan, 1.0])}, {"o": objects})
+    assert {key: len(rows) for key, rows in data.group_by("t").items()} == {1.0: 2, math.nan: 2}
+    assert data.group_by("o")[math.nan].batch["t"].isnan().tolist() == [False, True, False]
+
+
+def test_lists_of_equal_length_are_cut_with_the_columns() -> None:
+    lists = {"l": [[1, 2, 3, 4], [5, 6, 7, 8]], "t": ["ab", "cd"]}
+    data = DataProto.from_dict({"x": torch.arange(1, 9).view(2, 4)}, lists)
+    cut = data.unfold_column_chunks(2, ["x", "l"])
+    assert cut.non_tensor_batch["l"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert cut.batch["x"].tolist() == cut.non_tensor_batch["l"].tolist()
+    assert cut.non_tensor_batch["t"].tolist() == ["ab", "ab", "cd", "cd"]
+    for rows in ([[1, 2], [1]], [[1], [2]], ["ab", "cd"]):
+        with pytest.raises(BatchError, match="n_split=2 equal parts"):
+            DataProto.from_dict(None, {"l": rows}).unfold_column_chunks(2, ["l"])
 
 
 def test_concat_of_one_batch_is_new_memory(sample: DataProto) -> None:
