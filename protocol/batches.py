@@ -4,11 +4,11 @@ done is left to `data_proto` and `tensordict_utils`."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 
 from protocol import checks, dense, meta, tensordict_rows, tensordict_utils
 from protocol.data_proto import DataProto
@@ -33,6 +33,8 @@ __all__ = [
     "only_batch",
     "pad_batch",
     "select_keys",
+    "set_shared_values",
+    "shared_values",
     "slice_batch",
     "split_batch",
     "union_batches",
@@ -214,6 +216,22 @@ def select_keys(x: Batch, keys: Iterable[str]) -> Batch:
     if x.batch_size[:1] == (0,):
         keys = [key for key in keys if key in x.keys()]  # noqa: SIM118
     return tensordict_utils.get_keys(x, keys)
+
+
+def shared_values(x: Batch) -> dict[str, Any]:
+    """What all rows share: the meta_info of a DataProto, the shared objects of a TensorDict."""
+    if isinstance(x, DataProto):
+        return dict(x.meta_info)
+    return {key: value.data for key, value in x.items() if isinstance(value, NonTensorData)}
+
+
+def set_shared_values(x: Batch, values: Mapping[str, Any]) -> None:
+    """Replace, in place, some of what all rows share."""
+    if isinstance(x, DataProto):
+        x.meta_info.update(values)
+        return
+    for key, value in values.items():
+        tensordict_rows.put(x, key, NonTensorData(value, batch_size=x.batch_size))
 
 
 def union_batches(left: Batch, right: Batch) -> Batch:
