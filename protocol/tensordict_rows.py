@@ -106,7 +106,12 @@ def copy(td: TensorDict) -> TensorDict:
         own: Any = columns.cat([value.detach()]) if value.dim() else value.detach().clone()
         return own.requires_grad_(value.requires_grad)
 
-    return map_columns(td, twin, dense.deepcopy)
+    def own(value: Any) -> Any:
+        if isinstance(value, NonTensorStack):
+            return stack([own(child) for child in value.unbind(0)])
+        return NonTensorData(dense.deepcopy(value.data), batch_size=value.batch_size)
+
+    return map_columns(td, twin, own)
 
 
 def map_columns(
