@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 
 from protocol import columns
-from protocol.batches import select_keys
+from protocol.batches import pad_batch, select_keys
 from protocol.config import DataProtoConfig
 from protocol.data_proto import DataProto
 from protocol.errors import (
@@ -304,3 +304,27 @@ def test_tensors_with_a_graph_and_sparse_ones_may_be_anywhere_in_a_batch(
     assert twin.diff(sample)[0].startswith("meta_info['sparse']: ")
     with pytest.raises(ConflictError, match="'sparse' in the two batches"):
         sample.union(twin)
+
+
+def test_the_same_mistake_is_the_same_error_everywhere(sample: DataProto) -> None:
+    for cut in (lambda: sample.chunk(0), lambda: sample.balanced_chunk(0, [1] * 6)):
+        with pytest.raises(ChunkError, match="at least one chunk; got 0"):
+            cut()
+    for pad in (lambda: sample.pad_rows(-1), lambda: pad_batch(sample, -1)):
+        with pytest.raises(RowCountError, match="batch of 6 rows"):
+            pad()
+
+
+def test_no_words_are_made_of_an_index_that_is_right(sample: DataProto) -> None:
+    class Silent(list[int]):
+        def __repr__(self) -> str:
+            raise AssertionError("nobody asked")
+
+    assert sample.select_idxs(Silent([1, 0])).batch["a"].tolist() == [1, 0]
+
+
+def test_a_batch_without_tensors_takes_those_of_another(sample: DataProto) -> None:
+    words = DataProto(non_tensor_batch={"w": np.arange(6)})
+    both = words.union(sample.select(["a"]))
+    assert both.batch["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert words.batch is None
