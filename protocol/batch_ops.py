@@ -43,9 +43,10 @@ def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataPr
 def unpad_dataproto(data: DataProto, pad_size: int) -> DataProto:
     """The batch without its last `pad_size` rows, as views; itself if that is 0."""
     pad_size = checks.count("pad_size", pad_size, least=None)
-    if not 0 <= pad_size <= len(checks.instance(DataProto, "data", data)):
-        raise RowCountError(f"cannot remove {pad_size} rows from a batch of {len(data)} rows")
-    return data.slice(0, len(data) - pad_size) if pad_size else data
+    rows = len(checks.instance(DataProto, "data", data))
+    if not 0 <= pad_size <= rows:
+        raise RowCountError(f"cannot remove {pad_size} rows from a batch of {rows} rows")
+    return data.slice(0, rows - pad_size) if pad_size else data
 
 
 def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
@@ -57,12 +58,13 @@ def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
     if not checks.list_of(DataProtoItem, "x", x):
         raise BatchError("cannot collate zero rows: pass at least one")
     rows = [item._tensors() for item in x]
-    keys = [[*tensors, *item.non_tensor_batch] for tensors, item in zip(rows, x, strict=True)]
-    for i, have in enumerate(keys):
-        if set(have) != set(keys[0]):
-            raise MissingKeyError(
-                f"rows to collate must have the same keys; row 0 has {keys[0]}, row {i} has {have}"
-            )
+    for part, parts in (("batch", rows), ("non_tensor_batch", [i.non_tensor_batch for i in x])):
+        for i, have in enumerate(parts):
+            if have.keys() != parts[0].keys():
+                raise MissingKeyError(
+                    f"rows to collate must have the same keys in {part}; row 0 has "
+                    f"{[*parts[0]]}, row {i} has {[*have]}"
+                )
     batch = None
     if x[0].batch is not None:
         tensors = {key: _stack(key, [row[key] for row in rows]) for key in rows[0]}
@@ -118,25 +120,34 @@ def _reshape(data: DataProto, dims: int, sizes: list[int] | None) -> DataProto:
 def all_gather_data_proto(data: DataProto, process_group: dist.ProcessGroup | None) -> None:
     """Replace the columns of `data`, in place, by those of all ranks of the group, in rank order.
 
-    Ranks may hold different numbers of rows. Dense tensors move by the group's own collective on
-    their device, everything else as pickled objects. meta_info stays that of this rank.
+    Ranks may hold different numbers of rows, and are joined as `DataProto.concat` joins them. Dense
+    tensors that are alike on all ranks move by the group's own collective on their device,
+    everything else as pickled objects. meta_info stays that of this rank.
+
+    Raises:
+        BatchError: the batches of the ranks do not go together; every rank raises it.
     """
     tensors = checks.instance(DataProto, "data", data)._tensors()
     world = dist.get_world_size(process_group)
-    dense = {key: t for key, t in tensors.items() if type(t) is torch.Tensor and not t.is_nested}
+    kinds: list[Any] = [None] * world
+    dist.all_gather_object(
+        kinds,
+        {k: (t.dtype, t.shape[1:]) for k, t in tensors.items() if not columns.is_nested(t)},
+        group=process_group,
+    )
+    dense = [key for key in kinds[0] if all(kind.get(key) == kinds[0][key] for kind in kinds)]
     rest = data.select([key for key in tensors if key not in dense], meta_info_keys=[])
     others: list[Any] = [None] * world
-    dist.all_gather_object(others, (rest, list(dense)), group=process_group)
-    if any(keys != others[0][1] for _, keys in others):
-        raise BatchError(f"ranks must hold the same tensors; got {[keys for _, keys in others]}")
-    counts = [len(shard) for shard, _ in others]
-    whole = DataProto.concat([shard for shard, _ in others])
-    gathered = {key: _all_gather(dense[key], counts, process_group) for key in dense}
-    if data.batch is not None:
-        jagged = {key: t.to(tensors[key].device) for key, t in whole._tensors().items()}
-        both = {**gathered, **jagged}
-        source = {key: both[key] for key in tensors}
-        data.batch = TensorDict(source, [sum(counts)], device=data.batch.device)
+    dist.all_gather_object(others, rest, group=process_group)
+    whole = DataProto.concat(others)  # in which a rank without rows decides nothing
+    counts = [*map(len, others)]
+    both = {key: _all_gather(tensors[key], counts, process_group) for key in dense}
+    for key, column in whole._tensors().items():
+        both[key] = column.to(tensors[key].device if key in tensors else column.device)
+    if whole.batch is not None:
+        device = None if data.batch is None else data.batch.device
+        order = [key for key in dict.fromkeys([*tensors, *both]) if key in both]
+        data.batch = TensorDict({key: both[key] for key in order}, [sum(counts)], device=device)
     data.non_tensor_batch = whole.non_tensor_batch
 
 

@@ -4,11 +4,11 @@ done is left to `data_proto` and `tensordict_utils`."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 
 from protocol import checks, dense, meta, tensordict_rows, tensordict_utils
 from protocol.data_proto import DataProto
@@ -35,6 +35,8 @@ __all__ = [
     "only_batch",
     "pad_batch",
     "select_keys",
+    "set_shared_values",
+    "shared_values",
     "slice_batch",
     "split_batch",
     "union_batches",
@@ -158,7 +160,7 @@ def lend_rows(x: Batch, start: int, stop: int) -> Batch:
     if how == "own":
         return copy_batch(rows)
     if isinstance(rows, DataProto):
-        rows.meta_info = copy.deepcopy(rows.meta_info)
+        rows.meta_info = dense.deepcopy(rows.meta_info)
         arrays = rows.non_tensor_batch.items()
         rows.non_tensor_batch = {key: _lent_array(array, how) for key, array in arrays}
     return rows
@@ -167,7 +169,7 @@ def lend_rows(x: Batch, start: int, stop: int) -> Batch:
 def _lent_array(array: Array, how: Reading) -> Array:
     if array.dtype.hasobject:
         seen = arrival(array, "view") if how == "view" else None
-        array = copy.deepcopy(array) if seen is None else seen
+        array = dense.deepcopy(array) if seen is None else seen
     else:
         array = array.view()
     array.flags.writeable = how != "view"
@@ -176,7 +178,7 @@ def _lent_array(array: Array, how: Reading) -> Array:
 
 def on_one_device(batches: Sequence[Batch]) -> list[Batch]:
     """The batches, those on an accelerator moved to the CPU unless all are on the same one."""
-    if len({str(_device(batch)) for batch in batches}) < 2:
+    if len({str(_device(batch)) for batch in batches if batch_tensors(batch)}) < 2:
         return [*batches]
     return [_on_cpu(batch) for batch in batches]
 
@@ -211,26 +213,42 @@ def select_keys(x: Batch, keys: Iterable[str]) -> Batch:
     """Only these columns, shared with `x`; meta_info stays whole.
 
     Raises:
-        MissingKeyError: a key that the batch lacks.
+        MissingKeyError: a key that the batch lacks, unless it has no rows: then others decide
+            which columns there are.
     """
+    keys = checks.key_list("keys", keys)
     if isinstance(x, DataProto):
-        return _select_columns(x, checks.key_list("keys", keys))
+        batch: DataProto = x
+        tensors = batch._tensors()
+        have = {**tensors, **batch.non_tensor_batch}
+        if len(batch) and (missing := [key for key in keys if key not in have]):
+            raise MissingKeyError(
+                f"keys {missing} not in batch, which has {sorted(map(str, have))}"
+            )
+        return batch.select([key for key in keys if key in tensors], keys)
+    if x.batch_size[:1] == (0,):
+        keys = [key for key in keys if key in x.keys()]  # noqa: SIM118
     return tensordict_utils.get_keys(x, keys)
 
 
-def _select_columns(x: DataProto, keys: Sequence[str]) -> DataProto:
-    tensors: set[str] = set() if x.batch is None else {*map(str, x.batch.keys())}
-    arrays = set(x.non_tensor_batch)
-    if missing := [key for key in keys if key not in tensors and key not in arrays]:
-        raise MissingKeyError(f"keys {missing} not in batch, which has {sorted(tensors | arrays)}")
-    return x.select(
-        batch_keys=[key for key in keys if key in tensors],
-        non_tensor_batch_keys=[key for key in keys if key in arrays],
-    )
+def shared_values(x: Batch) -> dict[str, Any]:
+    """What all rows share: the meta_info of a DataProto, the shared objects of a TensorDict."""
+    if isinstance(x, DataProto):
+        return dict(x.meta_info)
+    return {key: value.data for key, value in x.items() if isinstance(value, NonTensorData)}
+
+
+def set_shared_values(x: Batch, values: Mapping[str, Any]) -> None:
+    """Replace, in place, some of what all rows share."""
+    if isinstance(x, DataProto):
+        x.meta_info.update(values)
+        return
+    for key, value in values.items():
+        tensordict_rows.put(x, key, NonTensorData(value, batch_size=x.batch_size))
 
 
 def union_batches(left: Batch, right: Batch) -> Batch:
-    """The columns of two batches of one kind.
+    """The columns of two batches of one kind, in a new one.
 
     Raises:
         BatchTypeError: one is a DataProto and the other a TensorDict.
@@ -240,7 +258,7 @@ def union_batches(left: Batch, right: Batch) -> Batch:
     if isinstance(left, DataProto) and isinstance(right, DataProto):
         return left.union(right)
     if isinstance(left, TensorDict) and isinstance(right, TensorDict):
-        return tensordict_utils.union_tensor_dict(left, right)
+        return tensordict_utils.union_tensor_dict(left.copy(), right)
     raise BatchTypeError(
         f"a union is of two DataProto or two TensorDict; got {type(left).__name__} and "
         f"{type(right).__name__}"

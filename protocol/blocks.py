@@ -4,7 +4,7 @@ share, and arrives as private memory or a view. What a batch is made of is left 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from protocol.columns import flat_bytes
+from protocol.columns import flat_bytes, ragged_mark
 from protocol.ipc import LentTensor, can_lend, lend
 
 __all__ = [
@@ -82,6 +82,7 @@ class Message:
         self.lent: list[LentTensor] = []
         self._blocks: dict[int, list[tuple[int, int, Memory]]] = {}  # by storage: start, stop
         self._copies: dict[tuple[Any, ...], Memory] = {}
+        self._offsets: dict[Hashable, PackedTensor | LentTensor] = {}
         self._alive: list[Any] = []  # addresses stay theirs while the message lives
         self._buffers: set[int] = set()
 
@@ -110,6 +111,14 @@ class Message:
         stride, offset, memory = self._place(tensor)
         stride = tuple(0 if dim in expanded else step for dim, step in enumerate(stride))
         return PackedTensor(dtype, shape, stride, offset, memory, grad)
+
+    def offsets(self, offsets: torch.Tensor, column: torch.Tensor) -> PackedTensor | LentTensor:
+        """Those of a jagged column: one tensor for all columns that have them in common."""
+        mark = ragged_mark(column)
+        if mark not in self._offsets:
+            self._offsets[mark] = self.tensor(offsets)
+            self._alive.append(column)
+        return self._offsets[mark]
 
     def array(self, array: np.ndarray[Any, Any]) -> PackedArray:
         """Of a dtype without objects."""
@@ -205,12 +214,11 @@ def unpack_offsets(packed: PackedTensor | LentTensor, how: Reading) -> torch.Ten
     """The offsets of a jagged tensor: one tensor for all that share them, or torch would not let
     these be combined.
     """
-    if isinstance(packed, LentTensor):
-        return unpack_tensor(packed, how)
-    key = packed.shape, packed.offset
-    if key not in packed.memory.offsets:
-        packed.memory.offsets[key] = unpack_tensor(packed, how)
-    return packed.memory.offsets[key]
+    known = (packed if isinstance(packed, LentTensor) else packed.memory).offsets
+    key = None if isinstance(packed, LentTensor) else packed[:4]
+    if key not in known:
+        known[key] = unpack_tensor(packed, how)
+    return known[key]
 
 
 def unpack_tensor(packed: PackedTensor | LentTensor, how: Reading) -> torch.Tensor:
@@ -229,11 +237,15 @@ def unpack_tensor(packed: PackedTensor | LentTensor, how: Reading) -> torch.Tens
         shown = _torch(_bytes(packed.memory, "view"))
         tensor = torch.from_numpy(np.empty(int(numel) * dtype.itemsize, np.uint8)).view(dtype)
         tensor = tensor.view(packed.shape)
-        tensor.copy_(shown.view(dtype).as_strided(packed.shape, packed.stride, packed.offset))
+        tensor.copy_(_strided(shown, dtype, packed))
     else:
-        flat = _torch(_bytes(packed.memory, how)).view(dtype)
-        tensor = flat.as_strided(packed.shape, packed.stride, packed.offset)
+        tensor = _strided(_torch(_bytes(packed.memory, how)), dtype, packed)
     return tensor.requires_grad_(packed.requires_grad)
+
+
+def _strided(flat: torch.Tensor, dtype: torch.dtype, packed: PackedTensor) -> torch.Tensor:
+    whole = flat.numel() // dtype.itemsize * dtype.itemsize  # it may hold bytes of another view
+    return flat[:whole].view(dtype).as_strided(packed.shape, packed.stride, packed.offset)
 
 
 def _bytes(memory: Memory, how: Reading) -> np.ndarray[Any, Any]:

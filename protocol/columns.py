@@ -3,7 +3,8 @@ columns means is left to `data_proto` and `tensordict_utils`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, TypeAlias, TypeGuard
 
@@ -20,21 +21,30 @@ __all__ = [
     "Column",
     "as_object_array",
     "cat",
+    "combinable",
     "describe",
     "differing_dim",
+    "elements",
     "equal",
     "flat_bytes",
     "from_rows",
+    "from_strided_parts",
     "is_nested",
+    "is_strided",
     "jagged",
     "jagged_parts",
+    "lacks_eq",
     "nbytes",
+    "ragged_mark",
     "repeat",
     "row",
     "rows",
     "slice_rows",
     "split",
+    "strided",
+    "strided_parts",
     "take",
+    "unbind",
 ]
 
 Column: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
@@ -49,12 +59,45 @@ def is_nested(column: object) -> TypeGuard[torch.Tensor]:
     return isinstance(column, torch.Tensor) and column.is_nested
 
 
+def is_strided(column: object) -> TypeGuard[torch.Tensor]:
+    """Whether this is a nested tensor of strided layout, whose rows may differ in several dims. It
+    is worked on row by row.
+    """
+    return is_nested(column) and column.layout is torch.strided
+
+
+def strided(rows: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """A nested tensor of these rows, of the dtype and on the device of another tensor."""
+    if rows:
+        return torch.nested.as_nested_tensor(list(rows))
+    return torch.nested.nested_tensor([], dtype=like.dtype, device=like.device)
+
+
+def strided_parts(column: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+    """All elements of a strided nested tensor in one dim, and the shapes of its rows."""
+    rows = column.unbind()
+    flat = [row.reshape(-1) for row in rows]
+    empty = torch.empty(0, dtype=column.dtype, device=column.device)
+    return torch.cat(flat or [empty]), [tuple(row.shape) for row in rows]
+
+
+def from_strided_parts(flat: torch.Tensor, shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The nested tensor that `strided_parts` takes apart."""
+    pieces = flat.split_with_sizes([math.prod(shape) for shape in shapes]) if shapes else ()
+    return strided([part.view(*shape) for part, shape in zip(pieces, shapes, strict=True)], flat)
+
+
+def elements(column: torch.Tensor) -> torch.Tensor:
+    """Those of a nested tensor, in a dense one."""
+    return strided_parts(column)[0] if is_strided(column) else jagged_parts(column)[0]
+
+
 def jagged_parts(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """`(values, offsets, ragged_idx)` of any nested tensor, without holes and with offsets[0] == 0.
 
     `ragged_idx` is the ragged dim of the column, so `ragged_idx - 1` is that of `values`.
     """
-    if column.layout is not torch.jagged:
+    if is_strided(column):
         column = from_rows(list(column.unbind()))
     values, offsets = column.values(), column.offsets()  # type: ignore[attr-defined]
     ragged_idx: int = column._ragged_idx  # type: ignore[attr-defined]
@@ -103,6 +146,33 @@ def jagged(values: torch.Tensor, offsets: torch.Tensor, ragged_idx: int) -> torc
     return torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=ragged_idx)
 
 
+def ragged_mark(column: torch.Tensor) -> Hashable:
+    """What nested tensors have in common that torch lets be combined: their offsets are the same
+    tensor.
+    """
+    return id(column.offsets()), id(column.lengths())  # type: ignore[attr-defined]
+
+
+def combinable(after: Mapping[Any, Any], *before: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The columns `after`, each made of those of its name `before`: jagged ones that had common
+    offsets have them still.
+    """
+    columns_of, firsts = dict(after), dict[Hashable, torch.Tensor]()
+    for key, column in after.items():
+        if is_nested(column) and not is_strided(column):
+            first = firsts.setdefault(tuple(ragged_mark(part[key]) for part in before), column)
+            if ragged_mark(first) != ragged_mark(column):
+                columns_of[key] = _with_offsets(column, first.offsets())  # type: ignore[attr-defined]
+    return columns_of
+
+
+def _with_offsets(column: Any, offsets: torch.Tensor) -> torch.Tensor:
+    own = column.is_leaf and column.requires_grad
+    values = (column.detach() if own else column).values()
+    twin = jagged(values, offsets, column._ragged_idx)
+    return twin.requires_grad_() if own else twin
+
+
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
@@ -130,7 +200,7 @@ def rows(column: Column) -> int:
 
 def nbytes(column: Column) -> int:
     """Bytes of the elements; of an object array, of the references only."""
-    return (jagged_parts(column)[0] if is_nested(column) else column).nbytes
+    return (elements(column) if is_nested(column) else column).nbytes
 
 
 def describe(column: Column) -> str:
@@ -144,8 +214,9 @@ def describe(column: Column) -> str:
 
 
 def _shape(column: torch.Tensor) -> Sequence[object]:
-    strided = column.is_nested and column.layout is not torch.jagged
-    return [column.size(0), *"*" * (column.dim() - 1)] if strided else column.shape
+    if is_strided(column):
+        return [column.size(0), *"*" * (column.dim() - 1)]
+    return column.shape
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,6 +233,9 @@ def take(column: Column, index: torch.Tensor) -> Column:
     index = index.to(column.device)
     if not column.is_nested:
         return column.index_select(0, index)
+    if is_strided(column):
+        each = column.unbind()
+        return strided([each[at] for at in index.tolist()], column)
     values, offsets, ragged_idx = jagged_parts(column)
     starts, lengths = offsets[:-1][index], offsets.diff()[index]
     return jagged(*_gather(values, starts, lengths, ragged_idx - 1), ragged_idx)
@@ -169,8 +243,19 @@ def take(column: Column, index: torch.Tensor) -> Column:
 
 def row(column: Column, at: int) -> Any:
     """Row `at` (not negative) without the batch dim: a view of a tensor, an element of an array."""
-    one: Any = slice_rows(column, at, at + 1) if is_nested(column) else column[at]
-    return jagged_parts(one)[0] if is_nested(one) else one
+    if not is_nested(column) or is_strided(column):
+        return column[at]
+    jagged_column: Any = column
+    offsets, lengths = jagged_column.offsets(), jagged_column.lengths()
+    start = int(offsets[at])
+    length = int(offsets[at + 1]) - start if lengths is None else int(lengths[at])
+    return jagged_column.values().narrow(jagged_column._ragged_idx - 1, start, length)
+
+
+def unbind(column: Column) -> Sequence[Any]:
+    """What `row` gives for each row, together: that takes a nested tensor far less time."""
+    rows: Any = column.unbind() if isinstance(column, torch.Tensor) else column
+    return rows  # type: ignore[no-any-return]
 
 
 def slice_rows(column: Column, start: int, stop: int, step: int = 1) -> Column:
@@ -198,6 +283,9 @@ def split(column: Column, sizes: Sequence[int]) -> list[Column]:
     bounds = pairwise(accumulate(sizes, initial=0))
     if not isinstance(column, torch.Tensor):
         return [column[a:b] for a, b in bounds]
+    if is_strided(column):
+        each = column.unbind()
+        return [strided(each[a:b], column) for a, b in bounds]
     values, offsets, ragged_idx = jagged_parts(column)
     at = offsets.tolist()
     return [
@@ -213,41 +301,71 @@ def split(column: Column, sizes: Sequence[int]) -> list[Column]:
 def cat(columns: Sequence[Column]) -> Column:
     """All rows of all columns, in new memory even for a single column.
 
+    Numbers of several dtypes become those that torch or numpy promote them to.
+
     Raises:
-        BatchError: no column, or they differ in kind, dtype, device or trailing shape.
+        BatchError: no column, or they differ in kind, device or trailing shape, or their dtypes
+            have none in common.
     """
     if not columns:
         raise BatchError("cannot concatenate zero columns: pass at least one")
-    first = columns[0]
+    first, signature = columns[0], _signature(columns[0])
     for shard, column in enumerate(columns):
-        if _signature(column) != _signature(first):
-            raise BatchError(
-                "columns to concatenate must agree in dtype, device and all dims but the first; "
-                f"shard 0 has {describe(first)} and shard {shard} has {describe(column)}"
-                + _device_note(first, column)
-            )
+        if shard and _signature(column) != signature:
+            raise _differ(columns, shard, "agree in kind, device and all dims but the first")
+    dtype: Any = first.dtype
+    for shard, column in enumerate(columns):
+        if (common := _promoted(dtype, column.dtype)) is None:
+            raise _differ(columns, shard, "be of dtypes that have one in common")
+        dtype = common
     if not isinstance(first, torch.Tensor):
-        return np.concatenate(columns)
+        return np.concatenate([np.asarray(column, dtype) for column in columns])
+    tensors: list[Any] = [c if c.dtype == dtype else c.to(dtype) for c in columns]  # type: ignore[union-attr]
     if not first.is_nested:
-        return dense.cat(columns)  # type: ignore[arg-type]
-    parts = [jagged_parts(column) for column in columns]  # type: ignore[arg-type]
+        return dense.cat(tensors)
+    if is_strided(first):
+        return strided([row for tensor in tensors for row in tensor.unbind()], first.to(dtype))
+    parts = [jagged_parts(tensor) for tensor in tensors]
     ragged_idx = parts[0][2]
     values = dense.cat([values for values, _, _ in parts], ragged_idx - 1)
     lengths = torch.cat([offsets.diff() for _, offsets, _ in parts])
     return jagged(values, _offsets(lengths), ragged_idx)
 
 
+def _differ(columns: Sequence[Column], shard: int, wanted: str) -> BatchError:
+    first, column = columns[0], columns[shard]
+    return BatchError(
+        f"columns to concatenate must {wanted}; shard 0 has {describe(first)} and shard {shard} "
+        f"has {describe(column)}" + _device_note(first, column)
+    )
+
+
 def _signature(column: Column) -> tuple[object, ...]:
-    """What columns must have in common to be concatenated."""
+    """What columns must have in common to be concatenated, but for the dtype."""
     if not isinstance(column, torch.Tensor):
-        kind = column.dtype.kind
-        return kind if kind in "US" else column.dtype, column.shape[1:]  # "US": any string width
+        return "array", column.shape[1:]
     if not column.is_nested:
-        return "dense", column.dtype, column.device, column.shape[1:]
+        return "dense", column.device, column.shape[1:]
+    if is_strided(column):
+        return "strided", column.device, column.dim() if column.size(0) else None
     values, _, ragged_idx = jagged_parts(column)
     trailing = list(values.shape)
     trailing[ragged_idx - 1] = -1
-    return "nested", column.dtype, column.device, trailing
+    return "nested", column.device, trailing
+
+
+def _promoted(a: Any, b: Any) -> Any:
+    """The dtype that holds the values of both; None if there is none."""
+    if a == b:
+        return a
+    kinds = {a.kind, b.kind} if isinstance(a, np.dtype) else {"O"}
+    # numpy would also turn numbers into text, and into durations.
+    if "O" not in kinds and not any(kinds <= {*k} for k in ("biufc", "S", "U", "m", "M", "V")):
+        return None
+    try:
+        return (np if isinstance(a, np.dtype) else torch).promote_types(a, b)
+    except (TypeError, RuntimeError):  # structures, and torch's float8
+        return None
 
 
 def _device_note(a: Column, b: Column) -> str:
@@ -301,7 +419,8 @@ _ATOMS = frozenset({str, bytes, int, bool, type(None)})
 def equal(a: object, b: object) -> bool:
     """Deep equality in which NaN equals NaN and cycles end.
 
-    Tensors and arrays are equal if dtype, shape and every element are; devices are ignored.
+    Tensors and arrays are equal if dtype, shape and every element are; devices are ignored. Objects
+    whose class has no `__eq__` are if what pickle would save of them is.
     """
     return _equal(a, b, set())
 
@@ -318,6 +437,9 @@ def _equal(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
         if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
             if type(a) is not type(b) or a.shape != b.shape or a.dtype.kind != b.dtype.kind:
                 return False
+            if isinstance(a, np.ma.MaskedArray):
+                x, y = ([np.ma.getmaskarray(array), array.compressed()] for array in (a, b))
+                return _equal(x, y, visiting)
             if a.dtype.kind == "O":
                 return all(_equal(x, y, visiting) for x, y in zip(a.flat, b.flat, strict=True))
             if a.dtype != b.dtype and a.dtype.kind not in "US":
@@ -337,21 +459,46 @@ def _equal(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
                 and all(_equal(x, y, visiting) for x, y in zip(a, b, strict=True))
             )
         try:
-            return bool(a == b) or bool(a != a and b != b)  # only NaN is not itself
+            if bool(a == b) or bool(a != a and b != b):  # only NaN is not itself
+                return True
         except (TypeError, ValueError, RuntimeError):  # an == that does not give a truth value
-            return False
+            return _same_state(a, b, visiting)
+        return lacks_eq(a) and _same_state(a, b, visiting)
     finally:
         visiting.discard((id(a), id(b)))
+
+
+def lacks_eq(value: object) -> bool:
+    """Whether its class leaves it to identity what is equal."""
+    return type(value).__eq__ is object.__eq__
+
+
+def _same_state(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
+    """Whether pickle would save the same of both."""
+    if type(a) is not type(b):
+        return False
+    try:
+        x, y = (value.__reduce_ex__(4) for value in (a, b))
+    except Exception:  # it cannot be pickled, for reasons of its own
+        return False
+    if isinstance(x, str) or isinstance(y, str):  # the name of a global
+        return bool(x == y)
+    x, y = ([list(s) if isinstance(s, Iterator) else s for s in state] for state in (x, y))
+    return _equal(x, y, visiting)
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.is_nested != b.is_nested or a.dim() != b.dim():
         return False
+    if not a.is_nested and (a.layout != b.layout or a.shape != b.shape):
+        return False
+    if not a.is_nested and a.layout is not torch.strided:
+        return _equal(_parts(a), _parts(b), set())
+    if is_strided(a) or is_strided(b):
+        return _equal(a.unbind(), b.unbind(), set())
     if a.is_nested:
         parts = zip(jagged_parts(a), jagged_parts(b), strict=True)
         return all(_equal(x, y, set()) for x, y in parts)
-    if a.shape != b.shape:
-        return False
     if _view_of(a) == _view_of(b):
         return True
     a, b = a.detach(), b.detach().to(a.device)
@@ -361,6 +508,13 @@ def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     exact = not (a.is_floating_point() or a.is_complex())
     return not exact and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _parts(sparse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if sparse.layout is torch._mkldnn:  # type: ignore[attr-defined]
+        return (sparse.to_dense(),)
+    entries = sparse.detach().to_sparse().coalesce()
+    return entries.indices(), entries.values()
 
 
 def _view_of(a: torch.Tensor) -> tuple[object, ...]:

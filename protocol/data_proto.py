@@ -3,6 +3,7 @@ left to `columns`, how meta_info combines to `meta`, bytes to `wire` and `storag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,8 @@ class DataProto(Table):
         return cls(batch, arrays, meta.union(given, shared))
 
     def to_tensordict(self) -> TensorDict:
-        """Everything in one TensorDict, from which `from_tensordict` builds this batch again.
+        """Everything in one TensorDict, from which `from_tensordict` builds this batch again, but
+        for arrays: these become one object per row, and so are of dtype object then.
 
         Raises:
             ConflictError: a key occurs twice among tensors, arrays and meta_info.
@@ -172,7 +174,7 @@ class DataProto(Table):
             {key: arrays.pop(key) for key in non_tensor_batch_keys},
             {key: shared.pop(key) for key in meta_info_keys},
         )
-        self._batch = self._unbuilt(tensors, (rows,))
+        self._replace(tensors, (rows,))
         return popped
 
     def rename(
@@ -184,7 +186,7 @@ class DataProto(Table):
 
         Raises:
             MissingKeyError: an old key is not there.
-            ConflictError: a new key is already taken.
+            ConflictError: a new key is already taken, or a key is named twice.
         """
         old, new = ([keys] if isinstance(keys, str) else keys for keys in (old_keys, new_keys))
         if not isinstance(old, (list, tuple)) or not isinstance(new, (list, tuple)):
@@ -200,9 +202,12 @@ class DataProto(Table):
         tensors, names = self._tensors(), dict(zip(old, new, strict=True))
         keyed.require_keys(old, tensors, "batch")
         renamed = {names.get(key, key): tensor for key, tensor in tensors.items()}
-        if len(renamed) != len(tensors):
-            raise ConflictError(f"cannot rename {list(old)} to {list(new)}: a new key is taken")
-        self.batch = self._new(renamed, {}, len(self)).batch
+        if len(renamed) != len(tensors) or len(names) != len(old):
+            raise ConflictError(
+                f"cannot rename {list(old)} to {list(new)}: a new key is taken, or a key is named "
+                "twice"
+            )
+        self._replace(renamed, (len(self),))
         return self
 
     def reorder(self, indices: Index) -> None:
@@ -238,15 +243,14 @@ class DataProto(Table):
             ConflictError: both have a key, with different values.
         """
         other = checks.instance(DataProto, "other", other)
-        mine, theirs = (bool(b.batch is not None or b.non_tensor_batch) for b in (self, other))
+        mine, theirs = (bool(b._batch is not None or b.non_tensor_batch) for b in (self, other))
         if mine and theirs and len(self) != len(other):
             raise RowCountError(
                 f"Two tensor dict must have identical batch size. Got {len(self)} and {len(other)}"
             )
-        batch = self.batch if self.batch is not None else other.batch
-        if batch is not None:
-            tensors = keyed.union_columns(self._tensors(), other._tensors())
-            batch = TensorDict(tensors, batch.batch_size, device=batch.device)
+        tensors = keyed.union_columns(self._tensors(), other._tensors())
+        held = self if self._batch is not None else other
+        batch = held._unbuilt(tensors, (len(held),))
         arrays = keyed.union_columns(self.non_tensor_batch, other.non_tensor_batch)
         return type(self)(batch, arrays, meta.union(self.meta_info, other.meta_info))
 
@@ -254,16 +258,21 @@ class DataProto(Table):
     def concat(data: Sequence[DataProto]) -> DataProto:
         """All rows of all batches, in new memory; see `meta.merge` for the meta_info.
 
+        Numbers of several dtypes become those that torch or numpy promote them to. Of a batch
+        without rows only the meta_info counts, if others have rows.
+
         Raises:
-            BatchError: no batch, or they differ in keys, dtypes or trailing shapes.
+            BatchError: no batch, or they differ in keys, kinds or trailing shapes.
             ConflictError: their meta_info differs under a key other than "metrics".
         """
         if not checks.list_of(DataProto, "data", data):
             raise BatchError("cannot concatenate zero batches: pass at least one")
-        held = next((shard for shard in data if shard._batch is not None), data[0])
-        tensors = keyed.cat_columns([shard._tensors() for shard in data], "batch")
-        arrays = keyed.cat_columns([shard.non_tensor_batch for shard in data], "non_tensor_batch")
-        batch = held._unbuilt(tensors, (sum(map(len, data)),))
+        columns_of = [{**shard._tensors(), **shard.non_tensor_batch} for shard in data]
+        shards = [data[i] for i in keyed.deciding([*map(len, data)], columns_of)]
+        held = next((shard for shard in shards if shard._batch is not None), shards[0])
+        tensors = keyed.cat_columns([shard._tensors() for shard in shards], "batch")
+        arrays = keyed.cat_columns([shard.non_tensor_batch for shard in shards], "non_tensor_batch")
+        batch = held._unbuilt(tensors, (sum(map(len, shards)),))
         return type(held)(batch, arrays, meta.merge([shard.meta_info for shard in data]))
 
     def chunk(self, chunks: int) -> list[DataProto]:
@@ -294,7 +303,7 @@ class DataProto(Table):
             weights: one non-negative number per row.
         """
         load = indices.numbers("weights", weights, torch.float64)
-        chunks = checks.count("chunks", chunks, least=1)
+        chunks = len(equal_sizes(0, chunks))
         if load.shape != (len(self),) or not bool((load >= 0).all()):
             raise BatchError(
                 f"balanced_chunk needs one weight >= 0 for each of {len(self)} rows; got "
@@ -304,7 +313,10 @@ class DataProto(Table):
         return [self._rows(pick) for pick in picks], torch.cat(picks).argsort()
 
     def group_by(self, key: str) -> dict[Any, DataProto]:
-        """One batch per value of a one-dimensional column, in order of first appearance."""
+        """One batch per value of a one-dimensional column, in order of first appearance.
+
+        All NaN are one value, `math.nan`.
+        """
         everything: dict[str, Column] = {**self._tensors(), **self.non_tensor_batch}
         keyed.require_keys([checks.named("key", key)], everything, "batch or non_tensor_batch")
         if columns.is_nested(everything[key]) or everything[key].ndim != 1:
@@ -315,7 +327,8 @@ class DataProto(Table):
         members: dict[Any, list[int]] = {}
         try:
             for row, value in enumerate(everything[key].tolist()):
-                members.setdefault(value, []).append(row)
+                nan = isinstance(value, (float, complex, np.inexact)) and value != value
+                members.setdefault(math.nan if nan else value, []).append(row)
         except TypeError as error:
             raise BatchTypeError(f"group_by needs hashable values in {key!r}: {error}") from error
         return {value: self._rows(rows) for value, rows in members.items()}
@@ -343,7 +356,8 @@ class DataProto(Table):
     ) -> DataProto:
         """Cut dim 1 of some columns into `n_split` rows each; repeat the rows of the others.
 
-        A column of shape (rows, n_split * k, ...) becomes (rows * n_split, k, ...).
+        A column of shape (rows, n_split * k, ...) becomes (rows * n_split, k, ...), and so does one
+        of a list of n_split * k elements in each row.
         """
         n_split = checks.count("n_split", n_split, least=1)
         keys = checks.key_list("split_keys", split_keys)
@@ -354,6 +368,8 @@ class DataProto(Table):
         def unfold(key: str, column: Column) -> Column:
             if key not in keys:
                 return columns.repeat(column, n_split, interleave=True)
+            if (cut := _cut_lists(column, n_split)) is not None:
+                return cut
             if columns.is_nested(column) or column.ndim < 2 or column.shape[1] % n_split:
                 raise BatchError(
                     f"column {key!r} is {columns.describe(column)}: its dim 1 cannot be cut into "
@@ -361,7 +377,8 @@ class DataProto(Table):
                 )
             return column.reshape(total, column.shape[1] // n_split, *column.shape[2:])
 
-        tensors = {key: unfold(key, column) for key, column in self._tensors().items()}
+        before = self._tensors()
+        tensors = columns.combinable({key: unfold(key, c) for key, c in before.items()}, before)
         arrays = {key: unfold(key, column) for key, column in self.non_tensor_batch.items()}
         return self._new(tensors, arrays, total)
 
@@ -389,3 +406,15 @@ class DataProto(Table):
 def _only_one_batch_dim(num_batch_dims: int) -> None:
     if checks.count("num_batch_dims", num_batch_dims) != 1:
         raise BatchError(f"only support num_batch_dims=1, got {num_batch_dims}")
+
+
+def _cut_lists(column: Column, n_split: int) -> Column | None:
+    """The column with every list cut into parts; None if its rows are not lists of equal length."""
+    if not isinstance(column, np.ndarray) or column.dtype.kind != "O" or column.ndim != 1:
+        return None
+    lists = all(isinstance(row, (list, tuple, np.ndarray)) and np.ndim(row) for row in column)
+    lengths = {len(row) for row in column} if lists else set()
+    if len(lengths) != 1 or (length := lengths.pop()) % n_split:
+        return None
+    step, cuts = length // n_split, range(n_split)
+    return columns.as_object_array([row[i * step : (i + 1) * step] for row in column for i in cuts])

@@ -23,8 +23,11 @@ class BatchTypeError(BatchError, TypeError):
     """A value of a type that a batch cannot hold or be indexed with."""
 
 
-class RowCountError(BatchError):
-    """Columns of one batch, or two batches to be combined, differ in rows."""
+class RowCountError(BatchError, RuntimeError):
+    """Columns of one batch, or two batches to be combined, differ in rows.
+
+    It is also a RuntimeError, which tensordict raises for that.
+    """
 
 
 class ChunkError(RowCountError):

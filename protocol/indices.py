@@ -41,16 +41,14 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
     at = None
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
         at = index if isinstance(index, torch.Tensor) else torch.from_numpy(np.array(index))
-    wanted = f"an index must be one list of integers or booleans; got {index!r:.200}"
-    if at is None or at.is_nested:
-        raise BatchTypeError(wanted)
-    if at.dim() != 1:
-        raise BatchTypeError(f"{wanted}, which has shape {tuple(at.shape)}")
+    if at is None or at.is_nested or at.dim() != 1:
+        shape = "" if at is None or at.is_nested else f", which has shape {tuple(at.shape)}"
+        raise BatchTypeError(_wanted(index) + shape)
     if at.numel() == 0 and at.dtype != torch.bool:
         return torch.empty(0, dtype=torch.int64)
     # A uint8 tensor is refused: torch reads it as a mask, numpy as positions.
     if at.is_floating_point() or at.is_complex() or at.dtype == torch.uint8:
-        raise BatchTypeError(f"{wanted} ({at.dtype}; make a mask with .bool())")
+        raise BatchTypeError(f"{_wanted(index)} ({at.dtype}; make a mask with .bool())")
     if at.dtype == torch.bool:
         if len(at) != rows:
             raise RowIndexError(f"a mask needs one entry per row: {rows} rows, {len(at)} entries")
@@ -60,6 +58,10 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
     if len(bad):
         raise RowIndexError(f"index {int(bad[0])} is out of range for a batch of {rows} rows")
     return torch.where(at < 0, at + rows, at)
+
+
+def _wanted(index: object) -> str:
+    return f"an index must be one list of integers or booleans; got {index!r:.200}"
 
 
 def are_whole(tensor: torch.Tensor) -> bool:

@@ -39,6 +39,7 @@ class LentTensor:
     def __init__(self, device: str, arguments: _Arguments, anchor: _Arguments) -> None:
         self.device, self.arguments, self.anchor = device, arguments, anchor
         self._mapped: torch.Tensor | None = None
+        self.offsets: dict[Any, torch.Tensor] = {}  # what `unpack_offsets` made of it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LentTensor, (self.device, self.arguments, self.anchor)

@@ -17,6 +17,8 @@ __all__ = [
     "cat_columns",
     "checked_arrays",
     "checked_tensors",
+    "deciding",
+    "items",
     "leaves",
     "require_keys",
     "require_same_keys",
@@ -27,6 +29,21 @@ __all__ = [
 _C = TypeVar("_C")
 
 
+def items(batch: TensorDictBase) -> list[tuple[str, Any]]:
+    """Keys and values of a TensorDict.
+
+    Raises:
+        BatchTypeError: it is a lazy stack whose rows differ in shape.
+    """
+    try:
+        return [*batch.items()]
+    except RuntimeError as error:
+        raise BatchTypeError(
+            "the rows of a lazy stack must have one shape per key: build a jagged column with "
+            f"nested_tensor_from_tensor_list, or pad them; {checks.short(str(error), 200)}"
+        ) from error
+
+
 def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, torch.Tensor]:
     """The tensors of a TensorDict, those in nested TensorDicts under a tuple of keys.
 
@@ -34,7 +51,7 @@ def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, tor
         BatchTypeError: the TensorDict holds something else.
     """
     found: dict[Any, torch.Tensor] = {}
-    for key, value in batch.items():
+    for key, value in items(batch):
         path = (*prefix, key)
         if isinstance(value, torch.Tensor):
             found[path if prefix else key] = _with_rows("batch", key, value)
@@ -115,11 +132,20 @@ def require_same_keys(parts: Sequence[Iterable[Any]], what: str, name: str) -> N
             )
 
 
+def deciding(rows: Sequence[int], parts: Sequence[Iterable[Any]]) -> list[int]:
+    """Which of several shards say what columns the whole has: those with rows. If there is none,
+    those with columns; then all.
+    """
+    indices = range(len(rows))
+    return [i for i in indices if rows[i]] or [i for i in indices if [*parts[i]]] or [*indices]
+
+
 def cat_columns(shards: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """Concatenate the columns of all shards, key by key.
 
     Raises:
-        BatchError: the shards differ in keys, or a column in kind, dtype or trailing shape.
+        BatchError: the shards differ in keys, or a column in kind or trailing shape, or its dtypes
+            have none in common.
     """
     require_same_keys(shards, "batches to concatenate", f"{name} of shard")
     whole = {}
@@ -128,7 +154,7 @@ def cat_columns(shards: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any
             whole[key] = columns.cat([shard[key] for shard in shards])
         except BatchError as error:
             raise BatchError(f"{name}[{key!r}]: {error}") from None
-    return whole
+    return columns.combinable(whole, *shards)
 
 
 def union_columns(a: Mapping[str, _C], b: Mapping[str, _C]) -> dict[str, _C]:
@@ -140,7 +166,7 @@ def union_columns(a: Mapping[str, _C], b: Mapping[str, _C]) -> dict[str, _C]:
     for key, column in b.items():
         if key in a and not columns.equal(a[key], column):
             raise ConflictError(
-                f"{key} in tensor_dict1 and tensor_dict2 are not the same object: "
+                f"`{key}` in tensor_dict1 and tensor_dict2 are not the same object. "
                 f"{summary.difference(a[key], column)}; pop or rename one of them"
             )
     return {**a, **b}
@@ -149,13 +175,14 @@ def union_columns(a: Mapping[str, _C], b: Mapping[str, _C]) -> dict[str, _C]:
 def union_numpy_dict(
     tensor_dict1: dict[str, np.ndarray[Any, Any]], tensor_dict2: dict[str, np.ndarray[Any, Any]]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """A new dict with the keys of both.
+    """`tensor_dict1`, to which the keys of `tensor_dict2` are added in place.
 
     Raises:
-        ConflictError: both have a key, with different values.
+        ConflictError: both have a key, with different values; then nothing is added.
         BatchTypeError: a value is not an ndarray.
     """
     for name, arrays in (("tensor_dict1", tensor_dict1), ("tensor_dict2", tensor_dict2)):
         for key, value in checks.instance(dict, name, arrays).items():
             checks.instance(np.ndarray, f"{name}[{key!r}]", value)
-    return union_columns(tensor_dict1, tensor_dict2)
+    tensor_dict1.update(union_columns(tensor_dict1, tensor_dict2))
+    return tensor_dict1

@@ -8,6 +8,7 @@ from typing import Any
 from protocol.checks import short
 from protocol.columns import equal
 from protocol.errors import BatchTypeError, ConflictError
+from protocol.summary import eq_note
 
 __all__ = ["METRICS", "PADDING", "merge", "union"]
 
@@ -51,7 +52,8 @@ def merge(metas: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
                 raise ConflictError(
                     f"Conflicting values for meta_info key '{key}': "
                     f"{short(merged[key])} in {_holders(metas, names, key, merged[key])}; "
-                    f"{short(value)} in {_holders(metas, names, key, value)}. Make them equal, or "
+                    f"{short(value)} in {_holders(metas, names, key, value)}"
+                    f"{eq_note(value)}. Make them equal, or "
                     f"report values that differ under '{METRICS}', which becomes a dict of lists."
                 )
     return merged
@@ -67,7 +69,7 @@ def union(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         if not equal(a[key], b[key]):
             raise ConflictError(
                 f"meta_info key '{key}' in the two batches are not the same object: "
-                f"{short(a[key])} and {short(b[key])}; pop or rename one of them"
+                f"{short(a[key])} and {short(b[key])}{eq_note(a[key])}; pop or rename one of them"
             )
     return {**a, **b}
 

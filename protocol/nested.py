@@ -8,7 +8,15 @@ import torch
 from tensordict import TensorDict
 
 from protocol import checks
-from protocol.columns import cat, differing_dim, from_rows, is_nested, jagged, jagged_parts
+from protocol.columns import (
+    cat,
+    differing_dim,
+    from_rows,
+    is_nested,
+    is_strided,
+    jagged,
+    jagged_parts,
+)
 from protocol.errors import BatchError, BatchTypeError
 
 __all__ = [
@@ -65,6 +73,8 @@ def concat_nested_tensors(tensors: list[torch.Tensor]) -> torch.Tensor:
             raise BatchTypeError(
                 f"tensor {i} must be jagged; got a dense {tensor.dtype} {tuple(tensor.shape)}"
             )
+    if tensors and all(map(is_strided, tensors)):
+        return cat(tensors)  # type: ignore[return-value]
     if len({jagged_parts(tensor)[2] for tensor in tensors if tensor.size(0)}) > 1:
         # Rows of one shape say nothing of the dim that was meant to be ragged: look at all.
         return nested_tensor_from_tensor_list(

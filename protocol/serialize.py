@@ -10,7 +10,15 @@ import torch
 from tensordict import TensorDict
 
 from protocol import checks
-from protocol.columns import flat_bytes, from_rows, is_nested, jagged, jagged_parts
+from protocol.columns import (
+    flat_bytes,
+    from_rows,
+    is_nested,
+    is_strided,
+    jagged,
+    jagged_parts,
+    strided,
+)
 from protocol.errors import BatchError, BatchTypeError
 from protocol.keyed import leaves
 
@@ -58,12 +66,12 @@ def serialize_tensordict(
 ) -> tuple[tuple[int, ...], str | None, dict[str, tuple[Any, ...]]]:
     """`(batch_size, device, tensors)`, each tensor as `serialize_single_tensor` makes it.
 
-    A nested tensor becomes `("jagged", [row, ...])`, or `("jagged", values, offsets, ragged_idx)`
-    where the rows would not tell its ragged dim.
+    A nested tensor becomes `("jagged", [row, ...])` or `("strided", [row, ...])` by its layout, or
+    `("jagged", values, offsets, ragged_idx)` where the rows would not tell its ragged dim.
     """
     tensors: dict[str, tuple[Any, ...]] = {}
     for key, tensor in leaves(checks.tensordict("batch", batch)).items():
-        tensors[key] = _jagged(tensor) if is_nested(tensor) else serialize_single_tensor(tensor)
+        tensors[key] = _nested(tensor) if is_nested(tensor) else serialize_single_tensor(tensor)
     device = None if batch.device is None else str(batch.device)
     return tuple(batch.batch_size), device, tensors
 
@@ -72,7 +80,8 @@ def deserialize_tensordict(arr: Any) -> TensorDict:
     """The TensorDict that `serialize_tensordict` took apart."""
     try:
         batch_size, device, tensors = arr
-        columns = {key: _column(packed) for key, packed in tensors.items()}
+        known: dict[tuple[int, ...], torch.Tensor] = {}
+        columns = {key: _column(packed, known) for key, packed in tensors.items()}
         return TensorDict(columns, tuple(batch_size), device=device)
     except BatchError:
         raise
@@ -83,16 +92,24 @@ def deserialize_tensordict(arr: Any) -> TensorDict:
         ) from error
 
 
-def _column(packed: Any) -> torch.Tensor:
-    if packed[0] != "jagged":
+def _column(packed: Any, known: dict[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
+    """Equal offsets become the same ones, for torch to let the columns be combined."""
+    if packed[0] not in ("jagged", "strided"):
         return deserialize_single_tensor(packed)
     if len(packed) == 2:
-        return from_rows([deserialize_single_tensor(row) for row in packed[1]], 1)
-    values, offsets = map(deserialize_single_tensor, packed[1:3])
-    return jagged(values, offsets, packed[3])
+        rows = [deserialize_single_tensor(row) for row in packed[1]]
+        if packed[0] == "strided":
+            return strided(rows, torch.empty(0))
+        values, offsets, ragged_idx = jagged_parts(from_rows(rows, 1))
+    else:
+        values, offsets = map(deserialize_single_tensor, packed[1:3])
+        ragged_idx = packed[3]
+    return jagged(values, known.setdefault(tuple(offsets.tolist()), offsets), ragged_idx)
 
 
-def _jagged(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _nested(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if is_strided(tensor):
+        return "strided", [serialize_single_tensor(row) for row in tensor.detach().unbind()]
     values, offsets, ragged_idx = jagged_parts(tensor.detach())
     if ragged_idx == 1 and tensor.size(0):
         rows = torch.split(values, offsets.diff().tolist())

@@ -18,7 +18,17 @@ from safetensors.torch import save_file
 from tensordict import TensorDict
 
 from protocol import checks
-from protocol.columns import as_object_array, flat_bytes, jagged, jagged_parts
+from protocol.columns import (
+    as_object_array,
+    flat_bytes,
+    from_strided_parts,
+    is_strided,
+    jagged,
+    jagged_parts,
+    ragged_mark,
+    strided_parts,
+)
+from protocol.dense import is_plain
 from protocol.errors import BatchTypeError, StorageError
 from protocol.keyed import leaves
 
@@ -125,29 +135,43 @@ class _Writer:
 
     def __init__(self, allow_pickle: bool) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.offsets: dict[Any, _Entry] = {}  # columns that have them in common name the same
         self.allow_pickle = allow_pickle
 
     def encode_all(self, part: str, values: Mapping[Any, Any]) -> list[tuple[Any, _Entry]]:
+        for key in values:
+            if not _is_json_key(key):
+                raise StorageError(
+                    f"{part} has the key {key!r:.80}, but only texts, numbers, None and tuples of "
+                    "these can be keys in a file: rename or pop it"
+                )
         return [(key, self._encode(f"{part}[{key!r}]", value)) for key, value in values.items()]
 
     def _encode(self, name: str, value: Any) -> _Entry:
+        if is_strided(value):
+            elements, shapes = strided_parts(value.detach())
+            entry = {"kind": "strided", "elements": self._encode(name, elements), "shapes": shapes}
+            return {**entry, "requires_grad": value.requires_grad}
         if isinstance(value, torch.Tensor) and value.is_nested:
             values, offsets, ragged_idx = jagged_parts(value.detach())
+            mark = ragged_mark(value)
+            if mark not in self.offsets:
+                self.offsets[mark] = self._encode(name, offsets)
             return {
                 "kind": "jagged",
                 "values": self._encode(name, values),
-                "offsets": self._encode(name, offsets),
+                "offsets": self.offsets[mark],
                 "ragged_idx": ragged_idx,
                 "requires_grad": value.requires_grad,
             }
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and is_plain(value):
             dtype, shape = str(value.dtype).removeprefix("torch."), list(value.shape)
             tensor = value.detach().resolve_conj().resolve_neg().cpu()
             if dtype not in _NATIVE:
                 tensor = flat_bytes(tensor)
             entry = {"kind": "tensor", "at": self._add(name, tensor), "dtype": dtype}
             return {**entry, "shape": shape, "requires_grad": value.requires_grad}
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufcmMSU":
+        if type(value) is np.ndarray and value.dtype.kind in "biufcmMSU":
             data = self._add(name, _as_bytes(value.tobytes()))
             return {"kind": "array", "at": data, "dtype": value.dtype.str, "shape": value.shape}
         if type(value) is np.ndarray and value.dtype.kind == "O":
@@ -178,12 +202,10 @@ class _Reader:
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], allow_pickle: bool) -> None:
         self.path, self.tensors, self.allow_pickle = path, tensors, allow_pickle
+        self.offsets: dict[str, torch.Tensor] = {}
 
     def decode_all(self, part: str, entries: list[tuple[Any, _Entry]]) -> dict[Any, Any]:
-        return {
-            tuple(key) if isinstance(key, list) else key: self._decode(f"{part}[{key!r}]", entry)
-            for key, entry in entries
-        }
+        return {_key(key): self._decode(f"{part}[{key!r}]", entry) for key, entry in entries}
 
     def _decode(self, name: str, entry: _Entry) -> Any:
         kind = entry["kind"]
@@ -194,8 +216,13 @@ class _Reader:
                 tensor = tensor.view(dtype)
             return tensor.reshape(entry["shape"]).requires_grad_(entry["requires_grad"])
         if kind == "jagged":
-            values, offsets = (self._decode(name, entry[part]) for part in ("values", "offsets"))
-            column = jagged(values, offsets, entry["ragged_idx"])
+            values, at = self._decode(name, entry["values"]), entry["offsets"]["at"]
+            if at not in self.offsets:
+                self.offsets[at] = self._decode(name, entry["offsets"])
+            column = jagged(values, self.offsets[at], entry["ragged_idx"])
+            return column.requires_grad_(entry["requires_grad"])
+        if kind == "strided":
+            column = from_strided_parts(self._decode(name, entry["elements"]), entry["shapes"])
             return column.requires_grad_(entry["requires_grad"])
         if kind == "array":
             data = self.tensors[entry["at"]].numpy()
@@ -216,6 +243,16 @@ class _Reader:
 
 def _as_bytes(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
+
+
+def _is_json_key(key: object) -> bool:
+    if type(key) is tuple:
+        return all(map(_is_json_key, key))
+    return key is None or type(key) in (bool, int, float, str)
+
+
+def _key(key: Any) -> Any:
+    return tuple(map(_key, key)) if isinstance(key, list) else key
 
 
 def _is_json(value: object) -> bool:

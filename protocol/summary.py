@@ -12,7 +12,7 @@ from protocol import columns
 from protocol.checks import short
 from protocol.columns import Column
 
-__all__ = ["data_info", "diff", "difference", "overview"]
+__all__ = ["data_info", "diff", "difference", "eq_note", "overview"]
 
 
 def overview(
@@ -73,8 +73,8 @@ def diff(part: str, a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[str]:
 def difference(a: object, b: object) -> str:
     """How two unequal values differ, in one line: their kinds, or the first row that differs."""
     if not isinstance(a, (torch.Tensor, np.ndarray)) or not isinstance(b, type(a)):
-        return f"{short(a)} here, {short(b)} there"
-    if columns.describe(a) != columns.describe(b) or a.ndim == 0:
+        return f"{short(a)} here, {short(b)} there{eq_note(a)}"
+    if columns.describe(a) != columns.describe(b) or a.ndim == 0 or not _has_rows(a):
         return f"{columns.describe(a)} here, {columns.describe(b)} there"
     differ = [
         i for i in range(columns.rows(a)) if not columns.equal(*(columns.row(c, i) for c in (a, b)))
@@ -86,8 +86,35 @@ def difference(a: object, b: object) -> str:
     for i, (here, there) in enumerate(zip(x, y, strict=False)):
         if not columns.equal(here, there):
             at = f"row {row}" if len(x) == 1 else f"row {row} element {i}"
-            return f"{count}, first {at}: {short(here, 40)} here, {short(there, 40)} there"
+            values = f"{short(here, 40)} here, {short(there, 40)} there"
+            return f"{count}, first {at}: {values}{eq_note(here)}"
     return f"{count}, first row {row}: {len(x)} elements here, {len(y)} there"
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or value.layout in (torch.strided, torch.jagged)
+
+
+def eq_note(value: object) -> str:
+    """What to add where values differ and equality means little: the class of one has no `__eq__`,
+    and what pickle would save of it differs, or cannot be pickled.
+    """
+    inside, seen = [value], set()
+    while inside:
+        one = inside.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Mapping):
+            inside += one.values()
+        elif isinstance(one, (list, tuple)):
+            inside += one
+        elif columns.lacks_eq(one) and one is not None:
+            name = type(one).__qualname__
+            return (
+                f" ({name} has no __eq__, and is not the same object or saved as the same pickle)"
+            )
+    return ""
 
 
 def _flat(row: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
 
 from protocol import checks, columns, dense, indices, summary, wire
 from protocol.columns import Column
@@ -75,14 +75,39 @@ class _Parts(_Fields):
             return dict(self._batch.tensors)
         return {} if self._batch is None else leaves(self._batch)
 
+    def _replace(self, tensors: Mapping[Any, Any], size: tuple[int, ...]) -> None:
+        """Hold these tensors instead, in the same TensorDict where there is one: others may have
+        asked for it. One that is locked keeps what it has.
+        """
+        held = self._batch
+        if not isinstance(held, TensorDict) or held.is_locked:
+            self._batch = self._unbuilt(tensors, size)
+            return
+        for key in [*held.keys()]:
+            del held[key]
+        held.update(dict(tensors))
+
     def _unbuilt(self, tensors: Mapping[Any, Any], size: tuple[int, ...]) -> Any:
-        """Other tensors on the same device; None if there are none here."""
-        return None if self._batch is None else _Unbuilt(tensors, size, self._batch.device)
+        """Other tensors on the same device; None if there are none here nor there."""
+        if self._batch is None:
+            return _Unbuilt(tensors, size, None) if tensors else None
+        return _Unbuilt(tensors, size, self._batch.device)
 
 
-@dataclass
+@dataclass(eq=False)
 class DataProtoItem(_Parts):
-    """One row: tensors without the batch dim, one object per array, the whole meta_info."""
+    """One row: tensors without the batch dim, one object per array, the whole meta_info.
+
+    Two are equal if all of that is; NaN equals NaN, devices do not matter.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DataProtoItem):
+            return NotImplemented
+        mine, theirs = ((i._tensors(), i.non_tensor_batch, i.meta_info) for i in (self, other))
+        return columns.equal(mine, theirs)
 
 
 @dataclass(eq=False, repr=False)
@@ -90,7 +115,9 @@ class Table(_Parts):
     """Columns of equal rows, of two kinds (tensors and arrays), and meta_info about all rows."""
 
     def __post_init__(self) -> None:
-        self.non_tensor_batch = checks.mapping("non_tensor_batch", self.non_tensor_batch)
+        arrays = checks.mapping("non_tensor_batch", self.non_tensor_batch)
+        files = {k: np.asarray(a) for k, a in arrays.items() if isinstance(a, np.memmap)}
+        self.non_tensor_batch = {**arrays, **files} if files else arrays
         self.meta_info = checks.mapping("meta_info", self.meta_info)
         self.check_consistency()
 
@@ -105,7 +132,15 @@ class Table(_Parts):
                 "a batch has one batch dim (num_batch_dims=1); "
                 f"got a TensorDict of batch_size {list(self._batch.batch_size)}"
             )
+        if isinstance(self._batch, LazyStackedTensorDict):
+            leaves(self._batch)
         for key, array in self.non_tensor_batch.items():
+            if type(array) is not np.ndarray and isinstance(array, np.ndarray):
+                raise BatchTypeError(
+                    f"non_tensor_batch[{key!r}] must be a plain ndarray, got "
+                    f"{type(array).__name__}, of which only the numbers would be joined and sent: "
+                    "np.asarray(x) are these; the mask of an array can be a column of its own"
+                )
             if not isinstance(array, np.ndarray):
                 raise BatchTypeError(
                     f"non_tensor_batch[{key!r}] must be an ndarray, got {type(array).__name__}: "
@@ -124,7 +159,8 @@ class Table(_Parts):
 
     def _map(self: _Self, function: Callable[[Any], Column], rows: int) -> _Self:
         """Apply a function to every column; each result has `rows` rows."""
-        tensors = {key: function(column) for key, column in self._tensors().items()}
+        before = self._tensors()
+        tensors = columns.combinable({key: function(c) for key, c in before.items()}, before)
         arrays = {key: function(column) for key, column in self.non_tensor_batch.items()}
         return self._new(tensors, arrays, rows)
 
@@ -134,7 +170,9 @@ class Table(_Parts):
         return columns.rows(next(iter(self.non_tensor_batch.values()), np.empty(0)))
 
     def __iter__(self) -> Iterator[DataProtoItem]:
-        return (self[i] for i in range(len(self)))
+        tensors = {key: columns.unbind(column) for key, column in self._tensors().items()}
+        arrays = dict(self.non_tensor_batch)
+        return (self._item(tensors, arrays, row) for row in range(len(self)))
 
     @overload
     def __getitem__(self, item: int | np.integer[Any]) -> DataProtoItem: ...
@@ -160,9 +198,16 @@ class Table(_Parts):
         if not -rows <= row < rows:
             raise RowIndexError(f"row {row} is out of range for a batch of {rows} rows")
         row %= rows
-        tensors = {key: columns.row(column, row) for key, column in self._tensors().items()}
-        arrays = {key: array[row] for key, array in self.non_tensor_batch.items()}
-        return DataProtoItem(self._unbuilt(tensors, ()), arrays, dict(self.meta_info))
+        tensors = {key: (columns.row(column, row),) for key, column in self._tensors().items()}
+        arrays = {key: array[row : row + 1] for key, array in self.non_tensor_batch.items()}
+        return self._item(tensors, arrays, 0)
+
+    def _item(
+        self, tensors: Mapping[Any, Sequence[Any]], arrays: Mapping[str, Array], row: int
+    ) -> DataProtoItem:
+        one = {key: rows[row] for key, rows in tensors.items()}
+        objects = {key: array[row] for key, array in arrays.items()}
+        return DataProtoItem(self._unbuilt(one, ()), objects, dict(self.meta_info))
 
     def _rows(self: _Self, index: Index) -> _Self:
         at = indices.normalize_index(index, len(self))
@@ -223,11 +268,12 @@ class Table(_Parts):
         return self._split(sizes)
 
     def _split(self: _Self, sizes: Sequence[int]) -> list[_Self]:
-        tensors = {key: columns.split(c, sizes) for key, c in self._tensors().items()}
+        before = self._tensors()
+        tensors = {key: columns.split(column, sizes) for key, column in before.items()}
         arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
         return [
             self._new(
-                {key: parts[i] for key, parts in tensors.items()},
+                columns.combinable({key: parts[i] for key, parts in tensors.items()}, before),
                 {key: parts[i] for key, parts in arrays.items()},
                 size,
             )
@@ -238,14 +284,14 @@ class Table(_Parts):
         """A new batch, with the last row repeated `count` more times.
 
         Raises:
-            BatchError: the batch is empty, so there is no row to repeat, or count is negative.
+            RowCountError: the batch is empty, so there is no row to repeat, or count is negative.
         """
         return self._padded(count, len(self) - 1)
 
     def _padded(self: _Self, count: int, row: int) -> _Self:
         count = checks.count("the number of padding rows", count, least=None)
         if count < 0 or (count and not len(self)):
-            raise BatchError(f"cannot add {count} padding rows to a batch of {len(self)} rows")
+            raise RowCountError(f"cannot add {count} padding rows to a batch of {len(self)} rows")
         index = torch.cat([torch.arange(len(self)), torch.full((count,), row)])
         return self._map(lambda column: columns.take(column, index), len(index))
 
@@ -260,14 +306,14 @@ class Table(_Parts):
 
     def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
         twin = self._map(lambda column: _deepcopy(column, memo), len(self))
-        twin.meta_info = copy.deepcopy(self.meta_info, memo)
+        twin.meta_info = dense.deepcopy(self.meta_info, memo)
         return twin
 
     def detached(self: _Self) -> _Self:
         """The same tensors without autograd's graph, with arrays and a meta_info of their own."""
         twin = self._map(dense.detached, len(self))
         twin.non_tensor_batch = {key: a.copy() for key, a in self.non_tensor_batch.items()}
-        twin.meta_info = copy.deepcopy({k: dense.detached(v) for k, v in self.meta_info.items()})
+        twin.meta_info = dense.deepcopy(self.meta_info)
         return twin
 
     def get_data_info(self) -> str:
@@ -310,7 +356,8 @@ class Table(_Parts):
 def _deepcopy(column: Column, memo: dict[int, Any]) -> Column:
     """A copy in its own memory; of a tensor, without the graph that computed it."""
     if not isinstance(column, torch.Tensor):
-        return copy.deepcopy(column, memo)
+        own: Column = dense.deepcopy(column, memo)
+        return own
     twin = columns.cat([column.detach()])
     return twin.requires_grad_(column.requires_grad) if isinstance(twin, torch.Tensor) else twin
 

@@ -12,7 +12,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict, is_non_tensor
 
 from protocol import checks, columns, tensordict_rows
 from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
-from protocol.keyed import require_same_keys
+from protocol.keyed import items, require_same_keys
 from protocol.nested import nested_tensor_from_tensor_list
 
 __all__ = [
@@ -174,7 +174,7 @@ def split_kinds(
     tensors: dict[str, Any] = {}
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     shared: dict[str, Any] = {}
-    for key, value in batch.items():
+    for key, value in items(batch):
         if isinstance(value, NonTensorStack):
             arrays[key] = columns.as_object_array(value.tolist())
         elif is_non_tensor(value):

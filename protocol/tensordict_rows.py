@@ -8,17 +8,16 @@ row, one object that all rows share, or again a TensorDict.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 
-from protocol import checks, columns
+from protocol import checks, columns, dense
 from protocol.columns import Column
 from protocol.errors import BatchError, RowCountError
-from protocol.keyed import require_same_keys
+from protocol.keyed import deciding, items, require_same_keys
 from protocol.nested import concat_nested_tensors
 from protocol.shards import check_sizes
 
@@ -107,7 +106,12 @@ def copy(td: TensorDict) -> TensorDict:
         own: Any = columns.cat([value.detach()]) if value.dim() else value.detach().clone()
         return own.requires_grad_(value.requires_grad)
 
-    return map_columns(td, twin, deepcopy)
+    def own(value: Any) -> Any:
+        if isinstance(value, NonTensorStack):
+            return stack([own(child) for child in value.unbind(0)])
+        return NonTensorData(dense.deepcopy(value.data), batch_size=value.batch_size)
+
+    return map_columns(td, twin, own)
 
 
 def map_columns(
@@ -123,7 +127,9 @@ def map_columns(
         is_inner = isinstance(value, TensorDictBase)
         return map_columns(value, tensors, objects) if is_inner else tensors(value)
 
-    return build({k: replaced(value) for k, value in td.items()}, td.batch_size, td.device)
+    before = dict(items(td))
+    after = columns.combinable({k: replaced(value) for k, value in before.items()}, before)
+    return build(after, td.batch_size, td.device)
 
 
 def _map(
@@ -141,15 +147,21 @@ def _map(
             return [stack([objects[row] for row in piece]) for piece in numbers]
         return _map(value, sizes, op) if isinstance(value, TensorDictBase) else op(value)
 
-    columns_of = {key: pieces(value) for key, value in td.items()}
+    before = dict(items(td))
+    columns_of = {key: pieces(value) for key, value in before.items()}
     return [
-        build({key: of[i] for key, of in columns_of.items()}, shape, td.device)
+        build(
+            columns.combinable({key: of[i] for key, of in columns_of.items()}, before),
+            shape,
+            td.device,
+        )
         for i, shape in enumerate(shapes)
     ]
 
 
 def concat(data: Sequence[TensorDict]) -> TensorDict:
-    """All rows of all TensorDicts. Of an object that all rows share, the first one's stays.
+    """All rows of all TensorDicts. Of an object that all rows share, the first one's stays; of a
+    TensorDict without rows nothing does, if others have rows.
 
     Raises:
         BatchError: a key holds values that do not go together.
@@ -157,6 +169,8 @@ def concat(data: Sequence[TensorDict]) -> TensorDict:
         RowCountError: a TensorDict without batch dim.
     """
     counts = [count_rows(td) for td in data]
+    chosen = deciding(counts, [td.keys() for td in data])
+    data, counts = [data[i] for i in chosen], [counts[i] for i in chosen]
     first = data[0]
     require_same_keys([td.keys() for td in data], "TensorDicts to concatenate", "shard")
     size = torch.Size([sum(counts), *first.batch_size[1:]])
@@ -164,7 +178,7 @@ def concat(data: Sequence[TensorDict]) -> TensorDict:
         key: _join(str(key), [value, *(td.get(key) for td in data[1:])], counts, size)
         for key, value in first.items()
     }
-    return build(joined, size, first.device)
+    return build(columns.combinable(joined, *(dict(items(td)) for td in data)), size, first.device)
 
 
 def _join(key: str, values: Sequence[Any], counts: Sequence[int], size: torch.Size) -> Any:

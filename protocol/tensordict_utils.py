@@ -1,8 +1,9 @@
 """veRL's functions on a bare TensorDict: the operations of DataProto where a batch is not one.
 
-A function that begins with `assign` or `pop` changes its TensorDict, and so does
-`maybe_fix_3d_position_ids`; all others return a new one that shares the tensors it did not have
-to copy. Values get in by `tensordict_build`; rows are cut and joined by `tensordict_rows`.
+A function that begins with `assign` or `pop` changes its TensorDict, and so do
+`union_tensor_dict` (its first) and `maybe_fix_3d_position_ids`; all others return a new one that
+shares the tensors it did not have to copy. Values get in by `tensordict_build`; rows are cut and
+joined by `tensordict_rows`.
 """
 
 from __future__ import annotations
@@ -118,10 +119,11 @@ def pop_keys(tensordict: TensorDict, keys: Iterable[str]) -> TensorDict:
 
 
 def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> TensorDict:
-    """The columns of both. Under a common key both must be equal; NaN equals NaN.
+    """`tensor_dict1`, to which the columns of `tensor_dict2` are added in place. Under a common key
+    both must be equal; NaN equals NaN.
 
     Raises:
-        ConflictError: a common key holds different values.
+        ConflictError: a common key holds different values; then nothing is added.
         RowCountError: the batch sizes differ.
     """
     checks.tensordict("tensor_dict1", tensor_dict1)
@@ -130,9 +132,11 @@ def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> Ten
             "Two tensor dict must have identical batch size. "
             f"Got {tensor_dict1.batch_size} and {tensor_dict2.batch_size}"
         )
-    union_columns(_plain(tensor_dict1), _plain(tensor_dict2))  # only for its check
-    values = {**dict(tensor_dict2.items()), **dict(tensor_dict1.items())}
-    return tensordict_rows.build(values, tensor_dict1.batch_size, tensor_dict1.device)
+    have = _plain(tensor_dict1)
+    for key in union_columns(have, _plain(tensor_dict2)):
+        if key not in have:
+            tensordict_rows.put(tensor_dict1, key, tensor_dict2.get(key))
+    return tensor_dict1
 
 
 def _plain(td: TensorDict) -> dict[str, Any]:

@@ -27,7 +27,14 @@ from protocol.blocks import (
     unpack_offsets,
     unpack_tensor,
 )
-from protocol.columns import jagged, jagged_parts
+from protocol.columns import (
+    from_strided_parts,
+    is_strided,
+    jagged,
+    jagged_parts,
+    strided_parts,
+)
+from protocol.dense import is_plain
 from protocol.errors import BatchError
 from protocol.ipc import LentTensor
 from protocol.tensordict_rows import build, stack
@@ -55,6 +62,12 @@ class _Jagged(NamedTuple):
     values: PackedTensor | LentTensor
     offsets: PackedTensor | LentTensor
     ragged_idx: int
+    requires_grad: bool
+
+
+class _Strided(NamedTuple):  # nested, too
+    elements: PackedTensor | LentTensor
+    shapes: list[tuple[int, ...]]
     requires_grad: bool
 
 
@@ -135,7 +148,7 @@ def pack_value(value: object) -> _Payload | None:
     if isinstance(value, TensorDict):
         return pack_tensordict(value)
     nested = isinstance(value, torch.Tensor) and value.is_nested
-    if not nested and (type(value) is not torch.Tensor or not _is_plain(value)):
+    if not nested and (type(value) is not torch.Tensor or not is_plain(value)):
         return None
     return WIRE_VERSION, _encode(value, message())
 
@@ -162,11 +175,14 @@ def _check(payload: _Payload) -> _Payload:
 
 def _encode(value: object, sent: Message) -> object:
     if isinstance(value, torch.Tensor):
+        if is_strided(value):
+            elements, shapes = strided_parts(value.detach())
+            return _Strided(sent.tensor(elements), shapes, value.requires_grad)
         if value.is_nested:
             values, offsets, ragged_idx = jagged_parts(value.detach())
             grad = value.requires_grad
-            return _Jagged(sent.tensor(values), sent.tensor(offsets), ragged_idx, grad)
-        return sent.tensor(value) if _is_plain(value) else value
+            return _Jagged(sent.tensor(values), sent.offsets(offsets, value), ragged_idx, grad)
+        return sent.tensor(value) if is_plain(value) else value
     if type(value) is np.ndarray and not value.dtype.hasobject and value.dtype.itemsize:
         return sent.array(value)
     if isinstance(value, NonTensorStack):
@@ -188,16 +204,6 @@ def _encode(value: object, sent: Message) -> object:
     return value
 
 
-def _is_plain(value: torch.Tensor) -> bool:
-    """Whether a tensor is one block of numbers in memory (not sparse, meta, distributed, ...)."""
-    return (
-        value.layout is torch.strided
-        and value.device.type != "meta"
-        and not value.is_quantized
-        and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
-    )
-
-
 def _decode(value: Any, how: Reading | None = None) -> Any:
     how = how or reading()
     if isinstance(value, PackedTensor | LentTensor):
@@ -205,6 +211,9 @@ def _decode(value: Any, how: Reading | None = None) -> Any:
     if isinstance(value, _Jagged):
         values, offsets = unpack_tensor(value.values, how), unpack_offsets(value.offsets, how)
         return jagged(values, offsets, value.ragged_idx).requires_grad_(value.requires_grad)
+    if isinstance(value, _Strided):
+        elements = unpack_tensor(value.elements, "join")
+        return from_strided_parts(elements, value.shapes).requires_grad_(value.requires_grad)
     if isinstance(value, PackedArray):
         return unpack_array(value, how)
     if type(value) is np.ndarray and value.dtype.kind == "O" and how != "view":
@@ -236,6 +245,6 @@ def _in_band(value: Any, seen: dict[int, Memory]) -> Any:
         return seen.setdefault(id(value), Memory(bytearray(value.data)))
     if isinstance(value, dict):
         return {key: _in_band(item, seen) for key, item in value.items()}
-    if isinstance(value, (PackedTensor, _Jagged, PackedArray, _TensorDict)):
+    if isinstance(value, (PackedTensor, _Jagged, _Strided, PackedArray, _TensorDict)):
         return type(value)(*(_in_band(item, seen) for item in value))
     return tuple(_in_band(item, seen) for item in value) if type(value) is tuple else value

@@ -100,7 +100,14 @@ def arguments(
 
 def _resolved(value: Any, envelope: Envelope, parcels: Sequence[ArrivedParcel]) -> Any:
     if isinstance(value, Slot):
-        return parcels[value.parcel].value(value.at)
+        found = parcels[value.parcel].value(value.at)
+        if value.lacks:
+            from protocol.batches import set_shared_values, shared_values
+
+            slots = {k: v for k, v in shared_values(found).items() if type(v) is Slot}
+            whole = {k: parcels[slot.parcel].value(slot.at) for k, slot in slots.items()}
+            set_shared_values(found, whole)
+        return found
     if isinstance(value, Late):
         return ray.get(value.ref)
     if isinstance(value, Enclosed):

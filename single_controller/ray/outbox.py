@@ -1,11 +1,13 @@
 """The values of one call as they travel: numbers and short texts within it, others in parcels, of
-which a large one is stored once for all ranks that get it."""
+which a large one is stored once for all ranks that get it; so is what their batches have in common.
+"""
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from math import inf
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -13,6 +15,7 @@ import ray
 from single_controller.base.explain import Carrier
 from single_controller.base.plan import Call
 from single_controller.base.rows import is_future
+from single_controller.errors import SendError
 from single_controller.ray.envelope import Late
 from single_controller.ray.parcel import Parcel, Slot, size_of
 from single_controller.ray.remote_batch import posted
@@ -22,12 +25,15 @@ __all__ = ["Outbox"]
 _INLINE = (int, float, bool, type(None), str, bytes)
 _INLINE_LENGTH = 1_000
 _SMALL = 16_384  # bytes that are sent several times sooner than stored once and fetched
-_FEW = 100
+
+_Readers = tuple[int, ...]
 
 
 class Outbox(Carrier):
     """Puts the values that the same ranks get into one parcel, and stores it once if these are
     several and it is not small. Within a parcel, tensors that share memory share the bytes.
+
+    What all ranks get within batches of their own (meta_info) is stored once likewise.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class Outbox(Carrier):
         offers: Mapping[str, Any] | None = None,
     ) -> None:
         self._reads_only, self._count, self._offers = reads_only, count, offers or {}
+        self._called = sum(call is not None for call in calls)
         ranks: dict[int, list[int]] = {}
         values: dict[int, Any] = {}
         for rank, call in enumerate(calls):
@@ -45,13 +52,14 @@ class Outbox(Carrier):
                 if not _travels_inline(value):
                     values[id(value)] = value
                     ranks.setdefault(id(value), []).append(rank)
-        self._values: dict[tuple[int, ...], list[Any]] = {}
-        self._places: dict[int, tuple[tuple[int, ...], int]] = {}
+        self._values: dict[_Readers, list[Any]] = {}
+        self._places: dict[int, tuple[_Readers, int]] = {}
         for key, readers in ranks.items():
             load = self._values.setdefault(tuple(dict.fromkeys(readers)), [])
             self._places[key] = tuple(dict.fromkeys(readers)), len(load)
             load.append(values[key])
-        self._parcels: dict[tuple[int, ...], Any] = {}
+        self._pickled: dict[_Readers, Parcel] = {}
+        self._parcels: dict[_Readers, Any] = {}
 
     def way(self, value: Any) -> str:
         if isinstance(value, ray.ObjectRef) or is_future(value):
@@ -59,7 +67,10 @@ class Outbox(Carrier):
         if id(value) not in self._places:
             return "within the call"
         readers, _ = self._places[id(value)]
-        return "by reference, stored once" if self._is_stored(readers) else "by value"
+        try:
+            return "by reference, stored once" if self._is_stored(readers) else "by value"
+        except SendError:  # there is no telling, and it will not leave
+            return "by value"
 
     def size(self, value: Any) -> int | None:
         return None if isinstance(value, ray.ObjectRef) else size_of(value)
@@ -70,7 +81,8 @@ class Outbox(Carrier):
         Raises:
             SendError: a value cannot be pickled.
         """
-        parcels: dict[tuple[int, ...], int] = {}
+        numbers: dict[_Readers, int] = {}
+        first = [] if self._common is None else [self._common[1]]
 
         def place(value: Any) -> Any:
             if isinstance(value, ray.ObjectRef):
@@ -80,53 +92,73 @@ class Outbox(Carrier):
             if id(value) not in self._places:
                 return value
             readers, at = self._places[id(value)]
-            return Slot(parcels.setdefault(readers, len(parcels)), at)
+            number = numbers.setdefault(readers, len(first) + len(numbers))
+            return Slot(number, at, bool(self._slots(readers, value)))
 
         placed = tuple(place(value) for value in call.values())
-        return placed, [self._parcel(readers) for readers in parcels]
+        return placed, first + [self._parcel(readers) for readers in numbers]
 
-    def _parcel(self, readers: tuple[int, ...]) -> Any:
+    @cached_property
+    def _common(self) -> tuple[dict[int, Slot], Any] | None:
+        """By id, where what all ranks get within batches of their own is in a parcel that goes
+        first with each call, and that parcel; None if it is small, or there is nothing.
+        """
+        holders: dict[int, set[int]] = {}
+        items: dict[int, Any] = {}
+        for readers, load in self._values.items():
+            for value in load if len(readers) < self._called else ():
+                for item in _shared(value).values():
+                    if not _travels_inline(item):
+                        items[id(item)] = item
+                        holders.setdefault(id(item), set()).update(readers)
+        common = [key for key in items if len(holders[key]) == self._called]
+        parcel = self._packed([items[key] for key in common]) if common else None
+        if parcel is None or parcel.size < _SMALL:
+            return None
+        return {key: Slot(0, at) for at, key in enumerate(common)}, ray.put(parcel)
+
+    def _slots(self, readers: _Readers, value: Any) -> dict[str, Slot]:
+        """What goes in place of what a value has in common with those of all ranks."""
+        if self._common is None or len(readers) == self._called:
+            return {}
+        slots, _ = self._common
+        shared = _shared(value).items()
+        return {key: slots[id(item)] for key, item in shared if id(item) in slots}
+
+    def _parcel(self, readers: _Readers) -> Any:
         if readers not in self._parcels:
-            parcel = Parcel(self._values[readers], self._reads_only, self._count)
-            self._parcels[readers] = ray.put(parcel) if self._is_stored(readers) else parcel
+            stored = self._is_stored(readers)
+            parcel = self._parcel_of(readers)
+            self._parcels[readers] = ray.put(parcel) if stored else parcel
         return self._parcels[readers]
 
-    def _is_stored(self, readers: tuple[int, ...]) -> bool:
-        return len(readers) > 1 and not _is_small(self._values[readers])
+    def _is_stored(self, readers: _Readers) -> bool:
+        return len(readers) > 1 and self._parcel_of(readers).size >= _SMALL
+
+    def _parcel_of(self, readers: _Readers) -> Parcel:
+        if readers not in self._pickled:
+            load = [_replaced(v, self._slots(readers, v)) for v in self._values[readers]]
+            self._pickled[readers] = self._packed(load)
+        return self._pickled[readers]
+
+    def _packed(self, values: Sequence[Any]) -> Parcel:
+        return Parcel(values, self._reads_only, self._count)
 
 
-def _is_small(value: Any) -> bool:
-    """Whether it is seen at once that a value takes few bytes."""
-    try:
-        return _left(value, _SMALL) >= 0
-    except Exception:  # a sparse tensor says nothing of its bytes, a lazy stack not what is in it
-        return False
+def _shared(value: Any) -> dict[str, Any]:
+    """What all rows of a batch share, by key; nothing for any other value."""
+    batches = sys.modules.get("protocol.batches")  # where it is not loaded, there are none
+    return batches.shared_values(value) if batches and batches.is_batch(value) else {}
 
 
-def _left(value: Any, budget: float, depth: int = 5) -> float:
-    """What is left of so many bytes; less than nothing where that is not seen at once."""
-    if isinstance(value, str | bytes):
-        return budget - len(value)
-    if isinstance(value, _INLINE):
-        return budget - 8
-    if hasattr(value, "non_tensor_batch"):
-        parts: Any = (value.batch, value.non_tensor_batch, value.meta_info)
-    elif isinstance(value, Mapping):
-        parts = list(chain.from_iterable(value.items()))
-    elif isinstance(value, list | tuple):
-        parts = value
-    elif getattr(value, "dtype", None) == "O":
-        parts = value.ravel()
-    else:
-        size = getattr(value, "nbytes", inf)
-        return budget - (size if isinstance(size, int) else inf)
-    if not depth or len(parts) > _FEW:
-        return -inf
-    for part in parts:
-        if budget < 0:
-            break
-        budget = _left(part, budget, depth - 1)
-    return budget
+def _replaced(value: Any, slots: Mapping[str, Slot]) -> Any:
+    if not slots:
+        return value
+    from protocol.batches import set_shared_values
+
+    twin = copy.copy(value)
+    set_shared_values(twin, slots)
+    return twin
 
 
 def _travels_inline(value: Any) -> bool:

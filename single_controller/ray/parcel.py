@@ -150,6 +150,11 @@ class Parcel:
         except Exception as error:
             raise SendError(f"its arguments cannot be sent: {error}") from error
 
+    @property
+    def size(self) -> int:
+        """The bytes that leave with it."""
+        return self._sent.size
+
     def __reduce__(self) -> tuple[Any, ...]:
         sent = self._sent
         self._count(sent.size)
@@ -196,10 +201,13 @@ class ArrivedParcel:
 
 
 class Slot(NamedTuple):
-    """Stands in a call for value number `at` of its parcel number `parcel`."""
+    """Stands in a call for value number `at` of its parcel number `parcel`. `lacks`: that is a
+    batch, in which slots stand for what is stored once for all ranks.
+    """
 
     parcel: int
     at: int
+    lacks: bool = False
 
 
 class Result:

@@ -63,7 +63,7 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _checksum(tensor: Any) -> int:
-    from protocol.columns import flat_bytes, is_nested, jagged_parts
+    from protocol.columns import elements, flat_bytes, is_nested
 
-    dense = jagged_parts(tensor)[0] if is_nested(tensor) else tensor
+    dense = elements(tensor) if is_nested(tensor) else tensor
     return zlib.crc32(flat_bytes(dense).numpy().data)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from protocol import DataProto
+from protocol.batches import shared_values
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray.shelf import Shelf
@@ -95,6 +96,13 @@ class Stage(Worker):
     @register(**LIST)
     def total(self, *data: DataProto) -> float:
         return float(sum(d.batch["x"].sum() for d in data))
+
+    @register(**LIST)
+    def shared(self, *data: DataProto) -> tuple[list[str], float, bool]:
+        found = [shared_values(one) for one in data]
+        values = found[0]["big"]
+        values += self.rank  # which no other rank sees
+        return list(found[0]), float(values[0]), all(one["big"] is values for one in found)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def give(self, x: Any) -> Any:

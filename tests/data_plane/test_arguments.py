@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from tensordict import TensorDict
 
 from protocol import BatchTypeError, DataProto
+from protocol.tensordict_utils import get_tensordict
 from single_controller import SharedMemoryWriteError
 from single_controller.ray import Colocated, RayWorkerGroup, pin
 from tests.data_plane.stage import batch, xs
@@ -44,6 +46,32 @@ def test_memory_that_several_arguments_show_leaves_once(three: RayWorkerGroup) -
     assert 6 <= sent(three, lambda: three.total(data, data.select(["x"]))) < 6.1
     assert 6 <= sent(three, lambda: three.give([data, data.batch["x"][1:]])) < 6.1
     assert three.total(data, data) == [MB] * 3
+
+
+@pytest.mark.parametrize("big", [torch.zeros(MB // 2), np.zeros(MB // 2, "f4")], ids=["t", "a"])
+def test_what_all_rows_share_leaves_once_for_all_ranks(three: RayWorkerGroup, big: Any) -> None:
+    data = DataProto.from_dict({"x": torch.ones(6)}, meta_info={"a": [1], "big": big, "z": "text"})
+    expected = [(["a", "big", "z"], rank, True) for rank in range(3)]
+    assert three.shared(data) == expected
+    assert 2 <= sent(three, lambda: three.shared(data)) < 2.1
+    assert 2 <= sent(three, lambda: three.shared(data, data, data[[5, 4, 3, 2, 1, 0]])) < 2.1
+    assert three.shared(data, data, data[[5, 4, 3, 2, 1, 0]]) == expected
+    td = get_tensordict({"x": torch.ones(6)}, {"big": big, "z": "text"})
+    assert 2 <= sent(three, lambda: three.shared(td)) < 2.1
+    assert three.shared(td) == [(["big", "z"], rank, True) for rank in range(3)]
+    assert [*data.meta_info] == ["a", "big", "z"]
+    assert data.meta_info["big"] is big
+    assert float(big[0]) == 0
+
+
+def test_what_takes_few_bytes_as_a_pickle_goes_with_each_call(three: RayWorkerGroup) -> None:
+    many = [None] * 5_000  # 10 kB, though it is long
+    assert three.explain("give", many).arguments[0].travels == "by value"
+    assert (
+        three.explain("give", [*range(10_000)]).arguments[0].travels == "by reference, stored once"
+    )
+    assert three.explain("give", threading.Lock()).arguments[0].travels == "by value"
+    assert three.give(many) == [many] * 3
 
 
 def test_a_pinned_batch_leaves_never_again(roles: Colocated, three: RayWorkerGroup) -> None:

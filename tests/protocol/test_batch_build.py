@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tensordict import NonTensorData, TensorDict
+from tensordict import NonTensorData, TensorDict, lazy_stack
 
 from protocol.data_proto import DataProto
 from protocol.errors import (
@@ -125,3 +126,24 @@ def test_empty_batches_are_legal_everywhere() -> None:
     assert data.group_by("s") == {}
     with pytest.raises(BatchError, match="cannot add 2 padding rows to a batch of 0 rows"):
         data.pad_rows(2)
+
+
+def test_arrays_that_are_more_than_their_numbers_are_refused_and_files_are_arrays(
+    tmp_path: Path,
+) -> None:
+    for array in (np.ma.array([1, 2], mask=[0, 1]), np.zeros(2).view(np.recarray)):
+        with pytest.raises(BatchTypeError, match=f"got {type(array).__name__}, of which only"):
+            DataProto.from_dict(None, {"x": array})
+    file = np.memmap(tmp_path / "x", "f4", "w+", shape=(3,))
+    column = DataProto.from_dict(None, {"x": file}).non_tensor_batch["x"]
+    assert type(column) is np.ndarray
+    assert np.shares_memory(column, file)
+
+
+def test_a_lazy_stack_of_rows_that_differ_is_refused_at_once() -> None:
+    rows = [TensorDict({"a": torch.zeros(n)}, []) for n in (2, 3)]
+    for build in (DataProto, DataProto.from_tensordict):
+        with pytest.raises(BatchTypeError, match="one shape per key: build a jagged column"):
+            build(lazy_stack(rows))
+    alike = DataProto(lazy_stack([rows[0], rows[0].clone()]))
+    assert alike[1:].batch["a"].shape == (1, 2)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
+from protocol import columns
 from protocol.batch_ops import (
     collate_fn,
     fold_batch_dim,
@@ -21,7 +22,13 @@ from protocol.batch_ops import (
     unpad_dataproto,
 )
 from protocol.data_proto import DataProto
-from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
+from protocol.errors import (
+    BatchError,
+    BatchTypeError,
+    ConflictError,
+    MissingKeyError,
+    RowCountError,
+)
 from protocol.keyed import union_numpy_dict
 from protocol.serialize import (
     deserialize_single_tensor,
@@ -78,16 +85,22 @@ def test_unfold_undoes_fold(sample: DataProto) -> None:
         fold_batch_dim(ragged, 2)
 
 
-def test_unions_of_dicts_are_new_and_refuse_differences() -> None:
+def test_unions_of_dicts_change_and_return_the_first_and_refuse_differences() -> None:
     a, b = (TensorDict({key: torch.ones(2)}, [2]) for key in "ab")
-    assert set(union_tensor_dict(a, b).keys()) == {"a", "b"}
-    assert set(a.keys()) == {"a"}
-    with pytest.raises(ConflictError, match="a in tensor_dict1 and tensor_dict2 are not the same"):
-        union_tensor_dict(a, TensorDict({"a": torch.zeros(2)}, [2]))
+    assert union_tensor_dict(a, b) is a
+    assert ([*a.keys()], [*b.keys()]) == (["a", "b"], ["b"])
+    same = "in tensor_dict1 and tensor_dict2 are not the same object."
+    with pytest.raises(ConflictError, match=f"^`a` {same} 2 of 2 rows differ"):
+        union_tensor_dict(a, TensorDict({"new": torch.ones(2), "a": torch.zeros(2)}, [2]))
+    assert [*a.keys()] == ["a", "b"]
     with pytest.raises(RowCountError, match="identical batch size"):
         union_tensor_dict(a, TensorDict({}, [3]))
     nan = {"x": np.array([None, float("nan")], dtype=object)}
-    assert union_numpy_dict(nan, {"x": nan["x"].copy(), "y": np.ones(2)}).keys() == {"x", "y"}
+    assert union_numpy_dict(nan, {"x": nan["x"].copy(), "y": np.ones(2)}) is nan
+    assert nan.keys() == {"x", "y"}
+    with pytest.raises(ConflictError, match=f"^`y` {same} 1 of 2 rows differ"):
+        union_numpy_dict(nan, {"z": np.ones(2), "y": np.arange(2.0)})
+    assert nan.keys() == {"x", "y"}
     with pytest.raises(
         BatchTypeError, match=r"tensor_dict2\['y'\] must be of type ndarray; got list"
     ):
@@ -116,10 +129,33 @@ def test_serialized_jagged_rows_look_as_in_verl() -> None:
         serialize_single_tensor(column)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_serialized_strided_rows_look_as_in_verl_and_come_back_strided() -> None:
+    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
+    batch = TensorDict({"n": torch.nested.nested_tensor(rows)}, [3])
+    sent = serialize_tensordict(batch)
+    assert sent[2]["n"][0] == "strided"
+    assert [row[1] for row in sent[2]["n"][1]] == [(2, 3), (3, 4), (1, 5)]
+    back = deserialize_tensordict(sent)
+    assert back["n"].layout is torch.strided
+    assert columns.equal(back, batch)
+
+
+def test_rows_that_hold_a_key_as_different_kinds_are_not_collated() -> None:
+    items = [
+        DataProto.from_dict({"x": torch.zeros(1), "k": torch.zeros(1)})[0],
+        DataProto.from_dict({"x": torch.zeros(1)}, {"k": ["text"]})[0],
+    ]
+    for rows in (items, items[::-1]):
+        with pytest.raises(MissingKeyError, match=r"same keys in batch; row 0 has .*row 1 has"):
+            collate_fn(rows)
+
+
 GATHER = """
 import sys, torch, torch.distributed as dist
 from protocol.batch_ops import all_gather_data_proto
 from protocol.data_proto import DataProto
+from protocol.errors import BatchError
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 rows = [3, 1][rank]
@@ -134,6 +170,26 @@ assert data.batch["a"][:, 0].tolist() == [0, 0, 0, 1]
 assert data.batch["j"].offsets().tolist() == [0, 2, 4, 6, 8]
 assert data.non_tensor_batch["s"].tolist() == ["0.0", "0.1", "0.2", "1.0"]
 assert data.meta_info == {"rank": rank}
+
+order = ["a", "b"] if rank else ["b", "a"]
+data = DataProto.from_dict({key: torch.zeros(1, dtype=torch.int64) for key in order})
+if rank:
+    data.batch["a"] = data.batch["a"].float()
+all_gather_data_proto(data, dist.group.WORLD)
+assert list(data.batch.keys()) == order
+assert data.batch["a"].dtype == torch.float32 and len(data) == 2
+
+data = DataProto.from_dict({"a": torch.ones(2)}, {"s": ["x", "y"]}) if rank else DataProto()
+all_gather_data_proto(data, dist.group.WORLD)
+assert data.batch["a"].tolist() == [1, 1] and data.non_tensor_batch["s"].tolist() == ["x", "y"]
+
+for wrong in ({"ab"[rank]: torch.zeros(1)}, {"a": torch.zeros(1, 1 + rank)}):
+    try:
+        all_gather_data_proto(DataProto.from_dict(wrong), dist.group.WORLD)
+    except BatchError as error:
+        assert "concatenate" in str(error)
+    else:
+        raise SystemExit("not refused")
 dist.destroy_process_group()
 """
 

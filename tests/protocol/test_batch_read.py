@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from protocol import columns
 from protocol.data_proto import DataProto
 from protocol.errors import (
     BatchError,
@@ -17,7 +18,7 @@ from protocol.errors import (
     MissingKeyError,
     RowIndexError,
 )
-from tests.protocol.conftest import make_column
+from tests.protocol.conftest import LAYOUTS, make_column
 
 
 def test_a_row_of_a_jagged_column_is_dense() -> None:
@@ -144,3 +145,21 @@ def test_two_equal_signs_compare_as_equal_does(sample: DataProto) -> None:
         assert sample != stranger
     with pytest.raises(TypeError, match="unhashable"):
         hash(sample)
+
+
+def test_items_are_compared_by_their_values(sample: DataProto) -> None:
+    twin = copy.deepcopy(sample)
+    assert sample[1] == twin[1]
+    assert sample[1] != twin[2]
+    assert sample[1] != "a row"
+    twin.meta_info["m"] = 2
+    assert sample[1] != twin[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_iterating_gives_the_rows_that_indexing_gives(layout: str) -> None:
+    column = make_column(5, layout, torch.float32)
+    data = DataProto.from_dict({"x": column}, {"o": [*range(5)]}, {"m": 1})
+    assert [*data] == [data[i] for i in range(5)]
+    assert columns.equal([item.batch["x"] for item in data], [*column.unbind()])
+    assert [*data[:0]] == []

@@ -17,6 +17,7 @@ from protocol.batches import (
     balanced_sizes,
     batch_rows,
     concat_batches,
+    copy_batch,
     equal_sizes,
     is_batch,
     lend_rows,
@@ -212,3 +213,29 @@ def test_what_is_no_column_of_numbers_is_private_to_who_joins_lent_rows(how: Any
     seen.non_tensor_batch["l"][0].append(7)
     seen.meta_info["k"].append(7)
     assert data.diff(lender()) == []
+
+
+@pytest.mark.parametrize("make", [proto, tensordict])
+def test_a_batch_without_rows_decides_nothing_of_the_whole(make: Make) -> None:
+    for empty in (slice_batch(make(2), 0, 0), make(0), select_keys(make(0), ["ids", "none"])):
+        assert ids(concat_batches([empty, make(3), empty])) == [0, 1, 2]
+    odd = get_tensordict({"other": torch.zeros(0)})
+    assert ids(concat_batches([odd, tensordict(2)])) == [0, 1]
+
+
+@pytest.mark.parametrize("make", [proto, tensordict])
+def test_a_union_of_batches_changes_neither(make: Make) -> None:
+    left, right = select_keys(make(2), ["ids"]), make(2)
+    assert ids(union_batches(left, right)) == [0, 1]
+    kept = left.batch if isinstance(left, DataProto) else left
+    assert kept is not None
+    assert [*kept.keys()] == ["ids"]
+
+
+def test_a_copy_of_shared_objects_has_no_graph() -> None:
+    graph = torch.ones(2, requires_grad=True) * 2
+    td = get_tensordict({"s": [{"x": graph}, None]}, {"k": [graph]})
+    twin = copy_batch(td)
+    for copied in (get(twin, "k")[0], get(twin, "s")[0]["x"]):
+        assert (copied.is_leaf, copied.tolist()) == (True, [2, 2])
+        assert copied.data_ptr() != graph.data_ptr()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import pickle
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,9 +115,12 @@ def test_split_gives_views(kind: str) -> None:
 @pytest.mark.parametrize(
     ("a", "b"),
     [
-        (torch.zeros(2), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float8_e4m3fn)),
         (torch.zeros(2, 3), torch.zeros(2, 4)),
-        (np.zeros(2), np.zeros(2, dtype=object)),
+        (np.zeros(2), np.array(["a", "b"])),
+        (np.zeros(2, "i8"), np.zeros(2, "m8[s]")),
+        (np.zeros(2, "i8"), np.zeros(2, "M8[s]")),
+        (np.zeros(2), np.zeros(2, [("a", "i4")])),
         (np.zeros((2, 1)), np.zeros(2)),
         (torch.zeros(2), np.zeros(2)),
         (make_column(2, "jagged", torch.float32), torch.zeros(2, 3, 2)),
@@ -143,13 +148,20 @@ def test_cat_of_nothing_and_bad_sizes_are_refused() -> None:
         columns.repeat(torch.zeros(3), -1, True)
 
 
-def test_a_strided_nested_tensor_becomes_jagged() -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
-        strided = torch.nested.nested_tensor([torch.ones(2, 3), torch.zeros(1, 3)])
-    taken = columns.take(strided, torch.tensor([1, 0]))
-    assert taken.layout is torch.jagged
-    assert as_list(taken) == [[[0.0] * 3], [[1.0] * 3] * 2]
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_rows_of_a_strided_nested_tensor_may_differ_in_several_dims() -> None:
+    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
+    column = torch.nested.nested_tensor(rows)
+    taken = columns.take(column, torch.tensor([2, 0]))
+    assert taken.layout is torch.strided
+    assert as_list(taken) == [[[1.0] * 5], [[1.0] * 3] * 2]
+    assert columns.equal(columns.cat(columns.split(column, [1, 2])), column)
+    assert not columns.equal(column, columns.take(column, torch.tensor([0, 1, 0])))
+    assert columns.nbytes(column) == 4 * (6 + 12 + 5)
+    assert columns.equal(columns.row(column, 1), rows[1])
+    assert columns.rows(columns.cat(columns.split(column, [0, 3])[:1])) == 0
+    jagged = columns.from_rows([torch.ones(2, 3), torch.zeros(1, 3)])
+    assert columns.equal(torch.nested.nested_tensor([*jagged.unbind()]), jagged)
 
 
 def test_from_rows_finds_the_ragged_dim_or_is_told() -> None:
@@ -253,11 +265,51 @@ def test_equal(a: object, b: object, expected: bool) -> None:
 
 
 def test_equal_does_not_trust_an_object_that_cannot_be_compared() -> None:
-    class Odd:
+    class Odd(SimpleNamespace):
         def __eq__(self, other: object) -> bool:
             raise ValueError("ambiguous")
 
-    assert not columns.equal(Odd(), Odd())
+    assert not columns.equal(Odd(x=1), Odd(x=2))
+    assert columns.equal(Odd(x=np.ones(2)), Odd(x=np.ones(2)))
+
+
+class NoEq:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize("kind", [NoEq, Slotted])
+def test_objects_whose_class_has_no_eq_are_equal_if_what_is_pickled_of_them_is(kind: Any) -> None:
+    lock = threading.Lock()
+    assert columns.equal(kind([1.0, float("nan")]), kind([1.0, float("nan")]))
+    assert columns.equal(
+        kind({"t": torch.ones(2)}), pickle.loads(pickle.dumps(kind({"t": torch.ones(2)})))
+    )
+    assert columns.equal(kind(lock), kind(lock))
+    assert not columns.equal(kind(1), kind(2))
+    assert not columns.equal(kind(lock), kind(threading.Lock()))
+    assert not columns.equal(NoEq(1), Slotted(1))
+    loops = [kind(None), kind(None)]
+    for one in loops:
+        one.value = one
+    assert columns.equal(*loops)
+
+
+def test_masks_and_sparse_tensors_count_in_equality() -> None:
+    masked = np.ma.array([1, 2], mask=[False, True])
+    assert columns.equal(masked, np.ma.array([1, 3], mask=[False, True]))
+    assert not columns.equal(masked, np.ma.array([1, 2]))
+    sparse = torch.eye(2).to_sparse()
+    assert columns.equal(sparse, torch.eye(2).to_sparse())
+    assert not columns.equal(sparse, (2 * torch.eye(2)).to_sparse())
+    assert not columns.equal(sparse, torch.eye(2))
 
 
 def test_jagged_columns_that_split_rows_differently_differ() -> None:

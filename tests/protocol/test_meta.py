@@ -68,6 +68,22 @@ def test_union_keeps_all_keys_and_refuses_differences() -> None:
     assert issubclass(ConflictError, (BatchError, AssertionError, ValueError))
 
 
+def test_a_conflict_of_objects_says_that_their_class_has_no_eq() -> None:
+    class Tag:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    assert meta.merge([{"k": [Tag("a")]}, {"k": [Tag("a")]}]).keys() == {"k"}
+    assert meta.union({"k": Tag("a")}, {"k": Tag("a")}).keys() == {"k"}
+    with pytest.raises(ConflictError, match="Tag has no __eq__"):
+        meta.merge([{"k": [Tag("a")]}, {"k": [Tag("b")]}])
+    with pytest.raises(ConflictError, match="Tag has no __eq__"):
+        meta.union({"k": Tag("a")}, {"k": Tag("b")})
+    with pytest.raises(ConflictError) as caught:
+        meta.merge([{"k": [1, "a", None]}, {"k": [2, "a", None]}])
+    assert "__eq__" not in str(caught.value)
+
+
 def test_short_fits_on_one_line() -> None:
     assert short(torch.zeros(2, 2)) == "tensor([[0., 0.], [0., 0.]])"
     assert len(short("x" * 1000)) == 80

@@ -135,3 +135,29 @@ def test_what_was_loaded_does_not_depend_on_the_file(path: Path, sample: DataPro
     path.write_bytes(b"")
     loaded.batch["a"].add_(1)
     assert loaded.batch["a"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_keys_of_meta_info_come_back_as_they_were_or_are_refused(path: Path) -> None:
+    meta = {("a", ("b", 1)): 1, 2: "two", None: 3, 1.5: 4, True: 5}
+    DataProto(meta_info=meta).save_to_disk(path)
+    assert DataProto.load_from_disk(path).meta_info == meta
+    for key in (b"bytes", frozenset("a"), ("a", b"b")):
+        with pytest.raises(StorageError, match="rename or pop it"):
+            DataProto(meta_info={key: 1}).save_to_disk(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.ma.array([1, 2], mask=[False, True]),
+        torch.eye(2).to_sparse(),
+    ],
+    ids=["masked", "sparse"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_more_than_its_numbers_is_pickled_whole(path: Path, value: object) -> None:
+    data = DataProto(meta_info={"x": value})
+    with pytest.raises(StorageError, match="allow_pickle"):
+        data.save_to_disk(path)
+    data.save_to_disk(path, allow_pickle=True)
+    assert DataProto.load_from_disk(path, allow_pickle=True).diff(data) == []

@@ -163,3 +163,14 @@ def test_without_batch_dim_a_list_may_have_any_length() -> None:
 def test_a_list_of_another_length_is_refused_by_key() -> None:
     with pytest.raises(RowCountError, match="k needs one element for each of 2 rows; got 3"):
         tu.assign_non_tensor(make(2), k=[1, 2, 3])
+
+
+def test_a_stack_of_another_length_is_a_runtime_error_too() -> None:
+    td = tu.get_tensordict({"x": torch.zeros(2)})
+    for assign in (
+        lambda: tu.assign_non_tensor_stack(td, "s", ["only"]),
+        lambda: tu.assign_non_tensor(td, s=["only"]),
+    ):
+        with pytest.raises(RuntimeError, match="one element for each of 2 rows; got 1") as caught:
+            assign()
+        assert isinstance(caught.value, RowCountError)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from hypothesis import given
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from protocol import columns, wire
+from protocol import columns, tensordict_rows, tensordict_utils, wire
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError
+from protocol.serialize import deserialize_tensordict, serialize_tensordict
 from tests.protocol.conftest import DTYPES, LAYOUTS, batches, make_column
 
 
@@ -136,11 +138,76 @@ def test_columns_that_show_the_same_memory_cross_once_and_arrive_independent() -
     assert columns.equal(in_band.batch["prompt"], tokens[:, :60])
 
 
-def test_jagged_columns_with_common_offsets_can_be_combined_on_arrival() -> None:
-    column = make_column(5, "jagged", torch.float32)
-    data = DataProto.from_dict({"x": column, "y": column * 2})
-    arrived = receive(send(data)).batch
-    assert columns.equal(arrived["x"] + arrived["y"], column * 3)
+def test_views_of_one_memory_in_elements_of_several_sizes_arrive() -> None:
+    a = torch.arange(10, dtype=torch.uint8).view(2, 5)
+    b = a.view(-1)[:8].view(torch.float32).view(2, 1)
+    data = DataProto.from_dict({"a": a, "b": b, "c": a.view(-1)[2:6].view(torch.int16).view(2, 1)})
+    for how in ("own", "join", "view"):
+        with wire.read_as(how):  # type: ignore[arg-type]
+            assert data.diff(receive(send(data))) == []
+    assert data.diff(pickle.loads(pickle.dumps(data, 4))) == []
+
+
+def concat_of_arrived(data: DataProto) -> DataProto:
+    with wire.read_as("join"):
+        return DataProto.concat([receive(send(shard)) for shard in data.chunk(2)])
+
+
+def stored(data: DataProto, path: Path) -> DataProto:
+    data.save_to_disk(path)
+    return DataProto.load_from_disk(path)
+
+
+@pytest.mark.parametrize("layout", ["jagged", "jagged2", "holes"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda data, path: receive(send(data)),
+        lambda data, path: receive(send(data.slice(1, 3))),
+        lambda data, path: concat_of_arrived(data),
+        lambda data, path: pickle.loads(pickle.dumps(data, 4)),
+        lambda data, path: data.slice(1, 3),
+        lambda data, path: data[[3, 0]],
+        lambda data, path: data.chunk(2)[1],
+        lambda data, path: data.select(["x", "y", "leaf"]),
+        lambda data, path: DataProto.concat([data, *data.chunk(4)]),
+        lambda data, path: copy.deepcopy(data),
+        lambda data, path: data.repeat(2),
+        lambda data, path: data.detached(),
+        lambda data, path: stored(data, path),
+        lambda data, path: DataProto(tensordict_utils.chunk_tensordict(data.batch, 2)[1]),
+        lambda data, path: DataProto(tensordict_utils.concat_tensordict([data.batch, data.batch])),
+        lambda data, path: DataProto(tensordict_rows.copy(data.batch)),
+        lambda data, path: DataProto(deserialize_tensordict(serialize_tensordict(data.batch))),
+    ],
+)
+def test_jagged_columns_with_common_offsets_can_still_be_combined(
+    layout: str, verb: Any, tmp_path: Path
+) -> None:
+    column = make_column(4, layout, torch.float32)
+    leaf = (column * 3).requires_grad_()
+    data = DataProto.from_dict({"x": column, "y": column * 2, "leaf": leaf})
+    made = verb(data, tmp_path / "batch").batch
+    assert columns.equal((made["x"] + made["y"]).detach(), (made["x"] * 3).detach())
+    assert columns.equal((made["x"] + made["y"]).detach(), made["leaf"].detach())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_a_strided_nested_tensor_arrives_in_one_buffer_and_as_one(tmp_path: Path) -> None:
+    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
+    nested = torch.nested.nested_tensor(rows, requires_grad=True)
+    data = DataProto.from_dict({"n": nested, "none": nested.detach()}, meta_info={"m": nested})
+    sent = send(data)
+    assert sum(len(buffer) for buffer in sent[1]) <= 3 * 4 * 23
+    arrived = [receive(sent), pickle.loads(pickle.dumps(data, 4)), copy.deepcopy(data)]
+    for twin in (*arrived, concat_of_arrived(data[[0, 1, 2, 2]])[:3], stored(data, tmp_path / "b")):
+        assert twin.diff(data) == []
+        assert twin.batch["n"].layout is torch.strided
+    assert all(twin.batch["n"].requires_grad for twin in arrived)
+    assert receive(send(data[:0])).batch["n"].size(0) == 0
+    packed = wire.pack_value(nested)
+    assert packed is not None
+    assert columns.equal(wire.unpack_value(receive(send(packed))), nested)
 
 
 def test_batches_of_one_message_share_its_buffers() -> None:
