@@ -63,6 +63,9 @@ class RayPending(Pending):
             raise
         return [outputs[i] for i in self._answers]
 
+    async def arrive(self) -> bool:
+        return await patience.arrived(self._refs, self._limit.left(None))
+
     def done(self) -> bool:
         ready, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0, fetch_local=False)
         return len(ready) == len(self._refs)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -11,10 +15,11 @@ from ray.util.placement_group import PlacementGroup
 
 from single_controller.base.progress import patiently
 
-__all__ = ["countable", "get", "missing", "placed"]
+__all__ = ["arrived", "countable", "get", "missing", "placed"]
 
 _MOST_NAMED = 8
 _LONGEST_S = 1e9
+_LOOK_S = 1.0  # how often an `await` looks whether Ray is still there
 
 
 def countable(timeout_s: float | None) -> float | None:
@@ -31,6 +36,32 @@ def get(refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence
 
     limit = countable(timeout_s)
     return patiently(attempt, GetTimeoutError, limit, lambda: _standing(refs, what, ranks))
+
+
+async def arrived(refs: Sequence[Any], timeout_s: float | None) -> bool:
+    """Wait on the running event loop until all are here, one has failed, or the time is up;
+    whether all are here. No thread waits.
+    """
+    loop, left = asyncio.get_running_loop(), len(refs)
+    well: asyncio.Future[bool] = loop.create_future()
+
+    def note(failed: bool) -> None:
+        nonlocal left
+        left -= 1
+        if (failed or not left) and not well.done():
+            well.set_result(not failed)
+
+    def tell(future: Future[Any]) -> None:  # in a thread of Ray's
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(note, future.exception() is not None)
+
+    # The values are left: to read them as they are to be read, `get` has to.
+    for ref in refs:
+        ref.future().add_done_callback(tell)
+    deadline = time.monotonic() + (_LONGEST_S if timeout_s is None else timeout_s)
+    while not well.done() and ray.is_initialized() and (seconds := deadline - time.monotonic()) > 0:
+        await asyncio.wait([well], timeout=min(seconds, _LOOK_S))
+    return well.done() and well.result()
 
 
 def missing(refs: Sequence[Any], timeout_s: float, what: str) -> list[int]:

@@ -164,6 +164,17 @@ class RemoteBatch:
         assert batch is not None, f"{self.token} is neither here nor published"
         return batch
 
+    async def arrive(self, whole: bool) -> bool:
+        """Wait on the running event loop for the rows of all ranks, or for the `whole` batch to be
+        here; whether they came in time.
+        """
+        lease, refs = self.lease, self.call.refs
+        limit = lease.limit.left(None) if lease else None
+        if whole and kept_here(self.token) is None:
+            refs = [lease.publish(self.site.rank) if lease else self.offer]
+            limit = lease.limit.seconds if lease else None
+        return await patience.arrived(refs, limit) if whole or not self.call.known else True
+
     def _read(self, ref: Any, start: int, stop: int, timeout: float | None) -> Any:
         from protocol.batches import lend_rows
         from protocol.wire import read_as, reading

@@ -90,6 +90,9 @@ class _WithRayReferences(Pending):
     def wait(self, timeout_s: float | None) -> list[Any]:
         return self._pending.wait(timeout_s)
 
+    async def arrive(self) -> bool:
+        return await self._pending.arrive()
+
     def done(self) -> bool:
         return self._pending.done()
 
