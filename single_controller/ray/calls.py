@@ -45,6 +45,7 @@ class RayPending(Pending):
         self._limit = limit
 
     def wait(self, timeout_s: float | None) -> list[Any]:
+        self._hosts.check_current()
         left = self._limit.left(timeout_s)
         try:
             with counting(lambda size: self._record.count("bytes_in", size)):
@@ -64,9 +65,12 @@ class RayPending(Pending):
         return [outputs[i] for i in self._answers]
 
     async def arrive(self) -> bool:
+        self._hosts.check_current()
         return await patience.arrived(self._refs, self._limit.left(None))
 
     def done(self) -> bool:
+        if self._hosts.gone:
+            return True
         ready, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0, fetch_local=False)
         return len(ready) == len(self._refs)
 

@@ -28,6 +28,7 @@ from single_controller.ray.failure import (
 )
 from single_controller.ray.host import HostInfo
 from single_controller.ray.nodes import beside
+from single_controller.ray.patience import GONE, session
 from single_controller.ray.process import ExitWatch, ProcessInfo, end
 from single_controller.ray.stacks import readable
 from single_controller.ray.tracing import left
@@ -54,6 +55,7 @@ class Hosts:
     ) -> None:
         self.handles, self.names, self.infos = list(handles), list(names), list(infos)
         self.address = address
+        self._session = session()
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
         self._callables: dict[tuple[str, str, int], list[Any]] = {}
         self._caller = uuid.uuid4().hex
@@ -119,12 +121,14 @@ class Hosts:
         Only hosts with a loop can be asked: another one reads nothing until its call returns, and
         Ray runs what is queued there even after `ray.cancel`.
         """
-        for rank, turn in turns.items():
+        for rank, turn in turns.items() if not self.gone else ():
             self.handles[rank].drop.remote(turn)
-        return bool(turns)
+        return bool(turns) and not self.gone
 
     def find_dead(self) -> WorkerDiedError | None:
         """A rank whose process has ended, if there is one; the group is broken from then on."""
+        if self.closed or self.gone:
+            return None
         for rank, (handle, info) in enumerate(zip(self.handles, self.infos, strict=True)):
             found = actors(handle._actor_id.hex())
             if found["State"] == "DEAD" and not self.closed:
@@ -137,7 +141,8 @@ class Hosts:
 
     def states(self) -> list[RankState]:
         """How each rank is; a rank whose group takes no calls is broken, or dead."""
-        dead = [self.closed or self._is_dead(rank) for rank in range(len(self.infos))]
+        ended = self.closed or self.gone
+        dead = [ended or self._is_dead(rank) for rank in range(len(self.infos))]
         return ["dead" if gone else "broken" if self.broken else "alive" for gone in dead]
 
     def _is_dead(self, rank: int) -> bool:
@@ -165,7 +170,11 @@ class Hosts:
     def stacks(self, ranks: Iterable[int] | None = None) -> dict[int, str]:
         """By rank, the Python stacks of the threads that run the user's code, whatever the
         process is doing; with `async def` methods, what their coroutines await as well.
+
+        Raises:
+            GroupBrokenError: Ray was shut down.
         """
+        self.check_there()
         chosen = range(len(self.infos)) if ranks is None else list(ranks)
         processes = self.processes
         awaited = self._awaited(chosen)
@@ -187,6 +196,7 @@ class Hosts:
         """Raise GroupBrokenError where a call could not be trusted, or would wait for ever."""
         if self.closed_because is not None:
             raise GroupBrokenError(self.closed_because)
+        self.check_there()
         if self.broken is None and not self.settle(0):
             why = self._running[0][2]
             self._end_stuck(stuck_ranks(self._processes_of(self._running)), why)
@@ -200,9 +210,20 @@ class Hosts:
             raise GroupBrokenError(f"{self.broken}. restart() the group, or close() it")
 
     def check_current(self) -> None:
-        """Raise GroupBrokenError where other hosts have taken over."""
+        """Raise GroupBrokenError where other hosts have taken over, or Ray was shut down."""
         if self.retired:
             raise GroupBrokenError(self.closed_because)
+        self.check_there()
+
+    @property
+    def gone(self) -> bool:
+        """Whether Ray was shut down since: a later one knows nothing of these hosts."""
+        return session() != self._session
+
+    def check_there(self) -> None:
+        """Raise GroupBrokenError where Ray was shut down."""
+        if self.gone:
+            raise GroupBrokenError(GONE)
 
     def _processes_of(self, running: Iterable[tuple[int, Any, str]]) -> dict[int, ProcessInfo]:
         processes = self.processes
@@ -221,6 +242,8 @@ class Hosts:
         """Note what a failed call means for the group; the error to raise."""
         if self.closed_because is not None:
             return GroupBrokenError(self.closed_because)
+        if self.gone:
+            return GroupBrokenError(GONE)
         diagnosis = diagnose(error, refs, sites, self.processes)
         first = diagnosis.error
         if diagnosis.own_death and isinstance(first, WorkerDiedError):
@@ -280,7 +303,7 @@ class Hosts:
     def close(self, why: str = "the group is closed") -> None:
         """End all processes and wait until they are gone; calls then raise GroupBrokenError."""
         was_closed, self.closed_because = self.closed, self.closed_because or why
-        if not was_closed and ray.is_initialized():
+        if not was_closed and not self.gone:
             left(self)
             end_processes(self.handles, list(self.processes.values()), _END_S)
             _read([ref for _, ref, _ in self._running])

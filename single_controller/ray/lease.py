@@ -133,8 +133,8 @@ class Lease:
         return self._noted(Publication(sent[0], sent[1], lends))
 
     def _noted(self, published: Publication) -> Any:
-        size = published.size
-        self._record.count_later("bytes_between", lambda: _value_if_ready(size))
+        size, hosts = published.size, self.hosts
+        self._record.count_later("bytes_between", lambda: 0 if hosts.gone else _if_ready(size))
         return published.batch
 
     def read(self) -> Any:
@@ -144,6 +144,7 @@ class Lease:
     @contextmanager
     def current(self) -> Generator[None, None, None]:
         """Raises GroupBrokenError, whatever else goes wrong or does not, after a restart."""
+        self.hosts.check_current()
         try:
             yield
         except Exception:
@@ -152,7 +153,7 @@ class Lease:
         self.hosts.check_current()
 
 
-def _value_if_ready(ref: Any) -> int | None:
+def _if_ready(ref: Any) -> int | None:
     ready, _ = ray.wait([ref], timeout=0)
     if not ready:
         return None
@@ -180,6 +181,8 @@ def _releaser() -> SimpleQueue[_Gone]:
 def _release_all() -> None:
     while True:
         hosts, token, publications, borrowers, unread = _queue.get()
+        if hosts.gone:
+            continue
         for habit in unread:
             hosts.read_elsewhere.pop(habit, None)
         if borrowers:

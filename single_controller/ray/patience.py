@@ -14,12 +14,28 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup
 
 from single_controller.base.progress import patiently
+from single_controller.errors import GroupBrokenError
 
-__all__ = ["arrived", "countable", "get", "missing", "placed"]
+__all__ = ["GONE", "arrived", "countable", "get", "missing", "placed", "session"]
+
+GONE = (
+    "Ray was shut down in this process, and this is of the time before: ray.init(), and make a new "
+    "group; detached ones can be attached to again"
+)
 
 _MOST_NAMED = 8
 _LONGEST_S = 1e9
 _LOOK_S = 1.0  # how often an `await` looks whether Ray is still there
+
+
+def session() -> tuple[str, str] | None:
+    """Which `ray.init()` this is, by node and job; None without one. Nearly all of Ray's functions
+    would start it where it is not: whatever was made in a session asks this before it uses any.
+    """
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
 
 
 def countable(timeout_s: float | None) -> float | None:
@@ -28,8 +44,14 @@ def countable(timeout_s: float | None) -> float | None:
 
 
 def get(refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence[int]) -> list[Any]:
-    """`ray.get(refs, timeout=timeout_s)`; the references are of `ranks`, which do `what`."""
+    """`ray.get(refs, timeout=timeout_s)`; the references are of `ranks`, which do `what`.
+
+    Raises:
+        GroupBrokenError: Ray was shut down.
+    """
     refs = list(refs)
+    if not ray.is_initialized():
+        raise GroupBrokenError(GONE)
 
     def attempt(seconds: float | None) -> list[Any]:
         return list(ray.get(refs, timeout=seconds))
@@ -101,7 +123,7 @@ def _awaited(refs: list[Any], ranks: Sequence[int], seconds: float | None) -> li
 
 
 def _standing(refs: list[Any], what: str, ranks: Sequence[int]) -> str:
-    left = _awaited(refs, ranks, 0)
+    left = _awaited(refs, ranks, 0) if ray.is_initialized() else []
     named = ", ".join(map(str, left[:_MOST_NAMED])) + (" …" if len(left) > _MOST_NAMED else "")
     waits = f", waiting for {named}" if left else ""
     return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready{waits}"

@@ -169,6 +169,8 @@ class RemoteBatch:
         here; whether they came in time.
         """
         lease, refs = self.lease, self.call.refs
+        if lease is not None:
+            lease.hosts.check_current()
         limit = lease.limit.left(None) if lease else None
         if whole and kept_here(self.token) is None:
             refs = [lease.publish(self.site.rank) if lease else self.offer]

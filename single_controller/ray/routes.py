@@ -52,6 +52,9 @@ def route(calls: Sequence[Call | None], hosts: Hosts, materialize: bool, wait_s:
                         batches[origin.token] = origin
                         readers.setdefault(origin.token, []).append((rank, value))
     needs = _Needs(batches.values(), wait_s)
+    for batch in batches.values():
+        if batch.lease is not None:
+            batch.lease.hosts.check_current()
     for token, batch in batches.items():
         own = batch.lease is not None and batch.lease.hosts is hosts
         at = batch.site.rank if own else None

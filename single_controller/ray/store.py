@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from single_controller import checks
+from single_controller.ray.placement import check_started
 
 __all__ = ["parallel_put"]
 
@@ -19,10 +20,12 @@ def parallel_put(data_list: Sequence[Any], max_workers: int | None = None) -> li
 
     Raises:
         ValueError: `data_list` is empty. TypeError: it is no list.
+        ResourceError: Ray has not been started.
     """
     checks.instance(Collection, "data_list", data_list, "a list of values")
     if not data_list:
         raise ValueError("data_list must hold at least one value; got none")
+    check_started()
     workers = max_workers or min(len(data_list), os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(ray.put, data_list))

@@ -291,12 +291,12 @@ class RayWorkerGroup(HostGroup[W]):
 
 
 def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_s: float) -> Hosts:
+    check_started()
     if not handles:
         if not names:
             raise ValueError(
                 "a group needs a resource_pool to start on, or worker_names or worker_handles of "
                 "running hosts; none was found"
             )
-        check_started()
         handles = [ray.get_actor(name) for name in names]
     return Hosts.attach(handles, names or [], timeout_s)
