@@ -60,9 +60,16 @@ class WorkerGroup(abc.ABC, Generic[W]):
     @abc.abstractmethod
     def world_size(self) -> int: ...
 
+    def _usable(self) -> Any:
+        """What one call goes to, taken before it is dispatched: a restart in between must not send
+        the plan for the former ranks to others. Raises GroupBrokenError where no call can be taken.
+        """
+        return None
+
     @abc.abstractmethod
     def _submit(
         self,
+        hosts: Any,
         method: str,
         calls: Sequence[Call | None],
         answers: Sequence[int],
@@ -75,7 +82,8 @@ class WorkerGroup(abc.ABC, Generic[W]):
         awaited: bool = False,
         transport: Transport = "host",
     ) -> Pending:
-        """Send each rank its call, and count in `record` the bytes that leave.
+        """Send each rank its call, and count in `record` the bytes that leave. `hosts` are those
+        that `_usable` gave.
 
         `deferred`: outputs stay where they are until asked for, then they go by `transport`.
         `awaited`: the caller waits for the result at once.
@@ -83,6 +91,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
 
         Raises:
             SendError: an argument cannot be pickled; then nothing was sent.
+            GroupBrokenError: the group was restarted meanwhile.
         """
 
     @abc.abstractmethod
@@ -117,6 +126,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         awaited: bool = False,
     ) -> tuple[Plan, Pending]:
         with record.span("dispatch"):
+            hosts = self._usable()
             _, plan, calls = self._dispatch(method, args, kwargs)
             answers, ranks = plan.answers, method.call_options.ranks
             if ranks:
@@ -125,6 +135,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 answers = tuple(ranks[i] for i in answers)
             try:
                 pending = self._submit(
+                    hosts,
                     method.binding.name,
                     calls,
                     answers,
@@ -195,11 +206,12 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """The layout that a mode needs; a mesh is asked for once, from the workers."""
         if mode.mesh is None:
             return self._flat_layout()
-        if mode.mesh not in self._layouts:
+        layouts = self._layouts  # which a restart replaces
+        if mode.mesh not in layouts:
             dp_ranks = self.execute_all_sync("_query_dispatch_info", mode.mesh)
             collects = self.execute_all_sync("_query_collect_info", mode.mesh)
-            self._layouts[mode.mesh] = Layout(tuple(dp_ranks), tuple(collects), max(dp_ranks) + 1)
-        return self._layouts[mode.mesh]
+            layouts[mode.mesh] = Layout(tuple(dp_ranks), tuple(collects), max(dp_ranks) + 1)
+        return layouts[mode.mesh]
 
     def _flat_layout(self) -> Layout:
         layout = self._layouts.get("")
@@ -326,10 +338,13 @@ class WorkerGroup(abc.ABC, Generic[W]):
         known = self._worker_cls is None or callable(getattr(self._worker_cls, method_name, None))
         if not self.role or not known:
             raise UnknownMethodError(self._explain_missing(method_name))
+        hosts = self._usable()
         plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
         record = self._recorder.call(self.role, method_name)
         try:
-            pending = self._submit(method_name, calls, plan.answers, CallOptions(), record=record)
+            pending = self._submit(
+                hosts, method_name, calls, plan.answers, CallOptions(), record=record
+            )
         except SendError as error:
             title = f"{self.role}.{method_name}"
             found = arguments_not_sent(title, args, kwargs, error, self._pickles)

@@ -35,9 +35,8 @@ class Outbox(Carrier):
         calls: Sequence[Call | None],
         reads_only: bool = False,
         count: Callable[[int], None] = lambda size: None,
-        offers: Mapping[str, Any] | None = None,
     ) -> None:
-        self._reads_only, self._count, self._offers = reads_only, count, offers or {}
+        self._reads_only, self._count = reads_only, count
         ranks: dict[int, list[int]] = {}
         values: dict[int, Any] = {}
         for rank, call in enumerate(calls):
@@ -64,11 +63,18 @@ class Outbox(Carrier):
     def size(self, value: Any) -> int | None:
         return None if isinstance(value, ray.ObjectRef) else size_of(value)
 
-    def outgoing(self, call: Call) -> tuple[tuple[Any, ...], list[Any]]:
-        """A call's values with `Slot`s for those in parcels, and the parcels.
+    def pack(self) -> None:
+        """Pickle all that goes into parcels.
 
         Raises:
             SendError: a value cannot be pickled.
+        """
+        for readers in self._values:
+            self._parcel(readers)
+
+    def outgoing(self, call: Call, offers: Mapping[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
+        """A call's values with `Slot`s for those in parcels, and the parcels; futures with
+        `offers`, references to where their batches are published.
         """
         parcels: dict[tuple[int, ...], int] = {}
 
@@ -76,7 +82,7 @@ class Outbox(Carrier):
             if isinstance(value, ray.ObjectRef):
                 return Late(value)
             if is_future(value):
-                return posted(value, self._offers)
+                return posted(value, offers)
             if id(value) not in self._places:
                 return value
             readers, at = self._places[id(value)]

@@ -79,11 +79,12 @@ class RemoteCall:
         """Whether the rows are, without waiting."""
         return self._known is not None
 
-    def done(self) -> bool:
-        """Whether all ranks have finished, well or not."""
+    def done(self, timeout_s: float = 0) -> bool:
+        """Whether all ranks have finished, well or not, after at most so many seconds."""
         if self._known is not None:
             return True
-        _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
+        count = len(self.refs)
+        _, late = ray.wait(self.refs, num_returns=count, timeout=timeout_s, fetch_local=False)
         return not late
 
     def _get(self, timeout: float | None, lease: Lease | None) -> list[int | None]:

@@ -13,7 +13,7 @@ from functools import partial
 
 from single_controller.base.supervisor import RestartPolicy, Supervisor, check_watch, tell
 from single_controller.errors import WorkerDiedError
-from single_controller.ray.hosts import Hosts
+from single_controller.ray.hosts import Hosts, later
 from single_controller.ray.reservations import give_back
 from single_controller.ray.start import Recipe
 
@@ -32,7 +32,8 @@ class RaySupervisor(Supervisor[Hosts]):
         super().__init__(hosts, start_again, policy)
         self._current = [hosts]
         if recipe is not None and not recipe.options.detached:
-            weakref.finalize(self, _drop, self._current)
+            # At the driver's end Ray ends all processes of its groups.
+            weakref.finalize(self, later, partial(_drop, self._current)).atexit = False
 
     def usable(self) -> Hosts:
         self.hosts.check_there()  # which no restart would mend
@@ -91,4 +92,4 @@ def _find_dead(hosts: Hosts) -> WorkerDiedError | None:
 def _drop(current: list[Hosts]) -> None:
     for hosts in current:
         if not hosts.gone and not hosts.closed and (hosts.broken or not hosts.settle(0)):
-            hosts.close()
+            threading.Thread(target=hosts.close, daemon=True).start()  # it takes seconds

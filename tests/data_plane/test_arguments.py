@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from tensordict import TensorDict
 
 from protocol import BatchTypeError, DataProto
-from single_controller import SharedMemoryWriteError
+from single_controller import SendError, SharedMemoryWriteError
 from single_controller.ray import Colocated, RayWorkerGroup, pin
 from tests.data_plane.stage import batch, xs
 from tests.waiting import eventually
@@ -44,6 +45,19 @@ def test_memory_that_several_arguments_show_leaves_once(three: RayWorkerGroup) -
     assert 6 <= sent(three, lambda: three.total(data, data.select(["x"]))) < 6.1
     assert 6 <= sent(three, lambda: three.give([data, data.batch["x"][1:]])) < 6.1
     assert three.total(data, data) == [MB] * 3
+
+
+def test_nothing_is_published_for_a_call_that_cannot_be_sent(
+    roles: Colocated, three: RayWorkerGroup
+) -> None:
+    made = roles.one.double(batch(6))
+    before = roles.one.stats()["double"].bytes_between
+    unsendable = DataProto.from_dict({"x": torch.ones(6)}, meta_info={"lock": threading.Lock()})
+    with pytest.raises(SendError, match=r"argument 1.*lock"):
+        three.total(made, unsendable)
+    assert made.rows() == 12
+    assert roles.one.results_kept() == [1, 1]
+    assert roles.one.stats()["double"].bytes_between == before
 
 
 def test_a_pinned_batch_leaves_never_again(roles: Colocated, three: RayWorkerGroup) -> None:

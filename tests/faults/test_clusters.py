@@ -35,6 +35,10 @@ try:
 except WorkerDiedError as error:
     assert "last words" in str(error), error
 group.restart()
+try:
+    group.act.options(timeout_s=60)(PerRank(["sizeable", "raise"]))
+except KeyError as error:
+    assert (error.rank, error.failed_ranks) == (1, 1), error
 say("all seen from afar")
 call = group.act.submit(PerRank(["sleep", "sleep"]))
 assert eventually(lambda: "in _sleep" in group.stacks()[0])
