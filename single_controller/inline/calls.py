@@ -16,6 +16,7 @@ from typing import Any
 
 from single_controller.base.method import Pending
 from single_controller.base.plan import Call
+from single_controller.base.progress import waiting
 from single_controller.base.rank import NO_BATCH, checked_output
 from single_controller.base.recorder import CallRecord
 from single_controller.base.rows import is_future
@@ -195,7 +196,8 @@ class InlinePending(Pending):
         limit = self._limit(timeout_s)
         if not self.done():
             assert self._hosts.loop is not None
-            self._hosts.loop.turn(self.done, limit)
+            with waiting(self._standing):
+                self._hosts.loop.turn(self.done, limit)
         self._check_time(limit, given_up=timeout_s is None)
         errors = [r.error for r in self._references if r.error is not None]
         if errors:
@@ -210,9 +212,15 @@ class InlinePending(Pending):
         limit = self._limit(None)
         if not self.done():
             assert self._hosts.loop is not None
-            await self._hosts.loop.turned(self.done, limit)
+            with waiting(self._standing):
+                await self._hosts.loop.turned(self.done, limit)
         self._check_time(limit, given_up=True)
         return True
+
+    def _standing(self) -> str:
+        late = [r.rank.context.rank for r in self._references if not r.done()]
+        first = self._references[0]
+        return f"{first.role}.{first.method}: waiting for ranks {late}"
 
     def _limit(self, timeout_s: float | None) -> float | None:
         limit = self._timeout_s if timeout_s is None else timeout_s

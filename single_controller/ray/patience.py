@@ -1,4 +1,4 @@
-"""Waiting for ranks and resources, with a line on a terminal that says what is not ready."""
+"""Waiting for ranks and resources in one call of Ray's, while `progress` says what is not ready."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup
 
-from single_controller.base.progress import patiently
+from single_controller.base.progress import waiting
 from single_controller.errors import GroupBrokenError
 
 __all__ = ["GONE", "arrived", "countable", "get", "missing", "placed", "session"]
@@ -52,15 +51,13 @@ def get(refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence
     refs = list(refs)
     if not ray.is_initialized():
         raise GroupBrokenError(GONE)
-
-    def attempt(seconds: float | None) -> list[Any]:
-        return list(ray.get(refs, timeout=seconds))
-
-    limit = countable(timeout_s)
-    return patiently(attempt, GetTimeoutError, limit, lambda: _standing(refs, what, ranks))
+    with waiting(lambda: _standing(refs, what, ranks)):
+        return list(ray.get(refs, timeout=countable(timeout_s)))
 
 
-async def arrived(refs: Sequence[Any], timeout_s: float | None) -> bool:
+async def arrived(
+    refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence[int]
+) -> bool:
     """Wait on the running event loop until all are here, one has failed, or the time is up;
     whether all are here. No thread waits.
     """
@@ -81,39 +78,26 @@ async def arrived(refs: Sequence[Any], timeout_s: float | None) -> bool:
     for ref in refs:
         ref.future().add_done_callback(tell)
     deadline = time.monotonic() + (_LONGEST_S if timeout_s is None else timeout_s)
-    while not well.done() and ray.is_initialized() and (seconds := deadline - time.monotonic()) > 0:
-        await asyncio.wait([well], timeout=min(seconds, _LOOK_S))
+    with waiting(lambda: _standing(list(refs), what, ranks)):
+        while not well.done() and ray.is_initialized():
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                break
+            await asyncio.wait([well], timeout=min(seconds, _LOOK_S))
     return well.done() and well.result()
 
 
 def missing(refs: Sequence[Any], timeout_s: float, what: str) -> list[int]:
     """The ranks, whose references these are in order, that are not ready within `timeout_s`."""
     refs, ranks = list(refs), range(len(refs))
-
-    def attempt(seconds: float | None) -> list[int]:
-        left = _awaited(refs, ranks, seconds)
-        if left:
-            raise TimeoutError
-        return left
-
-    try:
-        return patiently(attempt, TimeoutError, timeout_s, lambda: _standing(refs, what, ranks))
-    except TimeoutError:
-        return _awaited(refs, ranks, 0)
+    with waiting(lambda: _standing(refs, what, ranks)):
+        return _awaited(refs, ranks, timeout_s)
 
 
 def placed(group: PlacementGroup, timeout_s: float, what: str) -> bool:
     """Whether a placement group has its resources within `timeout_s`."""
-
-    def attempt(seconds: float | None) -> bool:
-        if not group.wait(timeout_s if seconds is None else seconds):
-            raise TimeoutError
-        return True
-
-    try:
-        return patiently(attempt, TimeoutError, timeout_s, lambda: what)
-    except TimeoutError:
-        return False
+    with waiting(lambda: what):
+        return bool(group.wait(timeout_s))
 
 
 def _awaited(refs: list[Any], ranks: Sequence[int], seconds: float | None) -> list[int]:
@@ -123,7 +107,9 @@ def _awaited(refs: list[Any], ranks: Sequence[int], seconds: float | None) -> li
 
 
 def _standing(refs: list[Any], what: str, ranks: Sequence[int]) -> str:
-    left = _awaited(refs, ranks, 0) if ray.is_initialized() else []
+    if not ray.is_initialized():
+        raise GroupBrokenError(GONE)
+    left = _awaited(refs, ranks, 0)
     named = ", ".join(map(str, left[:_MOST_NAMED])) + (" …" if len(left) > _MOST_NAMED else "")
     waits = f", waiting for {named}" if left else ""
     return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready{waits}"
