@@ -22,6 +22,7 @@ __all__ = ["Outbox"]
 _INLINE = (int, float, bool, type(None), str, bytes)
 _INLINE_LENGTH = 1_000
 _SMALL = 16_384  # bytes that are sent several times sooner than stored once and fetched
+_LARGE = 100_000  # bytes that Ray stores anyway, rather than send them within a task
 _FEW = 100
 
 
@@ -35,8 +36,12 @@ class Outbox(Carrier):
         calls: Sequence[Call | None],
         reads_only: bool = False,
         count: Callable[[int], None] = lambda size: None,
+        late: bool = False,
     ) -> None:
-        self._reads_only, self._count = reads_only, count
+        """`late`: hosts start their calls before these have their turn, and fetch what is stored
+        once they have: what Ray gives a task with its start, it can neither spill nor free.
+        """
+        self._reads_only, self._count, self._late = reads_only, count, late
         ranks: dict[int, list[int]] = {}
         values: dict[int, Any] = {}
         for rank, call in enumerate(calls):
@@ -94,7 +99,9 @@ class Outbox(Carrier):
     def _parcel(self, readers: tuple[int, ...]) -> Any:
         if readers not in self._parcels:
             parcel = Parcel(self._values[readers], self._reads_only, self._count)
-            self._parcels[readers] = ray.put(parcel) if self._is_stored(readers) else parcel
+            stored = self._is_stored(readers) or (self._late and parcel.size > _LARGE)
+            sent = ray.put(parcel) if stored else parcel
+            self._parcels[readers] = Late(sent) if stored and self._late else sent
         return self._parcels[readers]
 
     def _is_stored(self, readers: tuple[int, ...]) -> bool:

@@ -150,6 +150,11 @@ class Parcel:
         except Exception as error:
             raise SendError(f"its arguments cannot be sent: {error}") from error
 
+    @property
+    def size(self) -> int:
+        """The bytes of the values."""
+        return self._sent.size
+
     def __reduce__(self) -> tuple[Any, ...]:
         sent = self._sent
         self._count(sent.size)

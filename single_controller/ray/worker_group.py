@@ -206,7 +206,8 @@ class RayWorkerGroup(HostGroup[W]):
         if timeout_s is not None and math.isinf(timeout_s):
             timeout_s = None
         wait_s = min(_LOOK_S, _LOOK_S if timeout_s is None else timeout_s) if awaited else 0
-        outbox = Outbox(calls, reads_only, partial(record.count, "bytes_out"))
+        count = partial(record.count, "bytes_out")
+        outbox = Outbox(calls, reads_only, count, late=not hosts.ordered)
         outbox.pack()  # what cannot be sent is known before anything is, and the rows meanwhile
         routes = route(calls, hosts, materialize, wait_s)
         # Before any is sent: ranks whose peers get no call would wait for them.

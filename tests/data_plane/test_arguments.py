@@ -14,7 +14,10 @@ from tensordict import TensorDict
 
 from protocol import BatchTypeError, DataProto
 from single_controller import SendError, SharedMemoryWriteError
+from single_controller.base.plan import Call
 from single_controller.ray import Colocated, RayWorkerGroup, pin
+from single_controller.ray.envelope import Late
+from single_controller.ray.outbox import Outbox
 from tests.data_plane.stage import batch, xs
 from tests.waiting import eventually
 
@@ -45,6 +48,21 @@ def test_memory_that_several_arguments_show_leaves_once(three: RayWorkerGroup) -
     assert 6 <= sent(three, lambda: three.total(data, data.select(["x"]))) < 6.1
     assert 6 <= sent(three, lambda: three.give([data, data.batch["x"][1:]])) < 6.1
     assert three.total(data, data) == [MB] * 3
+
+
+def test_a_host_with_a_loop_fetches_large_arguments_in_the_turn_of_their_call(
+    async_roles: Colocated,
+) -> None:
+    for data, late in ((big(), True), (batch(6), False)):
+        outbox = Outbox([Call((data,), {})], late=True)
+        _, [parcel] = outbox.outgoing(Call((data,), {}), {})
+        assert isinstance(parcel, Late) == late
+    for group in async_roles.one, async_roles.two:
+        assert 6 <= sent(group, lambda group=group: group.total(big())) < 6.1
+    assert async_roles.one.total(big(), batch(6)) == [3 * MB // 4 + 3, 3 * MB // 4 + 12]
+    assert async_roles.one.step(big()).get().batch["x"][0, 0] == 3
+    array = np.ones(200_000)
+    assert [float(got.sum()) for got in async_roles.two.give(array)] == [200_000.0] * 2
 
 
 def test_nothing_is_published_for_a_call_that_cannot_be_sent(
