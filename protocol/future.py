@@ -5,8 +5,9 @@ Where the rows are and how they travel is left to the backend, which supplies th
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -146,6 +147,23 @@ class DataProtoFuture:
         batch = self.fetch(0, self.rows(timeout), deadline.left())
         place = self.map_location if map_location is None else map_location
         return batch if place is None else batch.to(place)
+
+    def __await__(self) -> Generator[Any, None, Batch]:
+        """What `get` gives, while the event loop runs on. An `await` that is cancelled, as by
+        `asyncio.wait_for`, returns at once; the rows can still be had.
+        """
+        return self._arrived().__await__()
+
+    async def _arrived(self) -> Batch:
+        """A source says by `arrive(whole)` how its rows, then the `whole` batch, are awaited, and
+        whether they came; `get` in a thread finds out what went wrong, and asks those that cannot.
+        """
+        for whole in (False, True):
+            sources = dict.fromkeys(self.needed(0, self.rows()) if whole else self.origins())
+            waits = [getattr(source, "arrive", None) for source in sources]
+            if not all(waits) or not all(await asyncio.gather(*(w(whole) for w in waits if w))):
+                return await asyncio.to_thread(self.get)
+        return self.get()
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Batch:
         """Fetch rows `start:stop`, only from the sources that have some of them.

@@ -110,6 +110,9 @@ class HostGroup(WorkerGroup[W]):
         if role in self._classes:
             self._bind(self._classes[role])
 
+    def _usable(self) -> Any:
+        return self._supervisor.usable()
+
     def _layout(self, mode: Mode) -> Layout:
         hosts = self._supervisor.usable()
         if hosts is not self._layouts_of:

@@ -51,6 +51,12 @@ class Pending(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def arrive(self) -> bool:
+        """Wait on the running event loop until every rank has finished, one has failed or the
+        call's time is up; whether `wait` has outputs at once. Cancelling ends this wait only.
+        """
+
+    @abc.abstractmethod
     def done(self) -> bool:
         """Whether every rank has finished, well or not."""
 
@@ -91,7 +97,11 @@ class _Group(Protocol):
 
 
 class CallFuture:
-    """The result of a call that was submitted; `await` works too."""
+    """The result of a call that was submitted.
+
+    `await` gives it too, while the event loop runs on; an `await` that is cancelled, as by
+    `asyncio.wait_for`, returns at once, and the call still runs.
+    """
 
     def __init__(
         self, method: BoundMethod, plan: Plan, pending: Pending, record: CallRecord
@@ -123,7 +133,12 @@ class CallFuture:
         return self._pending.cancel()
 
     def __await__(self) -> Generator[Any, None, Any]:
-        return asyncio.to_thread(self.result).__await__()
+        return self._arrived().__await__()
+
+    async def _arrived(self) -> Any:
+        if await self._pending.arrive():
+            return self.result()
+        return await asyncio.to_thread(self.result)  # finding out why takes seconds
 
     def __repr__(self) -> str:
         return f"<future of {self._method.title}, {'done' if self.done() else 'running'}>"

@@ -1,25 +1,26 @@
-"""A line on a terminal while something takes long; silent everywhere else, and gone at the end.
+"""Says what is still waited for: a line on a terminal, gone at the end, and after a minute the log.
 
-What is waited for, and what there is to say about it, is the caller's.
+A thread of its own says so, and whoever waits does so undisturbed. What there is to say is theirs.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from typing import TypeVar
 
-__all__ = ["patiently", "shown_seconds"]
+__all__ = ["shown_seconds", "waiting"]
 
-T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
-_FIRST_S = 1.5
+_LINE_S = 1.5
+_LOG_S = 60.0  # and then after twice as long, and so on
 _EVERY_S = 0.5
 _CLEAR = "\r\x1b[2K"
-_drawing = threading.Lock()  # one line for all threads
 
 
 def shown_seconds(seconds: float | None) -> str:
@@ -27,42 +28,74 @@ def shown_seconds(seconds: float | None) -> str:
     return f"{round(seconds or 0, 3):g}"
 
 
-def patiently(
-    attempt: Callable[[float | None], T],
-    expired: type[Exception],
-    timeout_s: float | None,
-    tell: Callable[[], str],
-) -> T:
-    """`attempt(timeout_s)`; on a terminal in pieces, with a line that says how things stand.
-
-    Args:
-        attempt: waits at most so many seconds (None: for ever), and raises `expired` if that was
-            not enough; it can be called again then.
-        tell: what the line says, before the seconds since the beginning.
+class waiting:  # noqa: N801 — used as a function is
+    """Within this context something is waited for. `tell` says how things stand, in few words; it
+    is called in another thread, and what it raises says that there is nothing to say.
     """
-    if not sys.stderr.isatty():
-        return attempt(timeout_s)
-    began, step = time.monotonic(), _FIRST_S
-    deadline = None if timeout_s is None else began + timeout_s
-    mine = False
-    try:
-        while deadline is None or time.monotonic() + step < deadline:
-            try:
-                return attempt(step)
-            except expired:
-                mine = mine or _drawing.acquire(blocking=False)
-                if mine:
-                    _draw(f"{tell()}, {time.monotonic() - began:.0f} s")
-            step = _EVERY_S
-        return attempt(max(0.0, deadline - time.monotonic()))
-    finally:
-        if mine:
+
+    def __init__(self, tell: Callable[[], str]) -> None:
+        self._tell, self._began, self._log_s = tell, time.monotonic(), _LOG_S
+        self._drawn = False
+
+    def __enter__(self) -> None:
+        global _started
+        with _changed:
+            _waits.add(self)
+            if not _started:
+                threading.Thread(target=_watch, daemon=True, name="waiting").start()
+                _started = True
+            _changed.notify()
+
+    def __exit__(self, *_: object) -> None:
+        with _changed:
+            _waits.discard(self)
+            self._clear()
+
+    def look(self, drawing: bool) -> bool:
+        """Say what is due; whether this wait has the line, which is free for it if `drawing`."""
+        seconds = time.monotonic() - self._began
+        drawing = drawing and seconds >= _LINE_S and sys.stderr.isatty()
+        if not drawing and seconds < self._log_s:
+            return False
+        try:
+            standing = self._tell()
+        except Exception:  # what it asks is gone
+            return False
+        with _changed:
+            if self not in _waits:  # it has ended meanwhile
+                return False
+            if seconds >= self._log_s:
+                self._log_s = 2 * seconds
+                self._clear()
+                _logger.warning("still waiting after %.0f s: %s", seconds, standing)
+            if drawing:
+                width = shutil.get_terminal_size().columns - 1
+                self._drawn = True
+                sys.stderr.write(_CLEAR + f"{standing}, {seconds:.0f} s"[:width])
+                sys.stderr.flush()
+        return drawing
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._drawn = False
             sys.stderr.write(_CLEAR)
             sys.stderr.flush()
-            _drawing.release()
 
 
-def _draw(text: str) -> None:
-    width = shutil.get_terminal_size().columns - 1
-    sys.stderr.write(_CLEAR + text[:width])
-    sys.stderr.flush()
+_changed = threading.Condition()
+_started = False
+_waits: weakref.WeakSet[waiting] = weakref.WeakSet()  # one that was interrupted is gone of itself
+
+
+def _watch() -> None:
+    pause = threading.Event()
+    while True:
+        with _changed:
+            while not len(_waits):
+                _changed.wait()
+            oldest_first = sorted(_waits, key=lambda wait: wait._began)
+        drawn = False  # one line for all
+        for wait in oldest_first:
+            drawn = wait.look(not drawn) or drawn
+        del oldest_first
+        pause.wait(_EVERY_S)

@@ -17,6 +17,9 @@ from single_controller.base.table import aligned
 __all__ = ["CallRecord", "MethodStats", "Recorder", "StatsTable"]
 
 
+_FEW = 16
+
+
 class Recorder:
     """Sums up what is noted about the calls of one group."""
 
@@ -24,6 +27,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._totals: dict[str, dict[str, float]] = {}
         self._awaited: list[tuple[str, str, Callable[[], int | None]]] = []
+        self._most = _FEW  # as many may be awaited before those that are known are let go
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process a group begins to count anew."""
@@ -40,10 +44,14 @@ class Recorder:
             totals[name] = totals.get(name, 0) + amount
 
     def add_later(self, method: str, name: str, amount: Callable[[], int | None]) -> None:
-        """Note an amount that is known once `amount` returns one; it is asked when read."""
+        """Note an amount that is known once `amount` returns one.
+
+        It is asked when read, and before: what it holds may be a task and its arguments. But only
+        where twice as many wait as then did, or each would be asked over and over.
+        """
         with self._lock:
             self._awaited.append((method, name, amount))
-            full = len(self._awaited) > 1_000
+            full = len(self._awaited) > self._most
         if full:
             self._settle()
 
@@ -57,6 +65,8 @@ class Recorder:
                     self._awaited.append((method, name, amount))
             else:
                 self.add(method, name, known)
+        with self._lock:
+            self._most = 2 * len(self._awaited) + _FEW
 
     def stats(self) -> StatsTable:
         """The sums so far, by method."""

@@ -62,9 +62,16 @@ class WorkerGroup(abc.ABC, Generic[W]):
     @abc.abstractmethod
     def world_size(self) -> int: ...
 
+    def _usable(self) -> Any:
+        """What one call goes to, taken before it is dispatched: a restart in between must not send
+        the plan for the former ranks to others. Raises GroupBrokenError where no call can be taken.
+        """
+        return None
+
     @abc.abstractmethod
     def _submit(
         self,
+        hosts: Any,
         method: str,
         calls: Sequence[Call | None],
         answers: Sequence[int],
@@ -77,7 +84,8 @@ class WorkerGroup(abc.ABC, Generic[W]):
         awaited: bool = False,
         transport: Transport = "host",
     ) -> Pending:
-        """Send each rank its call, and count in `record` the bytes that leave.
+        """Send each rank its call, and count in `record` the bytes that leave. `hosts` are those
+        that `_usable` gave.
 
         `deferred`: outputs stay where they are until asked for, then they go by `transport`.
         `awaited`: the caller waits for the result at once.
@@ -85,6 +93,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
 
         Raises:
             SendError: an argument cannot be pickled; then nothing was sent.
+            GroupBrokenError: the group was restarted meanwhile.
         """
 
     @abc.abstractmethod
@@ -119,6 +128,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         awaited: bool = False,
     ) -> tuple[Plan, Pending]:
         with record.span("dispatch"):
+            hosts = self._usable()
             _, plan, calls = self._dispatch(method, args, kwargs)
             answers, ranks = plan.answers, method.call_options.ranks
             if ranks:
@@ -127,6 +137,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 answers = tuple(ranks[i] for i in answers)
             try:
                 pending = self._submit(
+                    hosts,
                     method.binding.name,
                     calls,
                     answers,
@@ -198,12 +209,12 @@ class WorkerGroup(abc.ABC, Generic[W]):
         mesh = mode.mesh
         if mesh is None:
             return self._flat_layout()
-        if mesh not in self._dispatch_info:
-            self._dispatch_info[mesh] = self._query_dispatch_info(mesh)
-        if mesh not in self._collect_info:
-            self._collect_info[mesh] = self._query_collect_info(mesh)
-        dp_ranks = self._dispatch_info[mesh]
-        return Layout(tuple(dp_ranks), tuple(self._collect_info[mesh]), max(dp_ranks) + 1)
+        info, collects = self._dispatch_info, self._collect_info  # which a restart replaces
+        if mesh not in info:
+            info[mesh] = self._query_dispatch_info(mesh)
+        if mesh not in collects:
+            collects[mesh] = self._query_collect_info(mesh)
+        return Layout(tuple(info[mesh]), tuple(collects[mesh]), max(info[mesh]) + 1)
 
     def _query_dispatch_info(self, mesh_name: str) -> list[int]:
         """By rank, which shard it gets in a mesh."""
@@ -337,10 +348,13 @@ class WorkerGroup(abc.ABC, Generic[W]):
         known = self._worker_cls is None or callable(getattr(self._worker_cls, method_name, None))
         if not self.role or not known:
             raise UnknownMethodError(self._explain_missing(method_name))
+        hosts = self._usable()
         plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
         record = self._recorder.call(self.role, method_name)
         try:
-            pending = self._submit(method_name, calls, plan.answers, CallOptions(), record=record)
+            pending = self._submit(
+                hosts, method_name, calls, plan.answers, CallOptions(), record=record
+            )
         except SendError as error:
             title = f"{self.role}.{method_name}"
             found = arguments_not_sent(title, args, kwargs, error, self._pickles)

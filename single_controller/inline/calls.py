@@ -16,6 +16,7 @@ from typing import Any
 
 from single_controller.base.method import Pending
 from single_controller.base.plan import Call
+from single_controller.base.progress import waiting
 from single_controller.base.rank import NO_BATCH, checked_output
 from single_controller.base.recorder import CallRecord
 from single_controller.base.rows import is_future
@@ -192,24 +193,12 @@ class InlinePending(Pending):
 
     def wait(self, timeout_s: float | None) -> list[Any]:
         self._hosts.check_current()
-        limit = self._timeout_s if timeout_s is None else timeout_s
-        if limit is not None and math.isinf(limit):
-            limit = None
+        limit = self._limit(timeout_s)
         if not self.done():
             assert self._hosts.loop is not None
-            self._hosts.loop.turn(self.done, limit)
-        late = [r for r in self._references if not r.done()]
-        if late:
-            stacks = {r.rank.context.rank: r.rank.stack() for r in late}
-            ranks = list(stacks)
-            if timeout_s is None:
-                self._hosts.give_up({r.rank.context.rank: r.done for r in late}, limit or 0)
-            raise CallTimeoutError(
-                f"{late[0].role}.{late[0].method}: ranks {ranks} of {len(self._hosts.ranks)} had "
-                f"not finished after {limit:g} s",
-                ranks,
-                stacks,
-            )
+            with waiting(self._standing):
+                self._hosts.loop.turn(self.done, limit)
+        self._check_time(limit, given_up=timeout_s is None)
         errors = [r.error for r in self._references if r.error is not None]
         if errors:
             first = min(errors, key=_order)
@@ -217,6 +206,41 @@ class InlinePending(Pending):
                 first.failed_ranks = len(errors)
             raise first
         return [reference.result() for reference in self._answers]
+
+    async def arrive(self) -> bool:
+        self._hosts.check_current()
+        limit = self._limit(None)
+        if not self.done():
+            assert self._hosts.loop is not None
+            with waiting(self._standing):
+                await self._hosts.loop.turned(self.done, limit)
+        self._check_time(limit, given_up=True)
+        return True
+
+    def _standing(self) -> str:
+        late = [r.rank.context.rank for r in self._references if not r.done()]
+        first = self._references[0]
+        return f"{first.role}.{first.method}: waiting for ranks {late}"
+
+    def _limit(self, timeout_s: float | None) -> float | None:
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        return None if limit is None or math.isinf(limit) else limit
+
+    def _check_time(self, limit: float | None, given_up: bool) -> None:
+        """Raise CallTimeoutError where ranks have not finished."""
+        late = [r for r in self._references if not r.done()]
+        if not late:
+            return
+        stacks = {r.rank.context.rank: r.rank.stack() for r in late}
+        ranks = list(stacks)
+        if given_up:
+            self._hosts.give_up({r.rank.context.rank: r.done for r in late}, limit or 0)
+        raise CallTimeoutError(
+            f"{late[0].role}.{late[0].method}: ranks {ranks} of {len(self._hosts.ranks)} had "
+            f"not finished after {limit:g} s",
+            ranks,
+            stacks,
+        )
 
     def done(self) -> bool:
         return all(reference.done() for reference in self._references)
@@ -268,6 +292,10 @@ class LocalBatch(Handle):
         with read_as("join" if how == "own" else how):
             batch = self._batch(timeout)
         return lend_rows(batch, start, stop)
+
+    async def arrive(self, whole: bool) -> bool:
+        """Wait on the running event loop for an async method."""
+        return await InlinePending(self.reference.hosts, self.peers, [], None).arrive()
 
     def _batch(self, timeout: float | None) -> Any:
         from protocol.batches import is_batch

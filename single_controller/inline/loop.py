@@ -81,6 +81,44 @@ class RankLoop:
         """
         return self._where_no_loop_runs(lambda: self._turn(done, timeout_s))
 
+    async def turned(self, done: Callable[[], bool], timeout_s: float | None) -> None:
+        """As `turn`, in a thread, while the loop that awaits this runs on; until it awaits no more.
+
+        Raises:
+            RuntimeError: awaited by one of these coroutines.
+        """
+        around = asyncio.get_running_loop()
+        self._check_not_within(around)
+        ended, left = around.create_future(), threading.Event()
+
+        def end(setter: Callable[[Any], None], value: Any) -> None:
+            if not ended.done():
+                setter(value)
+
+        def run() -> None:
+            try:
+                turned = self._turn(lambda: left.is_set() or done(), timeout_s)
+                outcome: Any = ended.set_result, turned
+            except BaseException as error:
+                outcome = ended.set_exception, error
+            with contextlib.suppress(RuntimeError):  # closed: nobody waits any more
+                around.call_soon_threadsafe(end, *outcome)
+
+        threading.Thread(target=run, daemon=True, name="inline-loop").start()
+        try:
+            await ended
+        finally:
+            left.set()
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _check_not_within(self, around: Any) -> None:
+        if around is self._loop:
+            raise RuntimeError(
+                "an async method waits for an async method of its own inline group, which cannot "
+                "go on meanwhile: await the other worker's method itself"
+            )
+
     def _turn(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while not done():
@@ -106,11 +144,7 @@ class RankLoop:
             around = asyncio.get_running_loop()
         if around is None:
             return function()
-        if around is self._loop:
-            raise RuntimeError(
-                "an async method waits for an async method of its own inline group, which cannot "
-                "go on meanwhile: await the other worker's method itself"
-            )
+        self._check_not_within(around)
         results: list[T] = []
         errors: list[BaseException] = []
 

@@ -172,6 +172,7 @@ class InlineWorkerGroup(HostGroup[W]):
 
     def _submit(
         self,
+        hosts: InlineHosts,
         method: str,
         calls: Sequence[Call | None],
         answers: Sequence[int],
@@ -186,7 +187,7 @@ class InlineWorkerGroup(HostGroup[W]):
     ) -> Pending:
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         arguments = Arguments(materialize, reads_only)
-        hosts = self._supervisor.usable()
+        hosts.check_current()
         try:
             return send(hosts, self.role, method, calls, answers, arguments, timeout_s)
         except SingleControllerError:

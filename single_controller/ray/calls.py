@@ -45,12 +45,11 @@ class RayPending(Pending):
         self._limit = limit
 
     def wait(self, timeout_s: float | None) -> list[Any]:
+        self._hosts.check_current()
         left = self._limit.left(timeout_s)
         try:
             with counting(lambda size: self._record.count("bytes_in", size)):
-                first = self._sites[0]
-                ranks = [site.rank for site in self._sites]
-                outputs = patience.get(self._refs, left, f"{first.role}.{first.method}", ranks)
+                outputs = patience.get(self._refs, left, self._title, self._ranks)
             self._hosts.check_current()
         except GetTimeoutError:
             raise self._limit.expired(self._hosts, self._refs, self._sites, timeout_s) from None
@@ -63,7 +62,22 @@ class RayPending(Pending):
             raise
         return [outputs[i] for i in self._answers]
 
+    async def arrive(self) -> bool:
+        self._hosts.check_current()
+        left = self._limit.left(None)
+        return await patience.arrived(self._refs, left, self._title, self._ranks)
+
+    @property
+    def _title(self) -> str:
+        return f"{self._sites[0].role}.{self._sites[0].method}"
+
+    @property
+    def _ranks(self) -> list[int]:
+        return [site.rank for site in self._sites]
+
     def done(self) -> bool:
+        if self._hosts.gone:
+            return True
         ready, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=0, fetch_local=False)
         return len(ready) == len(self._refs)
 

@@ -14,11 +14,13 @@ from single_controller.base.rows import is_future
 from single_controller.base.spans import CallMark
 from single_controller.ray.parcel import ArrivedParcel, Slot
 
-__all__ = ["Enclosed", "Envelope", "Late", "arguments", "opened", "sealed", "waits"]
+__all__ = ["Enclosed", "Envelope", "Late", "arguments", "fetched", "opened", "sealed", "waits"]
 
 
 class Late(NamedTuple):
-    """A reference among the arguments, which the host resolves when the call's turn comes."""
+    """A reference among the arguments, or to some of them, which the host resolves when the call's
+    turn comes.
+    """
 
     ref: Any
 
@@ -87,6 +89,11 @@ def opened(arrived: Envelope | bytes | None) -> Envelope:
 def waits(envelope: Envelope) -> bool:
     """Whether reading the arguments may take time."""
     return any(isinstance(value, Late | Enclosed) or is_future(value) for value in envelope.values)
+
+
+def fetched(parcels: Sequence[ArrivedParcel | Late]) -> list[ArrivedParcel]:
+    """The parcels, all here."""
+    return [ray.get(p.ref) if isinstance(p, Late) else p for p in parcels]
 
 
 def arguments(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ import ray
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
+    GetTimeoutError,
     NodeDiedError,
     OutOfMemoryError,
     RayTaskError,
@@ -36,6 +39,7 @@ __all__ = [
     "died",
     "dumps",
     "explain_death",
+    "raised",
     "stuck_ranks",
     "translate",
 ]
@@ -124,11 +128,8 @@ def diagnose(
     stuck = _still_stuck(before, _looked_at(processes, pending, refs, sites))
     errors: list[Exception] = []
     for ref, site in zip(refs, sites, strict=True):
-        if ref not in pending:
-            try:
-                ray.get(ref, timeout=0)
-            except Exception as failed:
-                errors.append(translate(failed, site))
+        if ref not in pending and (failed := raised(ref)) is not None:
+            errors.append(translate(failed, site))
     if not errors:
         errors = [translate(error, sites[0])]
     own = {(process.node_ip, process.pid) for process in processes.values()}
@@ -140,6 +141,25 @@ def diagnose(
         (site.rank, ref) for ref, site in zip(refs, sites, strict=True) if ref in pending
     )
     return Diagnosis(first, _died_in(own, first), running, stuck)
+
+
+def raised(ref: Any) -> Exception | None:
+    """What a call that has finished raised. Errors are small, and come to the caller at once: what
+    is not here is an output, of another node. One that is here is looked at, and not copied.
+    """
+    try:
+        with read_as("view") if (read_as := _read_as()) else nullcontext():
+            ray.get(ref, timeout=0)
+    except GetTimeoutError:
+        return None
+    except Exception as error:
+        return error
+    return None
+
+
+def _read_as() -> Any:
+    """`protocol.wire.read_as`, where there may be batches."""
+    return getattr(sys.modules.get("protocol.wire"), "read_as", None)
 
 
 def _died_in(own: Container[tuple[str, int]], error: Exception) -> bool:

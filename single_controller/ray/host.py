@@ -31,7 +31,7 @@ from single_controller.base.worker import WorkerContext
 from single_controller.device import DeviceKind, get_torch_device
 from single_controller.errors import WorkerError
 from single_controller.ray.devices import DeviceIdentity, identify
-from single_controller.ray.envelope import Envelope, arguments, opened, waits
+from single_controller.ray.envelope import Envelope, Late, arguments, fetched, opened, waits
 from single_controller.ray.parcel import ArrivedParcel, Result
 from single_controller.ray.process import ProcessInfo, arrive, log_tail
 from single_controller.ray.reads import Reads, checks_reads
@@ -241,7 +241,9 @@ class AsyncHost(AsyncShelfTasks, Host):
         self._dropped: set[tuple[str, int]] = set()
         self._awaiting: set[Coroutine[Any, Any, Any]] = set()
 
-    async def call(self, arrived: Envelope | bytes | None = None, *parcels: ArrivedParcel) -> Any:
+    async def call(
+        self, arrived: Envelope | bytes | None = None, *parcels: ArrivedParcel | Late
+    ) -> Any:
         envelope, pending = opened(arrived), None
         place = self._place(envelope)
         try:
@@ -255,9 +257,10 @@ class AsyncHost(AsyncShelfTasks, Host):
                 self._end_turn(envelope.turn)
                 output = checked_output(await pending)
             else:
-                args, kwargs = await self._resolve(envelope, parcels, kept)
+                here = await self._fetched(parcels)
+                args, kwargs = await self._resolve(envelope, here, kept)
                 reads = _reads(envelope, args, kwargs)
-                with running(envelope, parcels):
+                with running(envelope, here):
                     output = method(*args, **kwargs)
                     output = checked_output(await output if inspect.isawaitable(output) else output)
                 _check_reads(reads, envelope)
@@ -279,12 +282,20 @@ class AsyncHost(AsyncShelfTasks, Host):
     async def _run_async(
         self, method: Callable[..., Any], envelope: Envelope, parcels: Any, kept: Any
     ) -> Any:
-        args, kwargs = await self._resolve(envelope, parcels, kept)
+        here = await self._fetched(parcels)
+        args, kwargs = await self._resolve(envelope, here, kept)
         reads = _reads(envelope, args, kwargs)
-        with running(envelope, parcels):
+        with running(envelope, here):
             output = await method(*args, **kwargs)
         _check_reads(reads, envelope)
         return output
+
+    async def _fetched(self, parcels: Sequence[ArrivedParcel | Late]) -> Sequence[ArrivedParcel]:
+        """The parcels, now that the call has its turn: Ray can spill what waits for one."""
+        if not any(isinstance(parcel, Late) for parcel in parcels):
+            return parcels  # type: ignore[return-value]
+        found: list[ArrivedParcel] = await in_thread(fetched, parcels)
+        return found
 
     async def _resolve(
         self, envelope: Envelope, parcels: Sequence[ArrivedParcel], kept: Mapping[str, Kept]

@@ -9,30 +9,36 @@ import contextlib
 import logging
 import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import ray
 from ray._private.state import actors
+from ray.exceptions import GetTimeoutError
 
 from single_controller.base.progress import shown_seconds
 from single_controller.base.table import RankState
 from single_controller.errors import CallTimeoutError, GroupBrokenError, WorkerDiedError
+from single_controller.ray import patience
 from single_controller.ray.failure import (
     CallSite,
     diagnose,
     died,
     dumps,
     explain_death,
+    raised,
     stuck_ranks,
 )
 from single_controller.ray.host import HostInfo
 from single_controller.ray.nodes import beside
+from single_controller.ray.patience import GONE, session
 from single_controller.ray.process import ExitWatch, ProcessInfo, end
 from single_controller.ray.stacks import readable
 from single_controller.ray.tracing import left
 
-__all__ = ["Hosts", "end_processes"]
+__all__ = ["Hosts", "end_processes", "later"]
 
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +60,7 @@ class Hosts:
     ) -> None:
         self.handles, self.names, self.infos = list(handles), list(names), list(infos)
         self.address = address
+        self._session = session()
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
         self._callables: dict[tuple[str, str, int], list[Any]] = {}
         self._caller = uuid.uuid4().hex
@@ -64,12 +71,29 @@ class Hosts:
         self.retired = False
         self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
         self._watches = [ExitWatch(info.process) for info in infos]
+        self._noting = threading.Lock()  # held for `broken` and `_running`, never while waiting
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
+        self._half_sent = False
 
     @classmethod
     def attach(cls, handles: Sequence[Any], names: Sequence[str], timeout_s: float) -> Hosts:
-        """The hosts behind handles of running actors."""
-        found = ray.get([handle.whoami.remote() for handle in handles], timeout=timeout_s)
+        """The hosts behind handles of running actors.
+
+        Raises:
+            CallTimeoutError: some did not answer in time. ValueError: they are not all of a group.
+        """
+        refs = [handle.whoami.remote() for handle in handles]
+        try:
+            found = patience.get(refs, timeout_s, "attaching", range(len(refs)))
+        except GetTimeoutError:
+            late = patience.missing(refs, 0, "attaching")
+            which = [names[i] for i in late] if names else f"number {late} of worker_handles"
+            raise CallTimeoutError(
+                f"workers {which} had not answered after startup_timeout_s="
+                f"{shown_seconds(timeout_s)}: a call keeps them busy, perhaps another driver's. "
+                "Attach once it has ended, or give it more time",
+                late,
+            ) from None
         infos = [info for info, _, _ in found]
         if sorted(info.rank for info in infos) != list(range(len(infos))):
             raise ValueError(
@@ -105,13 +129,38 @@ class Hosts:
         return self._turns is None
 
     def turn(self, rank: int) -> tuple[str, int] | None:
-        """The next call's place in a rank's order, where Ray keeps none."""
-        return None if self._turns is None else (self._caller, self._turns[rank])
+        """Take the next call's place in a rank's order, where Ray keeps none; no place is given
+        twice, whatever becomes of the call.
+        """
+        if self._turns is None:
+            return None
+        number = self._turns[rank]
+        self._turns[rank] = number + 1
+        return self._caller, number
 
-    def sent(self, rank: int) -> None:
-        """Note that a call with a turn has left for a rank."""
-        if self._turns is not None:
-            self._turns[rank] += 1
+    @contextmanager
+    def sending_a_call(self) -> Generator[list[Any], None, None]:
+        """Within this context, send one call, and put its references into the list.
+
+        If it is interrupted, as by Ctrl-C, some ranks have the call and wait for their peers, or
+        for a turn that will not come. Rather than see that it is caught, which can be interrupted
+        as well, the group counts as broken until the call has left whole.
+        """
+        with self.sending:
+            self._check_whole()
+            refs: list[Any] = []
+            self._half_sent = True
+            try:
+                yield refs
+            except Exception:
+                self._half_sent = bool(refs) or not self.ordered  # else nothing has left
+                raise
+            self._half_sent = False
+
+    def _check_whole(self) -> None:
+        if self._half_sent:
+            self._break("sending a call was interrupted, and not all ranks have it")
+            raise GroupBrokenError(f"{self.broken}. restart() the group, or close() it")
 
     def cancel(self, turns: Mapping[int, tuple[str, int]]) -> bool:
         """Ask for calls to be dropped whose turn, by rank, has not come.
@@ -119,12 +168,14 @@ class Hosts:
         Only hosts with a loop can be asked: another one reads nothing until its call returns, and
         Ray runs what is queued there even after `ray.cancel`.
         """
-        for rank, turn in turns.items():
+        for rank, turn in turns.items() if not self.gone else ():
             self.handles[rank].drop.remote(turn)
-        return bool(turns)
+        return bool(turns) and not self.gone
 
     def find_dead(self) -> WorkerDiedError | None:
         """A rank whose process has ended, if there is one; the group is broken from then on."""
+        if self.closed or self.gone:
+            return None
         for rank, (handle, info) in enumerate(zip(self.handles, self.infos, strict=True)):
             found = actors(handle._actor_id.hex())
             if found["State"] == "DEAD" and not self.closed:
@@ -137,7 +188,8 @@ class Hosts:
 
     def states(self) -> list[RankState]:
         """How each rank is; a rank whose group takes no calls is broken, or dead."""
-        dead = [self.closed or self._is_dead(rank) for rank in range(len(self.infos))]
+        ended = self.closed or self.gone
+        dead = [ended or self._is_dead(rank) for rank in range(len(self.infos))]
         return ["dead" if gone else "broken" if self.broken else "alive" for gone in dead]
 
     def _is_dead(self, rank: int) -> bool:
@@ -165,7 +217,11 @@ class Hosts:
     def stacks(self, ranks: Iterable[int] | None = None) -> dict[int, str]:
         """By rank, the Python stacks of the threads that run the user's code, whatever the
         process is doing; with `async def` methods, what their coroutines await as well.
+
+        Raises:
+            GroupBrokenError: Ray was shut down.
         """
+        self.check_there()
         chosen = range(len(self.infos)) if ranks is None else list(ranks)
         processes = self.processes
         awaited = self._awaited(chosen)
@@ -187,11 +243,15 @@ class Hosts:
         """Raise GroupBrokenError where a call could not be trusted, or would wait for ever."""
         if self.closed_because is not None:
             raise GroupBrokenError(self.closed_because)
-        if self.broken is None and not self.settle(0):
-            why = self._running[0][2]
-            self._end_stuck(stuck_ranks(self._processes_of(self._running)), why)
+        self.check_there()
+        if self._half_sent:
+            with self.sending:  # or it is merely being sent
+                self._check_whole()
+        if self.broken is None and not self.settle(0) and (running := self._running):
+            why = running[0][2]
+            self._end_stuck(stuck_ranks(self._processes_of(running)), why)
             if self.broken is None:
-                ranks = sorted({rank for rank, _, _ in self._running})
+                ranks = sorted({rank for rank, _, _ in running})
                 raise GroupBrokenError(
                     f"ranks {ranks} are still in a call that {why}. Calls are taken again once it "
                     "has ended; restart() the group to end it, or close() it"
@@ -200,9 +260,20 @@ class Hosts:
             raise GroupBrokenError(f"{self.broken}. restart() the group, or close() it")
 
     def check_current(self) -> None:
-        """Raise GroupBrokenError where other hosts have taken over."""
+        """Raise GroupBrokenError where other hosts have taken over, or Ray was shut down."""
         if self.retired:
             raise GroupBrokenError(self.closed_because)
+        self.check_there()
+
+    @property
+    def gone(self) -> bool:
+        """Whether Ray was shut down since: a later one knows nothing of these hosts."""
+        return session() != self._session
+
+    def check_there(self) -> None:
+        """Raise GroupBrokenError where Ray was shut down."""
+        if self.gone:
+            raise GroupBrokenError(GONE)
 
     def _processes_of(self, running: Iterable[tuple[int, Any, str]]) -> dict[int, ProcessInfo]:
         processes = self.processes
@@ -214,13 +285,17 @@ class Hosts:
             refs = [ref for _, ref, _ in self._running]
             done, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=False)
             _read(done)
-            self._running = tuple(item for item in self._running if item[1] not in done)
+            ended = set(done)
+            with self._noting:
+                self._running = tuple(item for item in self._running if item[1] not in ended)
         return not self._running
 
     def failed(self, error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -> Exception:
         """Note what a failed call means for the group; the error to raise."""
         if self.closed_because is not None:
             return GroupBrokenError(self.closed_because)
+        if self.gone:
+            return GroupBrokenError(GONE)
         diagnosis = diagnose(error, refs, sites, self.processes)
         first = diagnosis.error
         if diagnosis.own_death and isinstance(first, WorkerDiedError):
@@ -241,9 +316,11 @@ class Hosts:
             self.settle(_LOOP_S)
 
     def _break(self, why: str) -> None:
-        if self.broken is None:
+        with self._noting:
+            if self.broken is not None:
+                return
             self.broken = why
-            _logger.error(why)
+        _logger.error(why)
 
     def timed_out(
         self, refs: Sequence[Any], sites: Sequence[CallSite], timeout_s: float, give_up: bool
@@ -269,9 +346,10 @@ class Hosts:
         self._note_running(ranks, "was interrupted")
 
     def _note_running(self, running: Sequence[tuple[int, Any]], why: str) -> None:
-        known = {ref for _, ref, _ in self._running}
-        added = tuple((rank, ref, why) for rank, ref in running if ref not in known)
-        self._running = (*self._running, *added)
+        with self._noting:
+            known = {ref for _, ref, _ in self._running}
+            added = tuple((rank, ref, why) for rank, ref in running if ref not in known)
+            self._running = (*self._running, *added)
 
     @property
     def closed(self) -> bool:
@@ -280,11 +358,12 @@ class Hosts:
     def close(self, why: str = "the group is closed") -> None:
         """End all processes and wait until they are gone; calls then raise GroupBrokenError."""
         was_closed, self.closed_because = self.closed, self.closed_because or why
-        if not was_closed and ray.is_initialized():
+        if not was_closed and not self.gone:
             left(self)
             end_processes(self.handles, list(self.processes.values()), _END_S)
             _read([ref for _, ref, _ in self._running])
-        self._running = ()
+        with self._noting:
+            self._running = ()
 
     def retire(self) -> None:
         """Close for others to take over: from then on, no result of these hosts counts."""
@@ -301,7 +380,27 @@ def end_processes(handles: Sequence[Any], processes: Sequence[ProcessInfo], grac
 
 
 def _read(refs: Sequence[Any]) -> None:
-    """Fetch outputs that nobody will ask for: Ray prints errors that nobody has seen."""
+    """See the errors of calls that nobody will ask for: Ray prints those that nobody has seen."""
     for ref in refs:
-        with contextlib.suppress(Exception):
-            ray.get(ref, timeout=0)
+        raised(ref)
+
+
+_jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
+_started = threading.Lock()
+
+
+def later(job: Callable[[], object]) -> None:
+    """Have a thread run it soon. Garbage may be collected at any moment, with any lock held, so
+    what is to be done about it has to be done elsewhere.
+    """
+    if _started.acquire(blocking=False):
+        threading.Thread(target=_run_jobs, daemon=True, name="release").start()
+    _jobs.put(job)
+
+
+def _run_jobs() -> None:
+    while True:
+        job = _jobs.get()
+        with contextlib.suppress(Exception):  # the cluster or the hosts are gone
+            job()
+        del job

@@ -6,18 +6,18 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple
 
 import ray
 
 from single_controller.base.recorder import CallRecord
 from single_controller.errors import CallTimeoutError, GroupBrokenError
 from single_controller.ray.failure import CallSite
-from single_controller.ray.hosts import Hosts
+from single_controller.ray.hosts import Hosts, later
 from single_controller.ray.offers import NO_OFFERS, Posted
 from single_controller.ray.parcel import counting
 
@@ -83,7 +83,7 @@ class Lease:
         """Include a rank's result, and release all once nobody holds this any more."""
         if not self._publications:
             gone = (self.hosts, self._token, self._publications, self._borrowers, self._unread)
-            weakref.finalize(self, _releaser().put, gone).atexit = False
+            weakref.finalize(self, later, partial(_release, *gone)).atexit = False
         self._publications[rank] = 0
         if published is not None:
             self._unread.add((*self._method, rank))
@@ -133,8 +133,8 @@ class Lease:
         return self._noted(Publication(sent[0], sent[1], lends))
 
     def _noted(self, published: Publication) -> Any:
-        size = published.size
-        self._record.count_later("bytes_between", lambda: _value_if_ready(size))
+        size, hosts = published.size, self.hosts
+        self._record.count_later("bytes_between", lambda: 0 if hosts.gone else _if_ready(size))
         return published.batch
 
     def read(self) -> Any:
@@ -144,6 +144,7 @@ class Lease:
     @contextmanager
     def current(self) -> Generator[None, None, None]:
         """Raises GroupBrokenError, whatever else goes wrong or does not, after a restart."""
+        self.hosts.check_current()
         try:
             yield
         except Exception:
@@ -152,7 +153,7 @@ class Lease:
         self.hosts.check_current()
 
 
-def _value_if_ready(ref: Any) -> int | None:
+def _if_ready(ref: Any) -> int | None:
     ready, _ = ray.wait([ref], timeout=0)
     if not ready:
         return None
@@ -162,41 +163,29 @@ def _value_if_ready(ref: Any) -> int | None:
         return 0
 
 
-_Gone: TypeAlias = tuple[Hosts, str, dict[int, int], list[Any], set[tuple[str, str, int]]]
-
-_queue: SimpleQueue[_Gone] = SimpleQueue()
-_started = threading.Lock()
-
-
-def _releaser() -> SimpleQueue[_Gone]:
-    """Takes what is to be released: garbage may be collected at any moment, with any lock held,
-    and a thread of its own can wait for its turn.
-    """
-    if _started.acquire(blocking=False):
-        threading.Thread(target=_release_all, daemon=True, name="release-results").start()
-    return _queue
-
-
-def _release_all() -> None:
-    while True:
-        hosts, token, publications, borrowers, unread = _queue.get()
-        for habit in unread:
-            hosts.read_elsewhere.pop(habit, None)
-        if borrowers:
-            again: _Gone = (hosts, token, publications, [], set())
-            threading.Thread(target=_wait_for, args=(borrowers, again), daemon=True).start()
-            continue
-        try:
-            with hosts.sending:
-                for rank, count in publications.items() if not hosts.closed else ():
-                    turn = hosts.turn(rank)
-                    hosts.handles[rank].release.remote(f"{token}:{rank}", count, turn)
-                    hosts.sent(rank)
-        except Exception:  # the cluster or the host is gone, and the results with it
-            continue
+def _release(
+    hosts: Hosts,
+    token: str,
+    publications: dict[int, int],
+    borrowers: list[Any],
+    unread: set[tuple[str, str, int]],
+) -> None:
+    """Let hosts let go of a result, once nobody borrows it any more."""
+    if hosts.gone:
+        return
+    for habit in unread:
+        hosts.read_elsewhere.pop(habit, None)
+    if borrowers:
+        again = partial(_release, hosts, token, publications, [], set())
+        threading.Thread(target=_wait_for, args=(borrowers, again), daemon=True).start()
+        return
+    with hosts.sending:
+        for rank, count in publications.items() if not hosts.closed else ():
+            turn = hosts.turn(rank)
+            hosts.handles[rank].release.remote(f"{token}:{rank}", count, turn)
 
 
-def _wait_for(borrowers: list[Any], again: _Gone) -> None:
+def _wait_for(borrowers: list[Any], again: Callable[[], object]) -> None:
     with contextlib.suppress(Exception):  # the cluster is gone
         ray.wait(borrowers, num_returns=len(borrowers), timeout=None, fetch_local=False)
-    _queue.put(again)
+    later(again)

@@ -25,6 +25,7 @@ __all__ = ["Outbox"]
 _INLINE = (int, float, bool, type(None), str, bytes)
 _INLINE_LENGTH = 1_000
 _SMALL = 16_384  # bytes that are sent several times sooner than stored once and fetched
+_LARGE = 100_000  # bytes that Ray stores anyway, rather than send them within a task
 
 _Readers = tuple[int, ...]
 
@@ -41,9 +42,12 @@ class Outbox(Carrier):
         calls: Sequence[Call | None],
         reads_only: bool = False,
         count: Callable[[int], None] = lambda size: None,
-        offers: Mapping[str, Any] | None = None,
+        late: bool = False,
     ) -> None:
-        self._reads_only, self._count, self._offers = reads_only, count, offers or {}
+        """`late`: hosts start their calls before these have their turn, and fetch what is stored
+        once they have: what Ray gives a task with its start, it can neither spill nor free.
+        """
+        self._reads_only, self._count, self._late = reads_only, count, late
         self._called = sum(call is not None for call in calls)
         ranks: dict[int, list[int]] = {}
         values: dict[int, Any] = {}
@@ -75,11 +79,18 @@ class Outbox(Carrier):
     def size(self, value: Any) -> int | None:
         return None if isinstance(value, ray.ObjectRef) else size_of(value)
 
-    def outgoing(self, call: Call) -> tuple[tuple[Any, ...], list[Any]]:
-        """A call's values with `Slot`s for those in parcels, and the parcels.
+    def pack(self) -> None:
+        """Pickle all that goes into parcels.
 
         Raises:
             SendError: a value cannot be pickled.
+        """
+        for readers in self._values:
+            self._parcel(readers)
+
+    def outgoing(self, call: Call, offers: Mapping[str, Any]) -> tuple[tuple[Any, ...], list[Any]]:
+        """A call's values with `Slot`s for those in parcels, and the parcels; futures with
+        `offers`, references to where their batches are published.
         """
         numbers: dict[_Readers, int] = {}
         first = [] if self._common is None else [self._common[1]]
@@ -88,7 +99,7 @@ class Outbox(Carrier):
             if isinstance(value, ray.ObjectRef):
                 return Late(value)
             if is_future(value):
-                return posted(value, self._offers)
+                return posted(value, offers)
             if id(value) not in self._places:
                 return value
             readers, at = self._places[id(value)]
@@ -115,7 +126,7 @@ class Outbox(Carrier):
         parcel = self._packed([items[key] for key in common]) if common else None
         if parcel is None or parcel.size < _SMALL:
             return None
-        return {key: Slot(0, at) for at, key in enumerate(common)}, ray.put(parcel)
+        return {key: Slot(0, at) for at, key in enumerate(common)}, self._put(parcel)
 
     def _slots(self, readers: _Readers, value: Any) -> dict[str, Slot]:
         """What goes in place of what a value has in common with those of all ranks."""
@@ -127,9 +138,9 @@ class Outbox(Carrier):
 
     def _parcel(self, readers: _Readers) -> Any:
         if readers not in self._parcels:
-            stored = self._is_stored(readers)
             parcel = self._parcel_of(readers)
-            self._parcels[readers] = ray.put(parcel) if stored else parcel
+            stored = self._is_stored(readers) or (self._late and parcel.size > _LARGE)
+            self._parcels[readers] = self._put(parcel) if stored else parcel
         return self._parcels[readers]
 
     def _is_stored(self, readers: _Readers) -> bool:
@@ -140,6 +151,10 @@ class Outbox(Carrier):
             load = [_replaced(v, self._slots(readers, v)) for v in self._values[readers]]
             self._pickled[readers] = self._packed(load)
         return self._pickled[readers]
+
+    def _put(self, parcel: Parcel) -> Any:
+        stored = ray.put(parcel)
+        return Late(stored) if self._late else stored
 
     def _packed(self, values: Sequence[Any]) -> Parcel:
         return Parcel(values, self._reads_only, self._count)

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from single_controller.errors import GroupBrokenError
 from single_controller.ray.parcel import Result
+from single_controller.ray.patience import GONE, session
+from single_controller.ray.placement import check_started
 
 if TYPE_CHECKING:
     from protocol import DataProtoFuture
@@ -28,12 +31,14 @@ def pin(data: Batch) -> DataProtoFuture:
 
     Raises:
         BatchTypeError: neither a DataProto nor a TensorDict.
+        ResourceError: Ray has not been started.
     """
     from protocol import BatchTypeError, DataProto, DataProtoFuture
     from protocol.batches import batch_rows, is_batch
 
     if not is_batch(data):
         raise BatchTypeError(f"data must be a DataProto or TensorDict; got {type(data).__name__}")
+    check_started()
     stored = StoredBatch(ray.put(Result(data)), batch_rows(data))
     return DataProtoFuture([stored], isinstance(data, DataProto) and data.is_padding_enabled())
 
@@ -42,7 +47,15 @@ class StoredBatch:
     """A batch in shared memory: a `protocol.future.Source`."""
 
     def __init__(self, ref: Any, rows: int) -> None:
-        self._ref, self._rows = ref, rows
+        self._ref, self._rows, self._session = ref, rows, session()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._check_there()
+        return StoredBatch, (self._ref, self._rows)
+
+    def _check_there(self) -> None:
+        if session() != self._session:
+            raise GroupBrokenError(GONE)
 
     def rows(self, timeout: float | None) -> int:
         return self._rows
@@ -51,6 +64,7 @@ class StoredBatch:
         from protocol.batches import lend_rows
         from protocol.wire import read_as, reading
 
+        self._check_there()
         how = reading()
         if (start, stop) == (0, self._rows):
             return ray.get(self._ref, timeout=timeout)

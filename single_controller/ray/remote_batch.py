@@ -29,7 +29,7 @@ from ray.exceptions import GetTimeoutError
 
 from single_controller.base.progress import shown_seconds
 from single_controller.base.rank import NO_BATCH
-from single_controller.errors import CallTimeoutError
+from single_controller.errors import CallTimeoutError, GroupBrokenError
 from single_controller.ray import patience
 from single_controller.ray.envelope import Enclosed
 from single_controller.ray.failure import CallSite, diagnose, translate
@@ -79,11 +79,12 @@ class RemoteCall:
         """Whether the rows are, without waiting."""
         return self._known is not None
 
-    def done(self) -> bool:
-        """Whether all ranks have finished, well or not."""
+    def done(self, timeout_s: float = 0) -> bool:
+        """Whether all ranks have finished, well or not, after at most so many seconds."""
         if self._known is not None:
             return True
-        _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
+        count = len(self.refs)
+        _, late = ray.wait(self.refs, num_returns=count, timeout=timeout_s, fetch_local=False)
         return not late
 
     def _get(self, timeout: float | None, lease: Lease | None) -> list[int | None]:
@@ -102,6 +103,8 @@ class RemoteCall:
                 f"{shown_seconds(timeout)} s",
                 ranks,
             ) from None
+        except GroupBrokenError:
+            raise
         except Exception as error:
             if lease is not None:
                 raise lease.hosts.failed(error, self.refs, self.sites) from None
@@ -164,6 +167,23 @@ class RemoteBatch:
         assert batch is not None, f"{self.token} is neither here nor published"
         return batch
 
+    async def arrive(self, whole: bool) -> bool:
+        """Wait on the running event loop for the rows of all ranks, or for the `whole` batch to be
+        here; whether they came in time.
+        """
+        lease, refs, what = self.lease, self.call.refs, self.title
+        ranks = [site.rank for site in self.call.sites]
+        if lease is not None:
+            lease.hosts.check_current()
+        limit = lease.limit.left(None) if lease else None
+        if whole and kept_here(self.token) is None:
+            refs = [lease.publish(self.site.rank) if lease else self.offer]
+            what, ranks = f"rows of {what}", [self.site.rank]
+            limit = lease.limit.seconds if lease else None
+        if not whole and self.call.known:
+            return True
+        return await patience.arrived(refs, limit, what, ranks)
+
     def _read(self, ref: Any, start: int, stop: int, timeout: float | None) -> Any:
         from protocol.batches import lend_rows
         from protocol.wire import read_as, reading
@@ -173,7 +193,8 @@ class RemoteBatch:
         limit = lease.limit.seconds if lease and timeout is None else timeout
         try:
             with read_as("join" if how == "own" and not whole else how):
-                batch: Any = ray.get(ref, timeout=patience.countable(limit))
+                batch: Any
+                [batch] = patience.get([ref], limit, f"rows of {self.title}", [site.rank])
         except GetTimeoutError:
             raise CallTimeoutError(
                 f"{site.role}.{site.method}: rank {site.rank} has finished, and had not sent its "
@@ -181,6 +202,8 @@ class RemoteBatch:
                 [site.rank],
                 lease.hosts.stacks([site.rank]) if lease else {},
             ) from None
+        except GroupBrokenError:
+            raise
         except Exception as error:
             raise (
                 lease.hosts.failed(error, [ref], [site]) if lease else translate(error, site)

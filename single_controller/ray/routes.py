@@ -51,7 +51,10 @@ def route(calls: Sequence[Call | None], hosts: Hosts, materialize: bool, wait_s:
                     if isinstance(origin, RemoteBatch):
                         batches[origin.token] = origin
                         readers.setdefault(origin.token, []).append((rank, value))
-    needs = _Needs(batches.values(), wait_s)
+    needs = _Needs(batches.values(), wait_s)  # asked only where it depends on the rows
+    for batch in batches.values():
+        if batch.lease is not None:
+            batch.lease.hosts.check_current()
     for token, batch in batches.items():
         own = batch.lease is not None and batch.lease.hosts is hosts
         at = batch.site.rank if own else None
@@ -82,22 +85,27 @@ class _Needs:
     """Which futures read which batches, as far as that is known on the driver."""
 
     def __init__(self, batches: Iterable[RemoteBatch], wait_s: float) -> None:
-        self._calls = {batch.call.token: batch.call for batch in batches}
+        self._calls = {batch.call.token: batch for batch in batches}
         self._wait_s = wait_s
         self._read: dict[int, set[str]] = {}
 
     @cached_property
     def known(self) -> bool:
-        """Whether the rows of all these batches are known; what went wrong is for the readers to
-        run into.
+        """Whether the rows of all these batches are known.
+
+        Raises what went wrong with their calls to a caller who waits, and would run into it. To
+        others nothing: it is for the readers to run into.
         """
-        if self._wait_s == 0 and not all(call.done() for call in self._calls.values()):
-            return False
         deadline = time.monotonic() + self._wait_s
+        for batch in self._calls.values():
+            if not batch.call.done(max(0.0, deadline - time.monotonic())):
+                return False
         try:
-            for call in self._calls.values():
-                call.rows(max(0.0, deadline - time.monotonic()))
+            for batch in self._calls.values():
+                batch.call.rows(0, batch.lease)
         except Exception:
+            if self._wait_s:
+                raise
             return False
         return True
 

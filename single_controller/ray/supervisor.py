@@ -11,11 +11,9 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
-import ray
-
 from single_controller.base.supervisor import RestartPolicy, Supervisor, check_watch, tell
 from single_controller.errors import WorkerDiedError
-from single_controller.ray.hosts import Hosts
+from single_controller.ray.hosts import Hosts, later
 from single_controller.ray.reservations import give_back
 from single_controller.ray.start import Recipe
 
@@ -34,9 +32,15 @@ class RaySupervisor(Supervisor[Hosts]):
         super().__init__(hosts, start_again, policy)
         self._current = [hosts]
         if recipe is not None and not recipe.options.detached:
-            weakref.finalize(self, _drop, self._current)
+            # At the driver's end Ray ends all processes of its groups.
+            weakref.finalize(self, later, partial(_drop, self._current)).atexit = False
+
+    def usable(self) -> Hosts:
+        self.hosts.check_there()  # which no restart would mend
+        return super().usable()
 
     def restart(self) -> None:
+        self.hosts.check_there()
         super().restart()
         self._current[:] = [self.hosts]
 
@@ -46,7 +50,7 @@ class RaySupervisor(Supervisor[Hosts]):
         """
         with self._lock:
             super().close()
-            if self._start_again is None and ray.is_initialized():
+            if self._start_again is None and not self.hosts.gone:
                 give_back([handle._actor_id.hex() for handle in self.hosts.handles])
 
     def watch(
@@ -65,6 +69,8 @@ class RaySupervisor(Supervisor[Hosts]):
             reported: Hosts | None = None
             while (supervisor := mine()) is not None and not supervisor.closed:
                 hosts = supervisor.hosts
+                if hosts.gone:
+                    return
                 if hosts is not reported and (death := _find_dead(hosts)) is not None:
                     reported = hosts
                     if on_death is not None:
@@ -85,5 +91,5 @@ def _find_dead(hosts: Hosts) -> WorkerDiedError | None:
 
 def _drop(current: list[Hosts]) -> None:
     for hosts in current:
-        if ray.is_initialized() and not hosts.closed and (hosts.broken or not hosts.settle(0)):
-            hosts.close()
+        if not hosts.gone and not hosts.closed and (hosts.broken or not hosts.settle(0)):
+            threading.Thread(target=hosts.close, daemon=True).start()  # it takes seconds

@@ -20,6 +20,7 @@ from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W
 from single_controller.base.worker import Worker
+from single_controller.inline.hosts import InlineHosts
 from single_controller.inline.worker_group import InlineWorkerGroup
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.colocate import create_colocated_worker_cls
@@ -44,6 +45,7 @@ class SwitchedWorkerGroup(InlineWorkerGroup[W]):
 
     def _submit(
         self,
+        hosts: InlineHosts,
         method: str,
         calls: Sequence[Call | None],
         answers: Sequence[int],
@@ -58,6 +60,7 @@ class SwitchedWorkerGroup(InlineWorkerGroup[W]):
     ) -> Pending:
         here = [call and Call(tuple(map(_here, call.args)), _named(call)) for call in calls]
         pending = super()._submit(
+            hosts,
             method,
             here,
             answers,
@@ -89,6 +92,9 @@ class _WithRayReferences(Pending):
 
     def wait(self, timeout_s: float | None) -> list[Any]:
         return self._pending.wait(timeout_s)
+
+    async def arrive(self) -> bool:
+        return await self._pending.arrive()
 
     def done(self) -> bool:
         return self._pending.done()

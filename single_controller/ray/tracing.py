@@ -16,6 +16,7 @@ from single_controller.base.trace import current
 from single_controller.base.trace_file import ProcessTrace
 from single_controller.ray.envelope import Envelope
 from single_controller.ray.parcel import ArrivedParcel
+from single_controller.ray.patience import session
 
 __all__ = ["HostTracing", "left", "mark", "running"]
 
@@ -98,8 +99,11 @@ class _Source:
     def __init__(self, hosts: _Hosts) -> None:
         self._roles, self._infos = "+".join(hosts.roles), list(hosts.infos)
         self._handles = list(hosts.handles)
+        self._session = session()
 
     def harvest(self) -> tuple[list[ProcessTrace], list[str]]:
+        if session() != self._session:
+            return [], [f"{self._roles}: Ray was shut down before its spans were asked for"]
         refs = [handle.trace_harvest.remote() for handle in self._handles]
         ray.wait(refs, num_returns=len(refs), timeout=_PATIENCE_S)
         found, missing = [], []

@@ -189,6 +189,7 @@ class RayWorkerGroup(HostGroup[W]):
 
     def _submit(
         self,
+        hosts: Hosts,
         method: str,
         calls: Sequence[Call | None],
         answers: Sequence[int],
@@ -201,28 +202,30 @@ class RayWorkerGroup(HostGroup[W]):
         awaited: bool = False,
         transport: Transport = "host",
     ) -> Pending:
-        hosts, began = self._supervisor.usable(), time.monotonic()
+        hosts.check_current()
+        began = time.monotonic()
         timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
         if timeout_s is not None and math.isinf(timeout_s):
             timeout_s = None
         wait_s = min(_LOOK_S, _LOOK_S if timeout_s is None else timeout_s) if awaited else 0
-        routes = route(calls, hosts, materialize, wait_s)
         count = partial(record.count, "bytes_out")
-        outbox = Outbox(calls, reads_only, count, routes.offers)
+        outbox = Outbox(calls, reads_only, count, late=not hosts.ordered)
+        outbox.pack()  # what cannot be sent is known before anything is, and the rows meanwhile
+        routes = route(calls, hosts, materialize, wait_s)
         # Before any is sent: ranks whose peers get no call would wait for them.
         different = {id(call): call for call in calls if call is not None}
-        packed = {key: outbox.outgoing(call) for key, call in different.items()}
+        packed = {key: outbox.outgoing(call, routes.offers) for key, call in different.items()}
         answering = set(answers)
         token = uuid.uuid4().hex if deferred else ""
         # Whether calls of ranks that get the same values are one.
         alike = hosts.ordered and not (deferred or routes.claims or record.number)
-        sites, refs, turns = [], [], {}
+        sites, turns = [], {}
         published: dict[int, Publication] = {}
         places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
         answered = False
         sent: tuple[Any, ...] = ()
-        with hosts.sending:
+        with hosts.sending_a_call() as refs:
             for rank, call in enumerate(calls):
                 if call is None:
                     continue
@@ -256,7 +259,6 @@ class RayWorkerGroup(HostGroup[W]):
                     published[rank] = Publication(batch, size, publishes)
                 if turn is not None:
                     turns[rank] = turn
-                    hosts.sent(rank)
                 sites.append(places[rank])
         routes.sent({site.rank: ref for site, ref in zip(sites, refs, strict=True)})
         limit = Limit(timeout_s, None if timeout_s is None else began + timeout_s)
@@ -298,12 +300,12 @@ def get_random_string(length: int) -> str:
 
 
 def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_s: float) -> Hosts:
+    check_started()
     if not handles:
         if not names:
             raise ValueError(
                 "a group needs a resource_pool to start on, or worker_names or worker_handles of "
                 "running hosts; none was found"
             )
-        check_started()
         handles = [ray.get_actor(name) for name in names]
     return Hosts.attach(handles, names or [], timeout_s)

@@ -1,17 +1,21 @@
-"""The line that a terminal shows while something takes long."""
+"""What a terminal and the log are told while something takes long."""
 
 from __future__ import annotations
 
+import gc
 import io
+import logging
 import sys
-import time
-from collections.abc import Callable
+import threading
 from typing import Any
 
 import pytest
 
 from single_controller.base import progress
-from single_controller.base.progress import patiently
+from single_controller.base.progress import waiting
+from tests.waiting import eventually
+
+CLEAR = "\r\x1b[2K"
 
 
 class Terminal(io.StringIO):
@@ -20,75 +24,103 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """Time that passes when somebody waits."""
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    def __init__(self, ready_at: float) -> None:
-        self.now, self.ready_at, self.asked = 0.0, ready_at, []
-
-    def attempt(self, seconds: float | None) -> str:
-        self.asked.append(seconds)
-        wait = self.ready_at - self.now if seconds is None else seconds
-        if self.now + wait < self.ready_at:
-            self.now += wait
-            raise TimeoutError(f"{wait:g}")
-        self.now = max(self.now, self.ready_at)
-        return "value"
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
-    def start(ready_at: float, stream: Any) -> Clock:
-        clock = Clock(ready_at)
-        monkeypatch.setattr(time, "monotonic", lambda: clock.now)
-        monkeypatch.setattr(sys, "stderr", stream)
-        return clock
-
-    return start
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time that passes as the test says; only the test looks at what is due."""
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", type("", (), {"monotonic": clock}))
+    monkeypatch.setattr(progress, "_started", True)
+    return clock
 
 
-def test_a_long_wait_shows_how_things_stand_and_leaves_nothing(on: Callable[..., Clock]) -> None:
+def terminal_for(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     terminal = Terminal()
-    clock = on(3.2, terminal)
-    told = iter(["0 of 2", "1 of 2", "1 of 2", "1 of 2"])
-    assert patiently(clock.attempt, TimeoutError, None, lambda: next(told)) == "value"
-    lines = terminal.getvalue().split("\r\x1b[2K")
-    assert lines[1:] == ["0 of 2, 2 s", "1 of 2, 2 s", "1 of 2, 2 s", "1 of 2, 3 s", ""]
-    assert not progress._drawing.locked()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal
 
 
-def test_a_short_wait_and_one_without_a_terminal_write_nothing(on: Callable[..., Clock]) -> None:
-    for ready_at, stream in ((1.0, Terminal()), (100.0, io.StringIO())):
-        clock = on(ready_at, stream)
-        assert patiently(clock.attempt, TimeoutError, None, lambda: "never") == "value"
-        assert stream.getvalue() == ""
-    assert clock.asked == [None]
+def after(clock: Clock, seconds: float, wait: waiting, drawing: bool = True) -> bool:
+    clock.now = seconds
+    return wait.look(drawing)
 
 
-def test_a_deadline_ends_the_wait_when_it_should(on: Callable[..., Clock]) -> None:
-    terminal = Terminal()
-    clock = on(100.0, terminal)
-    with pytest.raises(TimeoutError):
-        patiently(clock.attempt, TimeoutError, 4.0, lambda: "0 of 2")
-    assert clock.now == 4.0
-    assert terminal.getvalue().endswith("\r\x1b[2K")
+def test_a_long_wait_shows_on_a_terminal_how_things_stand_and_leaves_nothing(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = terminal_for(monkeypatch)
+    told = iter(["0 of 2", "1 of 2"])
+    wait = waiting(lambda: next(told))
+    with wait:
+        assert not after(clock, 1.0, wait)
+        assert after(clock, 1.5, wait)
+        assert after(clock, 2.6, wait)
+    assert terminal.getvalue().split(CLEAR)[1:] == ["0 of 2, 2 s", "1 of 2, 3 s", ""]
+    assert not after(clock, 5.0, wait)
 
 
-def test_one_thread_draws_at_a_time(on: Callable[..., Clock]) -> None:
-    terminal = Terminal()
-    clock = on(5.0, terminal)
-    with progress._drawing:
-        assert patiently(clock.attempt, TimeoutError, None, lambda: "mine") == "value"
+def test_one_wait_has_the_line_and_a_short_one_writes_nothing(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = terminal_for(monkeypatch)
+    for seconds, drawing in ((50, False), (1, True)):
+        wait = waiting(lambda: "never")
+        with wait:
+            assert not after(clock, clock.now + seconds, wait, drawing)
     assert terminal.getvalue() == ""
 
 
-def test_an_error_of_what_is_waited_for_comes_through(on: Callable[..., Clock]) -> None:
-    terminal = Terminal()
-    clock = on(2.0, terminal)
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_wait_without_end_is_logged_after_a_minute_and_then_ever_more_rarely(
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_terminal: bool,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal() if on_terminal else io.StringIO())
+    wait = waiting(lambda: "actor.update: 1 of 2 ranks ready, waiting for 1")
+    with wait, caplog.at_level(logging.WARNING):
+        for seconds in range(0, 1_000, 10):
+            assert after(clock, float(seconds), wait) == (on_terminal and seconds > 0)
+    assert caplog.messages == [
+        f"still waiting after {seconds} s: actor.update: 1 of 2 ranks ready, waiting for 1"
+        for seconds in (60, 120, 240, 480, 960)
+    ]
 
-    def fails(seconds: float | None) -> str:
-        clock.attempt(seconds)
-        raise KeyError("lost")
 
-    with pytest.raises(KeyError):
-        patiently(fails, TimeoutError, None, lambda: "0 of 2")
-    assert terminal.getvalue().endswith("\r\x1b[2K")
+def test_one_that_cannot_say_how_things_stand_says_nothing(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminal = terminal_for(monkeypatch)
+
+    def tell() -> str:
+        raise RuntimeError("the cluster is gone")
+
+    wait = waiting(tell)
+    with wait:
+        assert not after(clock, 100.0, wait)
+    assert (terminal.getvalue(), caplog.messages) == ("", [])
+
+
+def test_a_thread_says_so_while_others_wait_and_forgets_who_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "_LOG_S", 0.0)
+    threads: list[Any] = []
+
+    def tell() -> str:
+        threads.append(threading.current_thread().name)
+        return "sleeps"
+
+    waiting(lambda: "interrupted before it could end").__enter__()
+    gc.collect()
+    with waiting(tell):
+        assert eventually(lambda: bool(threads))
+    assert set(threads) == {"waiting"}
+    assert not any("interrupted" in message for message in caplog.messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import weakref
 
 from single_controller.base import spans
 from single_controller.base.recorder import MethodStats, Recorder
@@ -32,6 +33,40 @@ def test_an_amount_that_is_known_later_counts_once() -> None:
     assert [recorder.stats()["make"].bytes_between for _ in range(2)] == [7, 7]
     assert recorder.stats().driver_bytes == 0
     assert recorder.stats().moved_bytes == 7
+
+
+class Known:
+    """An amount, and the memory that it holds."""
+
+    def __init__(self) -> None:
+        self.ready, self.asked = False, 0
+
+    def __call__(self) -> int | None:
+        self.asked += 1
+        return 1 if self.ready else None
+
+
+def test_what_is_known_is_not_kept_until_somebody_reads_it() -> None:
+    recorder = Recorder()
+    kept: weakref.WeakSet[Known] = weakref.WeakSet()
+    for _ in range(1_000):
+        amount = Known()
+        amount.ready = True
+        kept.add(amount)
+        recorder.call("actor", "make").count_later("bytes_between", amount)
+        del amount
+        assert len(kept) < 50
+    assert recorder.stats()["make"].bytes_between == 1_000
+
+
+def test_what_stays_unknown_is_not_asked_for_again_and_again() -> None:
+    recorder, amounts = Recorder(), [Known() for _ in range(3_000)]
+    for amount in amounts:
+        recorder.call("actor", "make").count_later("bytes_between", amount)
+    assert sum(amount.asked for amount in amounts) < 2 * len(amounts)
+    for amount in amounts:
+        amount.ready = True
+    assert recorder.stats()["make"].bytes_between == 3_000
 
 
 def test_a_trace_gets_each_span_and_count_of_a_call_under_its_number() -> None:

@@ -46,6 +46,9 @@ class Done(Pending):
         self.waited.append(timeout_s)
         return self.outputs
 
+    async def arrive(self) -> bool:
+        return True
+
     def done(self) -> bool:
         return True
 
@@ -77,6 +80,7 @@ class LocalGroup(WorkerGroup):
 
     def _submit(
         self,
+        hosts: Any,
         method: str,
         calls: Sequence[Call | None],
         answers: Sequence[int],

@@ -67,6 +67,14 @@ class Critic(Worker):
             await asyncio.sleep(0.01)
         return self.log
 
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
+    async def hold(self, data: DataProto) -> DataProto:
+        for _ in range(data.meta_info.get("rounds", 100_000)):
+            if data.meta_info.get("until") in self.log:
+                break
+            await asyncio.sleep(0.01)
+        return data
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def notes(self) -> list[str]:
         return self.log
@@ -92,5 +100,5 @@ def specs(backend: Any, *roles: str) -> dict[str, Any]:
     }
 
 
-def zeros() -> DataProto:
-    return DataProto.from_dict({"a": torch.zeros(10)})
+def zeros(**meta_info: Any) -> DataProto:
+    return DataProto.from_dict({"a": torch.zeros(10)}, meta_info=meta_info)

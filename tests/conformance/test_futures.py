@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from protocol import BatchTypeError, ChunkError, DataProto, DataProtoFuture
-from single_controller import Broadcast, DispatchError, PerRank, WorkerError
+from single_controller import (
+    Broadcast,
+    CallTimeoutError,
+    DispatchError,
+    GroupBrokenError,
+    PerRank,
+    WorkerError,
+)
 from tests.conformance.conftest import Backend
 from tests.conformance.probe import batch, values
+from tests.conformance.team import zeros
+from tests.waiting import eventually
 
 
 def test_without_blocking_references_come_in_the_shape_of_the_result(
@@ -89,6 +99,56 @@ def test_submit_returns_at_once_and_await_works(group: Any) -> None:
         return await asyncio.gather(*(group.echo.submit(i) for i in range(3)))
 
     assert asyncio.run(main()) == [[(r, i, None) for r in (0, 1)] for i in range(3)]
+
+
+def test_an_await_ends_when_it_is_cancelled_and_the_call_does_not(roles: dict[str, Any]) -> None:
+    critic = roles["critic"]
+    held = [critic.hold.submit(zeros(until="let go")) for _ in range(40)]
+    later = critic.hold(zeros(until="let go"))
+
+    async def main() -> str:
+        for waited in (held[0], later):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(waited, 0.05)
+        waiting = [asyncio.ensure_future(future) for future in (*held, later)]
+        name = await critic.name.submit()  # more are awaited than asyncio's pool has threads
+        assert not any(task.done() for task in waiting)
+        return name[0]
+
+    assert asyncio.run(main()) == "critic"  # which cancels them
+    assert not held[0].done()
+    critic.note("let go")
+
+    async def again() -> list[DataProto]:
+        return [await held[0], await later, await later.select("a")]
+
+    assert [values(batch) for batch in asyncio.run(again())] == [[0.0] * 10] * 3
+
+
+def test_an_awaited_call_that_fails_or_takes_too_long_says_so(
+    backend: Backend, group: Any, roles: dict[str, Any]
+) -> None:
+    broken = DataProto.from_dict({"b": torch.zeros(4)})
+    late = roles["critic"].hold.options(timeout_s=0.05)
+
+    async def main() -> None:
+        for failing in (group.add_rank.submit(broken), group.add_rank_later(broken)):
+            with pytest.raises(KeyError):
+                await failing
+        for send in (late.submit, late)[: 2 if backend.name == "ray" else 1]:
+            assert eventually(partial(takes_calls, roles["critic"]))
+            with pytest.raises(CallTimeoutError, match=r"hold: ranks \[0, 1\] .* after 0.05 s"):
+                await send(zeros(rounds=20))
+
+    asyncio.run(main())
+    assert eventually(partial(takes_calls, roles["critic"]))
+
+
+def takes_calls(group: Any) -> bool:
+    try:
+        return bool(group.name())
+    except GroupBrokenError:
+        return False
 
 
 def test_a_host_without_a_loop_says_that_it_cannot_drop_a_call(group: Any) -> None:

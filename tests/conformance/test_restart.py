@@ -16,6 +16,16 @@ from tests.conformance.conftest import Backend
 pytestmark = pytest.mark.slow
 
 
+def restart_first(group: Any, *args: Any, **kwargs: Any) -> Any:
+    """As if another thread restarted the group while this one dispatches a call."""
+    group.restart()
+    return args, kwargs
+
+
+def as_it_is(group: Any, outputs: list[Any]) -> list[Any]:
+    return outputs
+
+
 class Mortal(Worker):
     def __init__(self, broken: bool = False) -> None:
         super().__init__()
@@ -28,6 +38,10 @@ class Mortal(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def look(self) -> str:
+        return self.state
+
+    @register(dispatch_mode={"dispatch_fn": restart_first, "collect_fn": as_it_is})
+    def look_late(self) -> str:
         return self.state
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -90,3 +104,10 @@ def test_a_restart_that_fails_says_why_and_can_be_tried_again(backend: Backend) 
             group.restart()
         with pytest.raises(ValueError, match="on_failure must be 'raise' or 'restart'"):
             backend.group(backend.spec(Mortal), on_failure="retry")
+
+
+def test_a_call_that_was_planned_for_the_former_ranks_goes_to_no_others(backend: Backend) -> None:
+    with backend.group(backend.spec(Mortal)) as group:
+        with pytest.raises(GroupBrokenError, match="the group was restarted"):
+            group.look_late()
+        assert group.look() == ["restored on 0", "restored on 1"]

@@ -14,8 +14,11 @@ from tensordict import TensorDict
 
 from protocol import BatchTypeError, DataProto
 from protocol.tensordict_utils import get_tensordict
-from single_controller import SharedMemoryWriteError
+from single_controller import SendError, SharedMemoryWriteError
+from single_controller.base.plan import Call
 from single_controller.ray import Colocated, RayWorkerGroup, pin
+from single_controller.ray.envelope import Late
+from single_controller.ray.outbox import Outbox
 from tests.data_plane.stage import batch, xs
 from tests.waiting import eventually
 
@@ -72,6 +75,37 @@ def test_what_takes_few_bytes_as_a_pickle_goes_with_each_call(three: RayWorkerGr
     )
     assert three.explain("give", threading.Lock()).arguments[0].travels == "by value"
     assert three.give(many) == [many] * 3
+
+
+def test_a_host_with_a_loop_fetches_large_arguments_in_the_turn_of_their_call(
+    async_roles: Colocated,
+) -> None:
+    for data, late in ((big(), True), (batch(6), False)):
+        outbox = Outbox([Call((data,), {})], late=True)
+        _, [parcel] = outbox.outgoing(Call((data,), {}), {})
+        assert isinstance(parcel, Late) == late
+    for group in async_roles.one, async_roles.two:
+        assert 6 <= sent(group, lambda group=group: group.total(big())) < 6.1
+    assert async_roles.one.total(big(), batch(6)) == [3 * MB // 4 + 3, 3 * MB // 4 + 12]
+    assert async_roles.one.step(big()).get().batch["x"][0, 0] == 3
+    meta = {"big": np.zeros(MB // 4, "f4")}
+    with_meta = DataProto.from_dict({"x": torch.ones(6)}, meta_info=meta)
+    assert async_roles.one.shared(with_meta) == [(["big"], rank, True) for rank in range(2)]
+    array = np.ones(200_000)
+    assert [float(got.sum()) for got in async_roles.two.give(array)] == [200_000.0] * 2
+
+
+def test_nothing_is_published_for_a_call_that_cannot_be_sent(
+    roles: Colocated, three: RayWorkerGroup
+) -> None:
+    made = roles.one.double(batch(6))
+    before = roles.one.stats()["double"].bytes_between
+    unsendable = DataProto.from_dict({"x": torch.ones(6)}, meta_info={"lock": threading.Lock()})
+    with pytest.raises(SendError, match=r"argument 1.*lock"):
+        three.total(made, unsendable)
+    assert made.rows() == 12
+    assert roles.one.results_kept() == [1, 1]
+    assert roles.one.stats()["double"].bytes_between == before
 
 
 def test_a_pinned_batch_leaves_never_again(roles: Colocated, three: RayWorkerGroup) -> None:

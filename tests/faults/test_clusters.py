@@ -74,6 +74,27 @@ def test_ranks_on_another_node_are_seen_and_a_lost_node_is_named_and_replaced() 
     assert "again ['fine', 'fine']" in output
 
 
+OUTPUT_ELSEWHERE = """
+pool = RayResourcePool([2], resources_per_process={"far": 1})
+group = RayWorkerGroup(pool, spec)
+group.look()
+try:
+    group.act.options(timeout_s=60)(PerRank(["sizeable", "raise"]))
+except KeyError as error:
+    say("rank", error.rank, "of", error.failed_ranks)
+group.close()
+pool.close()
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_an_output_that_is_on_another_node_is_no_failure_of_its_rank() -> None:
+    with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp") as folder:
+        output = run(NODES + OUTPUT_ELSEWHERE, RAY_TMPDIR=folder)
+    assert "rank 1 of 1" in output
+
+
 MEMORY = """
 pool = RayResourcePool([2], cpus_per_process=0.5)
 group = RayWorkerGroup(pool, spec)

@@ -141,3 +141,85 @@ def test_a_second_run_in_one_session_works_and_a_dropped_group_that_is_stuck_end
     output = run(GROUP + SECOND)
     assert output.count("['fine', 'fine']") == 2
     assert "{'processes': 0, 'placement groups': 0, 'object-store bytes': 0}" in output
+
+
+AFTER_SHUTDOWN = """
+import asyncio, gc, pickle, torch
+from protocol import DataProto
+from tests.faults.test_futures import Maker
+
+data = DataProto.from_dict({"x": torch.arange(4.0)})
+pool = RayResourcePool([2], cpus_per_process=0.5)
+maker = RayWorkerGroup(pool, RayClassWithInitArgs(Maker), on_failure="restart")
+other = RayWorkerGroup(pool, spec)
+other.start_worker_aliveness_check(0.1, on_death=lambda death: say("told of", death))
+dropped = RayWorkerGroup(pool, spec)
+dropped.act.submit("sleep")
+fetched, unread, forgotten, pinned = maker.make(data), maker.make(data), maker.make(data), pin(data)
+len(fetched), fetched.get(), maker.total(fetched), maker.stats(), maker.look()
+sent = maker.look.submit()
+sent.result()
+running = maker.act.submit("sleep")
+ray.shutdown()
+
+async def awaited(what):
+    return await what
+
+refused = {
+    "call": maker.look, "submit": maker.look.submit, "later": lambda: maker.make(data),
+    "result": sent.result, "running": running.result, "await": lambda: asyncio.run(awaited(sent)),
+    "rows": unread.rows, "get": fetched.get, "get unread": unread.get,
+    "await future": lambda: asyncio.run(awaited(unread)), "pickle": lambda: pickle.dumps(unread),
+    "pinned": pinned.get, "stacks": maker.stacks, "explain": lambda: maker.make.explain(data),
+    "execute": lambda: other.execute_all_async("look"), "restart": maker.restart,
+}
+
+def look(when):
+    slowest = 0
+    for name, use in refused.items():
+        began = time.monotonic()
+        try:
+            use()
+        except GroupBrokenError as error:
+            if "Ray was shut down" not in str(error):
+                say(name, "raised", error)
+        else:
+            say(name, "was not refused")
+        slowest = max(slowest, time.monotonic() - began)
+    say("slowest", when, slowest)
+    say(when, sent.done(), running.done(), running.cancel(), repr(running)[-5:])
+    say(when, {row.state for row in maker.describe().rows}, maker.stats()["look"].bytes_in > 0)
+
+look("without Ray")
+dropped = forgotten = None
+gc.collect()
+other.close()
+assert eventually(lambda: "aliveness" not in [t.name for t in threading.enumerate()])
+say("Ray is there", ray.is_initialized())
+ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+look("with another")
+gone = maker
+del maker, unread, fetched
+refused.clear()
+gone.close()
+with RayResourcePool([1]) as pool, RayWorkerGroup(pool, RayClassWithInitArgs(Maker)) as group:
+    say("new", group.act("fine"))
+    try:
+        group.total(pinned)
+    except GroupBrokenError as error:
+        say("pin", error)
+"""
+
+
+def test_nothing_but_the_user_starts_ray_and_what_was_made_before_says_that_it_is_gone() -> None:
+    lines = run(START + AFTER_SHUTDOWN).splitlines()
+    told = [line for line in lines if not line.startswith("slowest")]
+    for when in ("without Ray", "with another"):
+        assert f"{when} True True False done>" in told
+        assert f"{when} {{'dead'}} True" in told
+    assert "Ray is there False" in told
+    assert "new ['fine']" in told
+    assert any(line.startswith("pin Ray was shut down") for line in told)
+    assert not [
+        line for line in told if "raised" in line or "not refused" in line or "told" in line
+    ]

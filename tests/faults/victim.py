@@ -92,6 +92,11 @@ class Victim(Worker):
 
         return np.ones(40_000_000)
 
+    def _sizeable(self) -> Any:
+        import numpy as np
+
+        return np.ones(400_000)
+
     def _lock(self) -> Any:
         return threading.Lock()
 
