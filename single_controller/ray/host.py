@@ -27,7 +27,7 @@ from single_controller.base.rank import (
 from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.residency import Turns
 from single_controller.base.roles import RoleSpec
-from single_controller.base.worker import WorkerContext
+from single_controller.base.worker import AGENT_STORE, WorkerContext
 from single_controller.device import DeviceKind, get_torch_device
 from single_controller.errors import WorkerError
 from single_controller.ray.devices import DeviceIdentity, identify
@@ -129,6 +129,7 @@ class Host(ShelfTasks, HostTracing):
             prefix=place.prefix,
             backend="ray",
         )
+        os.environ.pop(AGENT_STORE, None)  # where torchrun has started Ray
         os.environ.update(self._context.environment())
         if place.rank == 0:
             self._rendezvous.serve()

@@ -23,6 +23,7 @@ from single_controller.base.plan import named_arguments
 from single_controller.base.rank import has_async_method
 from single_controller.base.roles import RoleSpec
 from single_controller.base.sending import not_sent
+from single_controller.base.worker import check_worker_env
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray import patience
@@ -271,8 +272,9 @@ def _actor_options(
             "on_failure='restart' of the group restarts all ranks with theirs"
         )
     resources.update(given.pop("resources", None) or {})
+    runtime_env = given.get("runtime_env") or {}
+    check_worker_env(runtime_env.get("env_vars"), "env_vars of runtime_env")
     if env:
-        runtime_env = given.get("runtime_env") or {}
         given["runtime_env"] = {
             **runtime_env,
             "env_vars": {**runtime_env.get("env_vars", {}), **env},

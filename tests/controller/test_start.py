@@ -44,6 +44,26 @@ class Member(Worker):
         dist.all_reduce(total)
         return total.item(), str(self.device), self.get_master_addr_port()
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def own_meeting(self, url: str, in_child: bool) -> bytes:
+        if not in_child:
+            return meet_at(url, self.rank, self.world_size)
+        import multiprocessing
+
+        with multiprocessing.get_context("spawn").Pool(1) as children:
+            return children.apply(meet_at, (url, self.rank, self.world_size))
+
+
+def meet_at(url: str, rank: int, world_size: int) -> bytes:
+    from datetime import timedelta
+
+    from torch.distributed import rendezvous
+
+    store, *_ = next(rendezvous(url, rank, world_size, timeout=timedelta(seconds=60)))
+    store.set(str(rank), f"from {rank}")
+    store.wait([str(other) for other in range(world_size)])
+    return bytes(store.get("0"))
+
 
 def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
     pool: RayResourcePool,
@@ -78,11 +98,29 @@ def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
             probe.bind(("", int(first.master_port)))
 
 
-def test_worker_env_must_not_set_what_each_rank_gets_its_own_of(pool: RayResourcePool) -> None:
-    with pytest.raises(ValueError, match="must not set MASTER_PORT, RANK"):
-        RayWorkerGroup(
-            pool, RayClassWithInitArgs(Member), worker_env={"RANK": "0", "MASTER_PORT": "1"}
-        )
+def test_a_rendezvous_of_the_users_own_is_torchs_also_in_a_child(pool: RayResourcePool) -> None:
+    """A variable for the group's own meeting would have it wait for a store that nobody serves."""
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Member)) as group:
+        for in_child in (False, True):
+            address, port = group.execute_rank_zero_sync("get_available_master_addr_port")
+            url = f"tcp://{address}:{port}"
+            assert group.own_meeting(url, in_child) == [b"from 0"] * 2
+        assert [row[0] for row in group.all_reduce()] == [3.0] * 2
+
+
+@pytest.mark.parametrize(
+    "env", [{"RANK": "0", "MASTER_PORT": "1"}, {"TORCHELASTIC_USE_AGENT_STORE": "True"}]
+)
+def test_variables_that_the_group_sets_are_refused_by_name(
+    pool: RayResourcePool, env: dict[str, str]
+) -> None:
+    spec = RayClassWithInitArgs(Member)
+    names = ", ".join(sorted(env))
+    with pytest.raises(ValueError, match=f"worker_env must not set {names}"):
+        RayWorkerGroup(pool, spec, worker_env=env)
+    spec.update_options({"runtime_env": {"env_vars": env}})
+    with pytest.raises(ValueError, match=f"env_vars of runtime_env must not set {names}"):
+        RayWorkerGroup(pool, spec)
 
 
 def test_a_master_port_that_is_taken_is_named(pool: RayResourcePool) -> None:
