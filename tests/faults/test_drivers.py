@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.faults.drivers import GROUP, START, launch, run
-from tests.waiting import eventually
+from tests.waiting import eventually, is_alive
 
 pytestmark = pytest.mark.long
 
@@ -141,3 +141,14 @@ def test_a_second_run_in_one_session_works_and_a_dropped_group_that_is_stuck_end
     output = run(GROUP + SECOND)
     assert output.count("['fine', 'fine']") == 2
     assert "{'processes': 0, 'placement groups': 0, 'object-store bytes': 0}" in output
+
+
+@pytest.mark.parametrize("how", ["sys.exit()", "os.kill(os.getpid(), signal.SIGKILL)", "del group"])
+def test_what_workers_have_started_ends_with_them(how: str) -> None:
+    wait = "threading.Event().wait()" if how == "del group" else ""
+    program = f'say("pids", *sum(group.act("engines"), []))\n{how}\n{wait}'
+    with launch(START + "group = RayWorkerGroup(RayResourcePool([2]), spec)\n" + program) as driver:
+        pids = pids_of(driver)
+        assert len(pids) == 6
+        assert eventually(lambda: not any(map(is_alive, pids)))
+        driver.kill()
