@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -30,6 +31,7 @@ from ray.util.placement_group import (
 __all__ = [
     "Reservation",
     "await_death",
+    "crowded",
     "give_back",
     "give_back_when_dropped",
     "new_name",
@@ -104,6 +106,22 @@ def _living_actors() -> Iterator[Any]:
     for actor in map(_pb.ActorTableData.FromString, _tables().get_actor_table(None, None)):
         if actor.state != _pb.ActorTableData.DEAD:
             yield actor
+
+
+def crowded(bundles: Sequence[tuple[PlacementGroup, int]]) -> list[bool]:
+    """By bundle, a placement group's and its index there: whether actors ask for more than it has,
+    those among them that it has no room for yet.
+    """
+    asked: Counter[str] = Counter()
+    for actor in _living_actors():
+        asked.update(actor.required_resources)
+    return [
+        any(
+            asked[f"{name}_group_{index}_{group.id.hex()}"] > amount + 1e-6
+            for name, amount in group.bundle_specs[index].items()
+        )
+        for group, index in bundles
+    ]
 
 
 def reclaim() -> None:

@@ -65,7 +65,8 @@ class RayWorkerGroup(HostGroup[W]):
         worker_env: environment variables for all ranks, set before any library loads.
         master_addr, master_port, master_port_range: where `torch.distributed` meets; by default
             rank 0's node and a port that the system chooses.
-        startup_timeout_s: how long the roles' constructors may take.
+        startup_timeout_s: how long the processes, with their runtime_env, and then the roles'
+            constructors may take.
         call_timeout_s: how long each call may take, unless its method or the call itself says
             otherwise; None: for ever.
         on_failure: what a call on a broken group does: "raise", or "restart" the group first. The
@@ -76,7 +77,7 @@ class RayWorkerGroup(HostGroup[W]):
         ResourceError: the cluster cannot hold the pool, or the pool one more group.
         RegistrationError: a class cannot be used as a worker, or not with these arguments.
         WorkerError: a constructor raised; it names role and rank.
-        CallTimeoutError: a constructor did not return in time.
+        CallTimeoutError: a process did not start, or a constructor did not return, in time.
     """
 
     _supervisor: RaySupervisor  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -6,19 +6,21 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RuntimeEnvSetupError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
     remove_placement_group,
 )
 
-from single_controller import ResourceError, WorkerDiedError
+from single_controller import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.base import Worker
 from single_controller.ray import (
     RayClassWithInitArgs,
@@ -95,6 +97,40 @@ def test_a_full_pool_refuses_one_more_group_instead_of_hanging(cluster: None) ->
         pool.placement_timeout_s = 0.5
         with pytest.raises(ResourceError, match=r"ranks \[0\] got no process.*max_colocate"):
             RayWorkerGroup(pool, spec)
+
+
+def test_a_runtime_env_that_is_slow_to_set_up_has_the_time_of_the_start(
+    cluster: None, tmp_path: Path
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 2\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    spec = RayClassWithInitArgs(Victim)
+    spec.update_options({"runtime_env": {"py_executable": str(slow)}})
+    with RayResourcePool([1], max_colocate_count=1) as pool:
+        pool.get_placement_groups()
+        pool.placement_timeout_s = 0.5
+        with RayWorkerGroup(pool, spec) as group:
+            assert group.act("fine") == ["fine"]
+
+
+def test_a_process_that_does_not_start_is_told_from_a_pool_without_room(cluster: None) -> None:
+    spec = RayClassWithInitArgs(Victim)
+    spec.update_options({"runtime_env": {"py_executable": "/no/python"}})
+    with RayResourcePool([2], max_colocate_count=1) as pool:
+        pool.get_placement_groups()
+        pool.placement_timeout_s = 0.5
+        error = r"ranks \[0, 1\] have no process after startup_timeout_s=1, .*/no/python'}"
+        with pytest.raises(CallTimeoutError, match=error) as caught:
+            RayWorkerGroup(pool, spec, startup_timeout_s=1)
+        assert caught.value.pending_ranks == (0, 1)
+
+
+def test_a_runtime_env_that_cannot_be_set_up_says_why(cluster: None) -> None:
+    spec = RayClassWithInitArgs(Victim)
+    spec.update_options({"runtime_env": {"working_dir": "file:///no/such.zip"}})
+    with RayResourcePool([1]) as pool, pytest.raises(RuntimeEnvSetupError, match=r"no/such\.zip"):
+        RayWorkerGroup(pool, spec)
 
 
 def test_a_pool_reserved_for_cpus_refuses_another_device(cluster: None) -> None:
