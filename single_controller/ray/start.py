@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from single_controller.base.plan import named_arguments
 from single_controller.base.rank import has_async_method
 from single_controller.base.roles import RoleSpec
+from single_controller.base.rows import padding_setting
 from single_controller.base.sending import not_sent
 from single_controller.base.worker import check_worker_env
 from single_controller.device import CPU, DeviceKind
@@ -204,7 +205,7 @@ class _Starting:
 
     def build(self, roles: Any) -> list[HostInfo]:
         """Build the roles everywhere."""
-        refs = [handle.build.remote(roles) for handle in self.handles]
+        refs = [handle.build.remote(roles, padding_setting()) for handle in self.handles]
         return self._get(refs, "build", self.options.startup_timeout_s)
 
     def restore(self) -> None:
@@ -236,11 +237,11 @@ class _Starting:
             raise self._diagnosed(error, refs, step) from None
 
     def _diagnosed(self, error: Exception, refs: Sequence[Any], step: str) -> Exception:
-        sites = []
+        sites, step = [], "__init__" if step == "build" else step
         for rank in range(len(refs)):
             process = self._processes.get(rank)
             where = (process.node_ip, process.pid) if process else ("?", 0)
-            sites.append(CallSite("host", step, rank, *where))
+            sites.append(CallSite("+".join(self.spec.roles), step, rank, *where))
         first = diagnose(error, refs, sites, self._processes).error
         if isinstance(first, WorkerDiedError) and first.rank in self._processes:
             return explain_death(first, self._processes[first.rank], self._watches[first.rank])

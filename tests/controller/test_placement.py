@@ -20,7 +20,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from single_controller import CallTimeoutError, ResourceError, WorkerDiedError
+from single_controller import ResourceError, WorkerDiedError
 from single_controller.base import Worker
 from single_controller.ray import (
     RayClassWithInitArgs,
@@ -112,18 +112,6 @@ def test_a_runtime_env_that_is_slow_to_set_up_has_the_time_of_the_start(
         pool.placement_timeout_s = 0.5
         with RayWorkerGroup(pool, spec) as group:
             assert group.act("fine") == ["fine"]
-
-
-def test_a_process_that_does_not_start_is_told_from_a_pool_without_room(cluster: None) -> None:
-    spec = RayClassWithInitArgs(Victim)
-    spec.update_options({"runtime_env": {"py_executable": "/no/python"}})
-    with RayResourcePool([2], max_colocate_count=1) as pool:
-        pool.get_placement_groups()
-        pool.placement_timeout_s = 0.5
-        error = r"ranks \[0, 1\] have no process after startup_timeout_s=1, .*/no/python'}"
-        with pytest.raises(CallTimeoutError, match=error) as caught:
-            RayWorkerGroup(pool, spec, startup_timeout_s=1)
-        assert caught.value.pending_ranks == (0, 1)
 
 
 def test_a_runtime_env_that_cannot_be_set_up_says_why(cluster: None) -> None:

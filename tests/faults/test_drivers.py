@@ -152,3 +152,23 @@ def test_what_workers_have_started_ends_with_them(how: str) -> None:
         assert len(pids) == 6
         assert eventually(lambda: not any(map(is_alive, pids)))
         driver.kill()
+
+
+NO_PYTHON = """
+spec.update_options({"runtime_env": {"py_executable": "/no/python"}})
+with RayResourcePool([2], max_colocate_count=1) as pool:
+    pool.get_placement_groups()
+    pool.placement_timeout_s = 0.5
+    try:
+        RayWorkerGroup(pool, spec, startup_timeout_s=1)
+    except CallTimeoutError as error:
+        say(error.pending_ranks, error)
+"""
+
+
+def test_a_process_that_does_not_start_is_told_from_a_pool_without_room() -> None:
+    """In a cluster of its own: for a minute, Ray waits for the process to come."""
+    output = run(START + NO_PYTHON)
+    said = "(0, 1) ranks [0, 1] have no process after startup_timeout_s=1, though"
+    assert said in output
+    assert "{'py_executable': '/no/python'}" in output
