@@ -22,6 +22,7 @@ from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
 from single_controller.base.roles import W, check_constructors
+from single_controller.base.rows import padding_setting
 from single_controller.base.supervisor import RestartPolicy
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
@@ -217,6 +218,7 @@ class RayWorkerGroup(HostGroup[W]):
         alike = hosts.ordered and not (deferred or routes.claims or record.number)
         sites, refs, turns = [], [], {}
         published: dict[int, Publication] = {}
+        padding = padding_setting()
         places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
         answered = False
@@ -244,6 +246,7 @@ class RayWorkerGroup(HostGroup[W]):
                         publishes=publishes,
                         claims=routes.claims.get(rank, ()),
                         mark=mark(record, hosts),
+                        padding=padding,
                     )
                     letter = sealed(envelope)
                     sent = () if letter is None else (letter, *parcels)
