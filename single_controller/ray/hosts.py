@@ -29,6 +29,7 @@ from single_controller.ray.failure import (
 from single_controller.ray.host import HostInfo
 from single_controller.ray.nodes import beside
 from single_controller.ray.process import ExitWatch, ProcessInfo, end
+from single_controller.ray.reservations import was_killed
 from single_controller.ray.stacks import readable
 from single_controller.ray.tracing import left
 
@@ -131,7 +132,9 @@ class Hosts:
                 site = self.sites("+".join(self.roles), "no call")[rank]
                 death = died(site, str(found["DeathCause"]))
                 death = explain_death(death, info.process, self._watches[rank])
-                self._break(f"the group lost a rank: {death.args[0]}")
+                self._break(
+                    self._ended_elsewhere(rank) or f"the group lost a rank: {death.args[0]}"
+                )
                 return death
         return None
 
@@ -224,6 +227,9 @@ class Hosts:
         diagnosis = diagnose(error, refs, sites, self.processes)
         first = diagnosis.error
         if diagnosis.own_death and isinstance(first, WorkerDiedError):
+            if self.broken is None and (elsewhere := self._ended_elsewhere(first.rank)):
+                self._break(elsewhere)
+                return GroupBrokenError(elsewhere)
             first = explain_death(first, self.infos[first.rank].process, self._watches[first.rank])
         why = first.args[0]
         self._note_running(diagnosis.running, f"failed elsewhere: {why}")
@@ -231,6 +237,21 @@ class Hosts:
             self._break(f"the group lost a rank: {why}")
         self._end_stuck(diagnosis.stuck, f"failed elsewhere: {why}")
         return first
+
+    def _ended_elsewhere(self, rank: int) -> str | None:
+        """What became of a group that another process closed, restarted or killed; None where the
+        rank ended by itself.
+        """
+        key = self.handles[rank]._actor_id.hex()
+        if not was_killed(key):
+            return None
+        with contextlib.suppress(ValueError):  # there is nobody of that name
+            if ray.get_actor(str(actors(key)["Name"]))._actor_id.hex() != key:
+                return (
+                    "the group was restarted by another process, and these are its former "
+                    "processes: take its new ones from there, or by from_detached"
+                )
+        return "the group was closed, or is being restarted, by another process"
 
     def _end_stuck(self, stuck: Mapping[int, str], why: str) -> None:
         if stuck:

@@ -38,6 +38,7 @@ __all__ = [
     "reclaim",
     "remove",
     "reservations",
+    "was_killed",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -229,10 +230,24 @@ def await_death(ended: Collection[str], timeout_s: float) -> list[str]:
     return left
 
 
+def was_killed(actor_id: str) -> bool:
+    """Whether an actor was ended by `ray.kill`, as groups end theirs."""
+    found = _actor(actor_id)
+    if found is None or found.state != _pb.ActorTableData.DEAD:
+        return False
+    context = found.death_cause.actor_died_error_context
+    return bool(context.reason == type(context).RAY_KILL)
+
+
 def _placement_group_of(actor_id: str) -> bytes:
     """Where an actor runs, or ran; b"" for one that Ray does not know."""
+    found = _actor(actor_id)
+    return b"" if found is None else bytes(found.placement_group_id)
+
+
+def _actor(actor_id: str) -> Any:
     found = _tables().get_actor_info(ray.ActorID.from_hex(actor_id))
-    return b"" if found is None else bytes(_pb.ActorTableData.FromString(found).placement_group_id)
+    return None if found is None else _pb.ActorTableData.FromString(found)
 
 
 def _is_detached(group: bytes) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+import ray
 
 from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
 from single_controller.base import PerRank, Worker
@@ -63,6 +64,36 @@ def test_what_the_former_processes_have_started_is_gone_when_others_start(
         assert not any(map(is_alive, engines))
         last = [pid for pids in group.act("engines") for pid in pids]
     assert not any(map(is_alive, last))
+
+
+@ray.remote(num_cpus=0)
+class Copy:
+    """Has a group that another process started."""
+
+    def take(self, group: RayWorkerGroup) -> int:
+        self.group = group
+        return group.world_size
+
+    def use(self) -> str:
+        try:
+            return str(self.group.act("fine"))
+        except GroupBrokenError as error:
+            return str(error)
+
+
+def test_copies_of_a_group_in_other_processes_say_that_it_was_restarted_or_closed(
+    pool: RayResourcePool,
+) -> None:
+    copy = Copy.remote()
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Victim)) as group:
+        assert ray.get(copy.take.remote(group)) == 2
+        group.restart()
+        for _ in range(2):
+            assert "the group was restarted by another process" in ray.get(copy.use.remote())
+        ray.get(copy.take.remote(group))
+        assert ray.get(copy.use.remote()) == "['fine', 'fine']"
+    for _ in range(2):
+        assert "the group was closed" in ray.get(copy.use.remote())
 
 
 def test_a_group_told_to_restart_does_so_on_the_next_call_within_its_budget(
