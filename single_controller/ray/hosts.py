@@ -10,6 +10,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -69,21 +70,33 @@ class Hosts:
 
     @classmethod
     def attach(cls, handles: Sequence[Any], names: Sequence[str], timeout_s: float) -> Hosts:
-        """The hosts behind handles of running actors."""
+        """The hosts behind handles of running actors. Those of several groups, or some of one, are
+        ranks in their order, which have no rendezvous; actors found by `names` must be one group.
+        """
         found = ray.get([handle.whoami.remote() for handle in handles], timeout=timeout_s)
         infos = [info for info, _, _ in found]
-        if sorted(info.rank for info in infos) != list(range(len(infos))):
+        addresses = {address for _, address, _ in found}
+        order = sorted(range(len(infos)), key=lambda i: infos[i].rank)
+        is_whole = len(addresses) == 1 and [infos[i].rank for i in order] == [*range(len(infos))]
+        if names and not is_whole:
             raise ValueError(
                 f"workers must be all ranks of one group; got ranks {[i.rank for i in infos]}"
             )
-        order = sorted(range(len(infos)), key=lambda i: infos[i].rank)
-        _, address, ordered = found[0]
+        kinds = {(info.roles, ordered) for info, _, ordered in found}
+        if len(kinds) > 1 or len({info.process for info in infos}) < len(infos):
+            raise ValueError(
+                "worker_handles must be different workers with the same roles; got "
+                + ", ".join(f"{'+'.join(info.roles)} in process {info.pid}" for info in infos)
+            )
+        if not is_whole:
+            order = list(range(len(infos)))
+            addresses = {("", 0)}
         return cls(
             [handles[i] for i in order],
             [names[i] for i in order] if names else [],
-            [infos[i] for i in order],
-            address,
-            ordered,
+            [replace(infos[i], rank=rank) for rank, i in enumerate(order)],
+            addresses.pop(),
+            found[0][2],
         )
 
     @property

@@ -60,7 +60,9 @@ class RayWorkerGroup(HostGroup[W]):
         bin_pack: each node's processes on one node (STRICT_PACK); False: PACK.
         name_prefix: of the actors' names; by default random.
         detached: the hosts outlive the driver.
-        worker_names, worker_handles: running actors to attach to instead.
+        worker_names, worker_handles: running actors to attach to instead: all of a group, or by
+            handles also workers of several groups, which are ranks in the order of the handles.
+            `ray_cls_with_init` may be another class than theirs: it says which methods to call.
         ray_wait_register_center_timeout: veRL's name for `startup_timeout_s`.
         device_name: "cuda", "cpu", …: by default what the pool's cluster has.
         worker_env: environment variables for all ranks, set before any library loads.

@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from single_controller import CallTimeoutError, RegistrationError, ResourceError, SendError
+from single_controller import (
+    CallTimeoutError,
+    GroupBrokenError,
+    RegistrationError,
+    ResourceError,
+    SendError,
+    UnknownMethodError,
+)
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
     RayWorkerGroup,
+    create_colocated_worker_cls,
     split_resource_pool,
 )
 from tests.waiting import eventually
@@ -181,10 +190,11 @@ def test_another_group_object_attaches_to_running_hosts(pool: RayResourcePool) -
         assert found.master_port == started.master_port
     with pytest.raises(ValueError, match="no running host has name_prefix 'kept'"):
         RayWorkerGroup.from_detached(name_prefix="kept", ray_cls_with_init=spec)
-    with pytest.raises(ValueError, match=r"hold roles \['Member'\], and .* says \['Worker'\]"):
-        RayWorkerGroup(
-            worker_handles=started.workers, ray_cls_with_init=RayClassWithInitArgs(Worker)
-        )
+    both = create_colocated_worker_cls({"a": spec, "b": spec})
+    with pytest.raises(ValueError, match=r"hold roles \['Member'\], and .* says \['a', 'b'\]"):
+        RayWorkerGroup(worker_handles=started.workers, ray_cls_with_init=both)
+    with pytest.raises(ValueError, match=r"all ranks of one group; got ranks \[1\]"):
+        RayWorkerGroup(worker_names=started.worker_names[1:], ray_cls_with_init=spec)
     unbound = RayWorkerGroup(worker_handles=started.workers)
     assert [env["RANK"] for env in unbound.execute_all_sync("environment")] == ["0", "1"]
     last = RayWorkerGroup(split_resource_pool(kept, 1)[1], spec, name_prefix="last_")
@@ -195,6 +205,53 @@ def test_another_group_object_attaches_to_running_hosts(pool: RayResourcePool) -
     RayWorkerGroup(worker_handles=last.workers).close()
     assert placement_group_table(reservation)["state"] == "REMOVED"
     kept.close()
+
+
+class Environment(Worker):
+    """What a program knows of `Member`, and what that does not have."""
+
+    environment = Member.environment
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def absent(self) -> None: ...
+
+
+def test_workers_of_several_groups_are_the_ranks_of_one_in_the_order_of_their_handles(
+    pool: RayResourcePool,
+) -> None:
+    spec = RayClassWithInitArgs(Member)
+    with (
+        RayWorkerGroup(pool, spec, name_prefix="one_") as one,
+        RayWorkerGroup(pool, spec, name_prefix="two_") as two,
+    ):
+        mixed = [two.workers[1], one.workers[0], two.workers[0]]
+        group = RayWorkerGroup(worker_handles=mixed, ray_cls_with_init=spec)
+        where = [(env["WG_PREFIX"], env["RANK"]) for env in group.environment()]
+        assert where == [("two_", "1"), ("one_", "0"), ("two_", "0")]
+        rows = [(row.rank, row.pid) for row in group.describe().rows]
+        pids = [two.describe().rows[1].pid, one.describe().rows[0].pid, two.describe().rows[0].pid]
+        assert rows == [*enumerate(pids)]
+        assert (group.world_size, group.master_address) == (3, "")
+        with pytest.raises(GroupBrokenError, match="attached to running hosts"):
+            group.restart()
+        for wrong in ([*mixed, mixed[0]], []):
+            with pytest.raises(ValueError, match=r"different workers|needs a resource_pool"):
+                RayWorkerGroup(worker_handles=wrong, ray_cls_with_init=spec)
+
+
+def test_the_class_that_a_group_is_attached_with_says_which_methods_it_has(
+    pool: RayResourcePool,
+) -> None:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Member)) as started:
+        attach = partial(RayWorkerGroup, worker_handles=started.workers)
+        base = attach(ray_cls_with_init=RayClassWithInitArgs(Worker))
+        assert base.execute_func_rank_zero(os.getpid) == started.describe().rows[0].pid
+        with pytest.raises(UnknownMethodError, match="environment"):
+            base.environment()
+        other = attach(ray_cls_with_init=RayClassWithInitArgs(Environment))
+        assert [env["RANK"] for env in other.environment()] == ["0", "1"]
+        with pytest.raises(AttributeError, match="'Member' object has no attribute 'absent'"):
+            other.absent()
 
 
 def test_different_counts_per_node_start_all_workers(cluster: None) -> None:
