@@ -1,4 +1,4 @@
-"""Settings that hold for every batch in this process."""
+"""Settings that hold for every batch in this process, and in the workers of its groups."""
 
 from __future__ import annotations
 
@@ -23,4 +23,6 @@ class _Config(type):
 
 
 class DataProtoConfig(metaclass=_Config):
-    """Settings of all batches in this process: `DataProtoConfig.auto_padding = True`."""
+    """Settings of all batches in this process: `DataProtoConfig.auto_padding = True`. What a driver
+    has set when it calls a group, here or by VERL_AUTO_PADDING, holds in the group's workers too.
+    """

@@ -23,15 +23,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, what in (
         ("doctor", _doctor, "check a cluster: exit code 1 if a check fails"),
-        ("ps", _ps, "the groups of a running cluster, a line per rank"),
+        (
+            "ps",
+            _ps,
+            "the groups of a running cluster, a line per rank, and what is reserved unused",
+        ),
         ("stacks", _stacks, "the Python stack of each rank of a group, also of stuck ones"),
-        ("kill", _kill, "end all processes of a group"),
+        ("kill", _kill, "end all processes of a group, or give a reservation back"),
     ):
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--address", help="of the cluster; by default what Ray finds")
         command.set_defaults(run=run)
         if name in ("stacks", "kill"):
-            command.add_argument("name", metavar="NAME", help="the group, as ps shows it")
+            command.add_argument(
+                "name", metavar="NAME", help="the group (kill: or reservation), as ps shows it"
+            )
             command.add_argument("--namespace", help="which, if several groups have this name")
     return parser
 
@@ -68,12 +74,20 @@ def _attached(address: str | None) -> bool:
 
 
 def _ps(options: argparse.Namespace) -> int:
-    from single_controller.ray.running import groups_table, running_groups
+    from single_controller.ray.running import (
+        groups_table,
+        reservations_table,
+        running_groups,
+        unused_reservations,
+    )
 
     if not _attached(options.address):
         return 2
-    groups = running_groups()
+    groups, unused = running_groups(), unused_reservations()
     sys.stdout.write(f"{groups_table(groups)}\n" if groups else "no groups are running\n")
+    if unused:
+        table = reservations_table(unused)
+        sys.stdout.write(f"\nreserved without a group (`kill` gives them back):\n{table}\n")
     return 0
 
 
@@ -93,10 +107,13 @@ def _stacks(options: argparse.Namespace) -> int:
 
 def _kill(options: argparse.Namespace) -> int:
     from single_controller.errors import SingleControllerError
-    from single_controller.ray.running import kill_group
+    from single_controller.ray.running import kill_group, kill_reservation
 
     if not _attached(options.address):
         return 2
+    if kill_reservation(options.name):
+        sys.stdout.write(f"gave {options.name} back\n")
+        return 0
     try:
         group = kill_group(options.name, options.namespace)
     except (ValueError, SingleControllerError) as error:

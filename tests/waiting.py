@@ -7,6 +7,15 @@ import time
 from collections.abc import Callable
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, and no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
     """Poll `condition` until it holds or the time is up; whether it held."""
     pause, deadline = threading.Event(), time.monotonic() + seconds

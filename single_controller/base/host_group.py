@@ -94,14 +94,17 @@ class HostGroup(WorkerGroup[W]):
         self._classes = {}
         hosts = self._hosts
         if ray_cls_with_init is not None:
-            roles = ray_cls_with_init.roles()
-            self._classes = {role: spec.cls for role, spec in roles.items()}
+            roles, role = ray_cls_with_init.roles(), ray_cls_with_init.role
+            if len(roles) == len(hosts.roles) == 1 and role:
+                # Whatever its name: the class given says which methods the group has.
+                roles, role = dict(zip(hosts.roles, roles.values(), strict=True)), hosts.roles[0]
             if tuple(roles) != hosts.roles:
                 raise ValueError(
                     f"the running hosts hold roles {list(hosts.roles)}, and ray_cls_with_init says "
                     f"{list(roles)}"
                 )
-            self._take_role(ray_cls_with_init.role)
+            self._classes = {name: spec.cls for name, spec in roles.items()}
+            self._take_role(role)
         elif len(hosts.roles) == 1:
             self._take_role(hosts.roles[0])
 
@@ -125,7 +128,7 @@ class HostGroup(WorkerGroup[W]):
 
     @property
     def master_address(self) -> str:
-        """Where `torch.distributed` of this group meets."""
+        """Where `torch.distributed` of this group meets; "" for workers of several groups."""
         return self._hosts.address[0]
 
     @property

@@ -22,6 +22,7 @@ __all__ = [
     "build_roles",
     "checked_output",
     "coroutine_stacks",
+    "exit_code",
     "has_async_method",
     "own_frames",
     "own_traceback",
@@ -67,7 +68,7 @@ def build_roles(
                     "after another; a role of this process has an async def method"
                 )
             turns.add(role, worker)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise failure(role, error) from None
         if not isinstance(worker, FusedWorker):
             context.peers[role] = worker
@@ -91,6 +92,12 @@ def checked_output(output: Any) -> Any:
     if inspect.isgenerator(output) or inspect.isasyncgen(output):
         raise TypeError("the method returned a generator, which cannot be sent; return a list")
     return output
+
+
+def exit_code(request: SystemExit) -> int:
+    """What a process ends with that does as it is asked."""
+    code = request.code
+    return code % 256 if isinstance(code, int) else int(code is not None)
 
 
 def own_traceback(error: BaseException, hidden: Sequence[str]) -> str:

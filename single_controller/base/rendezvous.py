@@ -6,22 +6,27 @@ Who learns the address is left to the backends.
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
+import importlib.util
+import logging
 import os
 import select
 import socket
 import sys
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from single_controller.errors import ResourceError
 
-__all__ = ["Rendezvous"]
+__all__ = ["OnImport", "Rendezvous"]
+
+_logger = logging.getLogger(__name__)
 
 _ALONE_S = 10.0  # how long ranks that meet without this one wait for it to import torch
-_POLL_S = 0.01
+_MODULE = "torch.distributed.rendezvous"
 
 
 class Rendezvous:
@@ -47,6 +52,7 @@ class Rendezvous:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._store: Any = None
+        self._started = threading.Event()
         for candidate in ports:
             with contextlib.suppress(OSError, OverflowError):
                 self._socket.bind(("", candidate))
@@ -65,41 +71,61 @@ class Rendezvous:
         self._socket.close()
 
     def serve(self) -> None:
-        """Let ranks join a store from now on. It starts when the first one connects, in a thread:
-        workers that never meet need no torch, which takes seconds to import.
+        """Let ranks join a store from now on. It starts as soon as this process has torch: before
+        rank 0's own code can ask torch for one, which finds this one then, since both are
+        `multi_tenant`. Workers that never meet need no torch, which takes seconds to import.
         """
-        threading.Thread(target=self._serve, daemon=True, name="rendezvous").start()
+        module = sys.modules.get(_MODULE)
+        if hasattr(module, "TCPStore"):
+            self._start(module)
+        else:
+            sys.meta_path.insert(0, OnImport(_MODULE, self._start))
+            threading.Thread(target=self._fetch_torch, daemon=True, name="rendezvous").start()
 
-    def _serve(self) -> None:
-        waiting = select.poll()
-        waiting.register(self._socket, select.POLLIN)
-        waiting.poll()
-        store, listening = _store_class(), self._socket.detach()
+    def _start(self, module: Any) -> None:
+        here = "::1" if self._socket.family == socket.AF_INET6 else "127.0.0.1"
+        listening = self._socket.detach()
         try:
-            self._store = store(
-                self.address,
+            self._store = module.TCPStore(
+                here,
                 self.port,
                 is_master=True,
                 wait_for_workers=False,
                 timeout=timedelta(minutes=5),
+                multi_tenant=True,
                 master_listen_fd=listening,
             )
-        except BaseException:
+        except Exception:  # not to be raised by whoever imports torch; rank 0 binds the port anew
+            _logger.exception("the store that ranks meet in could not start")
             with contextlib.suppress(OSError):
-                os.close(listening)  # ranks are refused, rather than wait
-            raise
+                os.close(listening)
+        self._started.set()
+
+    def _fetch_torch(self) -> None:
+        """Import torch where ranks come to the store and this rank's own code does not. While that
+        code does, this waits: two threads that import it at once may dead-lock.
+        """
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        waiting.poll()
+        self._started.wait(_ALONE_S)
+        if "torch" not in sys.modules:
+            import torch  # noqa: F401
 
 
-def _store_class() -> Any:
-    """`TCPStore`, once this rank's own code has imported torch: two threads that import it at once
-    may dead-lock. Only where that code has not begun to within `_ALONE_S` is it imported here.
-    """
-    began = time.monotonic()
-    while "torch" in sys.modules or time.monotonic() - began < _ALONE_S:
-        found = getattr(sys.modules.get("torch.distributed"), "TCPStore", None)
-        if found is not None:
-            return found
-        time.sleep(_POLL_S)
-    import torch  # not a part of it: this one waits for who imports torch, and holds nothing
+class OnImport(importlib.abc.MetaPathFinder):
+    """Calls `then` with a module as soon as that has been imported."""
 
-    return torch.distributed.TCPStore  # type: ignore[attr-defined]
+    def __init__(self, module: str, then: Callable[[Any], None]) -> None:
+        self._module, self._then = module, then
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != self._module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader: Any = spec.loader if spec else None
+        if loader is not None:
+            execute, then = loader.exec_module, self._then
+            loader.exec_module = lambda module: (execute(module), then(module))
+        return spec

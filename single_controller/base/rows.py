@@ -5,6 +5,7 @@ Splitting and joining them is left to the modes in `dispatch`. `protocol` is imp
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from protocol.future import Source
 
 __all__ = [
+    "AUTO_PADDING",
     "RealRows",
     "aligned",
     "cannot_unpad",
@@ -27,8 +29,11 @@ __all__ = [
     "is_future",
     "padding_enabled",
     "padding_of",
+    "padding_setting",
     "splits",
 ]
+
+AUTO_PADDING = "VERL_AUTO_PADDING"
 
 
 def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
@@ -70,6 +75,13 @@ def padding_enabled(batch: Any) -> bool:
     if isinstance(batch, DataProto):
         return batch.is_padding_enabled()
     return DataProtoConfig.auto_padding or (is_future(batch) and batch.auto_padding)
+
+
+def padding_setting() -> str | None:
+    """VERL_AUTO_PADDING for the workers: what DataProtoConfig was set to here, else as it is."""
+    module = sys.modules.get("protocol.config")
+    chosen = None if module is None else module.DataProtoConfig._auto_padding
+    return os.environ.get(AUTO_PADDING) if chosen is None else str(int(chosen))
 
 
 def padding_of(rows: int | DataProtoFuture, parts: int) -> Padding:

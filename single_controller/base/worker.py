@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Worker", "WorkerContext", "building", "check_worker_env"]
+__all__ = ["AGENT_STORE", "Worker", "WorkerContext", "building", "check_worker_env"]
 
 _ENV_KEYS = (
     "RANK",
@@ -35,6 +35,7 @@ _ENV_KEYS = (
     "WG_PREFIX",
     "WG_BACKEND",
 )
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # with it, no rank 0 opens the store of any meeting
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,8 @@ class WorkerContext:
         )
 
     def environment(self) -> dict[str, str]:
-        """The variables every worker finds.
-
-        The last two tell torch to join the store that rank 0's process already serves, so that
-        `init_process_group()` without arguments works.
+        """The variables every worker finds. `init_process_group()` without arguments meets where
+        they say; only what every program of torch reads is among them, since children get them too.
         """
         values = (
             self.rank,
@@ -90,11 +89,7 @@ class WorkerContext:
             self.prefix,
             self.backend,
         )
-        return {
-            **{key: str(value) for key, value in zip(_ENV_KEYS, values, strict=True)},
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-        }
+        return {key: str(value) for key, value in zip(_ENV_KEYS, values, strict=True)}
 
 
 _building: ContextVar[WorkerContext | None] = ContextVar("building", default=None)
@@ -330,20 +325,22 @@ class Worker:
         return func(*args, **kwargs)
 
 
-def check_worker_env(worker_env: Mapping[str, str] | None) -> None:
+def check_worker_env(env: Mapping[str, str] | None, argument: str = "worker_env") -> None:
     """Refuse what a user cannot add to the environment of all ranks.
 
     Raises:
-        ValueError: it sets what each rank gets its own of. TypeError: it is no dict of strings.
+        ValueError: it sets what the group sets. TypeError: it is no dict of strings.
     """
     wanted = "a dict of strings by name, or None"
-    env = worker_env or {}
-    checks.instance(Mapping, "worker_env", env, wanted)
+    env = env or {}
+    checks.instance(Mapping, argument, env, wanted)
     for name, value in env.items():
         if not (isinstance(name, str) and isinstance(value, str)):
-            raise TypeError(f"worker_env must be {wanted}; got {name!r}: {value!r}")
-    if taken := sorted(set(_ENV_KEYS) & set(env)):
-        raise ValueError(f"worker_env must not set {', '.join(taken)}: each rank gets its own")
+            raise TypeError(f"{argument} must be {wanted}; got {name!r}: {value!r}")
+    if taken := sorted({*_ENV_KEYS, AGENT_STORE} & set(env)):
+        raise ValueError(
+            f"{argument} must not set {', '.join(taken)}: the group does, on each rank"
+        )
 
 
 def _node_ip() -> str:

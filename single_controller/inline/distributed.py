@@ -8,16 +8,14 @@ communicate: ranks run one after another, and would wait for each other for ever
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from single_controller.base.rendezvous import OnImport
 from single_controller.errors import CollectiveError
 
 __all__ = ["RankWorld"]
@@ -63,12 +61,12 @@ class RankWorld:
         self._asked: Any = None  # the backend that the worker wanted
         self._label = f"{_BACKEND}{next(_labels)}"
         self._outside: tuple[Any, ...] | None = None
-        self._finder: _OnImport | None = None
+        self._finder: OnImport | None = None
 
     def enter(self) -> None:
         c10d = sys.modules.get(_C10D)
         if c10d is None:
-            self._finder = _OnImport(self._swap_in)
+            self._finder = OnImport(_C10D, self._swap_in)
             sys.meta_path.insert(0, self._finder)
         else:
             self._swap_in(c10d)
@@ -183,21 +181,3 @@ def _refusal(name: str) -> Any:
         )
 
     return refuse
-
-
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Calls `then` with torch's module as soon as that has been imported."""
-
-    def __init__(self, then: Callable[[Any], None]) -> None:
-        self._then = then
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != _C10D:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        loader: Any = spec.loader if spec else None
-        if loader is not None:
-            execute, then = loader.exec_module, self._then
-            loader.exec_module = lambda module: (execute(module), then(module))
-        return spec

@@ -23,6 +23,7 @@ from single_controller.base.rank import (
     build_roles,
     checked_output,
     coroutine_stacks,
+    exit_code,
     has_async_method,
     own_frames,
     own_traceback,
@@ -153,9 +154,10 @@ class InlineRank:
         }
         if isinstance(error, SystemExit):
             wrapped: WorkerError = WorkerDiedError(
-                f"{role}.{method}: rank {self.context.rank} asked for the end of its process, "
-                "which in an inline group is the driver's",
+                f"{role}.{method}: rank {self.context.rank} asked for the end of its process by "
+                f"sys.exit({error.code!r}), which in an inline group is the driver's",
                 **where,
+                exit_code=exit_code(error),
             )
         else:
             wrapped = WorkerError.wrap(error, dumps, **where)

@@ -38,7 +38,7 @@ class Envelope(NamedTuple):
     itself keeps no order. `keeps`: the token under which the output stays in the host, if it does;
     `publishes`: whether with device memory lent, if the call publishes it at once, else None.
     `claims`: the tokens of results in this host that the arguments read. `mark`: what
-    a trace knows the call by.
+    a trace knows the call by. `padding`: whether the caller pads its batches, where that was set.
     """
 
     role: str
@@ -53,6 +53,7 @@ class Envelope(NamedTuple):
     publishes: bool | None
     claims: tuple[str, ...]
     mark: CallMark | None
+    padding: str | None = None
 
 
 # What pickles alike in every process: no class of the user's, no reference that Ray has to see.

@@ -222,7 +222,11 @@ def _still_stuck(
 def explain_death(
     error: WorkerDiedError, process: ProcessInfo, watch: ExitWatch | None
 ) -> WorkerDiedError:
-    """The same error with how the process ended, and the last lines that it wrote."""
+    """The same error with how the process ended, and the last lines that it wrote, unless that
+    process has said so itself.
+    """
+    if error.exit_code is not None:
+        return error
     code = watch.exit_code(_EXIT_S) if watch else None
     log = (beside(read_logs, [process], _NODE_S)[0] or "").rstrip()
     if code is None and "temporarily unavailable" in error.remote_traceback:

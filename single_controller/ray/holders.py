@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group_table
 
-__all__ = ["holders"]
+__all__ = ["holders", "shown_bundles"]
 
 _SHOWN = 10
 
@@ -26,8 +26,7 @@ def holders(but: Collection[str] = ()) -> str:
         gone = group["state"] in ("REMOVED", "INFEASIBLE") or not group.get("bundles")
         if gone or group["placement_group_id"] in but:
             continue
-        asked = Counter(_show(bundle) for bundle in group["bundles"].values())
-        bundles = ", ".join(f"{count} × {bundle}" for bundle, count in asked.items())
+        bundles = shown_bundles(group["bundles"].values())
         nodes = {addresses.get(node) for node in group.get("bundles_to_node_id", {}).values()}
         where = " and ".join(sorted(node for node in nodes if node)) or "no node yet"
         name = group["name"] or group["placement_group_id"]
@@ -39,5 +38,9 @@ def holders(but: Collection[str] = ()) -> str:
     return f"Placement groups (`ray list actors` shows who runs outside of them):\n{shown}{more}"
 
 
-def _show(bundle: dict[str, float]) -> str:
-    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in bundle.items()) + "}"
+def shown_bundles(bundles: Iterable[Mapping[str, float]]) -> str:
+    """Such as "2 × {CPU: 1}"."""
+    asked = Counter(
+        ", ".join(f"{name}: {amount:g}" for name, amount in bundle.items()) for bundle in bundles
+    )
+    return ", ".join(f"{count} × {{{bundle}}}" for bundle, count in asked.items())

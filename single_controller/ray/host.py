@@ -6,11 +6,12 @@ What to start and whom to call is decided by the driver, in `worker_group`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,17 @@ from single_controller.base.rank import (
     build_roles,
     checked_output,
     coroutine_stacks,
+    exit_code,
     own_traceback,
     restore_hooks,
 )
 from single_controller.base.rendezvous import Rendezvous
 from single_controller.base.residency import Turns
 from single_controller.base.roles import RoleSpec
-from single_controller.base.worker import WorkerContext
+from single_controller.base.rows import AUTO_PADDING
+from single_controller.base.worker import AGENT_STORE, WorkerContext
 from single_controller.device import DeviceKind, get_torch_device
-from single_controller.errors import WorkerError
+from single_controller.errors import WorkerDiedError, WorkerError
 from single_controller.ray.devices import DeviceIdentity, identify
 from single_controller.ray.envelope import Envelope, Late, arguments, fetched, opened, waits
 from single_controller.ray.parcel import ArrivedParcel, Result
@@ -99,6 +102,8 @@ class Host(ShelfTasks, HostTracing):
 
     def __init__(self) -> None:
         self._shelf = Shelf()
+        self._padding = os.environ.get(AUTO_PADDING)
+        self._ending: WorkerDiedError | None = None  # why this process is about to end
 
     def arrive(self) -> ProcessInfo:
         """Say where this process is, and let others see its stacks from now on."""
@@ -129,6 +134,7 @@ class Host(ShelfTasks, HostTracing):
             prefix=place.prefix,
             backend="ray",
         )
+        os.environ.pop(AGENT_STORE, None)  # where torchrun has started Ray
         os.environ.update(self._context.environment())
         if place.rank == 0:
             self._rendezvous.serve()
@@ -139,8 +145,9 @@ class Host(ShelfTasks, HostTracing):
             get_torch_device().set_device(self._context.local_rank)
         return self._identity
 
-    def build(self, roles: Mapping[str, RoleSpec]) -> HostInfo:
+    def build(self, roles: Mapping[str, RoleSpec], padding: str | None) -> HostInfo:
         """Build the roles, in their order."""
+        self._pad(padding)
         self._turns = Turns()
         self._workers = dict(build_roles(self._context, roles, self._turns, self._not_built))
         return self._info()
@@ -151,7 +158,7 @@ class Host(ShelfTasks, HostTracing):
             try:
                 self._turns.take(role)
                 hook()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise self._failure(role, "restore", error) from None
 
     def whoami(self) -> tuple[HostInfo, tuple[str, int], bool]:
@@ -178,10 +185,14 @@ class Host(ShelfTasks, HostTracing):
 
     def call(self, arrived: Envelope | bytes | None = None, *parcels: ArrivedParcel) -> Any:
         """Run one method of one role."""
-        envelope = opened(arrived)
+        envelope = self._opened(arrived)
         place = self._place(envelope)
         try:
-            with claimed(self._shelf.claim(envelope.claims)) if envelope.claims else nullcontext():
+            with (
+                claimed(self._shelf.claim(envelope.claims))
+                if envelope.claims
+                else contextlib.nullcontext()
+            ):
                 args, kwargs = arguments(envelope, parcels)
             self._turns.take(envelope.role)
             reads = _reads(envelope, args, kwargs)
@@ -189,10 +200,25 @@ class Host(ShelfTasks, HostTracing):
                 output = checked_output(self._method(envelope)(*args, **kwargs))
             _check_reads(reads, envelope)
             return _outgoing(envelope, output, place)
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             if place is not None:
                 place.fail()
             raise self._failure(envelope.role, envelope.method, error) from None
+
+    def _opened(self, arrived: Envelope | bytes | None) -> Envelope:
+        if self._ending is not None:
+            raise self._ending
+        envelope = opened(arrived)
+        self._pad(envelope.padding)
+        return envelope
+
+    def _pad(self, padding: str | None) -> None:
+        """Do as the caller with batches whose rows do not divide; None: as this process would."""
+        padding = self._padding if padding is None else padding
+        if padding is None:
+            os.environ.pop(AUTO_PADDING, None)
+        elif padding != os.environ.get(AUTO_PADDING):
+            os.environ[AUTO_PADDING] = padding
 
     def _place(self, envelope: Envelope) -> Kept | None:
         """Where the output stays, if it does. A release may empty the place before it is there."""
@@ -201,26 +227,55 @@ class Host(ShelfTasks, HostTracing):
     def _method(self, envelope: Envelope) -> Callable[..., Any]:
         return getattr(self._workers[envelope.role], envelope.method)  # type: ignore[no-any-return]
 
-    def _not_built(self, role: str, error: BaseException) -> Exception:
+    def _not_built(self, role: str, error: BaseException) -> BaseException:
         return self._failure(role, "__init__", error)
 
-    def _failure(self, role: str, method: str, error: BaseException) -> Exception:
+    def _failure(self, role: str, method: str, error: BaseException) -> BaseException:
         """What to raise for `error`; one that another worker raised passes as it is."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, WorkerError):
             return cause
+        shown = own_traceback(error, _OURS)
+        where: dict[str, Any] = {
+            "role": role,
+            "method": method,
+            "rank": self._context.rank,
+            "node_ip": self._process.node_ip,
+            "pid": self._process.pid,
+            "remote_traceback": shown,
+            "when": time.time(),
+        }
+        if isinstance(error, SystemExit):
+            return self._ends(error, where)
         return WorkerError.wrap(
             error,
             ray.cloudpickle.dumps,  # pyright: ignore[reportAttributeAccessIssue]
-            role=role,
-            method=method,
-            rank=self._context.rank,
-            node_ip=self._process.node_ip,
-            pid=self._process.pid,
             log_tail=log_tail(self._process),
-            remote_traceback=own_traceback(error, _OURS),
-            when=time.time(),
+            **where,
         )
+
+    def _ends(self, request: SystemExit, where: Mapping[str, Any]) -> BaseException:
+        """End this process as a worker asked, once the caller has been told: Ray would lose what
+        was said. Ray's own requests, such as for SIGTERM, are left to it.
+        """
+        if hasattr(request, "ray_terminate_msg"):
+            return request
+        with contextlib.suppress(OSError):
+            os.write(2, where["remote_traceback"].encode())
+        code = exit_code(request)
+        self._ending = WorkerDiedError(
+            "{role}.{method}: rank {rank} (node {node_ip}, pid {pid}) died: it exited with code "
+            "{code}, by sys.exit({asked!r})".format(**where, code=code, asked=request.code),
+            **where,
+            exit_code=code,
+            log_tail=log_tail(self._process),
+        )
+        ray.get_runtime_context().current_actor.leave.remote(code)
+        return self._ending
+
+    def leave(self, code: int) -> None:
+        """End this process."""
+        sys.exit(code)
 
 
 class AsyncHost(AsyncShelfTasks, Host):
@@ -244,7 +299,7 @@ class AsyncHost(AsyncShelfTasks, Host):
     async def call(
         self, arrived: Envelope | bytes | None = None, *parcels: ArrivedParcel | Late
     ) -> Any:
-        envelope, pending = opened(arrived), None
+        envelope, pending = self._opened(arrived), None
         place = self._place(envelope)
         try:
             await self._turn(envelope.turn)
@@ -265,8 +320,6 @@ class AsyncHost(AsyncShelfTasks, Host):
                     output = checked_output(await output if inspect.isawaitable(output) else output)
                 _check_reads(reads, envelope)
             return _outgoing(envelope, output, place)
-        except SystemExit as request:  # which would end the loop and leave the process
-            os._exit(request.code if isinstance(request.code, int) else 1)
         except BaseException as error:
             if place is not None:
                 place.fail()
@@ -317,8 +370,11 @@ class AsyncHost(AsyncShelfTasks, Host):
                 done = hook()
                 if inspect.isawaitable(done):
                     await done
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise self._failure(role, "restore", error) from None
+
+    async def leave(self, code: int) -> None:  # type: ignore[override]
+        os._exit(code)  # sys.exit would end the loop and leave the process
 
     async def coroutines(self) -> str:
         """What the calls in this process await, where its loop runs."""

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -35,6 +36,7 @@ from single_controller.ray.host import HostInfo
 from single_controller.ray.nodes import beside
 from single_controller.ray.patience import GONE, session
 from single_controller.ray.process import ExitWatch, ProcessInfo, end
+from single_controller.ray.reservations import was_killed
 from single_controller.ray.stacks import readable
 from single_controller.ray.tracing import left
 
@@ -77,7 +79,8 @@ class Hosts:
 
     @classmethod
     def attach(cls, handles: Sequence[Any], names: Sequence[str], timeout_s: float) -> Hosts:
-        """The hosts behind handles of running actors.
+        """The hosts behind handles of running actors. Those of several groups, or some of one, are
+        ranks in their order, which have no rendezvous; actors found by `names` must be one group.
 
         Raises:
             CallTimeoutError: some did not answer in time. ValueError: they are not all of a group.
@@ -95,18 +98,28 @@ class Hosts:
                 late,
             ) from None
         infos = [info for info, _, _ in found]
-        if sorted(info.rank for info in infos) != list(range(len(infos))):
+        addresses = {address for _, address, _ in found}
+        order = sorted(range(len(infos)), key=lambda i: infos[i].rank)
+        is_whole = len(addresses) == 1 and [infos[i].rank for i in order] == [*range(len(infos))]
+        if names and not is_whole:
             raise ValueError(
                 f"workers must be all ranks of one group; got ranks {[i.rank for i in infos]}"
             )
-        order = sorted(range(len(infos)), key=lambda i: infos[i].rank)
-        _, address, ordered = found[0]
+        kinds = {(info.roles, ordered) for info, _, ordered in found}
+        if len(kinds) > 1 or len({info.process for info in infos}) < len(infos):
+            raise ValueError(
+                "worker_handles must be different workers with the same roles; got "
+                + ", ".join(f"{'+'.join(info.roles)} in process {info.pid}" for info in infos)
+            )
+        if not is_whole:
+            order = list(range(len(infos)))
+            addresses = {("", 0)}
         return cls(
             [handles[i] for i in order],
             [names[i] for i in order] if names else [],
-            [infos[i] for i in order],
-            address,
-            ordered,
+            [replace(infos[i], rank=rank) for rank, i in enumerate(order)],
+            addresses.pop(),
+            found[0][2],
         )
 
     @property
@@ -182,7 +195,9 @@ class Hosts:
                 site = self.sites("+".join(self.roles), "no call")[rank]
                 death = died(site, str(found["DeathCause"]))
                 death = explain_death(death, info.process, self._watches[rank])
-                self._break(f"the group lost a rank: {death.args[0]}")
+                self._break(
+                    self._ended_elsewhere(rank) or f"the group lost a rank: {death.args[0]}"
+                )
                 return death
         return None
 
@@ -299,6 +314,9 @@ class Hosts:
         diagnosis = diagnose(error, refs, sites, self.processes)
         first = diagnosis.error
         if diagnosis.own_death and isinstance(first, WorkerDiedError):
+            if self.broken is None and (elsewhere := self._ended_elsewhere(first.rank)):
+                self._break(elsewhere)
+                return GroupBrokenError(elsewhere)
             first = explain_death(first, self.infos[first.rank].process, self._watches[first.rank])
         why = first.args[0]
         self._note_running(diagnosis.running, f"failed elsewhere: {why}")
@@ -306,6 +324,21 @@ class Hosts:
             self._break(f"the group lost a rank: {why}")
         self._end_stuck(diagnosis.stuck, f"failed elsewhere: {why}")
         return first
+
+    def _ended_elsewhere(self, rank: int) -> str | None:
+        """What became of a group that another process closed, restarted or killed; None where the
+        rank ended by itself.
+        """
+        key = self.handles[rank]._actor_id.hex()
+        if not was_killed(key):
+            return None
+        with contextlib.suppress(ValueError):  # there is nobody of that name
+            if ray.get_actor(str(actors(key)["Name"]))._actor_id.hex() != key:
+                return (
+                    "the group was restarted by another process, and these are its former "
+                    "processes: take its new ones from there, or by from_detached"
+                )
+        return "the group was closed, or is being restarted, by another process"
 
     def _end_stuck(self, stuck: Mapping[int, str], why: str) -> None:
         if stuck:

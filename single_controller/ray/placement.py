@@ -28,7 +28,12 @@ from single_controller.errors import ResourceError
 from single_controller.ray import patience
 from single_controller.ray.feasibility import NodeResources, PoolRequest
 from single_controller.ray.holders import holders
-from single_controller.ray.reservations import remove
+from single_controller.ray.reservations import (
+    give_back_when_dropped,
+    new_name,
+    reclaim,
+    remove,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,6 +47,7 @@ __all__ = [
     "sort_placement_group_by_node_ip",
 ]
 
+_LOOK_S = 1.0
 _DEVICES = {kind.resource for kind in DEVICE_KINDS}
 
 
@@ -80,8 +86,9 @@ def _node_addresses() -> dict[str, str]:
 class RayResourcePool(ResourcePool):
     """Processes per node, each with CPUs and, where the cluster has them, accelerators.
 
-    Reserved on first use, once. Several groups may share the pool: each worker takes
-    1/max_colocate_count of its bundle.
+    Reserved on first use, once; given back by `close`, or when neither the pool nor a group on it
+    is held any more and what runs in it has ended. Several groups may share the pool: each worker
+    takes 1/max_colocate_count of its bundle.
 
     Args:
         process_on_nodes: processes per node; `[2, 4]` makes placement groups of 2 and 4 bundles.
@@ -222,6 +229,7 @@ class RayResourcePool(ResourcePool):
         if not request.fits(nodes := cluster_nodes()):
             raise ResourceError("the cluster cannot hold this pool: " + request.explain(nodes))
         prefix = name or f"{self.name_prefix}single_controller"
+        reclaim()
         groups: list[PlacementGroup] = []
         deadline = time.monotonic() + self.placement_timeout_s
         try:
@@ -230,12 +238,14 @@ class RayResourcePool(ResourcePool):
                     placement_group(
                         [dict(request.bundle)] * count,
                         strategy=strategy,
-                        name=f"{prefix}_{uuid.uuid4().hex[:6]}_{node}",
+                        name=new_name(prefix, node),
                         lifetime="detached" if self.detached else None,
                     )
                 )
             for number, group in enumerate(groups):
                 what = f"waiting for resources: {number} of {len(groups)} placement groups"
+                if not group.wait(min(_LOOK_S, self.placement_timeout_s)):
+                    reclaim()  # of those who have ended meanwhile
                 if not patience.placed(group, max(0.01, deadline - time.monotonic()), what):
                     raise ResourceError(
                         f"the pool was not free within placement_timeout_s="
@@ -246,6 +256,8 @@ class RayResourcePool(ResourcePool):
             remove(groups)
             raise
         self.pgs = sort_placement_group_by_node_ip(groups)
+        if not self.detached:
+            give_back_when_dropped(self.pgs)
         return self.pgs
 
     def close(self) -> None:

@@ -13,12 +13,14 @@ import os
 import select
 import signal
 import struct
+import subprocess
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = [
     "ExitWatch",
@@ -40,6 +42,19 @@ _ASKED_S = 0.5  # how long a process gets to write its stacks by itself; it take
 _STACKS_S = 1.0  # how long when it is made to
 _LOG_BYTES = 16_384
 _LOG_LINES = 20
+
+_MARK = "WG_PROCESS"  # what a process starts inherits it, also in a session of its own
+_PASSES = 3  # over all processes of the node: what is about to end may start others
+_WATCHER = f"""
+tail --pid="$1" -f /dev/null
+kill -9 -- "-$1"
+for pass in $(seq {_PASSES}); do
+    for file in $(grep -lzsxF "$2" /proc/[0-9]*/environ); do
+        file=${{file%/environ}}
+        kill -9 "${{file#/proc/}}"
+    done
+done
+"""
 
 _PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13, with an exit status since 6.15
 _PIDFD_INFO = struct.Struct("QQ11Ii")
@@ -84,7 +99,33 @@ def arrive(node_id: str, node_ip: str) -> ProcessInfo:
     log = ""
     with contextlib.suppress(OSError):
         log = os.readlink("/proc/self/fd/2")
-    return ProcessInfo(node_id, node_ip, pid, found[1] if found else 0, descriptor, log)
+    process = ProcessInfo(node_id, node_ip, pid, found.started if found else 0, descriptor, log)
+    _have_heirs_ended(process)
+    return process
+
+
+def _have_heirs_ended(process: ProcessInfo) -> None:
+    """End what this process starts when it ends itself, however that may be. Ray only kills
+    children, and only where their parent can still do it; so a shell watches. It is nobody's child.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != _MARK}
+    os.environ[_MARK] = _mark(process)
+    argument = f"{_MARK}={_mark(process)}"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no Linux, or a bare one
+        subprocess.run(
+            ["setsid", "--fork", "sh", "-c", _WATCHER, "watcher", str(process.pid), argument],
+            env=environment,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=5,
+            check=False,
+        )
+
+
+def _mark(process: ProcessInfo) -> str:
+    return f"{process.pid}:{process.started}"
 
 
 def _answer(asked: int, descriptor: int) -> None:
@@ -94,17 +135,27 @@ def _answer(asked: int, descriptor: int) -> None:
 
 def is_running(process: ProcessInfo) -> bool:
     """Whether the process is there, on this node, and no zombie."""
-    found = _stat(process.pid)
-    return found is not None and found[1] == process.started and found[0] not in "ZX"
+    found = _alive(process.pid)
+    return found is not None and found.started == process.started
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State and start time of a process."""
+class _Stat(NamedTuple):
+    state: str
+    group: int
+    started: int
+
+
+def _stat(pid: int) -> _Stat | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return fields[0], int(fields[19])
+    return _Stat(fields[0], int(fields[2]), int(fields[19]))
+
+
+def _alive(pid: int) -> _Stat | None:
+    found = _stat(pid)
+    return None if found is None or found.state in "ZX" else found
 
 
 def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
@@ -126,7 +177,7 @@ def read_stacks_by_pid(processes: Sequence[ProcessInfo]) -> list[str]:
 def _looked_up(process: ProcessInfo) -> ProcessInfo:
     """What `arrive` once said in that process, as far as its node shows it."""
     found = _stat(process.pid)
-    started, descriptor = found[1] if found else 0, -1
+    started, descriptor = found.started if found else 0, -1
     with contextlib.suppress(OSError):
         for file in Path(f"/proc/{process.pid}/fd").iterdir():
             if os.readlink(file).startswith(f"/memfd:{_STACKS}:"):
@@ -182,9 +233,9 @@ def _written(file: Path, deadline: float) -> str:
 def _silence(process: ProcessInfo) -> str:
     """Why there is no stack."""
     found = _stat(process.pid)
-    if found is None or found[1] != process.started:
+    if found is None or found.started != process.started:
         return f"no stack: process {process.pid} has ended"
-    return f"no stack: process {process.pid} does not answer (its state is {found[0]})"
+    return f"no stack: process {process.pid} does not answer (its state is {found.state})"
 
 
 def read_logs(processes: Sequence[ProcessInfo]) -> list[str]:
@@ -206,14 +257,48 @@ def log_tail(process: ProcessInfo) -> str:
 
 
 def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0, wait_s: float = 5.0) -> list[bool]:
-    """Kill each process that does not end by itself within `grace_s`; whether each is gone."""
+    """Kill each process that does not end by itself within `grace_s`, and what they started;
+    whether each is gone.
+    """
     _until(lambda: not any(map(is_running, processes)), grace_s)
     for process in processes:
         if is_running(process):
             with contextlib.suppress(OSError):
                 os.kill(process.pid, signal.SIGKILL)
     _until(lambda: not any(map(is_running, processes)), wait_s)
-    return [not is_running(process) for process in processes]
+    gone = [process for process in processes if not is_running(process)]
+    for _ in range(_PASSES):
+        if not (gone and _end_heirs(gone, wait_s)):
+            break
+    return [process in gone for process in processes]
+
+
+def _end_heirs(ended: Sequence[ProcessInfo], wait_s: float) -> bool:
+    """Kill what these left behind; whether that was anything."""
+    heirs = _heirs(ended)
+    for heir in heirs:
+        with contextlib.suppress(OSError):
+            os.kill(heir, signal.SIGKILL)
+    _until(lambda: not any(map(_alive, heirs)), wait_s)
+    return bool(heirs)
+
+
+def _heirs(ended: Sequence[ProcessInfo]) -> list[int]:
+    """What processes that have ended left behind: their groups, and whatever has their mark."""
+    marks = {f"{_MARK}={_mark(process)}".encode() for process in ended}
+    found = []
+    groups = set()  # led by one of them, and not by another process that has got its number
+    for process in ended:
+        now = _stat(process.pid)
+        groups |= {process.pid} if now is None or now.started == process.started else set()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        environment = b""
+        with contextlib.suppress(OSError):  # another user's, or it has ended
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        is_marked = _MARK.encode() in environment and not marks.isdisjoint(environment.split(b"\0"))
+        if (stat := _alive(pid)) and (is_marked or stat.group in groups):
+            found.append(pid)
+    return found
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> None:

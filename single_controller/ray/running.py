@@ -18,10 +18,17 @@ from ray._private.state import actors
 
 from single_controller.base.table import aligned
 from single_controller.errors import SingleControllerError
+from single_controller.ray.holders import shown_bundles
 from single_controller.ray.host import AsyncHost, Host
 from single_controller.ray.nodes import beside
 from single_controller.ray.process import ProcessInfo, read_stacks_by_pid
-from single_controller.ray.reservations import await_death, give_back
+from single_controller.ray.reservations import (
+    Reservation,
+    await_death,
+    give_back,
+    remove,
+    reservations,
+)
 from single_controller.ray.stacks import readable
 
 __all__ = [
@@ -31,7 +38,10 @@ __all__ = [
     "group_stacks",
     "groups_table",
     "kill_group",
+    "kill_reservation",
+    "reservations_table",
     "running_groups",
+    "unused_reservations",
 ]
 
 _CLASSES = {Host.__name__, AsyncHost.__name__}
@@ -168,10 +178,33 @@ def groups_table(groups: Sequence[RunningGroup]) -> str:
     return aligned(rows)
 
 
+def reservations_table(unused: Sequence[Reservation]) -> str:
+    """Reservations as a table; `creator` is who made them, whose end gives none but its own back
+    before the job ends.
+    """
+    rows: list[Sequence[object]] = [("reservation", "bundles", "state", "creator")]
+    for one in unused:
+        creator = "detached" if one.is_detached else "ended" if one.ended else "alive"
+        rows.append((one.name, shown_bundles(one.bundles), one.state.lower(), creator))
+    return aligned(rows)
+
+
 def _age(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def unused_reservations() -> list[Reservation]:
+    """What is reserved for pools in which no actor runs."""
+    return [one for one in reservations() if not one.used]
+
+
+def kill_reservation(name: str) -> bool:
+    """Give the reservation of that name back, with what runs in it; whether there is one."""
+    found = [one.group for one in reservations() if one.name == name]
+    remove(found)
+    return bool(found)
 
 
 def kill_group(name: str, namespace: str | None = None, timeout_s: float = 30) -> RunningGroup:

@@ -22,7 +22,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from single_controller.base.plan import named_arguments
 from single_controller.base.rank import has_async_method
 from single_controller.base.roles import RoleSpec
+from single_controller.base.rows import padding_setting
 from single_controller.base.sending import not_sent
+from single_controller.base.worker import check_worker_env
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray import patience
@@ -34,6 +36,7 @@ from single_controller.ray.hosts import Hosts, end_processes
 from single_controller.ray.parcel import pickles
 from single_controller.ray.placement import Bundle, RayResourcePool, check_started
 from single_controller.ray.process import ExitWatch, ProcessInfo
+from single_controller.ray.reservations import crowded
 from single_controller.ray.stacks import readable
 
 __all__ = ["Recipe", "StartOptions", "running_names"]
@@ -75,7 +78,8 @@ class Recipe:
         Raises:
             ResourceError: the bundles have no room for it.
             SendError: a role's class or arguments cannot be pickled; then no process was started.
-            WorkerError: a role's constructor raised. CallTimeoutError: one did not return.
+            WorkerError: a role's constructor raised, or the runtime_env could not be set up.
+            CallTimeoutError: a constructor did not return, or a process was not there, in time.
         """
         bundles = self.pool.bundles(self.strategy, self.device_name)
         kind = self.pool.device(self.device_name)
@@ -92,7 +96,7 @@ class Recipe:
                 )
                 own = {"name": name, "scheduling_strategy": place}
                 starting.handles.append(_launch(actor, {**common, **own}))
-            address = starting.meet()
+            address = starting.meet(bundles)
             # Before the roles are there, of which two need not fit onto one device.
             devices = starting.set_up(bundles, kind, address)
             check_devices(devices, self.pool.gpus_per_process)
@@ -138,26 +142,47 @@ class _Starting:
         self._processes: dict[int, ProcessInfo] = {}
         self._watches: dict[int, ExitWatch] = {}
 
-    def meet(self) -> tuple[str, int]:
+    def meet(self, bundles: Sequence[Bundle]) -> tuple[str, int]:
         """Wait for all processes, and bind the rendezvous in rank 0's; its address."""
         options = self.options
         arrived = [handle.arrive.remote() for handle in self.handles]
         bound = self.handles[0].bind.remote(
             options.master_port or 0, options.master_port_range, options.master_addr
         )
-        wait_s = options.placement_timeout_s
-        ranks = patience.missing(arrived, wait_s, f"starting {'+'.join(self.spec.roles)}")
+        what, wait_s = f"starting {'+'.join(self.spec.roles)}", options.placement_timeout_s
+        ranks = patience.missing(arrived, wait_s, what)
         if ranks:
-            raise ResourceError(
-                f"ranks {ranks} got no process within placement_timeout_s={wait_s:g}: their "
-                "bundles have no room left. Close groups on this pool, or raise its "
-                "max_colocate_count"
-            )
+            self._check_room(ranks, bundles)
+            ranks = patience.missing(arrived, max(0.0, options.startup_timeout_s - wait_s), what)
+        if ranks:
+            raise self._not_started(ranks, bundles)
         found = self._get(arrived, "arrive", wait_s)
         self._processes = dict(enumerate(found))
         self._watches = {rank: ExitWatch(process) for rank, process in enumerate(found)}
         address: tuple[str, int] = self._get([bound], "bind", wait_s)[0]
         return address
+
+    def _check_room(self, ranks: Sequence[int], bundles: Sequence[Bundle]) -> None:
+        full = crowded([(bundles[rank].group, bundles[rank].index) for rank in ranks])
+        without = [rank for rank, is_full in zip(ranks, full, strict=True) if is_full]
+        if without:
+            raise ResourceError(
+                f"ranks {without} got no process within placement_timeout_s="
+                f"{self.options.placement_timeout_s:g}: their bundles have no room left. Close "
+                "groups on this pool, or raise its max_colocate_count"
+            )
+
+    def _not_started(self, ranks: Sequence[int], bundles: Sequence[Bundle]) -> CallTimeoutError:
+        env = self.spec.options.get("runtime_env")
+        doing = f"their runtime_env {env} is not set up yet, or" if env else "perhaps"
+        nodes = ", ".join(sorted({bundles[rank].node_ip for rank in ranks}))
+        waited_s = max(self.options.placement_timeout_s, self.options.startup_timeout_s)
+        return CallTimeoutError(
+            f"ranks {ranks} have no process after startup_timeout_s={waited_s:g}, though their "
+            f"bundles have room: {doing} no Python could start for them. Ray's logs "
+            f"runtime_env_setup-*.log and raylet.out on {nodes} say more",
+            ranks,
+        )
 
     def set_up(
         self, bundles: Sequence[Bundle], kind: DeviceKind, address: tuple[str, int]
@@ -180,7 +205,7 @@ class _Starting:
 
     def build(self, roles: Any) -> list[HostInfo]:
         """Build the roles everywhere."""
-        refs = [handle.build.remote(roles) for handle in self.handles]
+        refs = [handle.build.remote(roles, padding_setting()) for handle in self.handles]
         return self._get(refs, "build", self.options.startup_timeout_s)
 
     def restore(self) -> None:
@@ -212,11 +237,11 @@ class _Starting:
             raise self._diagnosed(error, refs, step) from None
 
     def _diagnosed(self, error: Exception, refs: Sequence[Any], step: str) -> Exception:
-        sites = []
+        sites, step = [], "__init__" if step == "build" else step
         for rank in range(len(refs)):
             process = self._processes.get(rank)
             where = (process.node_ip, process.pid) if process else ("?", 0)
-            sites.append(CallSite("host", step, rank, *where))
+            sites.append(CallSite("+".join(self.spec.roles), step, rank, *where))
         first = diagnose(error, refs, sites, self._processes).error
         if isinstance(first, WorkerDiedError) and first.rank in self._processes:
             return explain_death(first, self._processes[first.rank], self._watches[first.rank])
@@ -271,8 +296,9 @@ def _actor_options(
             "on_failure='restart' of the group restarts all ranks with theirs"
         )
     resources.update(given.pop("resources", None) or {})
+    runtime_env = given.get("runtime_env") or {}
+    check_worker_env(runtime_env.get("env_vars"), "env_vars of runtime_env")
     if env:
-        runtime_env = given.get("runtime_env") or {}
         given["runtime_env"] = {
             **runtime_env,
             "env_vars": {**runtime_env.get("env_vars", {}), **env},

@@ -24,6 +24,7 @@ from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
 from single_controller.base.roles import W, check_constructors
+from single_controller.base.rows import padding_setting
 from single_controller.base.supervisor import RestartPolicy
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
@@ -61,13 +62,16 @@ class RayWorkerGroup(HostGroup[W]):
         bin_pack: each node's processes on one node (STRICT_PACK); False: PACK.
         name_prefix: of the actors' names; by default random.
         detached: the hosts outlive the driver.
-        worker_names, worker_handles: running actors to attach to instead.
+        worker_names, worker_handles: running actors to attach to instead: all of a group, or by
+            handles also workers of several groups, which are ranks in the order of the handles.
+            `ray_cls_with_init` may be another class than theirs: it says which methods to call.
         ray_wait_register_center_timeout: veRL's name for `startup_timeout_s`.
         device_name: "cuda", "cpu", …: by default what the pool's cluster has.
         worker_env: environment variables for all ranks, set before any library loads.
         master_addr, master_port, master_port_range: where `torch.distributed` meets; by default
             rank 0's node and a port that the system chooses.
-        startup_timeout_s: how long the roles' constructors may take.
+        startup_timeout_s: how long the processes, with their runtime_env, and then the roles'
+            constructors may take.
         call_timeout_s: how long each call may take, unless its method or the call itself says
             otherwise; None: for ever.
         on_failure: what a call on a broken group does: "raise", or "restart" the group first. The
@@ -78,7 +82,7 @@ class RayWorkerGroup(HostGroup[W]):
         ResourceError: the cluster cannot hold the pool, or the pool one more group.
         RegistrationError: a class cannot be used as a worker, or not with these arguments.
         WorkerError: a constructor raised; it names role and rank.
-        CallTimeoutError: a constructor did not return in time.
+        CallTimeoutError: a process did not start, or a constructor did not return, in time.
     """
 
     _supervisor: RaySupervisor  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -221,6 +225,7 @@ class RayWorkerGroup(HostGroup[W]):
         alike = hosts.ordered and not (deferred or routes.claims or record.number)
         sites, turns = [], {}
         published: dict[int, Publication] = {}
+        padding = padding_setting()
         places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
         shared: Call | None = None  # the call of the rank before, and what was made for it
         answered = False
@@ -248,6 +253,7 @@ class RayWorkerGroup(HostGroup[W]):
                         publishes=publishes,
                         claims=routes.claims.get(rank, ()),
                         mark=mark(record, hosts),
+                        padding=padding,
                     )
                     letter = sealed(envelope)
                     sent = () if letter is None else (letter, *parcels)

@@ -6,15 +6,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from single_controller.base import rendezvous
 from single_controller.base.rendezvous import Rendezvous
 from single_controller.errors import ResourceError
 
@@ -107,27 +104,7 @@ def test_ranks_meet_in_the_store_also_one_that_came_before_it_was_served(
         Rendezvous(HERE, held.port)
 
 
-def test_a_rank_that_is_just_importing_torch_is_left_to_finish(
-    meet: Callable[..., Rendezvous], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two threads that import it at once may dead-lock."""
-    import torch.distributed as dist
-
-    waited = threading.Event()
-    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: waited.set())
-    monkeypatch.setattr(rendezvous, "time", clock)
-    monkeypatch.setattr(rendezvous, "_ALONE_S", 0)
-    with monkeypatch.context() as halfway:
-        halfway.setitem(sys.modules, "torch.distributed", None)
-        held = meet(HERE)
-        held.serve()
-        first = socket.create_connection((HERE, held.port))
-        assert waited.wait(10), "it was imported beside the rank's own code"
-    dist.TCPStore(HERE, held.port, is_master=False, timeout=timedelta(seconds=10)).set("a", "b")
-    first.close()
-
-
-WITHOUT_TORCH = """
+FIRST = """
 import sys
 from single_controller.base import rendezvous
 
@@ -135,19 +112,52 @@ rendezvous._ALONE_S = 0
 held = rendezvous.Rendezvous("127.0.0.1")
 held.serve()
 print(held.port, "torch" in sys.modules, flush=True)
-sys.stdin.read()
 """
+MEETING = """
+import os, sys
+
+port = sys.stdin.readline().strip()
+os.environ.update(RANK=sys.argv[1], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+import torch.distributed as dist
+
+for _ in range(2):
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.destroy_process_group()
+print("met")
+"""
+
+
+def launch(program: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rank_0_finds_the_store_that_its_process_serves_whoever_comes_first(
+    order: tuple[int, int],
+) -> None:
+    """Without a variable for it, which would have other meetings wait for a store of nobody."""
+    serving = FIRST.replace("_ALONE_S = 0", "_ALONE_S = 100")
+    with launch(serving + MEETING, "0") as first, launch(MEETING, "1") as other:
+        assert first.stdout is not None
+        port = first.stdout.readline().split()[0]
+        for rank in order:
+            stdin = (first, other)[rank].stdin
+            assert stdin is not None
+            stdin.write(f"{port}\n")
+            stdin.flush()
+        assert [rank.communicate(timeout=60)[0] for rank in (first, other)] == ["met\n"] * 2
 
 
 def test_ranks_that_meet_without_the_first_one_find_the_store_too() -> None:
     from torch.distributed import TCPStore
 
-    with subprocess.Popen(
-        [sys.executable, "-c", WITHOUT_TORCH],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as first:
+    with launch(FIRST + "sys.stdin.read()") as first:
         assert first.stdout is not None
         port, has_torch = first.stdout.readline().split()
         assert has_torch == "False"

@@ -63,14 +63,9 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(key, raising=False)
 
 
-def test_the_environment_is_every_key_and_tells_torch_to_join_the_store() -> None:
-    environment = CONTEXT.environment()
-    assert {key: environment.pop(key) for key in Worker.env_keys()} == KEYS
+def test_the_environment_is_every_key_and_nothing_that_changes_how_children_meet() -> None:
+    assert CONTEXT.environment() == KEYS
     assert set(Worker.env_keys()) == set(KEYS)
-    assert environment == {
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
 
 
 def test_a_worker_made_outside_a_group_reads_its_place_from_the_environment(

@@ -98,3 +98,16 @@ def test_a_group_of_another_namespace_is_not_ended_and_a_detached_one_with_its_r
         (reservation,) = pool.get_placement_groups()
         assert kill_group(found.name, namespace=found.namespace).name == found.name
         assert placement_group_table(reservation)["state"] == "REMOVED"
+
+
+def test_a_reservation_without_a_group_is_listed_and_given_back_by_its_name(
+    cluster: None,
+) -> None:
+    pool = RayResourcePool([2], cpus_per_process=0.1, detached=True, name_prefix="empty_")
+    (reservation,) = pool.get_placement_groups()
+    name = placement_group_table(reservation)["name"]
+    listed = run("ps")
+    assert re.search(rf"^{name} +2 × {{CPU: 0.1}} +created +detached$", listed.stdout, re.MULTILINE)
+    ended = run("kill", name)
+    assert (ended.returncode, ended.stdout) == (0, f"gave {name} back\n")
+    assert placement_group_table(reservation)["state"] == "REMOVED"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from protocol import DataProto
+from protocol import DataProto, DataProtoConfig
 from single_controller import Broadcast, DispatchError, UnknownMethodError, WorkerError
 from single_controller.base import PerRank, Worker
 from tests.conformance.conftest import Backend
@@ -54,6 +54,27 @@ def test_a_tensordict_is_split_and_merged_too(group: Any) -> None:
     out = group.add_rank(data=sent)
     assert out["a"].tolist() == [0, 0, 1, 1]
     assert [part.tolist() for part in out["j"].unbind()] == [[1], [2, 2], [3, 3, 3], [1]]
+
+
+def pads() -> bool:
+    return DataProtoConfig.auto_padding
+
+
+def test_padding_that_the_driver_sets_holds_in_the_workers_until_it_is_unset(
+    group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    try:
+        for setting in (None, True, False, None):
+            DataProtoConfig.auto_padding = setting
+            found.append(group.execute_func_rank_zero(pads))
+    finally:
+        DataProtoConfig.auto_padding = None
+    monkeypatch.setenv("VERL_AUTO_PADDING", "true")
+    found.append(group.execute_func_rank_zero(pads))
+    monkeypatch.delenv("VERL_AUTO_PADDING")
+    found.append(group.execute_func_rank_zero(pads))
+    assert found == [False, True, False, False, True, False]
 
 
 def test_rows_that_do_not_divide_are_refused_with_both_ways_out(group: Any) -> None:

@@ -18,7 +18,7 @@ from single_controller import CallTimeoutError, GroupBrokenError, WorkerDiedErro
 from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
 from tests.conformance.conftest import Backend
-from tests.waiting import eventually
+from tests.waiting import eventually, is_alive
 
 
 class OddError(Exception):
@@ -60,6 +60,56 @@ class Fragile(Worker):
 def group(backend: Backend) -> Iterator[Any]:
     with backend.group(backend.spec(Fragile)) as two:
         yield two
+
+
+class Leaving(Worker):
+    """Asks for the end of its process, in its constructor or in a method."""
+
+    def __init__(self, *asked: Any) -> None:
+        if asked:
+            sys.exit(asked[0])
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def leave(self, asked: Any) -> None:
+        sys.exit(asked)
+
+
+class LeavingAsync(Leaving):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def leave(self, asked: Any) -> None:
+        sys.exit(asked)
+
+
+@pytest.mark.parametrize(
+    ("cls", "asked", "code"),
+    [
+        (Leaving, "no more data", 1),
+        (LeavingAsync, "no more data", 1),
+        (Leaving, 3, 3),
+        (Leaving, None, 0),
+    ],
+)
+def test_an_end_that_a_method_asks_for_is_told_with_its_reason_and_code(
+    backend: Backend, cls: type[Leaving], asked: Any, code: int
+) -> None:
+    with backend.group(backend.spec(cls), 1) as group:
+        with pytest.raises(WorkerDiedError) as caught:
+            group.leave(asked)
+        error = caught.value
+        assert (error.role, error.method, error.exit_code) == (cls.__name__, "leave", code)
+        assert f"sys.exit({asked!r})" in str(error)
+        assert "sys.exit(asked)" in error.remote_traceback
+        with pytest.raises(GroupBrokenError, match=r"lost a rank: .*sys\.exit"):
+            group.leave(asked)
+        pid = group.describe().rows[0].pid
+        assert pid == os.getpid() or eventually(lambda: not is_alive(pid))
+
+
+def test_an_end_that_a_constructor_asks_for_is_told_with_its_reason(backend: Backend) -> None:
+    with pytest.raises(WorkerDiedError, match=r"sys\.exit\('no model'\)") as caught:
+        backend.group(backend.spec(Leaving, "no model"), 1)
+    error = caught.value
+    assert (error.role, error.method, error.exit_code) == ("Leaving", "__init__", 1)
 
 
 def test_an_error_names_role_method_rank_node_and_pid_and_keeps_its_type(

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.exceptions import RayError, RuntimeEnvSetupError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from single_controller import ResourceError, WorkerDiedError
 from single_controller.base import Worker
@@ -88,6 +99,28 @@ def test_a_full_pool_refuses_one_more_group_instead_of_hanging(cluster: None) ->
             RayWorkerGroup(pool, spec)
 
 
+def test_a_runtime_env_that_is_slow_to_set_up_has_the_time_of_the_start(
+    cluster: None, tmp_path: Path
+) -> None:
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 2\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    spec = RayClassWithInitArgs(Victim)
+    spec.update_options({"runtime_env": {"py_executable": str(slow)}})
+    with RayResourcePool([1], max_colocate_count=1) as pool:
+        pool.get_placement_groups()
+        pool.placement_timeout_s = 0.5
+        with RayWorkerGroup(pool, spec) as group:
+            assert group.act("fine") == ["fine"]
+
+
+def test_a_runtime_env_that_cannot_be_set_up_says_why(cluster: None) -> None:
+    spec = RayClassWithInitArgs(Victim)
+    spec.update_options({"runtime_env": {"working_dir": "file:///no/such.zip"}})
+    with RayResourcePool([1]) as pool, pytest.raises(RuntimeEnvSetupError, match=r"no/such\.zip"):
+        RayWorkerGroup(pool, spec)
+
+
 def test_a_pool_reserved_for_cpus_refuses_another_device(cluster: None) -> None:
     with RayResourcePool([1]) as pool:
         pool.get_placement_groups()
@@ -159,6 +192,9 @@ def test_a_pool_is_split_on_the_accelerators_that_the_cluster_has(
         asked.extend(bundles)
         return SimpleNamespace(bundle_count=len(bundles), wait=lambda timeout: True)
 
+    for unasked in ("reclaim", "give_back_when_dropped"):
+        monkeypatch.setattr(placement, unasked, lambda *_: None)
+    monkeypatch.setattr(placement, "new_name", lambda *_: "")
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
     monkeypatch.setattr(placement, "cluster_nodes", lambda: [node])
     monkeypatch.setattr(placement, "placement_group", reserve)
@@ -201,6 +237,78 @@ def test_a_closed_pool_is_removed_when_close_returns(cluster: None) -> None:
     (group,) = pool.get_placement_groups()
     pool.close()
     assert placement_group_table(group)["state"] == "REMOVED"
+
+
+def test_a_pool_is_given_back_once_nobody_holds_it_nor_a_part_nor_a_group_on_it(
+    cluster: None,
+) -> None:
+    pool = RayResourcePool([2], cpus_per_process=0.5)
+    reservation = PlacementGroup(pool.get_placement_groups()[0].id)
+
+    def state() -> str:
+        return str(placement_group_table(reservation)["state"])
+
+    (part, _), future = split_resource_pool(pool, 1), None
+    group = RayWorkerGroup(part, RayClassWithInitArgs(Victim))
+    del pool, part, _
+    gc.collect()
+    future = group.act.submit("moment")
+    del group
+    gc.collect()
+    assert future.result() == [None]
+    assert state() == "CREATED"
+    del future
+    assert eventually(lambda: state() == "REMOVED")
+
+
+def test_a_detached_pool_stays_when_it_is_dropped(cluster: None) -> None:
+    kept, dropped = (RayResourcePool([1], detached=detached) for detached in (True, False))
+    stays, goes = (PlacementGroup(p.get_placement_groups()[0].id) for p in (kept, dropped))
+    del kept, dropped
+    gc.collect()
+    assert eventually(lambda: placement_group_table(goes)["state"] == "REMOVED")
+    assert placement_group_table(stays)["state"] == "CREATED"
+    reservations.remove([stays])
+
+
+@ray.remote(num_cpus=0)
+class Controller:
+    def hold(self, die: bool = False) -> int:
+        self.group = RayWorkerGroup(RayResourcePool([6]), RayClassWithInitArgs(Victim))
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return len(self.group.act("fine"))
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def controller(die: bool) -> int:
+    return Controller.__ray_actor_class__().hold(die)
+
+
+def killed_actor() -> None:
+    ray.get(Controller.remote().hold.remote(True))
+
+
+def dropped_actor() -> None:
+    assert ray.get(Controller.remote().hold.remote()) == 6
+
+
+def killed_task() -> None:
+    ray.get(controller.remote(True))
+
+
+def finished_task() -> None:
+    assert ray.get(controller.remote(False)) == 6
+
+
+@pytest.mark.parametrize("run", [killed_actor, dropped_actor, killed_task, finished_task])
+def test_what_a_controller_in_an_actor_or_a_task_held_is_there_for_the_next_pool(
+    cluster: None, run: Callable[[], None]
+) -> None:
+    with contextlib.suppress(RayError):
+        run()
+    with RayResourcePool([6]) as next_pool:
+        assert len(next_pool.bundles()) == 6
 
 
 def test_what_a_close_could_not_remove_is_named(

@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from single_controller import CallTimeoutError, RegistrationError, ResourceError, SendError
+from single_controller import (
+    CallTimeoutError,
+    GroupBrokenError,
+    RegistrationError,
+    ResourceError,
+    SendError,
+    UnknownMethodError,
+)
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
     RayWorkerGroup,
+    create_colocated_worker_cls,
     split_resource_pool,
 )
 from tests.waiting import eventually
@@ -43,6 +52,26 @@ class Member(Worker):
         total = torch.tensor([self.rank + 1.0])
         dist.all_reduce(total)
         return total.item(), str(self.device), self.get_master_addr_port()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def own_meeting(self, url: str, in_child: bool) -> bytes:
+        if not in_child:
+            return meet_at(url, self.rank, self.world_size)
+        import multiprocessing
+
+        with multiprocessing.get_context("spawn").Pool(1) as children:
+            return children.apply(meet_at, (url, self.rank, self.world_size))
+
+
+def meet_at(url: str, rank: int, world_size: int) -> bytes:
+    from datetime import timedelta
+
+    from torch.distributed import rendezvous
+
+    store, *_ = next(rendezvous(url, rank, world_size, timeout=timedelta(seconds=60)))
+    store.set(str(rank), f"from {rank}")
+    store.wait([str(other) for other in range(world_size)])
+    return bytes(store.get("0"))
 
 
 def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
@@ -78,11 +107,29 @@ def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
             probe.bind(("", int(first.master_port)))
 
 
-def test_worker_env_must_not_set_what_each_rank_gets_its_own_of(pool: RayResourcePool) -> None:
-    with pytest.raises(ValueError, match="must not set MASTER_PORT, RANK"):
-        RayWorkerGroup(
-            pool, RayClassWithInitArgs(Member), worker_env={"RANK": "0", "MASTER_PORT": "1"}
-        )
+def test_a_rendezvous_of_the_users_own_is_torchs_also_in_a_child(pool: RayResourcePool) -> None:
+    """A variable for the group's own meeting would have it wait for a store that nobody serves."""
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Member)) as group:
+        for in_child in (False, True):
+            address, port = group.execute_rank_zero_sync("get_available_master_addr_port")
+            url = f"tcp://{address}:{port}"
+            assert group.own_meeting(url, in_child) == [b"from 0"] * 2
+        assert [row[0] for row in group.all_reduce()] == [3.0] * 2
+
+
+@pytest.mark.parametrize(
+    "env", [{"RANK": "0", "MASTER_PORT": "1"}, {"TORCHELASTIC_USE_AGENT_STORE": "True"}]
+)
+def test_variables_that_the_group_sets_are_refused_by_name(
+    pool: RayResourcePool, env: dict[str, str]
+) -> None:
+    spec = RayClassWithInitArgs(Member)
+    names = ", ".join(sorted(env))
+    with pytest.raises(ValueError, match=f"worker_env must not set {names}"):
+        RayWorkerGroup(pool, spec, worker_env=env)
+    spec.update_options({"runtime_env": {"env_vars": env}})
+    with pytest.raises(ValueError, match=f"env_vars of runtime_env must not set {names}"):
+        RayWorkerGroup(pool, spec)
 
 
 def test_a_master_port_that_is_taken_is_named(pool: RayResourcePool) -> None:
@@ -143,10 +190,11 @@ def test_another_group_object_attaches_to_running_hosts(pool: RayResourcePool) -
         assert found.master_port == started.master_port
     with pytest.raises(ValueError, match="no running host has name_prefix 'kept'"):
         RayWorkerGroup.from_detached(name_prefix="kept", ray_cls_with_init=spec)
-    with pytest.raises(ValueError, match=r"hold roles \['Member'\], and .* says \['Worker'\]"):
-        RayWorkerGroup(
-            worker_handles=started.workers, ray_cls_with_init=RayClassWithInitArgs(Worker)
-        )
+    both = create_colocated_worker_cls({"a": spec, "b": spec})
+    with pytest.raises(ValueError, match=r"hold roles \['Member'\], and .* says \['a', 'b'\]"):
+        RayWorkerGroup(worker_handles=started.workers, ray_cls_with_init=both)
+    with pytest.raises(ValueError, match=r"all ranks of one group; got ranks \[1\]"):
+        RayWorkerGroup(worker_names=started.worker_names[1:], ray_cls_with_init=spec)
     unbound = RayWorkerGroup(worker_handles=started.workers)
     assert [env["RANK"] for env in unbound.execute_all_sync("environment")] == ["0", "1"]
     last = RayWorkerGroup(split_resource_pool(kept, 1)[1], spec, name_prefix="last_")
@@ -157,6 +205,53 @@ def test_another_group_object_attaches_to_running_hosts(pool: RayResourcePool) -
     RayWorkerGroup(worker_handles=last.workers).close()
     assert placement_group_table(reservation)["state"] == "REMOVED"
     kept.close()
+
+
+class Environment(Worker):
+    """What a program knows of `Member`, and what that does not have."""
+
+    environment = Member.environment
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def absent(self) -> None: ...
+
+
+def test_workers_of_several_groups_are_the_ranks_of_one_in_the_order_of_their_handles(
+    pool: RayResourcePool,
+) -> None:
+    spec = RayClassWithInitArgs(Member)
+    with (
+        RayWorkerGroup(pool, spec, name_prefix="one_") as one,
+        RayWorkerGroup(pool, spec, name_prefix="two_") as two,
+    ):
+        mixed = [two.workers[1], one.workers[0], two.workers[0]]
+        group = RayWorkerGroup(worker_handles=mixed, ray_cls_with_init=spec)
+        where = [(env["WG_PREFIX"], env["RANK"]) for env in group.environment()]
+        assert where == [("two_", "1"), ("one_", "0"), ("two_", "0")]
+        rows = [(row.rank, row.pid) for row in group.describe().rows]
+        pids = [two.describe().rows[1].pid, one.describe().rows[0].pid, two.describe().rows[0].pid]
+        assert rows == [*enumerate(pids)]
+        assert (group.world_size, group.master_address) == (3, "")
+        with pytest.raises(GroupBrokenError, match="attached to running hosts"):
+            group.restart()
+        for wrong in ([*mixed, mixed[0]], []):
+            with pytest.raises(ValueError, match=r"different workers|needs a resource_pool"):
+                RayWorkerGroup(worker_handles=wrong, ray_cls_with_init=spec)
+
+
+def test_the_class_that_a_group_is_attached_with_says_which_methods_it_has(
+    pool: RayResourcePool,
+) -> None:
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Member)) as started:
+        attach = partial(RayWorkerGroup, worker_handles=started.workers)
+        base = attach(ray_cls_with_init=RayClassWithInitArgs(Worker))
+        assert base.execute_func_rank_zero(os.getpid) == started.describe().rows[0].pid
+        with pytest.raises(UnknownMethodError, match="environment"):
+            base.environment()
+        other = attach(ray_cls_with_init=RayClassWithInitArgs(Environment))
+        assert [env["RANK"] for env in other.environment()] == ["0", "1"]
+        with pytest.raises(AttributeError, match="'Member' object has no attribute 'absent'"):
+            other.absent()
 
 
 def test_different_counts_per_node_start_all_workers(cluster: None) -> None:

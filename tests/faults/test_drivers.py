@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.faults.drivers import GROUP, START, launch, run
-from tests.waiting import eventually
+from tests.waiting import eventually, is_alive
 
 pytestmark = pytest.mark.long
 
@@ -223,3 +223,34 @@ def test_nothing_but_the_user_starts_ray_and_what_was_made_before_says_that_it_i
     assert not [
         line for line in told if "raised" in line or "not refused" in line or "told" in line
     ]
+
+
+@pytest.mark.parametrize("how", ["sys.exit()", "os.kill(os.getpid(), signal.SIGKILL)", "del group"])
+def test_what_workers_have_started_ends_with_them(how: str) -> None:
+    wait = "threading.Event().wait()" if how == "del group" else ""
+    program = f'say("pids", *sum(group.act("engines"), []))\n{how}\n{wait}'
+    with launch(START + "group = RayWorkerGroup(RayResourcePool([2]), spec)\n" + program) as driver:
+        pids = pids_of(driver)
+        assert len(pids) == 6
+        assert eventually(lambda: not any(map(is_alive, pids)))
+        driver.kill()
+
+
+NO_PYTHON = """
+spec.update_options({"runtime_env": {"py_executable": "/no/python"}})
+with RayResourcePool([2], max_colocate_count=1) as pool:
+    pool.get_placement_groups()
+    pool.placement_timeout_s = 0.5
+    try:
+        RayWorkerGroup(pool, spec, startup_timeout_s=1)
+    except CallTimeoutError as error:
+        say(error.pending_ranks, error)
+"""
+
+
+def test_a_process_that_does_not_start_is_told_from_a_pool_without_room() -> None:
+    """In a cluster of its own: for a minute, Ray waits for the process to come."""
+    output = run(START + NO_PYTHON)
+    said = "(0, 1) ranks [0, 1] have no process after startup_timeout_s=1, though"
+    assert said in output
+    assert "{'py_executable': '/no/python'}" in output

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
+import ray
 
 from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
 from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, colocate
 from tests.faults.victim import Victim
-from tests.waiting import eventually
+from tests.waiting import eventually, is_alive
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +47,53 @@ def test_a_restarted_group_has_new_processes_the_same_ranks_and_all_its_roles(
             with pytest.raises(GroupBrokenError, match="the group was restarted"):
                 former.result()
         assert both.other.restarts == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, None])
+def test_what_the_former_processes_have_started_is_gone_when_others_start(
+    pool: RayResourcePool, how: int | None
+) -> None:
+    """An engine with a session of its own would still have the device."""
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Victim)) as group:
+        engines = [pid for pids in group.act("engines") for pid in pids]
+        assert all(map(is_alive, engines))
+        assert len(engines) == 6
+        for _, pid, *_ in group.look() if how else ():
+            os.kill(pid, how)
+        group.restart()
+        assert not any(map(is_alive, engines))
+        last = [pid for pids in group.act("engines") for pid in pids]
+    assert not any(map(is_alive, last))
+
+
+@ray.remote(num_cpus=0)
+class Copy:
+    """Has a group that another process started."""
+
+    def take(self, group: RayWorkerGroup) -> int:
+        self.group = group
+        return group.world_size
+
+    def use(self) -> str:
+        try:
+            return str(self.group.act("fine"))
+        except GroupBrokenError as error:
+            return str(error)
+
+
+def test_copies_of_a_group_in_other_processes_say_that_it_was_restarted_or_closed(
+    pool: RayResourcePool,
+) -> None:
+    copy = Copy.remote()
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Victim)) as group:
+        assert ray.get(copy.take.remote(group)) == 2
+        group.restart()
+        for _ in range(2):
+            assert "the group was restarted by another process" in ray.get(copy.use.remote())
+        ray.get(copy.take.remote(group))
+        assert ray.get(copy.use.remote()) == "['fine', 'fine']"
+    for _ in range(2):
+        assert "the group was closed" in ray.get(copy.use.remote())
 
 
 def test_a_group_told_to_restart_does_so_on_the_next_call_within_its_budget(

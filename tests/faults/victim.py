@@ -61,6 +61,24 @@ class Victim(Worker):
     def _moment(self) -> None:
         threading.Event().wait(1)
 
+    def _engines(self) -> list[int]:
+        """Processes that outlive their parent: one's child, nobody's child, and a fork."""
+        import multiprocessing
+        import subprocess
+
+        child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        orphan = subprocess.run(
+            "setsid sleep 1000 >/dev/null 2>&1 & echo $!",
+            shell=True,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        fork = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
+        fork.start()
+        assert fork.pid is not None
+        return [child.pid, int(orphan.stdout), fork.pid]
+
     def _in_c(self) -> None:
         """Holds the interpreter's lock in C code for good."""
         ctypes.PyDLL(None).pause()
