@@ -58,13 +58,15 @@ def _show(check: str, state: str, detail: str, fix: str) -> None:
 
 
 def _attached(address: str | None) -> bool:
-    """Connect to a cluster that runs; whether that worked."""
+    """Connect to a cluster that runs, and say which; whether that worked."""
     from single_controller.ray.doctor import connect
 
     finding = connect(address or "auto")
     if finding.state == "fail":
         sys.stderr.write(f"{finding.detail}\n{finding.fix}\n")
-    return finding.state != "fail"
+        return False
+    sys.stdout.write(f"{finding.detail}\n")
+    return True
 
 
 def _ps(options: argparse.Namespace) -> int:

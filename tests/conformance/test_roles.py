@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from protocol import DataProto
@@ -112,6 +114,21 @@ def test_describe_shows_every_role_on_every_rank(hosts: Any, roles: dict[str, An
         "state",
     ]
     assert {row.state for row in rows} == {"alive"}
+
+
+def test_describe_shows_the_cluster(backend: Backend, hosts: Any) -> None:
+    last = str(hosts.describe()).splitlines()[-1]
+    if backend.name == "ray":
+        assert last == f"cluster {ray.get_runtime_context().gcs_address}"
+    else:
+        assert last.endswith("alive")
+
+
+def test_what_prints_as_a_table_shows_in_a_notebook_as_it_prints(roles: dict[str, Any]) -> None:
+    actor = roles["actor"]
+    for value in (actor.describe(), actor.stats(), actor.explain("add", zeros())):
+        assert html.unescape(value._repr_html_()) == f"<pre>{value}</pre>"
+    assert "-&gt; DataProto" in actor.explain("add", zeros())._repr_html_()
 
 
 def test_a_class_that_is_no_worker_is_refused_by_name(backend: Backend) -> None:
