@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
@@ -141,6 +142,9 @@ class Host(ShelfTasks, HostTracing):
 
     def build(self, roles: Mapping[str, RoleSpec]) -> HostInfo:
         """Build the roles, in their order."""
+        for stream in (sys.stdout, sys.stderr):  # by this, Ray says whose the lines below are
+            stream.write(f":actor_name:{'+'.join(roles)} rank {self._context.rank}\n")
+            stream.flush()
         self._turns = Turns()
         self._workers = dict(build_roles(self._context, roles, self._turns, self._not_built))
         return self._info()

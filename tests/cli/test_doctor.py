@@ -20,11 +20,19 @@ from single_controller.device import CPU
 from single_controller.errors import ResourceError
 from single_controller.ray import RayResourcePool, doctor
 from single_controller.ray.node_checks import NODE_CHECKS, Finding, Node
-from single_controller.ray.node_probe import NodeProbe, NodeReport
+from single_controller.ray.node_probe import NodeProbe
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
-SEEN = NodeReport(NodeProbe().look().versions, 16 * GIB, 16 * GIB, {}, 65_536, 0.0)
+SEEN = replace(
+    NodeProbe().look(),
+    shm_total=16 * GIB,
+    shm_free=16 * GIB,
+    devices={},
+    open_files=65_536,
+    disk_total=100 * GIB,
+    disk_free=50 * GIB,
+)
 
 
 def node(resources: dict[str, float] | None = None, **seen: Any) -> Node:
@@ -60,6 +68,8 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
         ("object store", node(shm_total=64 << 20), "fail", "does not fit", "--shm-size=9g"),
         ("object store", node({"object_store_memory": 1e8}), "warn", "spill", "--object-store-mem"),
         ("object store", node(shm_free=GIB), "warn", "1.0 GiB are free", "/dev/shm"),
+        ("disk", node(disk_free=4 * GIB), "fail", "4.0 GiB free at .*, 96% used", "--temp-dir"),
+        ("disk", node(disk_free=7 * GIB), "warn", "less than the object store", "--temp-dir"),
         ("devices", node(devices={"GPU": 4}), "warn", "has 4 GPUs, and Ray offers 0", "num-gpus=4"),
         ("devices", node({"GPU": 2.0}), "warn", "no such device files", "--gpus all"),
         ("open files", node(open_files=1024), "warn", "1024 files", "ulimit -n"),
@@ -88,7 +98,7 @@ def test_what_is_wrong_with_a_node_is_named_with_what_to_do(
     assert fix in finding.fix
 
 
-@pytest.mark.parametrize("check", ["versions", "devices", "open files"])
+@pytest.mark.parametrize("check", ["versions", "devices", "disk", "open files"])
 def test_a_node_as_it_should_be_passes(check: str) -> None:
     assert first(check, node()).state == "ok"
 
