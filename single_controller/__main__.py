@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
         ("kill", _kill, "end all processes of a group"),
     ):
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("--address", help="of the cluster; by default what Ray finds")
+        command.add_argument(
+            "--address", help="of the cluster; by default the only one that runs here"
+        )
         command.set_defaults(run=run)
         if name in ("stacks", "kill"):
             command.add_argument("name", metavar="NAME", help="the group, as ps shows it")
