@@ -63,8 +63,9 @@ def check_python(path: Path, folder: Path) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """The words of a text, without what differs from run to run."""
-    text = re.sub(r"\b\d+\.\d+\.\d+\.\d+\b", "ADDRESS", text)
+    """The words of a text, without what differs from run to run, and without Ray's own lines."""
+    text = re.sub(r"^\S*\(raylet\).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\b\d+\.\d+\.\d+\.\d+\b(:\d+)?", "ADDRESS", text)
     text = re.sub(r"\bpid \d+", "pid PID", text)
     text = re.sub(r"(ADDRESS +\w+ +)\d+", r"\1PID", text)
     return re.sub(r"\b\d+\.\d+ (ms|s)\b", r"TIME \1", text).split()

@@ -54,7 +54,7 @@ def merge(metas: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None
                     f"{short(merged[key])} in {_holders(metas, names, key, merged[key])}; "
                     f"{short(value)} in {_holders(metas, names, key, value)}"
                     f"{eq_note(value)}. Make them equal, or "
-                    f"report values that differ under '{METRICS}', which becomes a dict of lists."
+                    f"report values that differ under '{METRICS}', which becomes a dict of lists"
                 )
     return merged
 

@@ -52,7 +52,7 @@ class _Parts(_Fields):
     _batch: TensorDict | _Unbuilt | None
 
     @property
-    def batch(self) -> TensorDict | None:
+    def batch(self) -> TensorDict | Any:  # Any, so that who knows that there are some need not ask
         """The tensors; None if there are none."""
         if isinstance(self._batch, _Unbuilt):
             with _building:  # what one thread writes into it must not be lost to another's

@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
         ("kill", _kill, "end all processes of a group, or give a reservation back"),
     ):
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("--address", help="of the cluster; by default what Ray finds")
+        command.add_argument(
+            "--address", help="of the cluster; by default the only one that runs here"
+        )
         command.set_defaults(run=run)
         if name in ("stacks", "kill"):
             command.add_argument(
@@ -64,13 +66,15 @@ def _show(check: str, state: str, detail: str, fix: str) -> None:
 
 
 def _attached(address: str | None) -> bool:
-    """Connect to a cluster that runs; whether that worked."""
+    """Connect to a cluster that runs, and say which; whether that worked."""
     from single_controller.ray.doctor import connect
 
     finding = connect(address or "auto")
     if finding.state == "fail":
         sys.stderr.write(f"{finding.detail}\n{finding.fix}\n")
-    return finding.state != "fail"
+        return False
+    sys.stdout.write(f"{finding.detail}\n")
+    return True
 
 
 def _ps(options: argparse.Namespace) -> int:

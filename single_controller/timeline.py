@@ -6,6 +6,7 @@ It reads the file alone, whoever recorded it, and needs matplotlib only to draw.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -28,6 +29,9 @@ _COLOURS = dict(
         ),
         strict=True,
     )
+)  # fmt: skip
+_OF_ROLES = (
+    "#54a24b", "#e45756", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d", "#ff9da6", "#8c6d31",
 )  # fmt: skip
 
 
@@ -143,6 +147,12 @@ class Timeline:
         lines += [f"missing: {what}" for what in self.missing]
         return "\n".join(lines)
 
+    def _colours(self) -> dict[str, str]:
+        """Of each kind of span, its colour; what runs has one of its role."""
+        roles = sorted({_kind(event) for event in self.events if event["cat"] == "run"})
+        parts = {part: colour for part, colour in _COLOURS.items() if part != "run"}
+        return {**parts, **dict(zip(roles, itertools.cycle(_OF_ROLES), strict=False))}
+
     def draw(self, path: str | Path) -> None:
         """Draw the processes, one below the other, over time.
 
@@ -160,15 +170,15 @@ class Timeline:
         figure = Figure(figsize=(12, 1.2 + 0.32 * len(lanes)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        for category, colour in _COLOURS.items():
-            bars = [e for e in self.events if e["cat"] == category]
+        for kind, colour in self._colours().items():
+            bars = [e for e in self.events if _kind(e) == kind]
             for event in bars:
-                height = 0.4 if category == "user" else 0.8
+                height = 0.4 if kind == "user" else 0.8
                 row = lanes.index((event["pid"], event["tid"]))
                 span = event["ts"] / 1e3, max(event["dur"] / 1e3, 1e-3)
                 axes.broken_barh([span], (row - height / 2, height), fc=colour, ec="white", lw=0.3)
             if bars:
-                axes.plot([], [], color=colour, linewidth=6, label=category)
+                axes.plot([], [], color=colour, linewidth=6, label=kind)
         firsts = [row for row, lane in enumerate(lanes) if lane[0] != lanes[row - 1][0] or not row]
         axes.set_yticks(firsts, [self.processes[lanes[row][0]] for row in firsts], fontsize=8)
         for row in firsts:
@@ -179,6 +189,12 @@ class Timeline:
             loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=9, fontsize=8, frameon=False
         )
         figure.savefig(path, dpi=150)
+
+
+def _kind(event: dict[str, Any]) -> str:
+    """What a span is drawn as: its part of a call, and whose it is where a role runs."""
+    part: str = event["cat"]
+    return f"run {event['name'].rpartition('.')[0]}" if part == "run" else part
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:

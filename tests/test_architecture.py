@@ -302,6 +302,25 @@ def test_library_code_never_prints() -> None:
     assert [use for path in LIBRARY.values() for use in uses(path, "print", "pprint.pprint")] == []
 
 
+def ends(node: ast.AST | None) -> str:
+    """The last words of a message, as far as they are written there."""
+    if isinstance(node, ast.JoinedStr):
+        return ends(node.values[-1])
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_messages_end_without_a_full_stop(module: str) -> None:
+    said = [
+        (node.lineno, ends(argument))
+        for node in ast.walk(tree(LIBRARY[module]))
+        if isinstance(node, ast.Call)
+        for argument in node.args
+    ]
+    # "module." is a part of a name, and no message
+    assert [(at, text) for at, text in said if text.endswith(".") and " " in text] == []
+
+
 def test_nothing_goes_through_torch_save() -> None:
     assert [use for path in EVERYTHING for use in uses(path, "torch.save", "torch.load")] == []
 

@@ -25,8 +25,9 @@ FIRST = "```python\nx = 20\nprint(x)\n```\n\n```text\n20\n```\n\n"
         (FIRST + "```python\nprint(y)\n```\n", "name 'y' is not defined"),
         (FIRST + "<!-- not run: it needs y -->\n```python\nprint(y)\n```\n", ""),
         ("no Python\n", ""),
+        ("```python\nprint('(raylet) it died')\nprint(1)\n```\n\n```text\n1\n```\n", ""),
     ],
-    ids=["right", "wrong output", "raises", "not meant to run", "none"],
+    ids=["right", "wrong output", "raises", "not meant to run", "none", "Ray's own lines"],
 )
 def test_a_page_is_one_program_and_prints_what_it_says(
     page: str, wrong: str, tmp_path: Path

@@ -14,7 +14,7 @@ from typing import Any
 
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.rows import is_future
-from single_controller.base.table import aligned
+from single_controller.base.table import Printed, aligned
 
 __all__ = ["Carrier", "Explanation", "RankArgument", "explain_arguments"]
 
@@ -76,7 +76,7 @@ class RankArgument:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Printed):
     """What a call would do; it prints as a table.
 
     `ranks` are called, `answers` are those whose outputs count, in this order.

@@ -187,7 +187,11 @@ class HostGroup(WorkerGroup[W]):
     def describe(self) -> GroupTable:
         """rank → role → node → device → pid → state, as a value that prints as a table."""
         roles = (self.role,) if self.role else self._hosts.roles
-        return GroupTable.of(self._hosts.infos, roles, self._hosts.states())
+        return GroupTable.of(self._hosts.infos, roles, self._hosts.states(), self._cluster())
+
+    def _cluster(self) -> str:
+        """The address of the cluster that the hosts run on; "" where there is none."""
+        return ""
 
     @abc.abstractmethod
     def stacks(self) -> dict[int, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from single_controller.base.spans import now_ns, recording
-from single_controller.base.table import aligned
+from single_controller.base.table import Printed, aligned
 
 __all__ = ["CallRecord", "MethodStats", "Recorder", "StatsTable"]
 
@@ -149,7 +149,7 @@ class MethodStats:
 
 
 @dataclass(frozen=True)
-class StatsTable:
+class StatsTable(Printed):
     """One row per method that was called; prints as a table."""
 
     rows: tuple[MethodStats, ...]

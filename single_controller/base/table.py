@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-__all__ = ["GroupTable", "Place", "RankRow", "RankState", "aligned"]
+__all__ = ["GroupTable", "Place", "Printed", "RankRow", "RankState", "aligned"]
 
 RankState: TypeAlias = Literal["alive", "dead", "broken"]
 
@@ -17,6 +18,13 @@ def aligned(rows: Iterable[Sequence[object]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
     return "\n".join(line.rstrip() for line in lines)
+
+
+class Printed:
+    """A value that says all it holds when it is printed; notebooks show it so, too."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 class Place(Protocol):
@@ -45,24 +53,31 @@ class RankRow:
 
 
 @dataclass(frozen=True)
-class GroupTable:
-    """One row per rank and role."""
+class GroupTable(Printed):
+    """One row per rank and role. `cluster` is the address of Ray's, "" without one."""
 
     rows: tuple[RankRow, ...]
+    cluster: str = ""
 
     @classmethod
     def of(
-        cls, places: Sequence[Place], roles: Sequence[str], states: Sequence[RankState]
+        cls,
+        places: Sequence[Place],
+        roles: Sequence[str],
+        states: Sequence[RankState],
+        cluster: str,
     ) -> GroupTable:
         return cls(
             tuple(
                 RankRow(place.rank, role, place.node_ip, place.device, place.pid, state)
                 for place, state in zip(places, states, strict=True)
                 for role in roles
-            )
+            ),
+            cluster,
         )
 
     def __str__(self) -> str:
-        return aligned(
+        ranks = aligned(
             [tuple(RankRow.__annotations__), *(tuple(vars(row).values()) for row in self.rows)]
         )
+        return f"{ranks}\ncluster {self.cluster}" if self.cluster else ranks

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from single_controller.base.colocated import Colocated, role_specs
+from single_controller.base.colocated import Colocated, colocated
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import (
     ClassWithInitArgs,
@@ -25,8 +25,15 @@ __all__ = [
 
 def colocate(
     pool: ResourcePool | None = None,
-    /,
     *,
+    bin_pack: bool = True,
+    name_prefix: str | None = None,
+    detached: bool = False,
+    device_name: str | None = None,
+    worker_env: Mapping[str, str] | None = None,
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    master_port_range: Sequence[int] | None = None,
     startup_timeout_s: float = 600,
     call_timeout_s: float | None = None,
     on_failure: str = "raise",
@@ -36,25 +43,33 @@ def colocate(
     """Every role on each rank of the pool, by default on one rank, in this process.
 
     Args:
-        startup_timeout_s, call_timeout_s, on_failure, max_restarts: as for `InlineWorkerGroup`.
+        bin_pack … max_restarts: as for `InlineWorkerGroup`.
         roles: by name, a worker class, or `ClassWithInitArgs` where it takes arguments.
 
     Returns:
         An object with a group per role: `colocate(actor=Actor).actor.update(batch)`.
 
     Raises:
+        ValueError: a role has the name of an option, or of an attribute of what is returned.
         What `InlineWorkerGroup` raises.
     """
-    specs = role_specs(roles, ClassWithInitArgs)
-    hosts = InlineWorkerGroup(
-        pool,
-        create_colocated_worker_cls(specs),
-        startup_timeout_s=startup_timeout_s,
-        call_timeout_s=call_timeout_s,
-        on_failure=on_failure,
-        max_restarts=max_restarts,
+    options = {
+        "bin_pack": bin_pack,
+        "name_prefix": name_prefix,
+        "detached": detached,
+        "device_name": device_name,
+        "worker_env": worker_env,
+        "master_addr": master_addr,
+        "master_port": master_port,
+        "master_port_range": master_port_range,
+        "startup_timeout_s": startup_timeout_s,
+        "call_timeout_s": call_timeout_s,
+        "on_failure": on_failure,
+        "max_restarts": max_restarts,
+    }
+    return colocated(
+        InlineWorkerGroup, create_colocated_worker_cls, ClassWithInitArgs, pool, roles, options
     )
-    return Colocated(hosts, specs)
 
 
 def create_colocated_worker_cls(class_dict: Mapping[str, ClassWithInitArgs]) -> ColocatedClasses:

@@ -6,13 +6,18 @@ Showing the findings is left to the command line.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.services import find_gcs_addresses
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from single_controller.base.decorator import Dispatch, register
@@ -58,11 +63,19 @@ class Reducer(Worker):
 
 def connect(address: str | None) -> Finding:
     """Connect this process to a cluster; without an `address`, to the one that Ray finds, or to
-    one of its own on this machine.
+    one of its own on this machine. Where several run, one must be named.
     """
     start = "start one with `ray start --head`, or name one with --address"
-    if address and (refusal := _refusal(address)):
-        return Finding("cluster", "fail", refusal, start)
+    named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
+    found = [] if named and named != "auto" else sorted(find_gcs_addresses())
+    if len(found) > 1:
+        several = f"{len(found)} clusters run on this machine: {', '.join(found)}"
+        own = "; --address local starts one for these checks" if address is None else ""
+        return Finding("cluster", "fail", several, f"name one with --address or RAY_ADDRESS{own}")
+    for where in found or [named or ""]:
+        refusal, fix = _refusal(where, found=bool(found))
+        if refusal:
+            return Finding("cluster", "fail", refusal, fix or start)
     try:
         context: Any = ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
@@ -86,16 +99,56 @@ def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split("\n")[:4]).strip() or type(error).__name__
 
 
-def _refusal(address: str) -> str:
-    """Why nothing takes connections there. Ray itself would try for a minute."""
+def _refusal(address: str, found: bool) -> tuple[str, str]:
+    """Why no cluster takes this process there, and what to do where that is known. Ray itself
+    would try for a minute, and fill the screen; a process of its own does so at its cost.
+    """
     match = re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)
     if match is None:
-        return ""
+        return "", ""
     try:
         socket.create_connection((match[1], int(match[2])), timeout=5).close()
     except OSError as error:
-        return f"nothing takes connections at {address}: {error}"
-    return ""
+        return f"nothing takes connections at {address}: {error}", ""
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", (_TAKE_TOKEN if found else "") + _KNOCK, address],
+            capture_output=True,
+            text=True,
+            timeout=_KNOCK_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"what takes connections at {address} is no Ray cluster, or one that hangs", ""
+    if tried.returncode and re.search("(?i)authenticat", tried.stderr):
+        return f"the cluster at {address} wants its token: {_token_seen()}", _TOKEN
+    return "", ""  # what else there is to say, Ray says
+
+
+_KNOCK_S = 30.0
+_KNOCK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+_TAKE_TOKEN = """
+try:  # as Ray does for a cluster that nobody named
+    from ray._private.authentication import authentication_token_setup as setup
+    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+except (AttributeError, ImportError):
+    pass
+"""
+_TOKEN = (
+    "RAY_AUTH_MODE=token, with the cluster's own token (`ray get-auth-token`, where it was "
+    "started) in RAY_AUTH_TOKEN or in the file at RAY_AUTH_TOKEN_PATH"
+)
+
+
+def _token_seen() -> str:
+    """What this process has to show for itself, without showing it."""
+    mode = os.environ.get("RAY_AUTH_MODE") or "not set"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        token = "a token in RAY_AUTH_TOKEN"
+    else:
+        token = f"{'a' if path.is_file() else 'no'} token at {path}"
+    return f"here RAY_AUTH_MODE is {mode}, and there is {token}"
 
 
 def examine() -> Iterator[Finding]:

@@ -26,6 +26,7 @@ State: TypeAlias = Literal["ok", "warn", "fail", "skip"]
 _GIB = 1 << 30
 _LEAST_STORE = _GIB
 _LEAST_FILES = 4_096
+_FULLEST_DISK = 0.95  # Ray's own limit, unless RAY_local_fs_capacity_threshold says otherwise
 _LARGEST_CLOCK_GAP_S = 0.5
 _PROBE_MIB = 64
 
@@ -170,6 +171,24 @@ def _store(nodes: Sequence[Node]) -> Iterator[Finding]:
     )
 
 
+def _disk(nodes: Sequence[Node]) -> Iterator[Finding]:
+    for node in nodes:
+        seen, store = node.report, int(node.resources.get("object_store_memory", 0))
+        used = 1 - seen.disk_free / max(1, seen.disk_total)
+        where = f"{node.ip}: {seen.disk_free / _GIB:.1f} GiB free at {seen.session}"
+        room = "remove old sessions there, or `ray start --temp-dir=…` on a larger disk"
+        if used > _FULLEST_DISK:
+            what = f"{where}, {used:.0%} used: Ray writes no logs and objects to so full a disk"
+            yield Finding("disk", "fail", what, room)
+        elif seen.disk_free < store:
+            what = f"{where}: less than the object store, which spills what it cannot hold there"
+            yield Finding("disk", "warn", what, room)
+    least = min(node.report.disk_free for node in nodes)
+    yield Finding(
+        "disk", "ok", f"{least / _GIB:.1f} GiB or more free per node for logs and spilling"
+    )
+
+
 def _ports(nodes: Sequence[Node]) -> Iterator[Finding]:
     if len(nodes) > 1 and any(node.ip.startswith("127.") for node in nodes):
         yield Finding(
@@ -233,6 +252,7 @@ NODE_CHECKS: dict[str, Callable[[Sequence[Node]], Iterator[Finding]]] = {
     "versions": _versions,
     "devices": _devices,
     "object store": _store,
+    "disk": _disk,
     "ports": _ports,
     "open files": _limits,
     "clocks": _clocks,

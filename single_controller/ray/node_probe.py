@@ -9,11 +9,14 @@ import platform
 import resource
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
+
+import ray
 
 from single_controller.device import DEVICE_KINDS
 
@@ -26,7 +29,8 @@ _SHARED_MEMORY = "/dev/shm"
 @dataclass(frozen=True)
 class NodeReport:
     """One node. Memory is in bytes, `devices` counts device files by Ray's resource name, `clock`
-    is in seconds since the epoch.
+    is in seconds since the epoch, `disk` is the one of `session`, where Ray writes what it cannot
+    keep in memory.
     """
 
     versions: Mapping[str, str]
@@ -35,6 +39,9 @@ class NodeReport:
     devices: Mapping[str, int]
     open_files: int
     clock: float
+    session: str
+    disk_total: int
+    disk_free: int
 
 
 class NodeProbe:
@@ -43,6 +50,8 @@ class NodeProbe:
     def look(self) -> NodeReport:
         """This node, now."""
         shared = shutil.disk_usage(_SHARED_MEMORY) if os.path.isdir(_SHARED_MEMORY) else None
+        session = _session()
+        disk = shutil.disk_usage(session)
         counts = {k.resource: len(glob.glob(k.files)) for k in DEVICE_KINDS if k.files}
         return NodeReport(
             versions=_versions(),
@@ -51,6 +60,9 @@ class NodeProbe:
             devices={name: count for name, count in counts.items() if count},
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             clock=time.time(),
+            session=session,
+            disk_total=disk.total,
+            disk_free=disk.free,
         )
 
     def clock(self) -> float:
@@ -80,6 +92,12 @@ class NodeProbe:
     def size(self, array: Any) -> int:
         """Bytes of an array that came through the object store."""
         return int(array.nbytes)
+
+
+def _session() -> str:
+    """Ray's folder for this node's logs and spilled objects."""
+    node: Any = ray._private.worker._global_node  # pyright: ignore[reportAttributeAccessIssue]
+    return str(node.get_session_dir_path()) if node else tempfile.gettempdir()
 
 
 def _versions() -> dict[str, str]:

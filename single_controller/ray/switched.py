@@ -6,20 +6,20 @@ What inline groups are is said by `single_controller.inline`, when they are used
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 
-from single_controller import checks
-from single_controller.base.colocated import Colocated, role_specs
+from single_controller import checks, inline
+from single_controller.base.colocated import Colocated, colocated
 from single_controller.base.method import CallOptions, Pending
 from single_controller.base.plan import Call
 from single_controller.base.recorder import CallRecord
 from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs, W
-from single_controller.base.worker import Worker
+from single_controller.base.roles import W
 from single_controller.inline.hosts import InlineHosts
 from single_controller.inline.worker_group import InlineWorkerGroup
 from single_controller.ray.actor_spec import RayClassWithInitArgs
@@ -136,23 +136,10 @@ def merge_unreserved(rp1: ResourcePool, rp2: ResourcePool) -> RayResourcePool:
     return RayResourcePool([*rp1.store, *rp2.store])
 
 
-def colocate_switched(
-    pool: ResourcePool,
-    *,
-    startup_timeout_s: float = 600,
-    call_timeout_s: float | None = None,
-    on_failure: str = "raise",
-    max_restarts: int = 3,
-    **roles: ClassWithInitArgs | type[Worker],
-) -> Colocated:
+def colocate_switched(pool: ResourcePool | None = None, **given: Any) -> Colocated:
     """As `single_controller.ray.colocate`, in this process."""
-    specs = role_specs(roles, RayClassWithInitArgs)
-    hosts = SwitchedWorkerGroup(
-        pool,
-        create_colocated_worker_cls(specs),
-        startup_timeout_s=startup_timeout_s,
-        call_timeout_s=call_timeout_s,
-        on_failure=on_failure,
-        max_restarts=max_restarts,
+    names = inspect.signature(inline.colocate).parameters
+    options = {name: given.pop(name) for name in names if name in given}
+    return colocated(
+        SwitchedWorkerGroup, create_colocated_worker_cls, RayClassWithInitArgs, pool, given, options
     )
-    return Colocated(hosts, specs)

@@ -181,6 +181,10 @@ class RayWorkerGroup(HostGroup[W]):
     def _hosts(self) -> Hosts:
         return self._supervisor.hosts
 
+    def _cluster(self) -> str:
+        # The context of a Ray that was shut down would start another.
+        return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else ""
+
     @property
     def workers(self) -> list[Any]:
         """The hosts' actor handles by rank."""

@@ -168,6 +168,18 @@ def test_a_trace_is_drawn_and_what_is_no_trace_is_named(
         Timeline((), {}, ()).draw(png)
 
 
+def test_the_colours_of_a_drawn_trace_tell_roles_apart() -> None:
+    spans = [
+        {"cat": "run", "name": f"{role}.{method}", "pid": 1, "tid": 1, "args": {"call": 1}}
+        for role in ("actor", "critic", "ref")
+        for method in ("f", "g")
+    ]
+    colours = Timeline(tuple(spans), {1: "actor+critic+ref rank 0"}, ())._colours()
+    runs = {kind: colour for kind, colour in colours.items() if kind.startswith("run")}
+    assert list(runs) == ["run actor", "run critic", "run ref"]
+    assert len(set(colours.values())) == len(colours)
+
+
 def test_threads_are_told_apart_by_name(tmp_path: Path) -> None:
     ready, done = threading.Event(), threading.Event()
 

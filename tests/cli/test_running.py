@@ -44,7 +44,9 @@ def test_another_process_lists_a_group_rank_by_rank_and_ends_it(pool: RayResourc
             assert re.search(line, listed.stdout, re.MULTILINE), listed.stdout + listed.stderr
         name = group.hosts.worker_names[0].removesuffix("_0:0")
         ended = run("kill", name)
-        assert (ended.returncode, ended.stdout) == (0, f"ended the 2 hosts of {name}\n")
+        address = str(ray.get_runtime_context().gcs_address)
+        said = f"reached {address}\nended the 2 hosts of {name}\n"
+        assert (ended.returncode, ended.stdout) == (0, said)
         assert name not in [g.name for g in running_groups()]
         (reservation,) = pool.get_placement_groups()
         assert placement_group_table(reservation)["state"] == "CREATED", "it is its driver's"

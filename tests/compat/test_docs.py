@@ -1,7 +1,10 @@
-"""What docs/from_verl.md says: its two programs, its names, and its rows not tested elsewhere."""
+"""What docs/from_verl.md says: its two programs, its names, and its rows not tested elsewhere.
+And that docs/options.md has every option with its default.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -13,8 +16,15 @@ import ray
 import torch
 
 from protocol import DataProto
+from single_controller.base.decorator import register
+from single_controller.base.method import BoundMethod
 from single_controller.port import port
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    colocate,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "from_verl.md").read_text(encoding="utf-8")
@@ -109,3 +119,30 @@ def test_a_detached_group_needs_a_detached_pool(cluster: None) -> None:
         pytest.raises(ValueError, match="detached=True needs a pool with detached=True"),
     ):
         RayWorkerGroup(pool, RayClassWithInitArgs(Worker), detached=True)
+
+
+def options(title: str) -> list[dict[str, str]]:
+    """The tables below a heading of docs/options.md: options and their defaults."""
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    part = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    tables = part.split("| option |")[1:]
+    return [dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", t, re.MULTILINE)) for t in tables]
+
+
+def taken(function: object) -> dict[str, str]:
+    """A signature's parameters, defaults as one would write them."""
+    parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    shown = {p.name: re.sub(r"'", '"', repr(p.default)) for p in parameters if p.name != "self"}
+    return {name: re.sub(r"<(\w+\.\w+): .*>", r"\1", default) for name, default in shown.items()}
+
+
+def test_every_option_is_documented_with_its_default() -> None:
+    [pool], [both, group], [method], [call] = map(
+        options, ("Pools", "Groups", "Methods", "One call")
+    )
+    assert pool == taken(RayResourcePool)
+    assert {**both, **group} == taken(RayWorkerGroup)
+    colocated = taken(colocate)
+    assert both == {name: colocated[name] for name in colocated if name not in ("pool", "roles")}
+    assert method == taken(register)
+    assert call == taken(BoundMethod.options)

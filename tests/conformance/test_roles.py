@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import html
+import inspect
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from protocol import DataProto
-from single_controller import RegistrationError, UnknownRoleError, WorkerError
+from single_controller import RegistrationError, UnknownRoleError, WorkerError, inline
+from single_controller import ray as on_ray
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from tests.conformance.conftest import Backend
@@ -111,6 +116,21 @@ def test_describe_shows_every_role_on_every_rank(hosts: Any, roles: dict[str, An
     assert {row.state for row in rows} == {"alive"}
 
 
+def test_describe_shows_the_cluster(backend: Backend, hosts: Any) -> None:
+    last = str(hosts.describe()).splitlines()[-1]
+    if backend.name == "ray":
+        assert last == f"cluster {ray.get_runtime_context().gcs_address}"
+    else:
+        assert last.endswith("alive")
+
+
+def test_what_prints_as_a_table_shows_in_a_notebook_as_it_prints(roles: dict[str, Any]) -> None:
+    actor = roles["actor"]
+    for value in (actor.describe(), actor.stats(), actor.explain("add", zeros())):
+        assert html.unescape(value._repr_html_()) == f"<pre>{value}</pre>"
+    assert "-&gt; DataProto" in actor.explain("add", zeros())._repr_html_()
+
+
 def test_a_class_that_is_no_worker_is_refused_by_name(backend: Backend) -> None:
     class Plain:
         pass
@@ -176,7 +196,64 @@ def test_colocate_gives_each_role_as_an_attribute(backend: Backend) -> None:
         assert len(group.describe().rows) == 4
         with pytest.raises(AttributeError, match=r"no role 'crtic'; the roles are \['actor', 'c"):
             _ = group.crtic
-    with pytest.raises(ValueError, match="a role cannot be called 'close'"):
-        colocate(pool, close=Actor)
-    with pytest.raises(RegistrationError, match="needs a subclass of"):
+
+
+def test_colocate_takes_what_a_group_takes(backend: Backend) -> None:
+    options: dict[str, Any] = {
+        "bin_pack": True,
+        "name_prefix": "taken",
+        "detached": False,
+        "device_name": "cpu",
+        "worker_env": {"TAKEN": "yes"},
+        "call_timeout_s": 90.0,
+        "startup_timeout_s": 90.0,
+    }
+    with backend.module.colocate(backend.pool([2]), **options, actor=Actor, other=Actor) as team:
+        assert team.actor.execute_all_sync("execute_func_rank_zero", os.getenv, "TAKEN") == (
+            ["yes"] * 2
+        )
+        assert all(name.startswith("taken") for name in team.hosts.worker_names)
+        assert team.other.call_timeout_s == 90
+
+
+def test_what_is_asked_of_a_team_is_asked_of_all_its_roles(backend: Backend) -> None:
+    with backend.module.colocate(backend.pool([2]), actor=Actor, other=Actor) as team:
+        team.actor.add(zeros())
+        assert [row.method for row in team.stats()] == ["actor.add"]
+        assert team.stats()["actor.add"].calls == 1
+        assert str(team.explain("other.add", zeros())).startswith("other.add(data: DataProto)")
+        with pytest.raises(UnknownRoleError, match=r"as actor\.update; got 'add', and the roles"):
+            team.explain("add", zeros())
+        assert set(team.stacks()) == {0, 1}
+        team.restart()
+        assert team.other.restarts == 1
+        assert team.actor.name() == ["actor-1"] * 2
+
+
+def test_a_role_that_cannot_be_one_is_refused_by_its_name(backend: Backend) -> None:
+    pool, colocate = backend.pool([2]), backend.module.colocate
+    for name in ("close", "stats", "hosts"):
+        with pytest.raises(ValueError, match=f"a role cannot be called '{name}': every Colocated"):
+            colocate(pool, **{name: Actor})
+    for role in (Actor, backend.spec(Actor)):
+        for name in ("detached", "worker_env"):
+            with pytest.raises(ValueError, match=f"a role cannot be called '{name}': colocate has"):
+                colocate(pool, **{name: role})
+    with pytest.raises(RegistrationError, match=r"role 'actor' needs a subclass of .* got <class"):
         colocate(pool, actor=dict)
+    with pytest.raises(RegistrationError, match=r"'worker_envs' needs .*did you mean 'worker_env'"):
+        colocate(pool, actor=Actor, worker_envs={"A": "1"})
+
+
+def test_all_ways_to_colocate_take_the_options_of_a_group() -> None:
+    for colocate, group in (
+        (on_ray.colocate, on_ray.RayWorkerGroup),
+        (inline.colocate, inline.InlineWorkerGroup),
+    ):
+        mine, theirs = (inspect.signature(made).parameters for made in (colocate, group))
+        attaching = {"worker_names", "worker_handles", "ray_wait_register_center_timeout"}
+        wanted = {n: p.default for n, p in theirs.items() if n not in attaching}
+        own = {n: p.default for n, p in mine.items()}
+        assert set(own) - set(wanted) == {"pool", "roles"}
+        assert set(wanted) - set(own) == {"resource_pool", "ray_cls_with_init"}
+        assert {n: own[n] for n in own if n in wanted} == {n: wanted[n] for n in own if n in wanted}

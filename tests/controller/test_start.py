@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import subprocess
 import sys
+import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +34,8 @@ from single_controller.ray import (
     split_resource_pool,
 )
 from tests.waiting import eventually
+
+ROOT = Path(__file__).parents[2]
 
 
 class Member(Worker):
@@ -277,3 +283,58 @@ def test_a_constructor_argument_that_cannot_be_sent_is_named_before_any_process_
     with pytest.raises(SendError, match=error):
         RayWorkerGroup(pool, spec, name_prefix="unsendable_")
     assert [n for n in ray.util.list_named_actors() if n.startswith("unsendable_")] == []
+
+
+SPEAKER = """
+import sys
+import ray
+from single_controller import Worker
+from single_controller.ray import RayResourcePool, colocate
+
+class Speaker(Worker):
+    def __init__(self):
+        print("built on", self.rank)
+    def speak(self):
+        print("spoke on", self.rank, file=sys.stderr)
+
+ray.init(logging_level="ERROR")
+with RayResourcePool([2], cpus_per_process=0.1) as pool:
+    with colocate(pool, actor=Speaker, critic=Speaker) as group:
+        group.actor.execute_all_sync("speak")
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_what_a_worker_prints_is_shown_with_its_roles_and_rank(
+    cluster: None, tmp_path: Path
+) -> None:
+    (tmp_path / "speaker.py").write_text(SPEAKER)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "speaker.py"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "RAY_ADDRESS": str(ray.get_runtime_context().gcs_address),
+            "RAY_DEDUP_LOGS": "0",
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as driver:
+        assert driver.stdin is not None
+        assert driver.stdout is not None
+        wanted = {(word, rank) for word in ("built", "spoke") for rank in "01"}
+        shown = []
+        late = threading.Timer(60, driver.kill)
+        late.start()
+        for line in driver.stdout:  # they come when Ray has seen them in its files
+            shown.append(line)
+            found = re.search(r"\(actor\+critic rank (\d) pid=\d+.*\).* (\w+) on (\d)$", line)
+            if found and found[1] == found[3]:
+                wanted.discard((found[2], found[1]))
+            if not wanted:
+                driver.stdin.close()
+        late.cancel()
+        assert not wanted, "".join(shown)
