@@ -56,6 +56,8 @@ class Rendezvous:
         for candidate in ports:
             with contextlib.suppress(OSError, OverflowError):
                 self._socket.bind(("", candidate))
+                # From here on: nobody else could bind it, and torch can as soon as it is closed.
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 self._socket.listen(2048)
                 self.port: int = self._socket.getsockname()[1]
                 return
@@ -81,6 +83,14 @@ class Rendezvous:
         else:
             sys.meta_path.insert(0, OnImport(_MODULE, self._start))
             threading.Thread(target=self._fetch_torch, daemon=True, name="rendezvous").start()
+
+    def hand_over(self) -> None:
+        """Leave the store to torch once rank 0 has met the others in it: it ends with their group,
+        so that they can meet again, where what they wrote here first would lead them astray.
+        """
+        distributed = sys.modules.get("torch.distributed")
+        if self._store is not None and distributed is not None and distributed.is_initialized():
+            self._store = None
 
     def _start(self, module: Any) -> None:
         here = "::1" if self._socket.family == socket.AF_INET6 else "127.0.0.1"

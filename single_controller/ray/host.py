@@ -102,6 +102,7 @@ class Host(ShelfTasks, HostTracing):
 
     def __init__(self) -> None:
         self._shelf = Shelf()
+        self._rendezvous: Rendezvous | None = None  # of rank 0
         self._padding = os.environ.get(AUTO_PADDING)
         self._ending: WorkerDiedError | None = None  # why this process is about to end
 
@@ -136,7 +137,7 @@ class Host(ShelfTasks, HostTracing):
         )
         os.environ.pop(AGENT_STORE, None)  # where torchrun has started Ray
         os.environ.update(self._context.environment())
-        if place.rank == 0:
+        if self._rendezvous is not None:
             self._rendezvous.serve()
         self._kind = kind
         self._identity = identify(kind, self._context.local_rank, self._process.node_id)
@@ -212,6 +213,8 @@ class Host(ShelfTasks, HostTracing):
         if self._ending is not None:
             raise self._ending
         envelope = opened(arrived)
+        if self._rendezvous is not None:
+            self._rendezvous.hand_over()
         self._pad(envelope.padding)
         return envelope
 

@@ -114,17 +114,22 @@ held.serve()
 print(held.port, "torch" in sys.modules, flush=True)
 """
 MEETING = """
-import os, sys
+import os, sys, threading
 
 port = sys.stdin.readline().strip()
 os.environ.update(RANK=sys.argv[1], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+rank = int(sys.argv[1])
 import torch.distributed as dist
 
 for _ in range(2):
     dist.init_process_group("gloo")
     dist.barrier()
+    if "held" in globals():
+        held.hand_over()
     dist.destroy_process_group()
-print("met")
+    print("met", flush=True)
+    sys.stdin.readline()
+    threading.Event().wait(1 - rank)  # so that the others are first the second time
 """
 
 
@@ -146,12 +151,15 @@ def test_rank_0_finds_the_store_that_its_process_serves_whoever_comes_first(
     with launch(serving + MEETING, "0") as first, launch(MEETING, "1") as other:
         assert first.stdout is not None
         port = first.stdout.readline().split()[0]
-        for rank in order:
-            stdin = (first, other)[rank].stdin
-            assert stdin is not None
-            stdin.write(f"{port}\n")
-            stdin.flush()
-        assert [rank.communicate(timeout=60)[0] for rank in (first, other)] == ["met\n"] * 2
+        for _ in range(2):  # the second time, what they wrote the first time must not be there
+            for rank in order:
+                stdin = (first, other)[rank].stdin
+                assert stdin is not None
+                stdin.write(f"{port}\n")
+                stdin.flush()
+            for process in (first, other):
+                assert process.stdout is not None
+                assert process.stdout.readline() == "met\n"
 
 
 def test_ranks_that_meet_without_the_first_one_find_the_store_too() -> None:
