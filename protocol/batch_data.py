@@ -64,7 +64,7 @@ class BatchData:
         if not self.is_concatable():
             raise BatchTypeError(
                 "only a list of DataProto, of TensorDict, of DataProtoFuture or of one class that "
-                f"has concat can be joined; got {type(self.data).__name__} {self.data!r:.80}"
+                f"has concat can be concatenated; got {type(self.data).__name__} {self.data!r:.80}"
             )
         if is_batch(self.data[0]):
             return concat_batches(self.data)

@@ -142,8 +142,16 @@ def differing_dim(tensors: Sequence[torch.Tensor]) -> int | None:
 
 
 def jagged(values: torch.Tensor, offsets: torch.Tensor, ragged_idx: int) -> torch.Tensor:
-    """The nested tensor that `jagged_parts` takes apart."""
-    return torch.nested.nested_tensor_from_jagged(values, offsets, jagged_dim=ragged_idx)
+    """The nested tensor that `jagged_parts` takes apart.
+
+    It knows its shortest and longest row: torch pads one that does not to the length of all rows
+    together.
+    """
+    lengths = offsets.diff()
+    shortest, longest = torch.stack(lengths.aminmax()).tolist() if len(lengths) else (0, 0)
+    return torch.nested.nested_tensor_from_jagged(
+        values, offsets, jagged_dim=ragged_idx, min_seqlen=shortest, max_seqlen=longest
+    )
 
 
 def ragged_mark(column: torch.Tensor) -> Hashable:

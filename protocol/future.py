@@ -148,6 +148,13 @@ class DataProtoFuture:
         place = self.map_location if map_location is None else map_location
         return batch if place is None else batch.to(place)
 
+    @property
+    def futures(self) -> list[Any]:
+        """A reference per rank that makes rows, as the backend has them: `ray.get(future.futures)`
+        waits until all have finished. What that gives is no batch; those stay where they are.
+        """
+        return [origin.reference for origin in self.origins() if hasattr(origin, "reference")]
+
     def __await__(self) -> Generator[Any, None, Batch]:
         """What `get` gives, while the event loop runs on. An `await` that is cancelled, as by
         `asyncio.wait_for`, returns at once; the rows can still be had.

@@ -14,16 +14,19 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import spec_from_loader
+from importlib.util import find_spec, spec_from_loader
 from types import ModuleType
 from typing import Any
 
+from single_controller.base.dispatch import ByRows
+from single_controller.base.plan import Plan
 from single_controller.port import HOMES, MODULES
 from single_controller.verl import BEFORE, WORKERS, named
 
-__all__ = ["in_worker", "install"]
+__all__ = ["QueueRows", "in_worker", "install"]
 
 _PAGE = "docs/from_verl.md says what to use instead"
 _KEPT = ("verl.utils.device",)  # veRL's own platforms decide there
@@ -56,6 +59,8 @@ class _Finder(MetaPathFinder, Loader):
         name = module.__name__
         if name in self._homes:
             module = sys.modules[name] = importlib.import_module(self._homes[name])
+            if name == "verl.single_controller.base.decorator" and find_spec("transfer_queue"):
+                module.register = _bridged(module)  # type: ignore[attr-defined]
         if "__getattr__" not in vars(module):
             module.__getattr__ = _absent(name)  # type: ignore[method-assign]
 
@@ -75,6 +80,51 @@ def _absent(module: str) -> Callable[[str], Any]:
         raise AttributeError(message, name=name)
 
     return found
+
+
+@dataclass(frozen=True)
+class QueueRows(ByRows):
+    """Rows that may be in veRL's TransferQueue, where calls send and return records of them. What
+    ranks say beside the rows comes back as lists, of one value per rank.
+    """
+
+    def _shards(self, name: str, batch: Any, parts: int, pads: bool) -> Sequence[Any]:
+        from verl.utils import transferqueue_utils as queue
+
+        if isinstance(batch, queue.KVBatchMeta):  # its keys are looked up once, not by each rank
+            batch = queue.kv_batch_meta2batch_meta(batch)
+        return super()._shards(name, batch, parts, pads)
+
+    def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
+        from verl.utils import transferqueue_utils as queue
+
+        if self.merge == "list" or not all(isinstance(o, queue.BatchMeta) for o in outputs):
+            return super().collect(plan, outputs)
+        said: dict[str, list[Any]] = {}
+        for output in outputs:
+            for key, value in output.extra_info.items():
+                said.setdefault(key, []).append(value)
+            output.extra_info = {}
+        whole = super().collect(plan, outputs)
+        whole.extra_info = said
+        return queue.batch_meta2kv_batch_meta(whole)
+
+
+def _bridged(decorator: Any) -> Callable[..., Any]:
+    """`register` whose methods read from TransferQueue the rows of which they get a record, and put
+    there what they return: veRL's own function does both.
+    """
+    register = decorator.register
+
+    def register_bridged(dispatch_mode: Any = decorator.Dispatch.ALL_TO_ALL, **more: Any) -> Any:
+        from verl.utils.transferqueue_utils import tqbridge
+
+        mode = decorator._check_dispatch_mode(dispatch_mode)
+        by_rows = type(mode) is ByRows
+        mark = register(QueueRows(**vars(mode)) if by_rows else dispatch_mode, **more)
+        return lambda method: mark(tqbridge(dispatch_mode)(method))
+
+    return register_bridged
 
 
 def install() -> None:

@@ -56,6 +56,7 @@ __all__ = [
     "HostPlace",
 ]
 
+_TOLD_S = 1.0  # how long the answer to a call that asks for the end of a process may take
 _OURS = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
 
 
@@ -380,6 +381,7 @@ class AsyncHost(AsyncShelfTasks, Host):
                 raise self._failure(role, "restore", error) from None
 
     async def leave(self, code: int) -> None:  # type: ignore[override]
+        await asyncio.sleep(_TOLD_S)  # tasks interleave, and the answer is to leave before this
         os._exit(code)  # sys.exit would end the loop and leave the process
 
     async def coroutines(self) -> str:

@@ -133,6 +133,11 @@ class RemoteBatch:
         return self.call.sites[self.at]
 
     @property
+    def reference(self) -> Any:
+        """Ray's reference to what says that the rank has finished."""
+        return self.call.refs[self.at]
+
+    @property
     def token(self) -> str:
         return f"{self.call.token}:{self.site.rank}"
 

@@ -154,7 +154,9 @@ class Fake(SimpleNamespace):
     """A placement group on a node with a given address."""
 
     def __init__(self, address: str) -> None:
-        super().__init__(id=SimpleNamespace(hex=lambda: address), address=address)
+        super().__init__(
+            id=SimpleNamespace(hex=lambda: address, binary=address.encode), address=address
+        )
 
 
 @pytest.fixture

@@ -192,6 +192,31 @@ def test_jagged_columns_with_common_offsets_can_still_be_combined(
     assert columns.equal((made["x"] + made["y"]).detach(), made["leaf"].detach())
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda data, path: receive(send(data)),
+        lambda data, path: concat_of_arrived(data),
+        lambda data, path: data.slice(1, 3),
+        lambda data, path: data[[3, 0]],
+        lambda data, path: data.chunk(2)[1],
+        lambda data, path: next(iter(data.make_iterator(2, 1, seed=0))),
+        lambda data, path: data.repeat(2),
+        lambda data, path: copy.deepcopy(data),
+        lambda data, path: stored(data, path),
+        lambda data, path: DataProto(deserialize_tensordict(serialize_tensordict(data.batch))),
+        lambda data, path: data[:0],
+    ],
+)
+def test_a_jagged_column_is_padded_to_its_longest_row(verb: Any, tmp_path: Path) -> None:
+    """torch pads to the length of all rows together where a nested tensor knows no maximum."""
+    rows = [torch.arange(count) for count in (2, 5, 3, 1)]
+    data = DataProto.from_dict({"x": tensordict_utils.nested_tensor_from_tensor_list(rows)})
+    made = verb(data, tmp_path / "batch").batch
+    longest = max((len(row) for row in made["x"].unbind()), default=0)
+    assert made.to_padded_tensor()["x"].shape[1] == longest
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_a_strided_nested_tensor_arrives_in_one_buffer_and_as_one(tmp_path: Path) -> None:
     rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
