@@ -1,30 +1,30 @@
-"""`make verl`: runs veRL's `main_ppo` on veRL's core and on this one, and compares the metrics.
+"""`make verl`: runs veRL's trainer on veRL's core and on this one, and compares the metrics.
 
 veRL itself is not changed: the second run goes through `python -m single_controller.verl`. Both
-have two ranks on CPUs, FSDP2, a critic, a reference, validation and a checkpoint.
+have two ranks on CPUs, FSDP2, validation and checkpoints; PPO has a critic and a reference, too.
+`make verl ARGS="--trainer sft"` fine-tunes instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.verl import data
+from examples.verl.metrics import compare
 
-__all__ = ["compare", "main", "run"]
+__all__ = ["main", "run"]
 
 _ROOT = Path(__file__).parents[2]
-_TIMES = ("timing", "perf/", "time")  # metrics that no two runs have in common
 
-_SETTINGS = [
+_PPO = [
     "data.train_batch_size=8",
     "data.max_prompt_length=16",
     "data.max_response_length=12",
@@ -64,6 +64,7 @@ _SETTINGS = [
     "reward.num_workers=1",
     "reward.custom_reward_function.name=compute_score",
     "algorithm.use_kl_in_reward=True",
+    "trainer.use_v1=False",
     "trainer.n_gpus_per_node=2",
     "trainer.nnodes=1",
     "trainer.device=cpu",
@@ -79,6 +80,29 @@ _SETTINGS = [
     "ray_kwargs.ray_init.num_cpus=16",
 ]
 
+_SFT = [
+    "data.train_batch_size=8",
+    "data.micro_batch_size_per_gpu=4",
+    "data.use_dynamic_bsz=False",
+    "model.use_remove_padding=False",
+    "model.enable_gradient_checkpointing=False",
+    "+model.override_config.attn_implementation=sdpa",
+    "engine.strategy=fsdp2",
+    "engine.use_torch_compile=False",
+    "optim.lr=1e-3",
+    "trainer.n_gpus_per_node=2",
+    "trainer.nnodes=1",
+    "trainer.device=cpu",
+    "trainer.logger=[console,file]",
+    "trainer.total_epochs=1",
+    "trainer.total_training_steps=3",
+    "trainer.test_freq=2",
+    "trainer.save_freq=2",
+    "trainer.resume_mode=disable",
+]
+
+_PROGRAMS = {"ppo": ("verl.trainer.main_ppo", _PPO), "sft": ("verl.trainer.sft_trainer_ray", _SFT)}
+
 _ENVIRONMENT = {
     "VERL_USE_EXTERNAL_MODULES": "examples.verl.cpu",
     "VERL_PLATFORM": "cpu",
@@ -93,28 +117,34 @@ _ENVIRONMENT = {
 }
 
 
-def run(core: str, folder: Path, more: Sequence[str] = ()) -> list[dict[str, Any]]:
+def run(trainer: str, core: str, folder: Path, more: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Train on "verl" or on "ours"; the metrics of each step.
 
     Raises:
         subprocess.CalledProcessError: the trainer failed; its log is in `folder`.
     """
-    made, metrics = folder / "data", folder / f"{core}.jsonl"
+    made, metrics = folder / "data", folder / f"{trainer}_{core}.jsonl"
     metrics.unlink(missing_ok=True)
     launcher = ["-m", "single_controller.verl"] if core == "ours" else []
+    program, settings = _PROGRAMS[trainer]
     paths = {
-        "data.train_files": made / "train.parquet",
-        "data.val_files": made / "val.parquet",
-        "actor_rollout_ref.model.path": made / "model",
-        "critic.model.path": made / "critic",
-        "reward.custom_reward_function.path": _ROOT / "examples/verl/reward.py",
-        "trainer.default_local_dir": folder / f"{core}.checkpoint",
-        "hydra.run.dir": folder / f"{core}.hydra",
+        "data.train_files": made / f"{trainer}_train.parquet",
+        "data.val_files": made / f"{trainer}_val.parquet",
+        "trainer.default_local_dir": folder / f"{trainer}_{core}.checkpoint",
+        "hydra.run.dir": folder / f"{trainer}_{core}.hydra",
     }
-    settings = [*_SETTINGS, *(f"{name}={path}" for name, path in paths.items()), *more]
-    with (folder / f"{core}.log").open("w") as log:
+    if trainer == "ppo":
+        paths |= {
+            "actor_rollout_ref.model.path": made / "model",
+            "critic.model.path": made / "critic",
+            "reward.custom_reward_function.path": _ROOT / "examples/verl/reward.py",
+        }
+    else:
+        paths |= {"model.path": made / "model"}
+    settings = [*settings, *(f"{name}={path}" for name, path in paths.items()), *more]
+    with (folder / f"{trainer}_{core}.log").open("w") as log:
         ended = subprocess.run(
-            [sys.executable, *launcher, "-m", "verl.trainer.main_ppo", *settings],
+            [sys.executable, *launcher, "-m", program, *settings],
             env={
                 **os.environ,
                 **_ENVIRONMENT,
@@ -130,41 +160,28 @@ def run(core: str, folder: Path, more: Sequence[str] = ()) -> list[dict[str, Any
     return [json.loads(line)["data"] for line in metrics.read_text().splitlines()]
 
 
-def compare(left: Sequence[Any], right: Sequence[Any]) -> Iterator[tuple[str, float]]:
-    """For each metric of each step that is no time: its name and how far the two are apart.
-
-    A metric that only one has, and text that differs, are infinitely far apart.
-    """
-    for step, (a, b) in enumerate(zip(left, right, strict=True)):
-        for name in sorted({*a, *b}):
-            if any(word in name for word in _TIMES):
-                continue
-            x, y = a.get(name), b.get(name)
-            same = x == y or (x is not None and y is not None and x != x and y != y)
-            numbers = isinstance(x, int | float) and isinstance(y, int | float)
-            yield f"{step}: {name}", 0.0 if same else abs(x - y) if numbers else math.inf
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 if any metric differs."""
     parser = argparse.ArgumentParser(prog="make verl", description=__doc__)
     parser.add_argument("--output", type=Path, default=_ROOT / "runs/verl")
+    parser.add_argument("--trainer", choices=[*_PROGRAMS], default="ppo")
     parser.add_argument("--core", choices=["verl", "ours"], help="only one of the two")
     parser.add_argument("settings", nargs="*", help="more of veRL's, such as trainer.use_v1=True")
     options = parser.parse_args(arguments)
     folder: Path = options.output.resolve()
     data.make(folder / "data")
     if options.core:
-        run(options.core, folder, options.settings)
+        run(options.trainer, options.core, folder, options.settings)
         return 0
-    found = {core: run(core, folder, options.settings) for core in ("verl", "ours")}
+    cores = ("verl", "ours")
+    found = {core: run(options.trainer, core, folder, options.settings) for core in cores}
     gaps = dict(compare(found["verl"], found["ours"]))
     worst = max(gaps, key=lambda name: gaps[name])
-    print(f"metrics compared    {len(gaps)}, of {len(found['ours'])} steps")
+    print(f"metrics compared    {len(gaps)}, of {len(found['ours'])} records")
     print(f"largest difference  {gaps[worst]:g} ({worst})")
     for core, steps in found.items():
-        seconds = statistics.median(s["timing_s/step"] for s in steps if "timing_s/step" in s)
-        print(f"seconds per step    {seconds:.2f} on {core}")
+        if seconds := [s["timing_s/step"] for s in steps if "timing_s/step" in s]:
+            print(f"seconds per step    {statistics.median(seconds):.2f} on {core}")
     return int(gaps[worst] > 0)
 
 

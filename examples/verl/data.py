@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
@@ -28,13 +29,15 @@ _CHAT = (
 
 
 def make(folder: Path) -> None:
-    """Write `model/`, `critic/`, `train.parquet` and `val.parquet`, the same every time."""
+    """Write two models, and for each trainer questions to train on and others, the same always."""
     folder.mkdir(parents=True, exist_ok=True)
     _models(folder)
     chance = random.Random(0)
-    for split, rows in (("train", 32), ("val", 6)):
+    for split, rows in (("train", 32), ("val", 8)):
         questions = [_question(chance, split, index) for index in range(rows)]
-        pandas.DataFrame(questions).to_parquet(folder / f"{split}.parquet")
+        pandas.DataFrame(questions).to_parquet(folder / f"ppo_{split}.parquet")
+        answered = [{"messages": [*q["prompt"], _answer(q)]} for q in questions]
+        pandas.DataFrame(answered).to_parquet(folder / f"sft_{split}.parquet")
 
 
 def _models(folder: Path) -> None:
@@ -70,7 +73,11 @@ def _models(folder: Path) -> None:
         fast.save_pretrained(folder / name)
 
 
-def _question(chance: random.Random, split: str, index: int) -> dict[str, object]:
+def _answer(question: dict[str, Any]) -> dict[str, str]:
+    return {"role": "assistant", "content": question["reward_model"]["ground_truth"]}
+
+
+def _question(chance: random.Random, split: str, index: int) -> dict[str, Any]:
     number = chance.randrange(4, 40)
     given = " ".join([f"w{number}"] * chance.randrange(1, 5))
     return {

@@ -18,6 +18,7 @@ from single_controller.base.registered import Transport
 from single_controller.base.resource_pool import ResourcePool
 from single_controller.base.roles import ClassWithInitArgs, W, check_constructors
 from single_controller.base.supervisor import RestartPolicy, Supervisor, check_watch
+from single_controller.device import CPU
 from single_controller.errors import (
     RegistrationError,
     SendError,
@@ -52,6 +53,7 @@ class InlineWorkerGroup(HostGroup[W]):
         resource_pool: how many ranks on how many nodes, which all are this one; None: one rank.
         ray_cls_with_init: what they hold.
         name_prefix: the workers' WG_PREFIX.
+        use_gpu: False is `device_name="cpu"`.
         device_name: "cuda", "cpu", …: by default what torch sees, where torch is loaded already.
         worker_env: environment variables for all ranks, there while their code runs.
         master_port, master_port_range: the workers' MASTER_PORT; nobody listens there.
@@ -80,6 +82,7 @@ class InlineWorkerGroup(HostGroup[W]):
         worker_handles: Sequence[Any] | None = None,
         ray_wait_register_center_timeout: float | None = None,
         *,
+        use_gpu: bool | None = None,
         device_name: str | None = None,
         worker_env: Mapping[str, str] | None = None,
         master_addr: str | None = None,
@@ -112,7 +115,7 @@ class InlineWorkerGroup(HostGroup[W]):
             roles,
             dict(worker_env or {}),
             name_prefix or "",
-            device_name,
+            CPU.name if use_gpu is False else device_name,
             master_port or 0,
             master_port_range,
         )

@@ -6,6 +6,7 @@ Processes are owned by `hosts`, a call on its way by `calls`.
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import string
 import time
@@ -26,6 +27,7 @@ from single_controller.base.registered import Transport
 from single_controller.base.roles import W, check_constructors
 from single_controller.base.rows import padding_setting
 from single_controller.base.supervisor import RestartPolicy
+from single_controller.device import CPU
 from single_controller.errors import RegistrationError, WorkerDiedError
 from single_controller.ray.actor_spec import RayClassWithInitArgs
 from single_controller.ray.calls import RayPending
@@ -66,6 +68,7 @@ class RayWorkerGroup(HostGroup[W]):
             handles also workers of several groups, which are ranks in the order of the handles.
             `ray_cls_with_init` may be another class than theirs: it says which methods to call.
         ray_wait_register_center_timeout: veRL's name for `startup_timeout_s`.
+        use_gpu: False is `device_name="cpu"`; otherwise it is as the pool says.
         device_name: "cuda", "cpu", …: by default what the pool's cluster has.
         worker_env: environment variables for all ranks, set before any library loads.
         master_addr, master_port, master_port_range: where `torch.distributed` meets; by default
@@ -98,6 +101,7 @@ class RayWorkerGroup(HostGroup[W]):
         worker_handles: Sequence[Any] | None = None,
         ray_wait_register_center_timeout: float | None = None,
         *,
+        use_gpu: bool | None = None,
         device_name: str | None = None,
         worker_env: Mapping[str, str] | None = None,
         master_addr: str | None = None,
@@ -140,7 +144,8 @@ class RayWorkerGroup(HostGroup[W]):
             strategy = "STRICT_PACK" if bin_pack else "PACK"
             spec = ray_cls_with_init.actor_spec()
             check_constructors(spec.roles)
-            recipe = Recipe(resource_pool, strategy, device_name, spec, options)
+            device = CPU.name if use_gpu is False else device_name
+            recipe = Recipe(resource_pool, strategy, device, spec, options)
             hosts = recipe.start()
         supervisor = RaySupervisor(hosts, recipe, policy)
         self._start(supervisor, resource_pool, ray_cls_with_init, call_timeout_s)
@@ -184,6 +189,11 @@ class RayWorkerGroup(HostGroup[W]):
     def _cluster(self) -> str:
         # The context of a Ray that was shut down would start another.
         return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else ""
+
+    @property
+    def device_name(self) -> str:
+        """Torch's name of the kind of device that the ranks have."""
+        return re.split(r"[: ]", self._hosts.infos[0].device)[0]
 
     @property
     def workers(self) -> list[Any]:

@@ -205,8 +205,8 @@ DIFFERS = {
     "RayWorkerGroup": (  # and by keyword, instead of **kwargs, what SURFACE.md lists
         "resource_pool=None, ray_cls_with_init=None, bin_pack=True, name_prefix=None, "
         "detached=False, worker_names=None, worker_handles=None, "
-        "ray_wait_register_center_timeout=None, *, device_name=None, worker_env=None, "
-        "master_addr=None, master_port=None, master_port_range=None"
+        "ray_wait_register_center_timeout=None, *, use_gpu=None, device_name=None, "
+        "worker_env=None, master_addr=None, master_port=None, master_port_range=None"
     ),
 }
 

@@ -251,7 +251,8 @@ def test_all_ways_to_colocate_take_the_options_of_a_group() -> None:
         (inline.colocate, inline.InlineWorkerGroup),
     ):
         mine, theirs = (inspect.signature(made).parameters for made in (colocate, group))
-        attaching = {"worker_names", "worker_handles", "ray_wait_register_center_timeout"}
+        verls = {"ray_wait_register_center_timeout", "use_gpu"}
+        attaching = {"worker_names", "worker_handles", *verls}
         wanted = {n: p.default for n, p in theirs.items() if n not in attaching}
         own = {n: p.default for n, p in mine.items()}
         assert set(own) - set(wanted) == {"pool", "roles"}
