@@ -175,6 +175,8 @@ class HostGroup(WorkerGroup[W]):
         return view
 
     def _explain_missing(self, name: str) -> str:
+        if name == "spawn_fused":
+            return "veRL's spawn_fused is spawn, or fuse, here: docs/from_verl.md has what differs"
         if not self.role:
             roles = list(self._hosts.roles)
             return f"this group is the host of roles {roles}: call {name!r} on spawn({roles})[role]"

@@ -25,6 +25,7 @@ from single_controller.ray import (
     RayWorkerGroup,
     colocate,
 )
+from tests.compat.verl_names import BEGIN, here
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "from_verl.md").read_text(encoding="utf-8")
@@ -146,3 +147,11 @@ def test_every_option_is_documented_with_its_default() -> None:
     assert both == {name: colocated[name] for name in colocated if name not in ("pool", "roles")}
     assert method == taken(register)
     assert call == taken(BoundMethod.options)
+
+
+def test_every_name_that_verl_uses_is_here_as_the_page_says() -> None:
+    page = (ROOT / "docs" / "from_verl.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+) \|$", page.partition(BEGIN)[2], re.MULTILINE)
+    assert len(rows) > 100
+    there = {name for name, said in rows if said != "see [Absent](#absent)"}
+    assert [name for name in there if not (here(f"verl.{name}") or here(name))] == []

@@ -12,7 +12,7 @@ import torch
 
 from protocol import DataProto, DataProtoFuture
 from single_controller import DispatchError
-from single_controller.base import PerRank, Worker
+from single_controller.base import PerRank, Worker, decorator
 from single_controller.base.decorator import (
     Dispatch,
     get_predefined_dispatch_fn,
@@ -24,6 +24,8 @@ from single_controller.ray import (
     RayResourcePool,
     RayWorkerGroup,
     create_colocated_worker_cls,
+    get_random_string,
+    parallel_put,
     placement,
     sort_placement_group_by_node_ip,
 )
@@ -236,3 +238,13 @@ def test_dispatch_rank_zero_sends_to_rank_zero_and_returns_its_result(
 ) -> None:
     assert group.lead(5) == (0, 5)
     assert set(get_predefined_dispatch_fn(Dispatch.RANK_ZERO)) == {"dispatch_fn", "collect_fn"}
+
+
+def test_small_helpers_do_what_verls_do(cluster: None) -> None:
+    assert parallel_put([]) == []
+    made = {get_random_string(8) for _ in range(20)}
+    assert len(made) == 20
+    assert all(len(text) == 8 and text.isalnum() for text in made)
+    for check in (decorator._check_dispatch_mode, decorator._check_execute_mode):
+        with pytest.raises(AssertionError, match="must be"):
+            check("neither")

@@ -50,11 +50,15 @@ NAMES = {
         "Dispatch Execute register register_dispatch_mode update_dispatch_mode "
         "get_predefined_dispatch_fn get_predefined_execute_fn DISPATCH_MODE_FN_REGISTRY "
         "make_nd_compute_dataproto_dispatch_fn dispatch_nd_compute dispatch_nd_compute_dataproto "
+        "dispatch_one_to_all dispatch_all_to_all collect_all_to_all dispatch_dp_compute "
+        "collect_dp_compute dispatch_dp_compute_data_proto collect_dp_compute_data_proto "
+        "dispatch_dp_compute_data_proto_with_func dummy_direct_rollout_call "
+        "_check_dispatch_mode _check_execute_mode "
         "collect_nd_compute collect_nd_compute_dataproto dispatch_lazy_compute_data_proto "
         "collect_lazy_compute_data_proto"
     ),
     "single_controller.ray": f"{RAY} parallel_put colocate",
-    "single_controller.ray.base": f"{RAY} Worker",
+    "single_controller.ray.base": f"{RAY} Worker get_random_string",
 }
 MEMBERS = {
     "protocol.DataProto": (

@@ -236,6 +236,24 @@ def test_what_workers_have_started_ends_with_them(how: str) -> None:
         driver.kill()
 
 
+DEVICES = """
+from tests.conformance.probe import Probe
+with RayResourcePool([2]) as pool:
+    for options in ({}, {"device_name": "cpu"}, {"use_gpu": False}):
+        with RayWorkerGroup(pool, RayClassWithInitArgs(Probe), **options) as group:
+            found = group.execute_all_sync("get_cuda_visible_devices")
+            say(options, group.device_name, [one.replace("not set", "") for one in found])
+"""
+
+
+def test_a_group_for_cpus_sees_no_device_of_a_pool_that_has_some() -> None:
+    """Ray 2.60 leaves the variable alone where a worker gets none, others set it to nothing."""
+    output = run(START + DEVICES, '{"num_gpus": 2}')
+    assert "{} cuda ['0', '1']" in output
+    assert "{'device_name': 'cpu'} cpu ['', '']" in output
+    assert "{'use_gpu': False} cpu ['', '']" in output
+
+
 NO_PYTHON = """
 spec.update_options({"runtime_env": {"py_executable": "/no/python"}})
 with RayResourcePool([2], max_colocate_count=1) as pool:
