@@ -218,13 +218,13 @@ def select_keys(x: Batch, keys: Iterable[str]) -> Batch:
     """
     keys = checks.key_list("keys", keys)
     if isinstance(x, DataProto):
-        batch: DataProto = x
-        tensors = batch._tensors()
-        have = {**tensors, **batch.non_tensor_batch}
-        if len(batch) and (missing := [key for key in keys if key not in have]):
+        tensors = x._tensors()
+        have = {**tensors, **x.non_tensor_batch}
+        if len(x) and (missing := [key for key in keys if key not in have]):
             raise MissingKeyError(
                 f"keys {missing} not in batch, which has {sorted(map(str, have))}"
             )
+        batch: Any = x  # TensorDict, which basedpyright takes it for as well, selects otherwise
         return batch.select([key for key in keys if key in tensors], keys)
     if x.batch_size[:1] == (0,):
         keys = [key for key in keys if key in x.keys()]  # noqa: SIM118

@@ -371,7 +371,8 @@ def _promoted(a: Any, b: Any) -> Any:
     if "O" not in kinds and not any(kinds <= {*k} for k in ("biufc", "S", "U", "m", "M", "V")):
         return None
     try:
-        return (np if isinstance(a, np.dtype) else torch).promote_types(a, b)
+        library: Any = np if isinstance(a, np.dtype) else torch
+        return library.promote_types(a, b)
     except (TypeError, RuntimeError):  # structures, and torch's float8
         return None
 

@@ -153,7 +153,8 @@ class DataProtoFuture:
         """A reference per rank that makes rows, as the backend has them: `ray.get(future.futures)`
         waits until all have finished. What that gives is no batch; those stay where they are.
         """
-        return [origin.reference for origin in self.origins() if hasattr(origin, "reference")]
+        origins: list[Any] = list(self.origins())
+        return [origin.reference for origin in origins if hasattr(origin, "reference")]
 
     def __await__(self) -> Generator[Any, None, Batch]:
         """What `get` gives, while the event loop runs on. An `await` that is cancelled, as by

@@ -31,6 +31,7 @@ __all__ = ["QueueRows", "in_worker", "install"]
 _PAGE = "docs/from_verl.md says what to use instead"
 _KEPT = ("verl.utils.device",)  # veRL's own platforms decide there
 _STAND_INS = ("verl", "verl.utils", "verl.utils.ray_utils")  # packages that are veRL's where it is
+_QUEUE = "verl.utils.transferqueue_utils"
 _HOOK = "RAY_RUNTIME_ENV_HOOK"
 
 
@@ -59,7 +60,8 @@ class _Finder(MetaPathFinder, Loader):
         name = module.__name__
         if name in self._homes:
             module = sys.modules[name] = importlib.import_module(self._homes[name])
-            if name == "verl.single_controller.base.decorator" and find_spec("transfer_queue"):
+            queue = not self._stand_ins and find_spec("transfer_queue")
+            if queue and name == "verl.single_controller.base.decorator":
                 module.register = _bridged(module)  # type: ignore[attr-defined]
         if "__getattr__" not in vars(module):
             module.__getattr__ = _absent(name)  # type: ignore[method-assign]
@@ -89,15 +91,13 @@ class QueueRows(ByRows):
     """
 
     def _shards(self, name: str, batch: Any, parts: int, pads: bool) -> Sequence[Any]:
-        from verl.utils import transferqueue_utils as queue
-
+        queue = importlib.import_module(_QUEUE)
         if isinstance(batch, queue.KVBatchMeta):  # its keys are looked up once, not by each rank
             batch = queue.kv_batch_meta2batch_meta(batch)
         return super()._shards(name, batch, parts, pads)
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
-        from verl.utils import transferqueue_utils as queue
-
+        queue = importlib.import_module(_QUEUE)
         if self.merge == "list" or not all(isinstance(o, queue.BatchMeta) for o in outputs):
             return super().collect(plan, outputs)
         said: dict[str, list[Any]] = {}
@@ -116,13 +116,15 @@ def _bridged(decorator: Any) -> Callable[..., Any]:
     """
     register = decorator.register
 
-    def register_bridged(dispatch_mode: Any = decorator.Dispatch.ALL_TO_ALL, **more: Any) -> Any:
-        from verl.utils.transferqueue_utils import tqbridge
-
+    def register_bridged(
+        dispatch_mode: Any = decorator.Dispatch.ALL_TO_ALL, *more: Any, **options: Any
+    ) -> Any:
         mode = decorator._check_dispatch_mode(dispatch_mode)
         by_rows = type(mode) is ByRows
-        mark = register(QueueRows(**vars(mode)) if by_rows else dispatch_mode, **more)
-        return lambda method: mark(tqbridge(dispatch_mode)(method))
+        ours = QueueRows(**vars(mode)) if by_rows else dispatch_mode
+        mark = register(ours, *more, **options)
+        bridge = importlib.import_module(_QUEUE).tqbridge(dispatch_mode)
+        return lambda method: mark(bridge(method))
 
     return register_bridged
 
