@@ -225,7 +225,8 @@ def select_keys(x: Batch, keys: Iterable[str]) -> Batch:
                 f"keys {missing} not in batch, which has {sorted(map(str, have))}"
             )
         batch: Any = x  # TensorDict, which basedpyright takes it for as well, selects otherwise
-        return batch.select([key for key in keys if key in tensors], keys)
+        chosen: DataProto = batch.select([key for key in keys if key in tensors], keys)
+        return chosen
     if x.batch_size[:1] == (0,):
         keys = [key for key in keys if key in x.keys()]  # noqa: SIM118
     return tensordict_utils.get_keys(x, keys)

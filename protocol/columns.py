@@ -447,7 +447,8 @@ def _equal(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
             if type(a) is not type(b) or a.shape != b.shape or a.dtype.kind != b.dtype.kind:
                 return False
             if isinstance(a, np.ma.MaskedArray):
-                x, y = ([np.ma.getmaskarray(array), array.compressed()] for array in (a, b))
+                masked: list[Any] = [a, b]
+                x, y = ([np.ma.getmaskarray(array), array.compressed()] for array in masked)
                 return _equal(x, y, visiting)
             if a.dtype.kind == "O":
                 return all(_equal(x, y, visiting) for x, y in zip(a.flat, b.flat, strict=True))
