@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from single_controller.base.plan import named_arguments
@@ -91,9 +92,10 @@ class Recipe:
         starting = _Starting(self.spec, self.options)
         try:
             for name, bundle in zip(names, bundles, strict=True):
-                place = PlacementGroupSchedulingStrategy(
-                    placement_group=bundle.group, placement_group_bundle_index=bundle.index
-                )
+                # Ray's classes with options are in cycles: what they held would be back only after
+                # a garbage collection, once the pool is dropped.
+                group = PlacementGroup(bundle.group.id, bundle.group.bundle_specs)
+                place = PlacementGroupSchedulingStrategy(group, bundle.index)
                 own = {"name": name, "scheduling_strategy": place}
                 starting.handles.append(_launch(actor, {**common, **own}))
             address = starting.meet(bundles)

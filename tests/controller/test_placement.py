@@ -261,6 +261,18 @@ def test_a_pool_is_given_back_once_nobody_holds_it_nor_a_part_nor_a_group_on_it(
     assert eventually(lambda: state() == "REMOVED")
 
 
+def test_a_dropped_pool_is_given_back_without_waiting_for_the_collector(cluster: None) -> None:
+    gc.disable()
+    try:
+        pool = RayResourcePool([1])
+        reservation = PlacementGroup(pool.get_placement_groups()[0].id)
+        group = RayWorkerGroup(pool, RayClassWithInitArgs(Victim))
+        del pool, group
+        assert eventually(lambda: placement_group_table(reservation)["state"] == "REMOVED")
+    finally:
+        gc.enable()
+
+
 def test_a_detached_pool_stays_when_it_is_dropped(cluster: None) -> None:
     kept, dropped = (RayResourcePool([1], detached=detached) for detached in (True, False))
     stays, goes = (PlacementGroup(p.get_placement_groups()[0].id) for p in (kept, dropped))
