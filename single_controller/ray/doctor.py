@@ -67,13 +67,16 @@ def connect(address: str | None) -> Finding:
     """
     start = "start one with `ray start --head`, or name one with --address"
     named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
-    found = [] if named and named != "auto" else sorted(find_gcs_addresses())
+    here = sorted(find_gcs_addresses())
+    found = [] if named and named != "auto" else here
     if len(found) > 1:
         several = f"{len(found)} clusters run on this machine: {', '.join(found)}"
         own = "; --address local starts one for these checks" if address is None else ""
         return Finding("cluster", "fail", several, f"name one with --address or RAY_ADDRESS{own}")
     for where in found or [named or ""]:
-        refusal, fix = _refusal(where, found=bool(found))
+        if where in here:
+            _take_token()
+        refusal, fix = _refusal(where)
         if refusal:
             return Finding("cluster", "fail", refusal, fix or start)
     try:
@@ -99,7 +102,19 @@ def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split("\n")[:4]).strip() or type(error).__name__
 
 
-def _refusal(address: str, found: bool) -> tuple[str, str]:
+def _take_token() -> None:
+    """Show the user's token to a cluster of this machine, also to a named one: Ray itself does so
+    only for one that it finds, and where several run, each must be named.
+    """
+    try:
+        from ray._private.authentication import authentication_token_setup as setup
+
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    except (AttributeError, ImportError):  # a Ray without tokens
+        pass
+
+
+def _refusal(address: str) -> tuple[str, str]:
     """Why no cluster takes this process there, and what to do where that is known. Ray itself
     would try for a minute, and fill the screen; a process of its own does so at its cost.
     """
@@ -112,7 +127,7 @@ def _refusal(address: str, found: bool) -> tuple[str, str]:
         return f"nothing takes connections at {address}: {error}", ""
     try:
         tried = subprocess.run(
-            [sys.executable, "-c", (_TAKE_TOKEN if found else "") + _KNOCK, address],
+            [sys.executable, "-c", _KNOCK, address],
             capture_output=True,
             text=True,
             timeout=_KNOCK_S,
@@ -127,13 +142,6 @@ def _refusal(address: str, found: bool) -> tuple[str, str]:
 
 _KNOCK_S = 30.0
 _KNOCK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
-_TAKE_TOKEN = """
-try:  # as Ray does for a cluster that nobody named
-    from ray._private.authentication import authentication_token_setup as setup
-    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-except (AttributeError, ImportError):
-    pass
-"""
 _TOKEN = (
     "RAY_AUTH_MODE=token, with the cluster's own token (`ray get-auth-token`, where it was "
     "started) in RAY_AUTH_TOKEN or in the file at RAY_AUTH_TOKEN_PATH"

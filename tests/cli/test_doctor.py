@@ -196,9 +196,9 @@ def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there(
     command: str, other_cluster: tuple[str, str], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray._private.authentication", reason="this Ray knows no tokens")
-    address, home = other_cluster
+    address, _ = other_cluster
     for variables, seen in (
-        ({"HOME": home}, f"RAY_AUTH_MODE is not set, and there is a token at {home}/.ray/auth_to"),
+        ({"HOME": str(tmp_path)}, "RAY_AUTH_MODE is not set, and there is no token at"),
         ({"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}, "is token, and there is no token at"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}, "a token in RAY_AUTH_TOKEN"),
     ):
@@ -210,8 +210,16 @@ def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there(
         assert "RAY_AUTH_MODE=token, with the cluster's own token" in said
         assert "ray start" not in said
         assert len(said.splitlines()) <= 3, said
-    if command == "ps":
-        done = run("ps", "--address", address, env=bare(HOME=home, RAY_AUTH_MODE="token"))
+
+
+@pytest.mark.slow
+def test_one_of_several_clusters_of_a_user_needs_no_more_than_its_name(
+    cluster: None, other_cluster: tuple[str, str]
+) -> None:
+    address, home = other_cluster
+    for named in (["--address", address], []):
+        env = bare(HOME=home, **({} if named else {"RAY_ADDRESS": address}))
+        done = run("ps", *named, env=env)
         assert done.stdout == f"reached {address}\nno groups are running\n", done.stderr
 
 
