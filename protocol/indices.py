@@ -37,6 +37,7 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
         raise BatchTypeError(
             f"Indexing with {type(index)} is not supported: rows are selected by an int, slice, "
             f"list, ndarray or tensor; got {index!r:.80}"
+            + (f". A column is batch.batch[{index!r}]" if isinstance(index, str) else "")
         )
     at = None
     with contextlib.suppress(TypeError, ValueError, RuntimeError):

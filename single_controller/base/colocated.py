@@ -145,10 +145,10 @@ def colocated(
             )
         if (found := _spec(role, spec)) is None:
             close = difflib.get_close_matches(name, options, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = f": did you mean {close[0]!r}?" if close else "."
             raise RegistrationError(
                 f"role {name!r} needs a subclass of single_controller.base.Worker, or "
-                f"{spec.__name__}(cls, ...); got {role!r}: {hint}Options are {', '.join(options)}"
+                f"{spec.__name__}(cls, ...); got {role!r}{hint} Options are {', '.join(options)}"
             )
         specs[name] = found
     return Colocated(group(pool, classes(specs), **options), specs)

@@ -238,6 +238,9 @@ def _check_dispatch_mode(dispatch_mode: Any) -> Mode:
     if isinstance(dispatch_mode, Dispatch):
         dispatch_mode = get_predefined_dispatch_fn(dispatch_mode)
     if not isinstance(dispatch_mode, Mapping):
+        if inspect.isroutine(dispatch_mode):
+            name = getattr(dispatch_mode, "__name__", "?")
+            raise RegistrationError(f"register needs parentheses: @register() above {name}")
         raise RegistrationError(
             "dispatch_mode must be a Dispatch member or a dict with dispatch_fn and "
             f"collect_fn; got {dispatch_mode!r}"

@@ -265,8 +265,8 @@ class WorkerGroup(abc.ABC, Generic[W]):
             )
         methods = sorted(registered_methods(cls))
         close = difflib.get_close_matches(name, methods, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"{self.role} has no method {name!r}: {hint}It has {', '.join(methods)}"
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        return f"{self.role} has no method {name!r}{hint} It has {', '.join(methods)}"
 
     def stats(self) -> StatsTable:
         """What the calls of this group cost so far, per method, as a value that prints as a table:

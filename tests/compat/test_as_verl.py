@@ -42,7 +42,7 @@ def run(folder: Path, *arguments: str, program: str = PROGRAM) -> tuple[str, str
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
         capture_output=True,
         text=True,
         timeout=100,
@@ -67,6 +67,17 @@ def test_an_import_in_the_first_line_does_the_same(tmp_path: Path) -> None:
     lines = "import single_controller.as_verl\nimport verl.protocol, protocol\n"
     program = f"{lines}print(verl.protocol is protocol, hasattr(verl.protocol, 'nothing'))"
     assert run(tmp_path, "program.py", program=program)[0] == "True False\n"
+
+
+def test_modules_below_a_package_are_its_attributes(tmp_path: Path) -> None:
+    said = run(
+        tmp_path,
+        "-c",
+        "import single_controller.as_verl, verl\n"
+        "print(verl.protocol.DataProto is verl.DataProto, verl.utils.device.get_device_name())\n"
+        "print(verl.single_controller.ray.base.RayWorkerGroup.__name__)",
+    )
+    assert said == ("True cpu\nRayWorkerGroup\n", "")
 
 
 @pytest.mark.parametrize(
