@@ -307,3 +307,11 @@ def test_a_worker_process_registers_methods_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_register_without_parentheses_is_named() -> None:
+    with pytest.raises(RegistrationError, match=r"parentheses: @register\(\) above act"):
+
+        class Hasty(Worker):
+            @register  # type: ignore[arg-type]  # what is refused
+            def act(self) -> None: ...

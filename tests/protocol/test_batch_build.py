@@ -80,6 +80,8 @@ def test_errors_can_be_caught_as_verl_raises_them(sample: DataProto) -> None:
         sample[6]
     with pytest.raises(TypeError, match="Indexing with <class 'tuple'> is not supported"):
         sample[1, 2]
+    with pytest.raises(TypeError, match=r"A column is batch.batch\['a'\]"):
+        sample["a"]
 
 
 def test_non_tensor_data_in_a_batch_is_refused_with_the_way_out() -> None:
