@@ -163,8 +163,8 @@ class HostGroup(WorkerGroup[W]):
         roles = self._hosts.roles
         if role not in roles:
             close = difflib.get_close_matches(str(role), roles, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UnknownRoleError(f"unknown role {role!r}: {hint}The hosts hold {list(roles)}")
+            hint = f": did you mean {close[0]!r}?" if close else "."
+            raise UnknownRoleError(f"unknown role {role!r}{hint} The hosts hold {list(roles)}")
         view = object.__new__(type(self))
         WorkerGroup.__init__(view, self.resource_pool)
         view.resource_pool, view.ray_cls_with_init = self.resource_pool, self.ray_cls_with_init

@@ -109,6 +109,7 @@ def _take_token() -> None:
     try:
         from ray._private.authentication import authentication_token_setup as setup
 
+        logging.getLogger(ray.__name__).setLevel(logging.ERROR)  # as by `ray.init` in `connect`
         setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     except (AttributeError, ImportError):  # a Ray without tokens
         pass

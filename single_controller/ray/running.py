@@ -265,8 +265,8 @@ def find_group(name: str, namespace: str | None = None) -> RunningGroup:
     if not named:
         names = sorted({group.name for group in groups})
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"no group {name!r} runs here: {hint}Running: {', '.join(names) or '-'}")
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"no group {name!r} runs here{hint} Running: {', '.join(names) or '-'}")
     if len(named) > 1:
         spaces = [group.namespace for group in named]
         raise ValueError(f"{len(named)} groups are called {name!r}: name a namespace of {spaces}")

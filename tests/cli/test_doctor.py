@@ -221,6 +221,7 @@ def test_one_of_several_clusters_of_a_user_needs_no_more_than_its_name(
         env = bare(HOME=home, **({} if named else {"RAY_ADDRESS": address}))
         done = run("ps", *named, env=env)
         assert done.stdout == f"reached {address}\nno groups are running\n", done.stderr
+        assert done.stderr == ""
 
 
 @pytest.mark.slow
