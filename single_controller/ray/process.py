@@ -107,7 +107,10 @@ def arrive(node_id: str, node_ip: str) -> ProcessInfo:
 def _have_heirs_ended(process: ProcessInfo) -> None:
     """End what this process starts when it ends itself, however that may be. Ray only kills
     children, and only where their parent can still do it; so a shell watches. It is nobody's child.
+    Forks do not show the mark; a group of its own is what they have in common with this process.
     """
+    with contextlib.suppress(OSError):  # it leads a session
+        os.setpgid(0, 0)  # ray 2.41 starts it in its own group
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
     os.environ[_MARK] = _mark(process)
     argument = f"{_MARK}={_mark(process)}"
