@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import fcntl
 import os
-import select
 import signal
 import struct
 import subprocess
@@ -328,14 +327,16 @@ class ExitWatch:
         """Wait for the end; the code that it exited with, or minus the signal that killed it."""
         if self._descriptor < 0:
             return None
-        waiting = select.poll()
-        waiting.register(self._descriptor, select.POLLIN)
-        if not waiting.poll(timeout_s * 1_000):
-            return None
-        status = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 12, 0))
-        try:
-            fcntl.ioctl(self._descriptor, _PIDFD_GET_INFO, status)
-        except OSError:
-            return None
-        mask, *_, code = _PIDFD_INFO.unpack(bytes(status))
-        return os.waitstatus_to_exitcode(code) if mask & _PIDFD_INFO_EXIT else None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            status = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 12, 0))
+            try:
+                fcntl.ioctl(self._descriptor, _PIDFD_GET_INFO, status)
+            except OSError:
+                return None
+            mask, *_, code = _PIDFD_INFO.unpack(bytes(status))
+            if mask & _PIDFD_INFO_EXIT:
+                return os.waitstatus_to_exitcode(code)
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_POLL_S)  # it runs, or its parent has not asked, before which none is told
