@@ -277,7 +277,8 @@ class Host(ShelfTasks, HostTracing):
             exit_code=code,
             log_tail=log_tail(self._process),
         )
-        ray.get_runtime_context().current_actor.leave.remote(code)
+        this = ray.get_runtime_context().current_actor  # kept: in ray 2.41 a method does not
+        this.leave.remote(code)
         return self._ending
 
     def leave(self, code: int) -> None:

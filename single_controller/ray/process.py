@@ -10,7 +10,6 @@ import contextlib
 import faulthandler
 import fcntl
 import os
-import select
 import signal
 import struct
 import subprocess
@@ -107,7 +106,10 @@ def arrive(node_id: str, node_ip: str) -> ProcessInfo:
 def _have_heirs_ended(process: ProcessInfo) -> None:
     """End what this process starts when it ends itself, however that may be. Ray only kills
     children, and only where their parent can still do it; so a shell watches. It is nobody's child.
+    Forks do not show the mark; a group of its own is what they have in common with this process.
     """
+    with contextlib.suppress(OSError):  # it leads a session
+        os.setpgid(0, 0)  # ray 2.41 starts it in its own group
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
     os.environ[_MARK] = _mark(process)
     argument = f"{_MARK}={_mark(process)}"
@@ -325,14 +327,16 @@ class ExitWatch:
         """Wait for the end; the code that it exited with, or minus the signal that killed it."""
         if self._descriptor < 0:
             return None
-        waiting = select.poll()
-        waiting.register(self._descriptor, select.POLLIN)
-        if not waiting.poll(timeout_s * 1_000):
-            return None
-        status = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 12, 0))
-        try:
-            fcntl.ioctl(self._descriptor, _PIDFD_GET_INFO, status)
-        except OSError:
-            return None
-        mask, *_, code = _PIDFD_INFO.unpack(bytes(status))
-        return os.waitstatus_to_exitcode(code) if mask & _PIDFD_INFO_EXIT else None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            status = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 12, 0))
+            try:
+                fcntl.ioctl(self._descriptor, _PIDFD_GET_INFO, status)
+            except OSError:
+                return None
+            mask, *_, code = _PIDFD_INFO.unpack(bytes(status))
+            if mask & _PIDFD_INFO_EXIT:
+                return os.waitstatus_to_exitcode(code)
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_POLL_S)  # it runs, or its parent has not asked, before which none is told

@@ -298,11 +298,13 @@ def controller(die: bool) -> int:
 
 
 def killed_actor() -> None:
-    ray.get(Controller.remote().hold.remote(True))
+    actor = Controller.remote()  # a method does not keep its actor, in ray 2.41
+    ray.get(actor.hold.remote(True))
 
 
 def dropped_actor() -> None:
-    assert ray.get(Controller.remote().hold.remote()) == 6
+    actor = Controller.remote()
+    assert ray.get(actor.hold.remote()) == 6
 
 
 def killed_task() -> None:

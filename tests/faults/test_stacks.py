@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from single_controller.ray import (
     RayWorkerGroup,
     process,
 )
-from tests.waiting import eventually
+from tests.waiting import eventually, is_alive
 
 pytestmark = pytest.mark.slow
 
@@ -126,3 +127,16 @@ def test_what_a_coroutine_awaits_and_what_blocks_its_loop_are_shown(
         assert [line.rpartition(" ")[2] for line in lines] == ["wait", "inner", "outer"]
         group.block.submit()
         assert eventually(lambda: "in block" in group.stacks()[1])
+
+
+def test_how_a_process_ended_is_waited_for_until_its_parent_has_asked() -> None:
+    child = subprocess.Popen(["sleep", "1000"])
+    found = process._looked_up(process.ProcessInfo("", "", child.pid, 0, -1, ""))
+    watch = process.ExitWatch(found)
+    child.kill()
+    assert eventually(lambda: not is_alive(child.pid))
+    with ThreadPoolExecutor(1) as threads:
+        code = threads.submit(watch.exit_code, 30)
+        assert not wait([code], timeout=0.2).done
+        child.wait()
+        assert code.result(30) == -signal.SIGKILL
