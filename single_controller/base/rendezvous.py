@@ -84,13 +84,19 @@ class Rendezvous:
             sys.meta_path.insert(0, OnImport(_MODULE, self._start))
             threading.Thread(target=self._fetch_torch, daemon=True, name="rendezvous").start()
 
-    def hand_over(self) -> None:
-        """Leave the store to torch once rank 0 has met the others in it: it ends with their group,
-        so that they can meet again, where what they wrote here first would lead them astray.
+    def _hand_over(self, module: Any) -> None:
+        """Leave the store to torch as soon as rank 0 joins it: it ends with their group, so that
+        ranks can meet again, where what they wrote here first would lead them astray.
         """
-        distributed = sys.modules.get("torch.distributed")
-        if self._store is not None and distributed is not None and distributed.is_initialized():
-            self._store = None
+        made = module.TCPStore
+
+        def join(*args: Any, **kwargs: Any) -> Any:
+            store = made(*args, **kwargs)
+            if store.port == self.port and kwargs.get("is_master", True in args[3:4]):
+                module.TCPStore, self._store = made, None
+            return store
+
+        module.TCPStore = join
 
     def _start(self, module: Any) -> None:
         here = "::1" if self._socket.family == socket.AF_INET6 else "127.0.0.1"
@@ -105,6 +111,7 @@ class Rendezvous:
                 multi_tenant=True,
                 master_listen_fd=listening,
             )
+            self._hand_over(module)
         except Exception:  # not to be raised by whoever imports torch; rank 0 binds the port anew
             _logger.exception("the store that ranks meet in could not start")
             with contextlib.suppress(OSError):

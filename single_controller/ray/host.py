@@ -214,8 +214,6 @@ class Host(ShelfTasks, HostTracing):
         if self._ending is not None:
             raise self._ending
         envelope = opened(arrived)
-        if self._rendezvous is not None:
-            self._rendezvous.hand_over()
         self._pad(envelope.padding)
         return envelope
 

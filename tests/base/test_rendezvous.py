@@ -124,8 +124,6 @@ import torch.distributed as dist
 for _ in range(2):
     dist.init_process_group("gloo")
     dist.barrier()
-    if "held" in globals():
-        held.hand_over()
     dist.destroy_process_group()
     print("met", flush=True)
     sys.stdin.readline()
