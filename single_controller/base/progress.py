@@ -49,6 +49,7 @@ class waiting:  # noqa: N801 — used as a function is
     def __exit__(self, *_: object) -> None:
         with _changed:
             _waits.discard(self)
+            self._tell = str  # what it asks is let go of here: in that thread, Ray may be ending
             self._clear()
 
     def look(self, drawing: bool) -> bool:

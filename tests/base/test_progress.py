@@ -7,6 +7,7 @@ import io
 import logging
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -124,3 +125,20 @@ def test_a_thread_says_so_while_others_wait_and_forgets_who_was_interrupted(
         assert eventually(lambda: bool(threads))
     assert set(threads) == {"waiting"}
     assert not any("interrupted" in message for message in caplog.messages)
+
+
+def test_what_was_asked_is_let_go_of_by_who_waited(clock: Clock) -> None:
+    """The thread that tells of waits may hold one for long; references to results are in it."""
+
+    class Asked:
+        def __call__(self) -> str:
+            return "0 of 2"
+
+    asked = Asked()
+    gone = weakref.ref(asked)
+    wait = waiting(asked)
+    with wait:
+        del asked
+        assert gone() is not None
+    assert gone() is None
+    assert not after(clock, 100, wait)
