@@ -76,6 +76,8 @@ class Hosts:
         self._noting = threading.Lock()  # held for `broken` and `_running`, never while waiting
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
+        if _started.acquire(blocking=False):  # here, since no garbage collection may start it
+            threading.Thread(target=_run_jobs, daemon=True, name="release").start()
 
     @classmethod
     def attach(cls, handles: Sequence[Any], names: Sequence[str], timeout_s: float) -> Hosts:
@@ -426,8 +428,6 @@ def later(job: Callable[[], object]) -> None:
     """Have a thread run it soon. Garbage may be collected at any moment, with any lock held, so
     what is to be done about it has to be done elsewhere.
     """
-    if _started.acquire(blocking=False):
-        threading.Thread(target=_run_jobs, daemon=True, name="release").start()
     _jobs.put(job)
 
 

@@ -15,6 +15,7 @@ from single_controller import CallTimeoutError, GroupBrokenError, WorkerDiedErro
 from single_controller.base import PerRank
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from single_controller.ray import hosts as owned
 from single_controller.ray.hosts import Hosts
 from single_controller.ray.supervisor import RaySupervisor
 from tests.conformance.test_failure import Fragile
@@ -143,6 +144,7 @@ def test_a_dropped_group_is_ended_by_a_thread_and_not_while_garbage_is_collected
         close=lambda: ended_by.append(threading.current_thread().name),
     )
     recipe: Any = SimpleNamespace(start=print, options=SimpleNamespace(detached=False))
+    Hosts([], [], [], ("", 0), ordered=True)  # the thread comes with them
     supervisor = RaySupervisor(hosts, recipe)
     with threading.Lock():  # what is held by whoever happens to collect garbage
         del supervisor
@@ -159,3 +161,10 @@ def test_attaching_to_a_busy_group_says_so(group: RayWorkerGroup) -> None:
         RayWorkerGroup.from_detached(worker_handles=group.workers, startup_timeout_s=0.1)
     assert caught.value.pending_ranks == (0, 1)
     assert call.result() == ["wait2"] * 2
+
+
+def test_what_garbage_leaves_to_do_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage is collected anywhere, also within a start of a thread, which cannot be nested."""
+    monkeypatch.setattr(owned, "_started", threading.Lock())
+    monkeypatch.setattr(owned, "threading", None)
+    owned.later(int)
