@@ -45,8 +45,8 @@ _LOG_LINES = 20
 _MARK = "WG_PROCESS"  # what a process starts inherits it, also in a session of its own
 _PASSES = 3  # over all processes of the node: what is about to end may start others
 _WATCHER = f"""
-tail --pid="$1" -f /dev/null
-kill -9 -- "-$1"
+tail --pid="$1" -f /dev/null || exit
+kill -9 "-$1"
 for pass in $(seq {_PASSES}); do
     for file in $(grep -lzsxF "$2" /proc/[0-9]*/environ); do
         file=${{file%/environ}}

@@ -140,3 +140,25 @@ def test_how_a_process_ended_is_waited_for_until_its_parent_has_asked() -> None:
         assert not wait([code], timeout=0.2).done
         child.wait()
         assert code.result(30) == -signal.SIGKILL
+
+
+def test_who_cannot_watch_a_process_ends_nothing(tmp_path: Path) -> None:
+    """As where `tail` is one without --pid."""
+    (tmp_path / "tail").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "tail").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as watched:
+        command = ["sh", "-c", process._WATCHER, "watcher", str(watched.pid), "NO_MARK=1"]
+        subprocess.run(command, env=environment, check=False)
+        assert watched.poll() is None
+        watched.kill()
+
+
+def test_what_a_process_leaves_in_its_group_ends_whatever_its_environment_is() -> None:
+    command = ["sh", "-c", "env -i sleep 1000 > /dev/null & echo $!"]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None
+        heir = int(ended.stdout.read())
+    command = ["sh", "-c", process._WATCHER, "watcher", str(ended.pid), "NO_MARK=1"]
+    subprocess.run(command, check=False)
+    assert eventually(lambda: process._alive(heir) is None)
