@@ -127,7 +127,7 @@ class Rendezvous:
         waiting.poll()
         self._started.wait(_ALONE_S)
         if "torch" not in sys.modules:
-            import torch  # noqa: F401
+            importlib.import_module("torch")
 
 
 class OnImport(importlib.abc.MetaPathFinder):

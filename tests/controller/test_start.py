@@ -77,7 +77,11 @@ def meet_at(url: str, rank: int, world_size: int) -> bytes:
     store, *_ = next(rendezvous(url, rank, world_size, timeout=timedelta(seconds=60)))
     store.set(str(rank), f"from {rank}")
     store.wait([str(other) for other in range(world_size)])
-    return bytes(store.get("0"))
+    found = bytes(store.get("0"))
+    store.set(f"{rank} has read", "")
+    if rank == 0:  # whose process serves the store
+        store.wait([f"{other} has read" for other in range(world_size)])
+    return found
 
 
 def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
