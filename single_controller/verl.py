@@ -59,6 +59,9 @@ def main(arguments: Sequence[str]) -> None:
     """Run the program as `__main__`, with the rest of the arguments for itself."""
     module = arguments[:1] == ["-m"]
     program, *rest = arguments[1:] if module else arguments or [""]
+    if program in ("-h", "--help"):
+        sys.stdout.write(f"{_USAGE}\n")
+        return
     if not program or program.startswith("-"):
         raise SystemExit(_USAGE)
     importlib.import_module("single_controller.as_verl")
