@@ -45,7 +45,8 @@ def test_every_metric_of_verls_trainers_is_the_same_on_both_cores(
 def test_verls_trainer_with_a_queue_for_rows_runs_to_its_end(tmp_path: Path) -> None:
     """Two such runs draw other answers, on veRL's own core as well, so metrics are not compared."""
     run("-m", "examples.verl", "--core", "ours", "--output", str(tmp_path), "trainer.use_v1=True")
-    metrics = [json.loads(line)["data"] for line in (tmp_path / "ppo_ours.jsonl").open()]
+    lines = (tmp_path / "ppo_ours.jsonl").read_text().splitlines()
+    metrics = [json.loads(line)["data"] for line in lines]
     assert [m["training/global_step"] for m in metrics[1:]] == [1, 2, 3]
     assert all(math.isfinite(m["actor/loss"]) for m in metrics[1:])
 
