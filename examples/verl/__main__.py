@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gaps = dict(compare(found["verl"], found["ours"]))
     worst = max(gaps, key=lambda name: gaps[name])
     print(f"metrics compared    {len(gaps)}, of {len(found['ours'])} records")
-    print(f"largest difference  {gaps[worst]:g} ({worst})")
+    print(f"largest difference  {gaps[worst]:g}{f' ({worst})' if gaps[worst] else ''}")
     for core, steps in found.items():
         if seconds := [s["timing_s/step"] for s in steps if "timing_s/step" in s]:
             print(f"seconds per step    {statistics.median(seconds):.2f} on {core}")
