@@ -24,7 +24,20 @@ __all__ = ["main", "run"]
 
 _ROOT = Path(__file__).parents[2]
 
+_BOTH = [
+    "trainer.n_gpus_per_node=2",
+    "trainer.nnodes=1",
+    "trainer.device=cpu",
+    "trainer.logger=[console,file]",
+    "trainer.total_epochs=1",
+    "trainer.total_training_steps=3",
+    "trainer.test_freq=2",
+    "trainer.save_freq=2",
+    "trainer.resume_mode=disable",
+]
+
 _PPO = [
+    *_BOTH,
     "data.train_batch_size=8",
     "data.max_prompt_length=16",
     "data.max_response_length=12",
@@ -65,22 +78,14 @@ _PPO = [
     "reward.custom_reward_function.name=compute_score",
     "algorithm.use_kl_in_reward=True",
     "trainer.use_v1=False",
-    "trainer.n_gpus_per_node=2",
-    "trainer.nnodes=1",
-    "trainer.device=cpu",
-    "trainer.logger=[console,file]",
-    "trainer.total_epochs=1",
-    "trainer.total_training_steps=3",
     "trainer.val_before_train=True",
-    "trainer.test_freq=2",
-    "trainer.save_freq=2",
-    "trainer.resume_mode=disable",
     "+ray_kwargs.ray_init.num_gpus=2",
     "+ray_kwargs.ray_init.include_dashboard=False",
     "ray_kwargs.ray_init.num_cpus=16",
 ]
 
 _SFT = [
+    *_BOTH,
     "data.train_batch_size=8",
     "data.micro_batch_size_per_gpu=4",
     "data.use_dynamic_bsz=False",
@@ -90,15 +95,6 @@ _SFT = [
     "engine.strategy=fsdp2",
     "engine.use_torch_compile=False",
     "optim.lr=1e-3",
-    "trainer.n_gpus_per_node=2",
-    "trainer.nnodes=1",
-    "trainer.device=cpu",
-    "trainer.logger=[console,file]",
-    "trainer.total_epochs=1",
-    "trainer.total_training_steps=3",
-    "trainer.test_freq=2",
-    "trainer.save_freq=2",
-    "trainer.resume_mode=disable",
 ]
 
 _PROGRAMS = {"ppo": ("verl.trainer.main_ppo", _PPO), "sft": ("verl.trainer.sft_trainer_ray", _SFT)}
