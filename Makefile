@@ -60,7 +60,7 @@ check: test test-slow lint types
 # Fails on a broken link, a broken reference, and on Python in a page that does not run as it says.
 docs: .venv/.docs
 	$(BIN)/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
-	$(BIN)/python docs/run_snippets.py docs/*.md
+	$(BIN)/python docs/run_snippets.py README.md docs/*.md
 
 bench: $(READY)
 	$(BIN)/python benchmarks/data_proto.py $(ARGS)

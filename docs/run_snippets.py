@@ -6,6 +6,7 @@ Python block is that block's output; addresses, process ids and times may differ
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -19,8 +20,11 @@ _BLOCK = re.compile(
     r"(?:\n\n```text\n(?P<output>.*?)```)?",
     re.DOTALL,
 )
-_COMMAND = re.compile(r"^python -m ((?:single_controller|protocol)\S*)(?: ([a-z]+))?", re.MULTILINE)
-_SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+_COMMAND = re.compile(
+    r"(?:^|`)python\s-m\s((?:single_controller|examples)(?:\.[a-z_]+)+|single_controller)"
+    r"(?![.\w])(?:\s([a-z]+)\b)?",
+    re.MULTILINE,
+)
 _CUT = "-- the next block --"
 
 
@@ -67,19 +71,25 @@ def _words(text: str) -> list[str]:
     text = re.sub(r"^\S*\(raylet\).*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\b\d+\.\d+\.\d+\.\d+\b(:\d+)?", "ADDRESS", text)
     text = re.sub(r"\bpid \d+", "pid PID", text)
+    text = re.sub(r"\d+( +by value)", r"BYTES\1", text)
     text = re.sub(r"(ADDRESS +\w+ +)\d+", r"\1PID", text)
     return re.sub(r"\b\d+\.\d+ (ms|s)\b", r"TIME \1", text).split()
 
 
 def check_commands(path: Path) -> list[str]:
-    """Ask each of this package's commands that a page's shell blocks name for its help."""
-    shell = "".join(_SHELL.findall(path.read_text(encoding="utf-8")))
-    wrong = []
-    for module, command in sorted(set(_COMMAND.findall(shell))):
-        words = [module, *([command] if module == "single_controller" else [])]
-        if _run(["-m", *words, "--help"], 60).returncode != 0:
-            wrong.append(f"{path}: there is no command python -m {' '.join(words)}")
-    return wrong
+    """Ask each of this project's commands that a page names for its help."""
+    found = set(_COMMAND.findall(path.read_text(encoding="utf-8")))
+    shown = {f"{m} {c}".strip() if m == "single_controller" else m for m, c in found}
+    return [
+        f"{path}: there is no command python -m {command}"
+        for command in sorted(shown)
+        if not _is_command(command)
+    ]
+
+
+@functools.cache
+def _is_command(command: str) -> bool:
+    return _run(["-m", *command.split(), "--help"], 60).returncode == 0
 
 
 def main(pages: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 """What a batch is: names only, each from the module that owns it. Nothing here imports ray."""
 
-from protocol.batch_data import BatchData
-from protocol.batch_ops import (
+from protocol.batches import (
+    BatchData,
     all_gather_data_proto,
     collate_fn,
     fold_batch_dim,
@@ -9,8 +9,8 @@ from protocol.batch_ops import (
     unfold_batch_dim,
     unpad_dataproto,
 )
-from protocol.config import DataProtoConfig
-from protocol.data_proto import DataProto
+from protocol.combine import union_numpy_dict
+from protocol.data_proto import DataProto, DataProtoConfig, DataProtoItem
 from protocol.errors import (
     BatchError,
     BatchTypeError,
@@ -22,14 +22,12 @@ from protocol.errors import (
     StorageError,
 )
 from protocol.future import DataProtoFuture
-from protocol.keyed import union_numpy_dict
-from protocol.serialize import (
+from protocol.storage import (
     deserialize_single_tensor,
     deserialize_tensordict,
     serialize_single_tensor,
     serialize_tensordict,
 )
-from protocol.table import DataProtoItem
 from protocol.tensordict_utils import union_tensor_dict
 
 __all__ = [

@@ -1,32 +1,38 @@
-"""What the dispatcher and futures do with a batch, whichever of the two kinds it is; how it is
-done is left to `data_proto` and `tensordict_utils`."""
+"""Whole batches of either kind, DataProto or TensorDict: what dispatch and futures do with them,
+and veRL's functions beside its class. What rows are is left to `columns`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
+import numpy as np
 import torch
-from tensordict import NonTensorData, TensorDict
+import torch.distributed as dist
+from tensordict import NonTensorData, TensorDict, TensorDictBase
 
-from protocol import checks, dense, meta, tensordict_rows, tensordict_utils
-from protocol.data_proto import DataProto
-from protocol.errors import BatchError, BatchTypeError, MissingKeyError, RowCountError
-from protocol.plain import arrival
-from protocol.shards import balanced_sizes, equal_sizes
-from protocol.table import Array
+from protocol import checks, columns, combine
+from protocol.checks import balanced_sizes, equal_sizes
+from protocol.columns import Array
+from protocol.data_proto import DataProto, DataProtoItem
+from protocol.errors import BatchError, BatchTypeError, RowCountError
 from protocol.wire import Reading, reading
 
 __all__ = [
     "Batch",
+    "BatchData",
+    "all_gather_data_proto",
     "balanced_sizes",
     "batch_rows",
     "batch_tensors",
+    "collate_fn",
     "concat_batches",
     "copy_batch",
     "detach_batch",
     "equal_sizes",
+    "fold_batch_dim",
     "has_rows",
     "is_batch",
     "is_chunkable",
@@ -34,19 +40,22 @@ __all__ = [
     "on_one_device",
     "only_batch",
     "pad_batch",
+    "pad_dataproto_to_divisor",
     "select_keys",
     "set_shared_values",
     "shared_values",
     "slice_batch",
     "split_batch",
+    "unfold_batch_dim",
     "union_batches",
+    "unpad_dataproto",
 ]
 
 Batch: TypeAlias = DataProto | TensorDict
+_B = TypeVar("_B", DataProto, TensorDict)
 
 
 def is_batch(x: object) -> TypeGuard[Batch]:
-    """Whether this is a DataProto or a TensorDict."""
     return isinstance(x, DataProto | TensorDict)
 
 
@@ -67,81 +76,79 @@ def is_chunkable(x: object) -> bool:
 
 def batch_rows(x: Batch) -> int:
     """Rows along dim 0; none in a TensorDict without batch dim."""
-    return len(x) if isinstance(x, DataProto) or has_rows(x) else 0
+    return len(x) if has_rows(x) else 0
 
 
 def slice_batch(x: Batch, start: int, stop: int) -> Batch:
-    """Rows `start:stop`, as views.
-
-    Raises:
-        RowCountError: not 0 <= start <= stop <= rows.
-    """
+    """Rows `start:stop`, as views; RowCountError unless 0 <= start <= stop <= rows."""
     if not 0 <= start <= stop <= batch_rows(x):
         raise RowCountError(f"rows {start}:{stop} are not in a batch of {batch_rows(x)} rows")
     if isinstance(x, DataProto):
         return x.slice(start, stop)
-    return tensordict_rows.slice_rows(x, start, stop) if has_rows(x) else x
+    return columns.slice_rows(x, start, stop) if has_rows(x) else x
 
 
-def split_batch(x: Batch, sizes: Sequence[int]) -> list[Batch]:
-    """Consecutive rows, as views; a size may be zero.
+def split_batch(x: Batch, sizes: Sequence[int]) -> Sequence[Batch]:
+    """Consecutive rows, as views; RowCountError if the sizes do not sum to the rows."""
+    return x._split(sizes) if isinstance(x, DataProto) else columns.split(x, sizes)
 
-    Raises:
-        RowCountError: the sizes do not sum to the rows.
+
+def pad_batch(x: Batch, count: int) -> Batch:
+    """A new batch with the last row repeated `count` times at the end; RowCountError if there is
+    none to repeat.
     """
-    if isinstance(x, DataProto):
-        return [*x.split_sizes(sizes)]
-    return [*tensordict_rows.split(x, sizes)]
+    return _take(x, checks.padded(batch_rows(x), count))
+
+
+def _take(x: _B, index: torch.Tensor) -> _B:
+    return x.select_idxs(index) if isinstance(x, DataProto) else columns.take(x, index)  # type: ignore[no-any-return]
 
 
 def concat_batches(batches: Sequence[Batch]) -> Batch:
-    """All rows of batches of one kind, in new memory.
+    """All rows of batches of one kind, in new memory; BatchError if they do not go together."""
+    if not batches or isinstance(batches[0], DataProto):
+        return DataProto.concat(batches)
+    kind: Any = TensorDictBase
+    return combine.cat_tensordicts(checks.list_of(kind, "batches", batches))
 
-    Raises:
-        BatchError: nothing to concatenate, or the batches do not go together.
-        BatchTypeError: DataProto and TensorDict are mixed.
-    """
-    protos = [batch for batch in batches if isinstance(batch, DataProto)]
-    tensordicts = [batch for batch in batches if isinstance(batch, TensorDict)]
-    if not batches:
-        raise BatchError("cannot concatenate zero batches: pass at least one")
-    if len(protos) == len(batches):
-        return DataProto.concat(protos)
-    if len(tensordicts) == len(batches):
-        return tensordict_utils.concat_tensordict(tensordicts)
+
+def union_batches(left: Batch, right: Batch) -> Batch:
+    """The columns of two batches of one kind and of equal rows, in a new one."""
+    if isinstance(left, DataProto) and isinstance(right, DataProto):
+        return left.union(right)
+    if isinstance(left, TensorDict) and isinstance(right, TensorDict):
+        values = {**dict(left.items()), **combine.added(left, right)}
+        return columns.build(values, left.batch_size, left.device)
     raise BatchTypeError(
-        "batches to concatenate must all be DataProto or all TensorDict; "
-        f"got {[type(batch).__name__ for batch in batches]}"
+        f"a union is of two DataProto or two TensorDict; got {[left, right]!r:.200}"
     )
 
 
 def only_batch(x: Batch) -> Batch:
-    """What `concat_batches` makes of it alone, but in the same memory.
-
-    Raises:
-        BatchError: its metrics are of another kind than can be joined.
-    """
+    """What `concat_batches` makes of it alone, but in the same memory."""
     if not isinstance(x, DataProto):
         return x
     whole = copy.copy(x)
-    whole.meta_info = meta.merge([x.meta_info])
+    whole.meta_info = combine.merge_meta([x.meta_info])
     return whole
 
 
 def copy_batch(x: Batch) -> Batch:
     """The same rows in memory of their own, on the same device, without autograd's graph."""
-    if isinstance(x, DataProto):
-        return copy.deepcopy(x)
-    return tensordict_rows.copy(x)
+    return copy.deepcopy(x) if isinstance(x, DataProto) else columns.map_leaves(x, columns.twin)
 
 
 def detach_batch(x: Batch) -> Batch:
     """The same tensors without autograd's graph, and arrays of its own. Adding or replacing columns
     and changing meta_info does not show in `x`.
     """
-    if isinstance(x, DataProto):
-        return x.detached()
-    return tensordict_rows.map_columns(x, dense.detached)
+
+    def detached(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.detach().requires_grad_(value.requires_grad)
+        return value.copy() if isinstance(value, np.ndarray) else value
+
+    return x._twin(detached) if isinstance(x, DataProto) else columns.map_leaves(x, detached)
 
 
 def batch_tensors(x: Batch) -> list[torch.Tensor]:
@@ -160,76 +167,60 @@ def lend_rows(x: Batch, start: int, stop: int) -> Batch:
     if how == "own":
         return copy_batch(rows)
     if isinstance(rows, DataProto):
-        rows.meta_info = dense.deepcopy(rows.meta_info)
+        rows.meta_info = columns.deepcopy(rows.meta_info)
         arrays = rows.non_tensor_batch.items()
         rows.non_tensor_batch = {key: _lent_array(array, how) for key, array in arrays}
     return rows
 
 
 def _lent_array(array: Array, how: Reading) -> Array:
-    if array.dtype.hasobject:
-        seen = arrival(array, "view") if how == "view" else None
-        array = dense.deepcopy(array) if seen is None else seen
+    if array.dtype.kind == "O" and how == "view":
+        rows, array = array, np.empty_like(array)
+        for index, row in np.ndenumerate(rows):
+            array[index] = _lent_row(row)
     else:
-        array = array.view()
+        array = columns.deepcopy(array) if array.dtype.hasobject else array.view()
     array.flags.writeable = how != "view"
     return array
 
 
+def _lent_row(row: Any) -> Any:
+    if type(row) in (str, int, float, bool, type(None)):
+        return row
+    if type(row) is not np.ndarray or row.dtype.hasobject:
+        return columns.deepcopy(row)
+    shown = row.view()
+    shown.flags.writeable = False
+    return shown
+
+
 def on_one_device(batches: Sequence[Batch]) -> list[Batch]:
     """The batches, those on an accelerator moved to the CPU unless all are on the same one."""
-    if len({str(_device(batch)) for batch in batches if batch_tensors(batch)}) < 2:
+    devices = [{str(tensor.device) for tensor in batch_tensors(batch)} for batch in batches]
+    if len(set().union(*devices)) < 2:
         return [*batches]
-    return [_on_cpu(batch) for batch in batches]
-
-
-def _on_cpu(x: Batch) -> Batch:
-    if _device(x) == torch.device("cpu"):
-        return x
-    return x.to("cpu") if isinstance(x, TensorDict) else copy.copy(x).to("cpu")
-
-
-def _device(x: Batch) -> torch.device:
-    """Where the first tensor is; the CPU if there is none."""
-    values = x._tensors().values() if isinstance(x, DataProto) else x.values()
-    return next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
-
-
-def pad_batch(x: Batch, count: int) -> Batch:
-    """A new batch with the last row repeated `count` times at the end.
-
-    Raises:
-        RowCountError: `count` is negative, or there is no row to repeat.
-    """
-    rows = batch_rows(x)
-    if count < 0 or (count and not rows):
-        raise RowCountError(f"a batch of {rows} rows cannot be padded by {count} rows")
-    if isinstance(x, DataProto):
-        return x.pad_rows(count)
-    return tensordict_rows.take(x, torch.arange(rows + count).clamp(max=rows - 1))
+    return [
+        batch if found <= {"cpu"} else copy.copy(batch).to("cpu")
+        for batch, found in zip(batches, devices, strict=True)
+    ]
 
 
 def select_keys(x: Batch, keys: Iterable[str]) -> Batch:
     """Only these columns, shared with `x`; meta_info stays whole.
 
-    Raises:
-        MissingKeyError: a key that the batch lacks, unless it has no rows: then others decide
-            which columns there are.
+    MissingKeyError for a key that the batch lacks, unless it has no rows: then others decide which
+    columns there are.
     """
-    keys = checks.key_list("keys", keys)
-    if isinstance(x, DataProto):
-        tensors = x._tensors()
-        have = {**tensors, **x.non_tensor_batch}
-        if len(x) and (missing := [key for key in keys if key not in have]):
-            raise MissingKeyError(
-                f"keys {missing} not in batch, which has {sorted(map(str, have))}"
-            )
-        batch: Any = x  # TensorDict, which basedpyright takes it for as well, selects otherwise
-        chosen: DataProto = batch.select([key for key in keys if key in tensors], keys)
-        return chosen
-    if x.batch_size[:1] == (0,):
-        keys = [key for key in keys if key in x.keys()]  # noqa: SIM118
-    return tensordict_utils.get_keys(x, keys)
+    keys, batch = checks.key_list("keys", keys), x
+    if isinstance(batch, TensorDict):
+        if not has_rows(batch) or len(batch):
+            combine.require_keys(keys, batch.keys(), "batch")
+        some = {key: batch.get(key) for key in keys if key in batch.keys()}  # noqa: SIM118
+        return columns.build(some, batch.batch_size, batch.device)
+    tensors = batch._tensors()
+    if len(batch):
+        combine.require_keys(keys, {**tensors, **batch.non_tensor_batch}, "batch")
+    return DataProto.select(batch, [key for key in keys if key in tensors], keys)
 
 
 def shared_values(x: Batch) -> dict[str, Any]:
@@ -245,22 +236,120 @@ def set_shared_values(x: Batch, values: Mapping[str, Any]) -> None:
         x.meta_info.update(values)
         return
     for key, value in values.items():
-        tensordict_rows.put(x, key, NonTensorData(value, batch_size=x.batch_size))
+        columns.put(x, key, NonTensorData(value, batch_size=x.batch_size))
 
 
-def union_batches(left: Batch, right: Batch) -> Batch:
-    """The columns of two batches of one kind, in a new one.
+def pad_dataproto_to_divisor(data: _B, size_divisor: int) -> tuple[_B, int]:
+    """`(padded, pad_size)`: the rows again from the first on, until they divide by `size_divisor`.
 
-    Raises:
-        BatchTypeError: one is a DataProto and the other a TensorDict.
-        ConflictError: a common key holds different values.
-        RowCountError: they differ in rows.
+    The batch itself comes back if it divides already, as an empty one does.
     """
-    if isinstance(left, DataProto) and isinstance(right, DataProto):
-        return left.union(right)
-    if isinstance(left, TensorDict) and isinstance(right, TensorDict):
-        return tensordict_utils.union_tensor_dict(left.copy(), right)
-    raise BatchTypeError(
-        f"a union is of two DataProto or two TensorDict; got {type(left).__name__} and "
-        f"{type(right).__name__}"
+    rows = columns.rows(data, "data") if isinstance(data, TensorDict) else len(data)
+    pad_size = -rows % checks.count("size_divisor", size_divisor, least=1)
+    if not pad_size:
+        return data, 0
+    return _take(data, torch.arange(rows + pad_size) % rows), pad_size
+
+
+def unpad_dataproto(data: _B, pad_size: int) -> _B:
+    """The batch without its last `pad_size` rows, as views; itself if that is 0."""
+    if pad_size == 0:
+        return data
+    if not 0 <= pad_size <= batch_rows(data):
+        raise RowCountError(f"cannot remove {pad_size} rows from a batch of {len(data)} rows")
+    return slice_batch(data, 0, len(data) - pad_size)  # type: ignore[return-value]
+
+
+def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
+    """A batch of single rows, without their meta_info; arrays are of dtype object. BatchError if
+    there is no row, or they differ in keys.
+    """
+    if not x:
+        raise BatchError("cannot collate zero rows: pass at least one")
+    rows, objects = [item._tensors() for item in x], [item.non_tensor_batch for item in x]
+    combine.require_same_keys(rows, "rows to collate", "batch of row")
+    combine.require_same_keys(objects, "rows to collate", "non_tensor_batch of row")
+    tensors = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    like = x[0]._batch
+    batch = None if like is None else TensorDict(tensors, [len(x)], device=like.device)
+    arrays = {key: columns.as_object_array([row[key] for row in objects]) for key in objects[0]}
+    return DataProto(batch, arrays)
+
+
+def fold_batch_dim(data: DataProto, new_batch_size: int) -> DataProto:
+    """Columns of shape (rows, ...) become (new_batch_size, rows // new_batch_size, ...)."""
+    each, rest = divmod(len(data), checks.count("new_batch_size", new_batch_size, least=1))
+    if rest:
+        raise RowCountError(f"{len(data)} rows do not divide by {new_batch_size=}")
+    return _reshaped(data, lambda column: (new_batch_size, each, *column.shape[1:]))
+
+
+def unfold_batch_dim(data: DataProto, batch_dims: int = 2) -> DataProto:
+    """Merge the first `batch_dims` dims of all columns; undoes `fold_batch_dim`."""
+    return _reshaped(
+        data, lambda column: (math.prod(column.shape[:batch_dims]), *column.shape[batch_dims:])
     )
+
+
+def _reshaped(data: DataProto, shape: Callable[[Any], Any]) -> DataProto:
+    tensors = {key: column.reshape(shape(column)) for key, column in data._tensors().items()}
+    arrays = {key: column.reshape(shape(column)) for key, column in data.non_tensor_batch.items()}
+    return DataProto.from_dict(tensors, arrays, data.meta_info)
+
+
+def all_gather_data_proto(data: DataProto, process_group: dist.ProcessGroup | None) -> None:
+    """Replace the columns of `data`, in place, by those of all ranks of the group, in rank order.
+
+    Ranks may hold different numbers of rows, and are joined as `DataProto.concat` joins them; all
+    of it travels pickled, and arrives on the device that `data` is on. meta_info stays that of this
+    rank. BatchError, on every rank, if they do not go together.
+    """
+    shards: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(shards, data.select(meta_info_keys=[]), group=process_group)
+    whole = DataProto.concat(shards)
+    if (tensors := batch_tensors(data)) and tensors[0].device.type != "cpu":
+        whole.to(tensors[0].device)
+    data.batch, data.non_tensor_batch = whole.batch, whole.non_tensor_batch
+
+
+class BatchData:
+    """veRL's wrapper that asks of any value whether it can be split or joined by rows.
+
+    `data` is a DataProto, TensorDict, DataProtoFuture, or anything else that has `chunk(n)` and a
+    `concat` of its class, to chunk, or a list of one kind to concat.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def is_chunkable(self) -> bool:
+        """Whether `chunk` works: the value is one batch or future."""
+        return is_batch(self.data) or is_chunkable(self.data)
+
+    def is_concatable(self) -> bool:
+        """Whether `concat` works: the value is a list of batches, or of futures."""
+        if not isinstance(self.data, list | tuple) or not self.data:
+            return False
+        kind = type(self.data[0])
+        return all(map(is_batch, self.data)) or all(
+            is_chunkable(element) and type(element) is kind for element in self.data
+        )
+
+    def chunk(self, chunks: int) -> list[Any]:
+        """`chunks` equal parts; ChunkError if rows do not divide. Fetches nothing of a future."""
+        if isinstance(self.data, TensorDict):
+            return [*split_batch(self.data, equal_sizes(batch_rows(self.data), chunks))]
+        if self.is_chunkable():
+            return [*self.data.chunk(chunks)]
+        raise BatchTypeError(
+            f"only a batch, a future, or what has chunk(n) can be chunked; got {self.data!r:.80}"
+        )
+
+    def concat(self) -> Any:
+        """All rows of all elements; BatchTypeError if it does not work. Fetches nothing."""
+        if not self.is_concatable():
+            raise BatchTypeError(
+                f"only a list of batches or futures can be concatenated; got {self.data!r:.80}"
+            )
+        joined: Any = concat_batches if is_batch(self.data[0]) else type(self.data[0]).concat
+        return joined(self.data)

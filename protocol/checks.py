@@ -1,34 +1,40 @@
-"""What a caller may pass: each check returns the argument, or names it, what it must be and what
-came. What arguments mean together is checked where they are used."""
+"""What a caller may pass, and which rows it names: indices, sizes of shards, mini-batches. A check
+returns the argument, or says what it must be and what came."""
 
 from __future__ import annotations
 
+import heapq
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from torch.utils.data import DataLoader
 
-from protocol.errors import BatchError, BatchTypeError
+from protocol.errors import BatchError, BatchTypeError, ChunkError, RowCountError, RowIndexError
 
 __all__ = [
+    "Index",
+    "balance",
+    "balanced_sizes",
+    "check_sizes",
     "count",
-    "device",
-    "flag",
+    "equal_sizes",
     "instance",
     "key_list",
-    "keys_or_key",
     "list_of",
     "mapping",
-    "named",
-    "seconds",
+    "mini_batches",
+    "normalize_index",
+    "padded",
+    "padded_sizes",
     "short",
-    "tensordict",
+    "wrong",
 ]
 
+Index: TypeAlias = "slice | Sequence[int] | Sequence[bool] | np.ndarray[Any, Any] | torch.Tensor"
 _T = TypeVar("_T")
 
 
@@ -38,56 +44,20 @@ def short(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _wrong(name: str, wanted: str, value: object) -> BatchTypeError:
+def wrong(name: str, wanted: str, value: object) -> BatchTypeError:
     return BatchTypeError(f"{name} must be {wanted}; got {type(value).__name__} {short(value)}")
 
 
 def instance(kind: type[_T], name: str, value: object) -> _T:
-    """`value`, which must be an instance of `kind`."""
     if not isinstance(value, kind):
-        raise _wrong(name, f"of type {kind.__name__}", value)
+        raise wrong(name, f"of type {kind.__name__}", value)
     return value
-
-
-def tensordict(name: str, value: object) -> TensorDict:
-    """`value`, which must be a TensorDict of whatever kind."""
-    if not isinstance(value, TensorDictBase):
-        raise _wrong(name, "a TensorDict", value)
-    return value
-
-
-def device(name: str, value: object, used: bool) -> torch.device:
-    """A device of torch's; with `used`, one that this process has."""
-    try:
-        found: torch.device = torch.device(value)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError) as error:
-        raise BatchTypeError(
-            f"{name} must be one of torch's, such as 'cuda:0'; got {short(value)}: {error}"
-        ) from None
-    try:
-        if used:
-            torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, ImportError) as error:  # all of them torch's own
-        there = [
-            f"{kind}:{i}"
-            for kind in ("cuda", "npu", "xpu")
-            if hasattr(torch, kind)
-            for i in range(getattr(torch, kind).device_count())
-        ]
-        raise BatchError(
-            f"{name} must be one that this process has: {', '.join(['cpu', *there])}; got '{found}'"
-        ) from error
-    return found
 
 
 def list_of(kind: type[_T], name: str, values: object) -> Sequence[_T]:
-    """A list or tuple of instances of `kind`."""
     if not isinstance(values, (list, tuple)):
-        raise _wrong(name, f"a list of {kind.__name__}", values)
-    for i, value in enumerate(values):
-        if not isinstance(value, kind):
-            raise _wrong(f"{name}[{i}]", f"of type {kind.__name__}", value)
-    return values
+        raise wrong(name, f"a list of {kind.__name__}", values)
+    return [instance(kind, f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
 def mapping(name: str, value: object) -> dict[Any, Any]:
@@ -97,7 +67,7 @@ def mapping(name: str, value: object) -> dict[Any, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise _wrong(name, "a dict", value)
+        raise wrong(name, "a dict", value)
     return dict(value.items())  # a TensorDict iterates over its rows
 
 
@@ -108,56 +78,142 @@ def count(name: str, value: object, least: int | None = 0) -> int:
     except (TypeError, RuntimeError):
         whole = None
     if whole is None:
-        raise _wrong(name, "a whole number", value)
+        raise wrong(name, "a whole number", value)
     if least is not None and whole < least:
         raise BatchError(f"{name} must be at least {least}; got {whole}")
     return whole
 
 
-def seconds(name: str, value: object) -> float:
-    """A duration that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise _wrong(name, "a number of seconds", value)
-    if not float(value) >= 0:
-        raise BatchError(f"{name} must be at least 0 seconds; got {value}")
-    return float(value)
-
-
-def flag(name: str, value: object) -> bool:
-    """True or False; also 1 and 0, and None for False."""
-    if not isinstance(value, (bool, np.bool_, int, type(None))):
-        raise _wrong(name, "True or False", value)
-    return bool(value)
-
-
-def named(name: str, key: object) -> Any:
-    """A key of a TensorDict: a string, or a tuple of strings where TensorDicts are nested."""
-    if isinstance(key, str) or (
-        isinstance(key, tuple) and key and all(isinstance(k, str) for k in key)
-    ):
-        return key
-    raise _wrong(name, "a string", key)
-
-
 def key_list(name: str, keys: object) -> list[Any]:
-    """Keys in a list, tuple, set or other iterable, each once; none for None.
+    """Keys, each once; none for None. The letters of a single string would be taken for keys."""
+    if isinstance(keys, (str, bytes)) or not isinstance(keys, Iterable | None):
+        raise wrong(name, "a list of keys", keys)
+    return list(dict.fromkeys(keys or ()))
 
-    A single string is refused: its letters would be taken for keys.
+
+def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
+    """Any index that selects several rows, as a slice or as int64 positions; both not negative.
+
+    Raises:
+        BatchTypeError: not a slice, list, ndarray, or tensor of integers or booleans.
+        RowIndexError: a row that is not there, or a mask of another length.
     """
-    if keys is None:
-        return []
-    if isinstance(keys, (str, bytes)) or not isinstance(keys, Iterable):
-        raise _wrong(name, "a list of keys", keys)
+    if isinstance(index, slice):
+        start, stop, step = index.indices(rows)
+        if step < 0:
+            return torch.tensor(range(start, stop, step), dtype=torch.int64)
+        return slice(start, max(start, stop), step)
+    if not isinstance(index, (list, np.ndarray, torch.Tensor)):
+        raise BatchTypeError(
+            f"Indexing with {type(index)} is not supported: rows are selected by an int, slice, "
+            f"list, ndarray or tensor; got {short(index)}"
+            + (f". A column is batch.batch[{index!r}]" if isinstance(index, str) else "")
+        )
     try:
-        return list(dict.fromkeys(keys))
-    except (TypeError, RuntimeError):  # a key without a hash, a 0-dim array or TensorDict
-        raise _wrong(name, "a list of keys", keys) from None
+        at = index if isinstance(index, torch.Tensor) else torch.from_numpy(np.array(index))
+    except (TypeError, ValueError):  # neither numbers nor booleans
+        at = torch.empty(())
+    if at.dim() == 1 and not at.numel() and at.dtype != torch.bool:
+        return torch.empty(0, dtype=torch.int64)
+    # A uint8 tensor is refused: torch reads it as a mask, numpy as positions.
+    if at.dim() != 1 or at.is_floating_point() or at.is_complex() or at.dtype == torch.uint8:
+        raise BatchTypeError(
+            f"an index must be one list of integers or booleans; got {short(index)} "
+            f"(shape {tuple(np.shape(index))}, {at.dtype}; make a mask with .bool())"
+        )
+    if at.dtype == torch.bool:
+        if len(at) != rows:
+            raise RowIndexError(f"a mask needs one entry per row: {rows} rows, {len(at)} entries")
+        return at.nonzero().flatten()
+    at = at.to(torch.int64)
+    bad = at[(at < -rows) | (at >= rows)]
+    if len(bad):
+        raise RowIndexError(f"index {int(bad[0])} is out of range for a batch of {rows} rows")
+    return torch.where(at < 0, at + rows, at)
 
 
-def keys_or_key(name: str, keys: object) -> tuple[Any, ...]:
-    """Keys, of which a single one may come without a list."""
-    if isinstance(keys, str):
-        return (keys,)
-    if keys is None:
-        raise _wrong(name, "a key or a list of keys", keys)
-    return tuple(key_list(name, keys))
+def _parts(parts: object) -> int:
+    whole = count("chunks", parts, least=None)
+    if whole < 1:
+        raise ChunkError(f"a batch is split into at least one chunk; got {whole}")
+    return whole
+
+
+def equal_sizes(rows: int, parts: int) -> list[int]:
+    """`parts` equal sizes that sum to `rows`; ChunkError if it does not divide."""
+    if rows % (parts := _parts(parts)):
+        raise ChunkError(
+            f"only support equal chunk. Got size of DataProto {rows} and chunk {parts}."
+        )
+    return [rows // parts] * parts
+
+
+def balanced_sizes(rows: int, parts: int) -> list[int]:
+    """`parts` sizes that sum to `rows` and differ by at most one, larger ones first."""
+    size, larger = divmod(rows, parts := _parts(parts))
+    return [size + 1] * larger + [size] * (parts - larger)
+
+
+def padded_sizes(rows: int, parts: int) -> list[int]:
+    """`parts` equal sizes, the smallest that together hold `rows`."""
+    parts = _parts(parts)
+    return [-(-rows // parts)] * parts
+
+
+def padded(rows: int, count: int, first: bool = False) -> torch.Tensor:
+    """All rows, and the last one `count` more times, or the first."""
+    if count < 0 or (count and not rows):
+        raise RowCountError(f"a batch of {rows} rows cannot be padded by {count} rows")
+    return torch.cat([torch.arange(rows), torch.full((count,), 0 if first else rows - 1)])
+
+
+def check_sizes(sizes: Sequence[int], rows: int) -> None:
+    if sum(sizes) != rows or min(sizes, default=0) < 0:
+        raise RowCountError(f"sizes must sum to {rows} rows; got {list(sizes)}")
+
+
+def mini_batches(
+    rows: int, size: int, epochs: int, seed: int | None, options: Mapping[str, Any] | None
+) -> Iterator[torch.Tensor]:
+    """The row numbers of each mini-batch; the same as veRL's for the same seed and options.
+
+    Raises:
+        BatchError: the rows do not divide by `size` and `drop_last` is not given, or an option is
+            not for the caller to set.
+    """
+    size, epochs = count("mini_batch_size", size, least=1), count("epochs", epochs)
+    options = mapping("dataloader_kwargs", options)
+    if taken := {"dataset", "batch_size", "collate_fn", "generator"} & options.keys():
+        raise BatchError(
+            f"dataloader_kwargs must not have {sorted(taken)}: use mini_batch_size and seed"
+        )
+    if rows % size and "drop_last" not in options:
+        raise BatchError(
+            f"{rows} % {size} != 0: mini_batch_size must divide the rows, or pass "
+            'dataloader_kwargs={"drop_last": True} to leave the rest out'
+        )
+    if not rows:  # a sampler refuses to shuffle nothing
+        return iter(())
+    loader: DataLoader[int] = DataLoader(
+        range(rows),  # type: ignore[arg-type]
+        batch_size=size,
+        collate_fn=torch.tensor,
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
+        **options,
+    )
+    return chain.from_iterable(repeat(loader, epochs))
+
+
+def balance(weights: Sequence[float], parts: int) -> list[list[int]]:
+    """Spread positions over parts of about equal weight: heaviest first, each to the lightest part.
+
+    >>> balance([5, 1, 1, 3], 2)
+    [[0], [1, 2, 3]]
+    """
+    lightest = [(0.0, 0, part) for part in range(parts)]  # a heap: weight, count, part
+    members: list[list[int]] = [[] for _ in range(parts)]
+    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        weight, taken, part = lightest[0]
+        members[part].append(i)
+        heapq.heapreplace(lightest, (weight + weights[i], taken + 1, part))
+    return [sorted(part) for part in members]

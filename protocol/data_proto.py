@@ -1,33 +1,128 @@
 """DataProto: a batch of rows, and the verbs that make one batch from others. What a column does is
-left to `columns`, how meta_info combines to `meta`, bytes to `wire` and `storage`."""
+left to `columns`, how dicts of them combine to `combine`, bytes to `wire` and `storage`."""
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
-from tensordict import TensorDict
+from tensordict import (
+    LazyStackedTensorDict,
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_non_tensor,
+)
 
-from protocol import checks, columns, indices, keyed, meta, storage
-from protocol.columns import Column
-from protocol.config import DataProtoConfig
-from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError
-from protocol.indices import Index
-from protocol.sampling import balance, mini_batches
-from protocol.shards import balanced_sizes, equal_sizes
-from protocol.table import Array, Table
-from protocol.tensordict_build import join_kinds, split_kinds
+from protocol import checks, columns, combine, storage, wire
+from protocol.checks import Index
+from protocol.columns import Array, Column, Unbuilt
+from protocol.errors import BatchError, BatchTypeError, ConflictError, RowCountError, RowIndexError
 
-__all__ = ["DataProto"]
+__all__ = ["DataProto", "DataProtoConfig", "DataProtoItem"]
+
+_logger = logging.getLogger(__name__)
+_building = threading.RLock()
+
+Keys: TypeAlias = "Sequence[str] | None"
 
 
-@dataclass(eq=False, repr=False)
-class DataProto(Table):
+class _Config(type):
+    _auto_padding: bool | None = None
+
+    @property
+    def auto_padding(cls) -> bool:
+        """Whether every batch may be padded; VERL_AUTO_PADDING decides until this is set."""
+        set_by = os.environ.get("VERL_AUTO_PADDING", "").lower() in ("1", "true")
+        return set_by if cls._auto_padding is None else cls._auto_padding
+
+    @auto_padding.setter
+    def auto_padding(cls, enabled: bool | None) -> None:
+        cls._auto_padding = enabled
+
+
+class DataProtoConfig(metaclass=_Config):
+    """Settings of all batches in this process: `DataProtoConfig.auto_padding = True`. What a driver
+    has set when it calls a group, here or by VERL_AUTO_PADDING, holds in the group's workers too.
+    """
+
+
+class _Parts:
+    """Tensors, arrays and meta_info, with the TensorDict built when it is first asked for."""
+
+    _batch: TensorDict | Unbuilt | None
+
+    def __init__(
+        self,
+        batch: TensorDict | None = None,
+        non_tensor_batch: Mapping[str, Any] = {},
+        meta_info: Mapping[str, Any] = {},
+    ) -> None:
+        self.batch = batch
+        self.non_tensor_batch = checks.mapping("non_tensor_batch", non_tensor_batch)
+        self.meta_info = checks.mapping("meta_info", meta_info)
+        self.check_consistency()
+
+    def check_consistency(self) -> None: ...
+
+    @property
+    def batch(self) -> TensorDict | Any:  # Any, so that who knows that there are some need not ask
+        """The tensors; None if there are none."""
+        if isinstance(self._batch, Unbuilt):
+            with _building:  # what one thread writes into it must not be lost to another's
+                if isinstance(self._batch, Unbuilt):
+                    tensors, size, device = self._batch
+                    self._batch = TensorDict(dict(tensors), size, device=device)
+        return self._batch
+
+    @batch.setter
+    def batch(self, batch: TensorDict | None) -> None:
+        if not isinstance(batch, (Unbuilt, type(None), TensorDictBase)):
+            raise BatchTypeError(
+                f"batch must be a TensorDict or None; got {type(batch).__name__} "
+                f"{checks.short(batch)}: DataProto.from_dict takes a dict of tensors"
+            )
+        self._batch = batch
+
+    def _tensors(self) -> dict[Any, Any]:
+        if isinstance(self._batch, Unbuilt):
+            return dict(self._batch.tensors)
+        return {} if self._batch is None else columns.leaves(self._batch)
+
+    def _unbuilt(self, tensors: Mapping[Any, Any], size: tuple[int, ...]) -> Any:
+        """Other tensors on the same device; None if there are none here nor there."""
+        if self._batch is None:
+            return Unbuilt(tensors, size, None) if tensors else None
+        return Unbuilt(tensors, size, self._batch.device)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all three are equal; NaN equals NaN, devices do not matter."""
+        if not isinstance(other, _Parts):
+            return NotImplemented
+        mine, theirs = ((p._tensors(), p.non_tensor_batch, p.meta_info) for p in (self, other))
+        return type(self) is type(other) and combine.equal(mine, theirs)
+
+
+class DataProtoItem(_Parts):
+    """One row: tensors without the batch dim, one object per array, the whole meta_info."""
+
+    def __repr__(self) -> str:
+        parts = f"batch={self.batch}, non_tensor_batch={self.non_tensor_batch}"
+        return f"DataProtoItem({parts}, meta_info={self.meta_info})"
+
+
+class DataProto(_Parts):
     """A batch of rows: tensors, one array entry per row for anything else, and shared meta_info.
 
     Methods return a new batch that shares tensors with this one and has its own dicts. Only `to`,
@@ -46,6 +141,31 @@ class DataProto(Table):
         BatchError: columns differ in rows, or one is not a tensor or an array.
     """
 
+    # Build
+
+    def check_consistency(self) -> None:
+        """BatchError unless all columns are tensors or arrays of the same number of rows."""
+        if self._batch is not None and len(self._batch.batch_size) != 1:
+            raise BatchError(
+                "a batch has one batch dim (num_batch_dims=1); "
+                f"got a TensorDict of batch_size {list(self._batch.batch_size)}"
+            )
+        if isinstance(self._batch, LazyStackedTensorDict):
+            columns.leaves(self._batch)  # raises if its rows differ in shape
+        arrays = self.non_tensor_batch
+        for key, array in arrays.items():
+            if isinstance(array, np.memmap):
+                arrays[key] = np.asarray(array)
+            elif type(array) is not np.ndarray:
+                raise BatchTypeError(
+                    f"non_tensor_batch[{key!r}] must be an ndarray, got {type(array).__name__}: "
+                    "from_dict converts lists; np.asarray(x) are the numbers of a masked array"
+                )
+            if columns.rows(array) != len(self):
+                raise RowCountError(
+                    f"key {key} length {len(array)} is not equal to batch size {len(self)}"
+                )
+
     @classmethod
     def from_dict(
         cls,
@@ -61,17 +181,23 @@ class DataProto(Table):
             auto_padding: allow that the batch is padded when its rows do not divide over ranks.
         """
         _only_one_batch_dim(num_batch_dims)
-        batch = None
-        columns_of, arrays = keyed.checked_tensors(tensors), keyed.checked_arrays(non_tensors)
-        if columns_of:
-            sizes = {key: columns.rows(tensor) for key, tensor in columns_of.items()}
-            if len(set(sizes.values())) > 1:
-                raise RowCountError(
-                    "Not all the tensor in tensors have the same batch size with batch_dims=1. Got "
-                    + ", ".join(f"{key} has {size} rows" for key, size in sizes.items())
-                )
-            batch = TensorDict(columns_of, [next(iter(sizes.values()))])
-        padding = {meta.PADDING: True} if checks.flag("auto_padding", auto_padding) else {}
+        found, arrays = (
+            checks.mapping("tensors", tensors),
+            checks.mapping("non_tensors", non_tensors),
+        )
+        sizes = {key: columns.rows(value, f"tensors[{key!r}]") for key, value in found.items()}
+        if len({*sizes.values()}) > 1:
+            raise RowCountError(
+                "Not all the tensor in tensors have the same batch size with batch_dims=1. Got "
+                + ", ".join(f"{key} has {size} rows" for key, size in sizes.items())
+            )
+        for key, values in arrays.items():
+            if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+                raise checks.wrong(f"non_tensors[{key!r}]", "an array, or a list by rows", values)
+            if not isinstance(values, np.ndarray):
+                arrays[key] = columns.as_object_array(values)
+        batch = TensorDict(found, [next(iter(sizes.values()))]) if found else None
+        padding = {combine.PADDING: True} if auto_padding else {}
         return cls(batch, arrays, {**checks.mapping("meta_info", meta_info), **padding})
 
     @classmethod
@@ -81,16 +207,9 @@ class DataProto(Table):
         meta_info: Mapping[str, Any] | None = None,
         auto_padding: bool = False,
     ) -> DataProto:
-        """A batch from one dict that holds tensors and arrays side by side."""
-        data = checks.mapping("data", data)
-        for key, value in data.items():
-            if not isinstance(value, (torch.Tensor, np.ndarray)):
-                raise BatchTypeError(
-                    f"Unsupported type in data {type(value)} under key {key!r}: "
-                    "pass a tensor or an ndarray"
-                )
+        """A batch from one dict that holds tensors and arrays side by side; see `from_dict`."""
         tensors = {key: value for key, value in data.items() if isinstance(value, torch.Tensor)}
-        arrays = {key: value for key, value in data.items() if isinstance(value, np.ndarray)}
+        arrays: dict[str, Any] = {k: v for k, v in data.items() if k not in tensors}
         return cls.from_dict(tensors, arrays, meta_info, auto_padding=auto_padding)
 
     @classmethod
@@ -100,32 +219,64 @@ class DataProto(Table):
         meta_info: Mapping[str, Any] | None = None,
         num_batch_dims: int = 1,
     ) -> DataProto:
-        """A batch from a TensorDict: per-row objects become arrays, shared ones go to meta_info.
-
-        Raises:
-            ConflictError: a key of `meta_info` has another value in the TensorDict.
+        """A batch from a TensorDict: per-row objects become arrays, shared ones go to meta_info,
+        which may have the same value under the key, or is a ConflictError.
         """
         _only_one_batch_dim(num_batch_dims)
-        given = checks.mapping("meta_info", meta_info)
+        meta_info = checks.mapping("meta_info", meta_info)
         if tensor_dict is None:
-            return cls(meta_info=dict(given))
-        tensors, arrays, shared = split_kinds(checks.tensordict("tensor_dict", tensor_dict))
+            return cls(meta_info=meta_info)
+        values = dict[Any, Any](tensor_dict.items())
+        tensors = {key: value for key, value in values.items() if not is_non_tensor(value)}
         batch = TensorDict(tensors, tensor_dict.batch_size, device=tensor_dict.device)
-        return cls(batch, arrays, meta.union(given, shared))
+        objects = {k: v.tolist() for k, v in values.items() if isinstance(v, NonTensorStack)}
+        arrays = {key: columns.as_object_array(rows) for key, rows in objects.items()}
+        shared = {k: v.data for k, v in values.items() if k not in tensors and k not in arrays}
+        return cls(batch, arrays, combine.union(meta_info, shared, "meta_info and tensor_dict"))
 
     def to_tensordict(self) -> TensorDict:
         """Everything in one TensorDict, from which `from_tensordict` builds this batch again, but
-        for arrays: these become one object per row, and so are of dtype object then.
-
-        Raises:
-            ConflictError: a key occurs twice among tensors, arrays and meta_info.
+        for arrays: these become one object per row, and so are of dtype object then. ConflictError
+        if a key occurs twice among tensors, arrays and meta_info.
         """
-        rows, device = len(self), None if self.batch is None else self.batch.device
-        return join_kinds(self._tensors(), self.non_tensor_batch, self.meta_info, rows, device)
+        values, size = self._tensors(), [len(self)]
+        objects = {key: columns.stack(list(a)) for key, a in self.non_tensor_batch.items()}
+        shared = {k: NonTensorData(v, batch_size=size) for k, v in self.meta_info.items()}
+        for part in (objects, shared):
+            if twice := sorted(values.keys() & part.keys()):
+                raise ConflictError(
+                    f"{twice} occur twice among batch, non_tensor_batch and meta_info, but in a "
+                    "TensorDict each key is unique: rename or pop one of them"
+                )
+            values |= part
+        return columns.build(values, size, None if self._batch is None else self._batch.device)
 
-    def is_padding_enabled(self) -> bool:
-        """Whether this batch may be padded to a number of rows that divides."""
-        return bool(self.meta_info.get(meta.PADDING, False)) or DataProtoConfig.auto_padding
+    def _new(self, tensors: Mapping[Any, Any], arrays: Mapping[str, Any], rows: int) -> DataProto:
+        """A batch like this one, with a copy of its meta_info and other columns."""
+        return type(self)(self._unbuilt(tensors, (rows,)), arrays, self.meta_info)
+
+    def _map(self, function: Callable[[Any, Any], Column], rows: int) -> DataProto:
+        """Apply a function to every key and column; each result has `rows` rows."""
+        before = self._tensors()
+        tensors = {key: function(key, column) for key, column in before.items()}
+        arrays = {key: function(key, column) for key, column in self.non_tensor_batch.items()}
+        return self._new(columns.combinable(tensors, before), arrays, rows)
+
+    def __copy__(self) -> DataProto:
+        return self.select()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataProto:
+        return self._twin(columns.twin)
+
+    def _twin(self, function: Callable[[Any], Column]) -> DataProto:
+        """Apply a function to every column; meta_info is copied, too."""
+        twin = self._map(lambda _, column: function(column), len(self))
+        twin.meta_info = columns.deepcopy(self.meta_info)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        payload = wire.pack(self._batch, self.non_tensor_batch, self.meta_info)
+        return _restore, (type(self), payload)
 
     def save_to_disk(self, filepath: str | Path, allow_pickle: bool = False) -> None:
         """Write everything to one file; see `storage.save`."""
@@ -137,82 +288,200 @@ class DataProto(Table):
         """Read what `save_to_disk` wrote; see `storage.load`."""
         return DataProto(*storage.load(filepath, allow_pickle=allow_pickle))
 
+    # Read
+
+    def __len__(self) -> int:
+        if self._batch is not None:
+            return int(self._batch.batch_size[0])
+        return columns.rows(next(iter(self.non_tensor_batch.values()), np.empty(0)))
+
+    def is_padding_enabled(self) -> bool:
+        """Whether this batch may be padded to a number of rows that divides."""
+        return bool(self.meta_info.get(combine.PADDING, False)) or DataProtoConfig.auto_padding
+
+    def __iter__(self) -> Iterator[DataProtoItem]:
+        tensors = {key: columns.unbind(column) for key, column in self._tensors().items()}
+        arrays = dict(self.non_tensor_batch)
+        for row in range(len(self)):
+            one = {key: rows[row] for key, rows in tensors.items()}
+            objects = {key: array[row] for key, array in arrays.items()}
+            yield DataProtoItem(self._unbuilt(one, ()), objects, self.meta_info)
+
+    @overload
+    def __getitem__(self, item: int | np.integer[Any]) -> DataProtoItem: ...
+
+    @overload
+    def __getitem__(self, item: Index) -> DataProto: ...
+
+    def __getitem__(self, item: int | np.integer[Any] | Index) -> DataProtoItem | DataProto:
+        """One row as `DataProtoItem` for an int; a batch for a slice, list, array, tensor, mask.
+
+        RowIndexError, which is an IndexError, if there is no such row.
+        """
+        scalar = isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 0
+        at: Any = item.item() if scalar else item  # type: ignore[union-attr]
+        if type(at) is bool or not isinstance(at, (int, np.integer)):
+            index: Any = at
+            return self.select_idxs(index)
+        row, rows = int(at), len(self)
+        if not -rows <= row < rows:
+            raise RowIndexError(f"row {row} is out of range for a batch of {rows} rows")
+        tensors = {key: columns.row(column, row % rows) for key, column in self._tensors().items()}
+        objects = {key: array[row] for key, array in self.non_tensor_batch.items()}
+        return DataProtoItem(self._unbuilt(tensors, ()), objects, self.meta_info)
+
+    def slice(
+        self, start: int | None = None, end: int | None = None, step: int | None = None
+    ) -> DataProto:
+        """Rows `start:end:step`, as views where possible."""
+        return self.select_idxs(slice(start, end, step))
+
+    def select_idxs(self, idxs: Index) -> DataProto:
+        """Copies of the rows that a list, array or tensor of positions or a mask names."""
+        at = checks.normalize_index(idxs, len(self))
+        if isinstance(at, torch.Tensor):
+            return self._map(lambda _, column: columns.take(column, at), len(at))
+        bounds = at.start, at.stop, at.step
+        return self._map(lambda _, c: columns.slice_rows(c, *bounds), len(range(*bounds)))
+
+    def select(
+        self,
+        batch_keys: Keys = None,
+        non_tensor_batch_keys: Keys = None,
+        meta_info_keys: Keys = None,
+        deepcopy: bool = False,
+    ) -> DataProto:
+        """Some of the keys, all where None. Array and meta_info keys that are absent are skipped;
+        an absent tensor is a MissingKeyError.
+        """
+        if batch_keys is not None:
+            batch_keys = checks.key_list("batch_keys", batch_keys)
+            combine.require_keys(batch_keys, self._tensors(), "batch")
+        tensors, arrays, meta = (
+            part if keys is None else {k: part[k] for k in checks.key_list(name, keys) if k in part}
+            for name, keys, part in (
+                ("batch_keys", batch_keys, self._tensors()),
+                ("non_tensor_batch_keys", non_tensor_batch_keys, self.non_tensor_batch),
+                ("meta_info_keys", meta_info_keys, self.meta_info),
+            )
+        )
+        selected = type(self)(self._unbuilt(tensors, (len(self),)), arrays, meta)
+        return copy.deepcopy(selected) if deepcopy else selected
+
+    def make_iterator(
+        self,
+        mini_batch_size: int,
+        epochs: int,
+        seed: int | None = None,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[DataProto]:
+        """Mini-batches (copies) over `epochs` passes; in order unless `shuffle=True` is passed.
+
+        Args:
+            seed: makes a shuffled order reproducible, and the same as veRL's.
+            dataloader_kwargs: for torch's DataLoader, which chooses the rows: shuffle, sampler, and
+                drop_last, without which rows that do not divide are a BatchError.
+        """
+        options = mini_batch_size, epochs, seed, dataloader_kwargs
+        return map(self.select_idxs, checks.mini_batches(len(self), *options))
+
+    def get_data_info(self) -> str:
+        """Keys, shapes and types in readable lines, as `repr` gives them."""
+        return repr(self)
+
+    def print_size(self, prefix: str = "") -> None:
+        """Log, at level INFO, how much memory the columns take."""
+        dense = [columns.elements(t) if t.is_nested else t for t in self._tensors().values()]
+        sizes = (sum(c.nbytes for c in part) for part in (dense, self.non_tensor_batch.values()))
+        _logger.info(
+            "%sSize of tensordict: %s GB, size of non_tensor_batch: %s GB",
+            *(f"{prefix}, " if prefix else "", *(size / 2**30 for size in sizes)),
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"DataProto(rows={len(self)}"]
+        for name, part in (("batch", self._tensors()), ("non_tensor_batch", self.non_tensor_batch)):
+            lines += [f"  {name}[{key!r}]: {columns.describe(part[key])}" for key in part]
+        lines += [f"  meta_info[{key!r}]: {checks.short(v)}" for key, v in self.meta_info.items()]
+        return "\n".join(lines) + ("\n)" if len(lines) > 1 else ")")
+
+    def equal(self, other: DataProto) -> bool:
+        """Whether both hold the same keys and values; NaN equals NaN, devices do not matter."""
+        return not self.diff(other)
+
+    def diff(self, other: DataProto) -> list[str]:
+        """One readable line per difference from `other`; none if they are equal."""
+        checks.instance(DataProto, "other", other)
+        return [
+            *([] if len(self) == len(other) else [f"rows: {len(self)} here, {len(other)} there"]),
+            *combine.diff("batch", self._tensors(), other._tensors()),
+            *combine.diff("non_tensor_batch", self.non_tensor_batch, other.non_tensor_batch),
+            *combine.diff("meta_info", self.meta_info, other.meta_info),
+        ]
+
     # In place
 
     def to(self, device: torch.device | str | int) -> DataProto:
-        """Move the tensors of this batch; returns the batch.
-
-        Raises:
-            BatchError: this process has no such device.
-        """
-        found = checks.device("device", device, used=self.batch is not None)
+        """Move the tensors of this batch; returns the batch."""
         if self.batch is not None:
-            self.batch = self.batch.to(found)
+            self.batch = self.batch.to(torch.device(device))
         return self
 
     def pop(
         self,
-        batch_keys: Sequence[str] | None = None,
-        non_tensor_batch_keys: Sequence[str] | None = None,
-        meta_info_keys: Sequence[str] | None = None,
+        batch_keys: Keys = None,
+        non_tensor_batch_keys: Keys = None,
+        meta_info_keys: Keys = None,
     ) -> DataProto:
-        """Remove keys from this batch; returns a batch of what was removed.
-
-        Raises:
-            MissingKeyError: a key is not there; then nothing is removed.
+        """Remove keys from this batch; returns a batch of what was removed. MissingKeyError if one
+        is not there; then nothing is removed.
         """
         rows, tensors = len(self), self._tensors()
-        arrays, shared = self.non_tensor_batch, self.meta_info
-        batch_keys = checks.key_list("batch_keys", batch_keys)
-        non_tensor_batch_keys = checks.key_list("non_tensor_batch_keys", non_tensor_batch_keys)
-        meta_info_keys = checks.key_list("meta_info_keys", meta_info_keys)
-        keyed.require_keys(batch_keys, tensors, "batch")
-        keyed.require_keys(non_tensor_batch_keys, arrays, "non_tensor_batch")
-        keyed.require_keys(meta_info_keys, shared, "meta_info")
-        popped = type(self).from_dict(
-            {key: tensors.pop(key) for key in batch_keys},
-            {key: arrays.pop(key) for key in non_tensor_batch_keys},
-            {key: shared.pop(key) for key in meta_info_keys},
+        wanted = [
+            (checks.key_list(f"{name}_keys", keys), part, name)
+            for name, keys, part in (
+                ("batch", batch_keys, tensors),
+                ("non_tensor_batch", non_tensor_batch_keys, self.non_tensor_batch),
+                ("meta_info", meta_info_keys, self.meta_info),
+            )
+        ]
+        for each in wanted:
+            combine.require_keys(*each)
+        popped: Any = [{key: part.pop(key) for key in keys} for keys, part, _ in wanted]
+        self._replace(tensors, rows)
+        return type(self).from_dict(*popped)
+
+    def rename(self, old_keys: str | Keys = None, new_keys: str | Keys = None) -> DataProto:
+        """Rename tensors of this batch; returns the batch. ConflictError if a new key is taken."""
+        old, new = (
+            [keys] if isinstance(keys, str) else keys or [] for keys in (old_keys, new_keys)
         )
-        self._replace(tensors, (rows,))
-        return popped
-
-    def rename(
-        self,
-        old_keys: str | Sequence[str] | None = None,
-        new_keys: str | Sequence[str] | None = None,
-    ) -> DataProto:
-        """Rename tensors of this batch; returns the batch.
-
-        Raises:
-            MissingKeyError: an old key is not there.
-            ConflictError: a new key is already taken, or a key is named twice.
-        """
-        old, new = ([keys] if isinstance(keys, str) else keys for keys in (old_keys, new_keys))
-        if not isinstance(old, (list, tuple)) or not isinstance(new, (list, tuple)):
-            raise BatchTypeError(
-                f"keys must be a list or a string, but got {type(old)} and {type(new)}"
-            )
-        old, new = ([checks.named("a key", key) for key in keys] for keys in (old, new))
-        if len(old) != len(new):
-            raise BatchError(
-                f"new_keys and old_keys must have the same length, but got {len(new)} "
-                f"and {len(old)}"
-            )
-        tensors, names = self._tensors(), dict(zip(old, new, strict=True))
-        keyed.require_keys(old, tensors, "batch")
+        tensors, names = self._tensors(), dict(zip(old, new, strict=False))
+        combine.require_keys(old, tensors, "batch")
         renamed = {names.get(key, key): tensor for key, tensor in tensors.items()}
-        if len(renamed) != len(tensors) or len(names) != len(old):
+        if len(old) != len(new) or len(renamed) != len(tensors) or len(names) != len(old):
             raise ConflictError(
-                f"cannot rename {list(old)} to {list(new)}: a new key is taken, or a key is named "
-                "twice"
+                f"cannot rename {list(old)} to {list(new)}: they must have the same length, each "
+                "key be named once, and no new key be taken"
             )
-        self._replace(renamed, (len(self),))
+        self._replace(renamed, len(self))
         return self
+
+    def _replace(self, tensors: Mapping[Any, Any], rows: int) -> None:
+        """Hold these tensors instead, in the same TensorDict where there is one: others may have
+        asked for it. One that is locked keeps what it has.
+        """
+        held = self._batch
+        if not isinstance(held, TensorDict) or held.is_locked:
+            self.batch = self._unbuilt(tensors, (rows,))
+            return
+        for key in [*held.keys()]:
+            del held[key]
+        held.update(dict(tensors))
 
     def reorder(self, indices: Index) -> None:
         """Put the rows of this batch into the order of `indices`, one index per row."""
-        ordered = self._rows(indices)
+        ordered = self.select_idxs(indices)
         if len(ordered) != len(self):
             raise RowCountError(
                 f"reorder needs one index for each of {len(self)} rows, got {len(ordered)}: "
@@ -222,72 +491,76 @@ class DataProto(Table):
 
     def padding(self, padding_size: int, padding_candidate: str = "") -> None:
         """Append `padding_size` copies of the last row, or of the first with candidate "first"."""
-        if checks.instance(str, "padding_candidate", padding_candidate) not in (
-            "",
-            "first",
-            "last",
-        ):
+        if padding_candidate not in ("", "first", "last"):
             raise BatchError(
                 f'padding_candidate must be "first" or "last", got {padding_candidate!r}'
             )
-        padded = self._padded(padding_size, 0 if padding_candidate == "first" else len(self) - 1)
+        index = checks.padded(len(self), padding_size, padding_candidate == "first")
+        padded = self.select_idxs(index)
         self.batch, self.non_tensor_batch = padded.batch, padded.non_tensor_batch
 
     # Combine
 
     def union(self, other: DataProto) -> DataProto:
         """A new batch with the columns and meta_info of both, which must have the same rows.
-
-        Raises:
-            RowCountError: both have columns, and different numbers of rows.
-            ConflictError: both have a key, with different values.
+        ConflictError if both have a key, with different values; NaN equals NaN.
         """
-        other = checks.instance(DataProto, "other", other)
+        checks.instance(DataProto, "other", other)
         mine, theirs = (bool(b._batch is not None or b.non_tensor_batch) for b in (self, other))
         if mine and theirs and len(self) != len(other):
             raise RowCountError(
                 f"Two tensor dict must have identical batch size. Got {len(self)} and {len(other)}"
             )
-        tensors = keyed.union_columns(self._tensors(), other._tensors())
         held = self if self._batch is not None else other
-        batch = held._unbuilt(tensors, (len(held),))
-        arrays = keyed.union_columns(self.non_tensor_batch, other.non_tensor_batch)
-        return type(self)(batch, arrays, meta.union(self.meta_info, other.meta_info))
+        batch = held._unbuilt(combine.union(self._tensors(), other._tensors()), (len(held),))
+        arrays = combine.union(self.non_tensor_batch, other.non_tensor_batch)
+        meta = combine.union(self.meta_info, other.meta_info, "the meta_info of the two batches")
+        return type(self)(batch, arrays, meta)
 
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
-        """All rows of all batches, in new memory; see `meta.merge` for the meta_info.
+        """All rows of all batches, in new memory.
 
         Numbers of several dtypes become those that torch or numpy promote them to. Of a batch
-        without rows only the meta_info counts, if others have rows.
+        without rows only the meta_info counts, if others have rows. Of meta_info, "metrics" become
+        one dict of lists; under every other key, all that have it must agree.
 
         Raises:
             BatchError: no batch, or they differ in keys, kinds or trailing shapes.
             ConflictError: their meta_info differs under a key other than "metrics".
         """
-        if not checks.list_of(DataProto, "data", data):
+        data = checks.list_of(DataProto, "data", data)
+        if not data:
             raise BatchError("cannot concatenate zero batches: pass at least one")
-        columns_of = [{**shard._tensors(), **shard.non_tensor_batch} for shard in data]
-        shards = [data[i] for i in keyed.deciding([*map(len, data)], columns_of)]
+        keys = [[*shard._tensors(), *shard.non_tensor_batch] for shard in data]
+        shards = [data[i] for i in combine.deciding([*map(len, data)], keys)]
         held = next((shard for shard in shards if shard._batch is not None), shards[0])
-        tensors = keyed.cat_columns([shard._tensors() for shard in shards], "batch")
-        arrays = keyed.cat_columns([shard.non_tensor_batch for shard in shards], "non_tensor_batch")
+        tensors = combine.cat_columns([shard._tensors() for shard in shards], "batch")
+        arrays = combine.cat_columns([s.non_tensor_batch for s in shards], "non_tensor_batch")
         batch = held._unbuilt(tensors, (sum(map(len, shards)),))
-        return type(held)(batch, arrays, meta.merge([shard.meta_info for shard in data]))
+        return type(held)(batch, arrays, combine.merge_meta([shard.meta_info for shard in data]))
 
     def chunk(self, chunks: int) -> list[DataProto]:
         """`chunks` batches of equal rows, as views; sizes may differ by one if padding is enabled.
-
-        Raises:
-            ChunkError: the rows do not divide, and padding is not enabled.
+        ChunkError if the rows do not divide, and it is not.
         """
-        sizes = balanced_sizes if self.is_padding_enabled() else equal_sizes
-        return [*self._split(sizes(len(self), chunks))]
+        sizes = checks.balanced_sizes if self.is_padding_enabled() else checks.equal_sizes
+        return self._split(sizes(len(self), chunks))
 
     def split(self, split_size: int) -> list[DataProto]:
         """Batches of `split_size` rows, the last may have fewer; none if there are no rows."""
         rows, split_size = len(self), checks.count("split_size", split_size, least=1)
-        return [*self._split([min(split_size, rows - i) for i in range(0, rows, split_size)])]
+        return self._split([min(split_size, rows - i) for i in range(0, rows, split_size)])
+
+    def _split(self, sizes: Sequence[int]) -> list[DataProto]:
+        """One batch of consecutive rows per size, as views."""
+        checks.check_sizes(sizes, len(self))
+        tensors = columns.cut(self._tensors(), sizes, columns.split)
+        arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
+        return [
+            self._new(tensors[i], {key: parts[i] for key, parts in arrays.items()}, size)
+            for i, size in enumerate(sizes)
+        ]
 
     def balanced_chunk(
         self, chunks: int, weights: Sequence[float] | torch.Tensor | Array
@@ -302,15 +575,10 @@ class DataProto(Table):
         Args:
             weights: one non-negative number per row.
         """
-        load = indices.numbers("weights", weights, torch.float64)
-        chunks = len(equal_sizes(0, chunks))
-        if load.shape != (len(self),) or not bool((load >= 0).all()):
-            raise BatchError(
-                f"balanced_chunk needs one weight >= 0 for each of {len(self)} rows; got "
-                f"{checks.short(weights)}"
-            )
-        picks = [torch.tensor(rows, dtype=torch.int64) for rows in balance(load.tolist(), chunks)]
-        return [self._rows(pick) for pick in picks], torch.cat(picks).argsort()
+        load = self._per_row("weight", weights, torch.float64)
+        shards = checks.balance(load.tolist(), len(checks.equal_sizes(0, chunks)))
+        picks = [torch.tensor(rows, dtype=torch.int64) for rows in shards]
+        return [self.select_idxs(pick) for pick in picks], torch.cat(picks).argsort()
 
     def group_by(self, key: str) -> dict[Any, DataProto]:
         """One batch per value of a one-dimensional column, in order of first appearance.
@@ -318,42 +586,41 @@ class DataProto(Table):
         All NaN are one value, `math.nan`.
         """
         everything: dict[str, Column] = {**self._tensors(), **self.non_tensor_batch}
-        keyed.require_keys([checks.named("key", key)], everything, "batch or non_tensor_batch")
-        if columns.is_nested(everything[key]) or everything[key].ndim != 1:
+        combine.require_keys([key], everything, "batch or non_tensor_batch")
+        column = everything[key]
+        if columns.is_nested(column) or column.ndim != 1:
             raise BatchError(
-                f"group_by needs one value per row; column {key!r} is "
-                + columns.describe(everything[key])
+                f"group_by needs one value per row; column {key!r} is {columns.describe(column)}"
             )
         members: dict[Any, list[int]] = {}
         try:
-            for row, value in enumerate(everything[key].tolist()):
+            for row, value in enumerate(column.tolist()):
                 nan = isinstance(value, (float, complex, np.inexact)) and value != value
                 members.setdefault(math.nan if nan else value, []).append(row)
         except TypeError as error:
             raise BatchTypeError(f"group_by needs hashable values in {key!r}: {error}") from error
-        return {value: self._rows(rows) for value, rows in members.items()}
+        return {value: self.select_idxs(rows) for value, rows in members.items()}
 
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> DataProto:
         """Every row `repeat_times` times: a a b b with `interleave`, else a b a b."""
-        if not isinstance(repeat_times, (int, np.integer)):
-            raise BatchTypeError(
-                f"repeat_times must be an int >= 0, got {checks.short(repeat_times)}: "
-                "sample_level_repeat takes one count per row"
-            )
-        return self._rows(columns.repeat(torch.arange(len(self)), repeat_times, interleave))
+        times, index = checks.count("repeat_times", repeat_times), torch.arange(len(self))
+        return self.select_idxs(
+            index.repeat_interleave(times) if interleave else index.repeat(times)
+        )
 
     def sample_level_repeat(self, repeat_times: Sequence[int] | torch.Tensor | Array) -> DataProto:
         """Row i `repeat_times[i]` times, which may be zero."""
-        if not isinstance(repeat_times, (list, tuple, torch.Tensor, np.ndarray)):
-            raise BatchTypeError(
-                "repeat_times type must be in [list, torch.Tensor, np.ndarray, tuple], "
-                f"got {type(repeat_times)}"
-            )
-        return self._rows(columns.repeat(torch.arange(len(self)), repeat_times, interleave=True))
+        counts = self._per_row("count", repeat_times, torch.int64)
+        return self.select_idxs(torch.arange(len(self)).repeat_interleave(counts))
 
-    def unfold_column_chunks(
-        self, n_split: int, split_keys: Sequence[str] | None = None
-    ) -> DataProto:
+    def _per_row(self, what: str, values: Any, dtype: torch.dtype) -> torch.Tensor:
+        numbers = torch.as_tensor(values, dtype=dtype, device="cpu")
+        if numbers.shape == (len(self),) and bool((numbers >= 0).all()):
+            return numbers
+        got = checks.short(values)
+        raise BatchError(f"needs one {what} >= 0 for each of {len(self)} rows; got {got}")
+
+    def unfold_column_chunks(self, n_split: int, split_keys: Keys = None) -> DataProto:
         """Cut dim 1 of some columns into `n_split` rows each; repeat the rows of the others.
 
         A column of shape (rows, n_split * k, ...) becomes (rows * n_split, k, ...), and so does one
@@ -362,12 +629,12 @@ class DataProto(Table):
         n_split = checks.count("n_split", n_split, least=1)
         keys = checks.key_list("split_keys", split_keys)
         everything = {**self._tensors(), **self.non_tensor_batch}
-        keyed.require_keys(keys, everything, "batch or non_tensor_batch")
-        total = len(self) * n_split
+        combine.require_keys(keys, everything, "batch or non_tensor_batch")
+        repeated = torch.arange(len(self)).repeat_interleave(n_split)
 
-        def unfold(key: str, column: Column) -> Column:
+        def unfold(key: Any, column: Any) -> Any:
             if key not in keys:
-                return columns.repeat(column, n_split, interleave=True)
+                return columns.take(column, repeated)
             if (cut := _cut_lists(column, n_split)) is not None:
                 return cut
             if columns.is_nested(column) or column.ndim < 2 or column.shape[1] % n_split:
@@ -375,40 +642,21 @@ class DataProto(Table):
                     f"column {key!r} is {columns.describe(column)}: its dim 1 cannot be cut into "
                     f"n_split={n_split} equal parts"
                 )
-            return column.reshape(total, column.shape[1] // n_split, *column.shape[2:])
+            return column.reshape(len(repeated), column.shape[1] // n_split, *column.shape[2:])
 
-        before = self._tensors()
-        tensors = columns.combinable({key: unfold(key, c) for key, c in before.items()}, before)
-        arrays = {key: unfold(key, column) for key, column in self.non_tensor_batch.items()}
-        return self._new(tensors, arrays, total)
+        return self._map(unfold, len(repeated))
 
-    def make_iterator(
-        self,
-        mini_batch_size: int,
-        epochs: int,
-        seed: int | None = None,
-        dataloader_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[DataProto]:
-        """Mini-batches (copies) over `epochs` passes; in order unless `shuffle=True` is passed.
 
-        Args:
-            seed: makes a shuffled order reproducible, and the same as veRL's.
-            dataloader_kwargs: for torch's DataLoader, which chooses the rows: shuffle, sampler,
-                drop_last.
-
-        Raises:
-            BatchError: the rows do not divide, and `drop_last` is not given.
-        """
-        picks = mini_batches(len(self), mini_batch_size, epochs, seed, dataloader_kwargs)
-        return map(self._rows, picks)
+def _restore(cls: type[DataProto], payload: tuple[Any, ...]) -> DataProto:
+    return cls(*wire.unpack(payload))
 
 
 def _only_one_batch_dim(num_batch_dims: int) -> None:
-    if checks.count("num_batch_dims", num_batch_dims) != 1:
+    if num_batch_dims != 1:
         raise BatchError(f"only support num_batch_dims=1, got {num_batch_dims}")
 
 
-def _cut_lists(column: Column, n_split: int) -> Column | None:
+def _cut_lists(column: Any, n_split: int) -> Any:
     """The column with every list cut into parts; None if its rows are not lists of equal length."""
     if not isinstance(column, np.ndarray) or column.dtype.kind != "O" or column.ndim != 1:
         return None

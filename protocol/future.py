@@ -7,32 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from functools import partial
+from itertools import accumulate
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
-from protocol import checks
-from protocol.batches import (
-    Batch,
-    concat_batches,
-    copy_batch,
-    on_one_device,
-    pad_batch,
-    select_keys,
-    union_batches,
-)
+from protocol import batches
+from protocol.batches import Batch
+from protocol.checks import balanced_sizes, equal_sizes, padded_sizes
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, ChunkError, RowCountError
-from protocol.shards import balanced_sizes, equal_sizes, padded_sizes
 from protocol.wire import read_as, reading
 
 __all__ = ["DataProtoFuture", "How", "Source"]
 
 How: TypeAlias = Literal["equal", "balanced", "padded"]
 
+_Left: TypeAlias = "Callable[[], float | None]"
+_Parts: TypeAlias = "list[tuple[Source, int, int]]"
+_Span: TypeAlias = "tuple[int, int, int]"  # first row, row behind the last, copies of the last
 _SIZES: dict[str, Callable[[int, int], list[int]]] = {
     "equal": equal_sizes,
     "balanced": balanced_sizes,
@@ -42,7 +40,13 @@ _SIZES: dict[str, Callable[[int, int], list[int]]] = {
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows that someone is producing. It must be picklable, for consumers in other processes."""
+    """Rows that someone is producing. It must be picklable, for consumers in other processes.
+
+    It may have more: `title`, for messages; `reference`, for `DataProtoFuture.futures`; `async
+    arrive(whole)`, which waits on the event loop for its rows to be known, or for the `whole`
+    batch, and returns whether they came; `select(keys)`, a source of these columns only; and, if
+    it is made of others, `origins()` and `needed(start, stop)`: all, and those with these rows.
+    """
 
     def rows(self, timeout: float | None) -> int:  # pyright: ignore[reportReturnType]
         """Wait for the producer and return how many rows it made; moves no data.
@@ -61,7 +65,32 @@ class Source(Protocol):
         """
 
 
-class DataProtoFuture:
+class _View:
+    """A source that is made of others, each of which has the same rows unless `_parts` differs."""
+
+    __slots__ = ()
+    _sources: tuple[Any, ...]
+
+    def rows(self, timeout: float | None) -> int:
+        return int(self._sources[0].rows(timeout))
+
+    def origins(self) -> Iterator[Source]:
+        """The sources at the bottom, which futures of futures are made of. Waits for nothing."""
+        for source in self._sources:
+            yield from source.origins() if hasattr(source, "origins") else (source,)
+
+    def needed(self, start: int, stop: int) -> Iterator[Source]:
+        """Those of them that `fetch` of rows `start:stop` asks. Waits for all producers."""
+        for source, first, last in self._parts(start, stop, _deadline(None)):
+            made: Any = source
+            yield from made.needed(first, last) if hasattr(made, "needed") else (made,)
+
+    def _parts(self, start: int, stop: int, left: _Left) -> _Parts:
+        """The sources that rows `start:stop` come from, each with its own rows."""
+        return [(source, start, stop) for source in self._sources]
+
+
+class DataProtoFuture(_View):
     """The rows of several sources, one after another, as one batch that is not here yet.
 
     It can be pickled, and is itself a Source. Every method but `get`, `fetch`, `rows` and `len()`
@@ -72,7 +101,7 @@ class DataProtoFuture:
         map_location: where `get` puts the tensors unless told otherwise.
     """
 
-    __slots__ = ("_sizes", "_sources", "auto_padding", "map_location")
+    __slots__ = ("_ends", "_sources", "auto_padding", "map_location")
 
     def __init__(
         self,
@@ -84,23 +113,15 @@ class DataProtoFuture:
 
         Raises:
             BatchError: no source, so that not even the columns of zero rows could be known.
-            BatchTypeError: something that is no source.
         """
-        if not checks.list_of(object, "sources", sources):
+        if not sources:
             raise BatchError("a DataProtoFuture needs at least one source; got none")
-        for i, source in enumerate(sources):
-            if not (hasattr(source, "rows") and hasattr(source, "fetch")):
-                raise BatchTypeError(
-                    f"sources[{i}] must have rows and fetch, as a Source has; got "
-                    f"{type(source).__name__} {checks.short(source)}: a group's method registered "
-                    "with blocking=False, or pin(data), gives a future"
-                )
         self._sources = tuple(sources)
-        self._sizes: tuple[int, ...] | None = None  # rows per source, once all are known
+        self._ends: tuple[int, ...] = ()  # rows up to the end of each source, once all are known
         self.auto_padding, self.map_location = auto_padding, map_location
 
     def __repr__(self) -> str:
-        rows = "?" if self._sizes is None else sum(self._sizes)
+        rows = self._ends[-1] if self._ends else "?"
         return f"DataProtoFuture(rows={rows}, sources={len(self._sources)})"
 
     def __len__(self) -> int:
@@ -112,14 +133,11 @@ class DataProtoFuture:
 
         Raises:
             TimeoutError: they were not done within `timeout` seconds.
-            BatchTypeError: `timeout` is no number. BatchError: it is negative.
         """
-        return sum(self._rows_per_source(_Deadline(timeout)))
-
-    def _rows_per_source(self, deadline: _Deadline) -> tuple[int, ...]:
-        if self._sizes is None:
-            self._sizes = tuple(source.rows(deadline.left()) for source in self._sources)
-        return self._sizes
+        if not self._ends:
+            left = _deadline(timeout)
+            self._ends = tuple(accumulate(source.rows(left()) for source in self._sources))
+        return self._ends[-1]
 
     def as_input(self) -> DataProto:
         """This future itself, as the batch that a method declares, for type checkers:
@@ -141,10 +159,9 @@ class DataProtoFuture:
 
         Raises:
             TimeoutError: the rows were not here within `timeout` seconds.
-            BatchTypeError: `timeout` is no number. BatchError: it is negative.
         """
-        deadline = _Deadline(timeout)
-        batch = self.fetch(0, self.rows(timeout), deadline.left())
+        left = _deadline(timeout)
+        batch = self.fetch(0, self.rows(timeout), left())
         place = self.map_location if map_location is None else map_location
         return batch if place is None else batch.to(place)
 
@@ -163,9 +180,7 @@ class DataProtoFuture:
         return self._arrived().__await__()
 
     async def _arrived(self) -> Batch:
-        """A source says by `arrive(whole)` how its rows, then the `whole` batch, are awaited, and
-        whether they came; `get` in a thread finds out what went wrong, and asks those that cannot.
-        """
+        """`get`, in a thread if something went wrong, or a source cannot be awaited."""
         for whole in (False, True):
             sources = dict.fromkeys(self.needed(0, self.rows()) if whole else self.origins())
             waits = [getattr(source, "arrive", None) for source in sources]
@@ -182,51 +197,34 @@ class DataProtoFuture:
         Raises:
             RowCountError: not 0 <= start <= stop <= rows.
             TimeoutError: the rows were not here within `timeout` seconds.
-            BatchTypeError: `start`, `stop` or `timeout` is no number.
         """
-        start, stop = checks.count("start", start, None), checks.count("stop", stop, None)
-        deadline = _Deadline(timeout)
-        parts = self._parts(start, stop, deadline)
+        left = _deadline(timeout)
+        parts = self._parts(start, stop, left)
         if len(parts) == 1:
             ((source, first, last),) = parts
-            return source.fetch(first, last, deadline.left())
+            return source.fetch(first, last, left())
         with read_as("join"):
-            found = [source.fetch(a, b, deadline.left()) for source, a, b in parts]
+            found = [source.fetch(a, b, left()) for source, a, b in parts]
             try:
-                return concat_batches(on_one_device(found))
+                return batches.concat_batches(batches.on_one_device(found))
             except BatchError as error:
-                raise self._not_joined(error) from None
+                titles = sorted({getattr(o, "title", "") for o in self.origins()} - {""})
+                made = f"{', '.join(titles)}: the ranks' outputs cannot be joined: "
+                raise type(error)(f"{made if titles else ''}{error}") from None
 
-    def _not_joined(self, error: BatchError) -> BatchError:
-        makers = sorted({str(getattr(origin, "title", "")) for origin in self.origins()} - {""})
-        if not makers:
-            return error
-        return type(error)(f"{', '.join(makers)}: the ranks' outputs cannot be joined: {error}")
-
-    def _parts(self, start: int, stop: int, deadline: _Deadline) -> list[tuple[Source, int, int]]:
-        """The sources that rows `start:stop` come from, each with its own rows."""
-        sizes = self._rows_per_source(deadline)
-        if not 0 <= start <= stop <= sum(sizes):
-            raise RowCountError(f"rows {start}:{stop} are not in a batch of {sum(sizes)} rows")
-        whole, parts = (start, stop) == (0, sum(sizes)), []
-        for source, size, end in zip(self._sources, sizes, accumulate(sizes), strict=True):
-            first, last = max(start, end - size), min(stop, end)
-            if first < last or whole:
-                offset = end - size
-                parts.append((source, first - offset, last - offset))
-        if not parts:
-            filled = next((i for i, size in enumerate(sizes) if size), 0)
-            return [(self._sources[filled], 0, 0)]
-        return parts
-
-    def origins(self) -> Iterator[Source]:
-        """The sources at the bottom, which futures of futures are made of. Waits for nothing."""
-        return (origin for source in self._sources for origin in _origins(source))
-
-    def needed(self, start: int, stop: int) -> Iterator[Source]:
-        """Those of them that `fetch` of rows `start:stop` asks. Waits for all producers."""
-        for source, first, last in self._parts(start, stop, _Deadline(None)):
-            yield from _needed(source, first, last)
+    def _parts(self, start: int, stop: int, left: _Left) -> _Parts:
+        rows, parts = self.rows(left()), []
+        if not 0 <= start <= stop <= rows:
+            raise RowCountError(f"rows {start}:{stop} are not in a batch of {rows} rows")
+        whole = (start, stop) == (0, rows)
+        at = 0 if whole else bisect_right(self._ends, start)
+        while (whole and at < len(self._ends)) or start < stop:
+            begin, end = self._ends[at - 1] if at else 0, min(stop, self._ends[at])
+            if start < end or whole:
+                parts.append((self._sources[at], start - begin, end - begin))
+            start, at = end, at + 1
+        filled = bisect_right(self._ends, 0) % len(self._ends)
+        return parts or [(self._sources[filled], 0, 0)]
 
     def chunk(self, chunks: int) -> list[DataProtoFuture]:
         """`chunks` futures of equally many consecutive rows. Fetches and waits for nothing.
@@ -249,13 +247,17 @@ class DataProtoFuture:
         fill up.
 
         Raises:
-            BatchError: another `how`.
             ChunkError: `parts` is less than one.
         """
-        if not isinstance(how, str) or how not in _SIZES:
-            raise BatchError(f"how must be one of {list(_SIZES)}; got {how!r}")
         _SIZES[how](0, parts)  # refuses what is wrong whatever the rows
-        return [DataProtoFuture([_Shard(self, part, parts, how, advice)]) for part in range(parts)]
+        spans = [partial(_shard, part, parts, how, advice) for part in range(parts)]
+        return [DataProtoFuture([_Rows((self,), span)]) for span in spans]
+
+    def counted(self, count: Callable[..., int], *others: DataProtoFuture) -> DataProtoFuture:
+        """The first `count(rows, …)` rows; it gets the rows of the `others` too, and what it raises
+        whoever reads this gets. Fetches and waits for nothing.
+        """
+        return self._derived([_Rows((self, *others), partial(_first, count))])
 
     @staticmethod
     def concat(data: Sequence[DataProtoFuture]) -> DataProtoFuture:
@@ -264,20 +266,16 @@ class DataProtoFuture:
         Raises:
             BatchError: no future.
         """
-        futures = checks.list_of(DataProtoFuture, "data", data)
-        padding = any(future.auto_padding for future in futures)
-        return DataProtoFuture(futures, padding, futures[0].map_location if futures else None)
+        padding = any(future.auto_padding for future in data)
+        return DataProtoFuture(data, padding, data[0].map_location if data else None)
 
     def select(self, keys: Iterable[str]) -> DataProtoFuture:
         """Only these columns, which are all that whoever fetches rows keeps. Fetches nothing.
 
         A key that is not there raises MissingKeyError when rows are fetched.
-
-        Raises:
-            BatchTypeError: `keys` is neither a key nor a list of some.
         """
-        names = checks.keys_or_key("keys", keys)
-        return self._derived([_Columns(source, names) for source in self._sources])
+        names = (keys,) if isinstance(keys, str) else tuple(keys)
+        return self._derived([_selected(source, names) for source in self._sources])
 
     def union(self, other: Source) -> DataProtoFuture:
         """The columns of both. Fetches nothing now; later the same rows from either.
@@ -293,10 +291,12 @@ class DataProtoFuture:
                 f"other must be a DataProtoFuture; got {type(other).__name__}: make it one by "
                 "pin(other), or join batches, future.get().union(other)"
             )
-        return self._derived([_Union(self, other)], getattr(other, "auto_padding", False))
+        joined = self._derived([_Union((self, other))])
+        joined.auto_padding |= getattr(other, "auto_padding", False)
+        return joined
 
-    def _derived(self, sources: Sequence[Source], auto_padding: bool = False) -> DataProtoFuture:
-        return DataProtoFuture(sources, self.auto_padding or auto_padding, self.map_location)
+    def _derived(self, sources: Sequence[Source]) -> DataProtoFuture:
+        return DataProtoFuture(sources, self.auto_padding, self.map_location)
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
         """In another process rows stay where they arrive: `map_location` is of this one."""
@@ -304,113 +304,113 @@ class DataProtoFuture:
         return None, {**state, "map_location": None}
 
 
-class _Deadline:
-    """One time limit over several waits."""
+def _deadline(timeout: float | None) -> _Left:
+    """One time limit over several waits: what is left of it."""
+    if timeout is None:
+        return lambda: None
+    end = time.monotonic() + float(timeout)
+    return lambda: max(0.0, end - time.monotonic())
 
-    def __init__(self, timeout: float | None) -> None:
-        left = None if timeout is None else checks.seconds("timeout", timeout)
-        self._end = None if left is None else time.monotonic() + left
 
-    def left(self) -> float | None:
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+def _shard(part: int, parts: int, how: How, advice: str, rows: int) -> _Span:
+    """Part number `part` of so many rows."""
+    try:
+        sizes = _SIZES[how](rows, parts)
+    except ChunkError as error:
+        raise ChunkError(f"{error}{advice}") from None
+    start = sum(sizes[:part])
+    return _within((0, rows, 0), start, start + sizes[part])
+
+
+def _first(count: Callable[..., int], *rows: int) -> _Span:
+    return 0, count(*rows), 0
+
+
+def _within(span: _Span, start: int, stop: int) -> _Span:
+    """Rows `start:stop` of a span."""
+    first, last = (min(span[0] + row, span[1]) for row in (start, stop))
+    padding = (stop - start) - (last - first)
+    if padding and first == last:  # nothing but copies of the last row
+        first, padding = last - 1, padding - 1
+    return first, last, padding
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """Part number `part` of `parts`. "padded" ones may reach behind the last row."""
+class _Rows(_View):
+    """Some rows of a source: which ones, `span` may say only once it is told how many there are."""
 
-    whole: DataProtoFuture
-    part: int
-    parts: int
-    how: How
-    advice: str
+    _sources: tuple[Source, ...]  # the first has the rows; `span` wants to know how many all have
+    span: _Span | Callable[..., _Span]
+
+    def _known(self, timeout: float | None) -> _Span:
+        span, left = self.span, _deadline(timeout)
+        return span if isinstance(span, tuple) else span(*(s.rows(left()) for s in self._sources))
 
     def rows(self, timeout: float | None) -> int:
-        return self._sizes(self.whole.rows(timeout))[self.part]
+        first, last, padding = self._known(timeout)
+        return last - first + padding
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
-        deadline = _Deadline(timeout)
-        first, last, padding = self._rows_of_whole(start, stop, timeout)
-        batch = self.whole.fetch(first, last, deadline.left())
-        return pad_batch(batch, padding) if padding else batch
+        left = _deadline(timeout)
+        first, last, padding = _within(self._known(timeout), start, stop)
+        batch = self._sources[0].fetch(first, last, left())
+        return batches.pad_batch(batch, padding) if padding else batch
 
-    def origins(self) -> Iterator[Source]:
-        return self.whole.origins()
+    def select(self, keys: tuple[str, ...]) -> Source:
+        source, *others = self._sources
+        return _Rows((_selected(source, keys), *others), self.span)
 
-    def needed(self, start: int, stop: int) -> Iterator[Source]:
-        first, last, _ = self._rows_of_whole(start, stop, None)
-        return self.whole.needed(first, last)
+    def _parts(self, start: int, stop: int, left: _Left) -> _Parts:
+        first, last, _ = _within(self._known(left()), start, stop)
+        return [(self._sources[0], first, last)]
 
-    def _sizes(self, rows: int) -> list[int]:
-        try:
-            return _SIZES[self.how](rows, self.parts)
-        except ChunkError as error:
-            raise ChunkError(f"{error}{self.advice}") from None
-
-    def _rows_of_whole(self, start: int, stop: int, timeout: float | None) -> tuple[int, int, int]:
-        """`(first, last, padding)`: rows `first:last` of the whole, the last one padded."""
-        rows = self.whole.rows(timeout)
-        offset = sum(self._sizes(rows)[: self.part])
-        first, last = min(offset + start, rows), min(offset + stop, rows)
-        padding = (stop - start) - (last - first)
-        if padding and first == last:  # nothing but copies of the last row
-            first, padding = rows - 1, padding - 1
-        return first, last, padding
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a future, only what has these rows goes to other processes: n shards of n sources
+        would else carry n * n.
+        """
+        sources, span = self._sources, self.span
+        known = [s for s in sources if isinstance(s, DataProtoFuture) and s._ends]
+        if len(known) == len(sources):
+            with suppress(ValueError):  # it is for who reads the rows
+                first, last, padding = self._known(None)
+                parts = known[0]._parts(first, last, _deadline(None))
+                sources = (DataProtoFuture([_Rows((p,), (a, b, 0)) for p, a, b in parts]),)
+                span = 0, last - first, padding
+        return _Rows, (sources, span)
 
 
 @dataclass(frozen=True)
-class _Columns:
+class _Columns(_View):
     """Some columns of a batch."""
 
-    source: Source
+    _sources: tuple[Source]
     keys: tuple[str, ...]
-
-    def rows(self, timeout: float | None) -> int:
-        return self.source.rows(timeout)
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
         how = reading()
         with read_as("join" if how == "own" else how):  # the other columns are not copied
-            batch = select_keys(self.source.fetch(start, stop, timeout), self.keys)
-        return copy_batch(batch) if how == "own" else batch
+            batch = batches.select_keys(self._sources[0].fetch(start, stop, timeout), self.keys)
+        return batches.copy_batch(batch) if how == "own" else batch
 
-    def origins(self) -> Iterator[Source]:
-        return _origins(self.source)
 
-    def needed(self, start: int, stop: int) -> Iterator[Source]:
-        return _needed(self.source, start, stop)
+def _selected(source: Any, keys: tuple[str, ...]) -> Source:
+    return source.select(keys) if hasattr(source, "select") else _Columns((source,), keys)
 
 
 @dataclass(frozen=True)
-class _Union:
+class _Union(_View):
     """The columns of two batches of equally many rows."""
 
-    left: Source
-    right: Source
+    _sources: tuple[Source, Source]
 
     def rows(self, timeout: float | None) -> int:
-        deadline = _Deadline(timeout)
-        left, right = self.left.rows(timeout), self.right.rows(deadline.left())
-        if left != right:
-            raise RowCountError(f"a union needs equally many rows; got {left} and {right}")
-        return left
+        left = _deadline(timeout)
+        one, other = (source.rows(left()) for source in self._sources)
+        if one != other:
+            raise RowCountError(f"a union needs equally many rows; got {one} and {other}")
+        return one
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
-        deadline = _Deadline(timeout)
-        left = self.left.fetch(start, stop, timeout)
-        return union_batches(*on_one_device([left, self.right.fetch(start, stop, deadline.left())]))
-
-    def origins(self) -> Iterator[Source]:
-        return chain(_origins(self.left), _origins(self.right))
-
-    def needed(self, start: int, stop: int) -> Iterator[Source]:
-        return chain(_needed(self.left, start, stop), _needed(self.right, start, stop))
-
-
-def _origins(source: Any) -> Iterator[Source]:
-    """What a source is made of: itself, unless it is made of others and says so."""
-    return source.origins() if hasattr(source, "origins") else iter([source])
-
-
-def _needed(source: Any, start: int, stop: int) -> Iterator[Source]:
-    return source.needed(start, stop) if hasattr(source, "needed") else iter([source])
+        left = _deadline(timeout)
+        found = [source.fetch(start, stop, left()) for source in self._sources]
+        return batches.union_batches(*batches.on_one_device(found))

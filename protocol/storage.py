@@ -1,5 +1,7 @@
-"""How a batch is kept in one file: safetensors, with everything that is not a tensor as JSON in it.
-Loading runs no code unless the caller allows pickle."""
+"""A batch as bytes: in one file, safetensors with everything that is not a tensor as JSON in it, or
+as plain tuples for serializers that know no torch (msgpack). Loading runs no code unless the caller
+allows pickle.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +15,32 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
-from protocol import checks
-from protocol.columns import (
-    as_object_array,
-    flat_bytes,
-    from_strided_parts,
-    is_strided,
-    jagged,
-    jagged_parts,
-    ragged_mark,
-    strided_parts,
-)
-from protocol.dense import is_plain
+from protocol import columns
+from protocol.columns import is_plain, leaves
 from protocol.errors import BatchTypeError, StorageError
-from protocol.keyed import leaves
 
-__all__ = ["STORAGE_VERSION", "load", "save"]
-
-STORAGE_VERSION = 1
+__all__ = [
+    "deserialize_single_tensor",
+    "deserialize_tensordict",
+    "load",
+    "save",
+    "serialize_single_tensor",
+    "serialize_tensordict",
+]
 
 _Entry: TypeAlias = "dict[str, Any]"  # how one value is stored; JSON, and names of tensors
+_Known: TypeAlias = "dict[bytes, torch.Tensor]"  # offsets by their bytes
+_Bytes: TypeAlias = "tuple[str, tuple[int, ...], memoryview]"
 
-_FORMAT = "single_controller.DataProto"
+_HEADER = {"format": "single_controller.DataProto", "version": "1"}
 _INDEX = "index"  # the tensor that holds the JSON; the header of a safetensors file is too small
 # Other dtypes are stored as bytes.
 _FLOATS = ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"]
 _NATIVE = [*_FLOATS, "bool", "uint8", "int8", "int16", "int32", "int64"]
-_DAMAGE = (
-    *(SafetensorError, OSError, EOFError, pickle.UnpicklingError),
-    *(AttributeError, LookupError, RuntimeError, TypeError, ValueError),
-)
 
 
 def save(
@@ -63,21 +57,23 @@ def save(
 
     Raises:
         StorageError: an object is not JSON, and pickle is not allowed.
+        TypeError: a key of meta_info is not JSON, nor a tuple of what is.
         FileNotFoundError: there is no such directory.
     """
-    path, writer = _path(filepath), _Writer(checks.flag("allow_pickle", allow_pickle))
+    path = Path(filepath)
+    values = _Values(path, {}, allow_pickle)
     index = {
         "rows": None if batch is None else len(batch),
-        "batch": [] if batch is None else writer.encode_all("batch", leaves(batch)),
-        "non_tensor_batch": writer.encode_all("non_tensor_batch", non_tensor_batch),
-        "meta_info": writer.encode_all("meta_info", meta_info),
+        "batch": values.encode_all("batch", {} if batch is None else leaves(batch)),
+        "non_tensor_batch": values.encode_all("non_tensor_batch", non_tensor_batch),
+        "meta_info": values.encode_all("meta_info", meta_info),
     }
-    tensors = {**writer.tensors, _INDEX: _as_bytes(json.dumps(index).encode())}
+    tensors = {**values.tensors, _INDEX: _as_tensor(json.dumps(index).encode())}
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no directory {path.parent} to save {path.name} in")
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, unfinished, {"format": _FORMAT, "version": str(STORAGE_VERSION)})
+        save_file(tensors, unfinished, _HEADER)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -96,178 +92,144 @@ def load(
             pickled objects and they are not allowed.
         FileNotFoundError: there is no file.
     """
-    path, allow_pickle = _path(filepath), checks.flag("allow_pickle", allow_pickle)
+    path = Path(filepath)
     if not path.is_file():
         raise FileNotFoundError(f"no batch to load at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise StorageError(f"{path} is a safetensors file, but not one that holds a batch")
-            if header.get("version") != str(STORAGE_VERSION):
+            if (header := file.metadata() or {}) != _HEADER:
                 raise StorageError(
-                    f"{path} has storage version {header.get('version')}, but this library reads "
-                    f"{STORAGE_VERSION}: load it with the version that wrote it"
+                    f"{path} is a safetensors file, but not one that this library reads: its "
+                    f"header is {header}, and must be {_HEADER}"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         index = json.loads(tensors[_INDEX].numpy().tobytes())
-        reader = _Reader(path, tensors, allow_pickle)
-        columns = reader.decode_all("batch", index["batch"])
-        batch = None if index["rows"] is None else TensorDict(columns, [index["rows"]])
-        arrays = reader.decode_all("non_tensor_batch", index["non_tensor_batch"])
-        return batch, arrays, reader.decode_all("meta_info", index["meta_info"])
+        values = _Values(path, tensors, allow_pickle)
+        tensors = values.decode_all("batch", index["batch"])
+        batch = None if index["rows"] is None else TensorDict(tensors, [index["rows"]])
+        arrays = values.decode_all("non_tensor_batch", index["non_tensor_batch"])
+        return batch, arrays, values.decode_all("meta_info", index["meta_info"])
     except StorageError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # whatever wrong bytes lead to
         raise StorageError(
             f"{path} is not a batch that save_to_disk wrote, or it is damaged: {error}"
         ) from error
 
 
-def _path(filepath: object) -> Path:
-    if not isinstance(filepath, (str, os.PathLike)) or not Path(filepath).name:
-        raise BatchTypeError(f"filepath must be the path of a file; got {filepath!r:.80}")
-    return Path(filepath)
+class _Values:
+    """Values as JSON, which says how to put each together from tensors that have names."""
 
-
-class _Writer:
-    """Collects tensors and says, in JSON, how to put values together from them."""
-
-    def __init__(self, allow_pickle: bool) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.offsets: dict[Any, _Entry] = {}  # columns that have them in common name the same
-        self.allow_pickle = allow_pickle
+    def __init__(self, path: Path, tensors: dict[str, torch.Tensor], allow_pickle: bool) -> None:
+        self._path, self.tensors, self._allow_pickle = path, tensors, allow_pickle is True
+        self._offsets: dict[str, _Entry] = {}
+        self._known: _Known = {}
 
     def encode_all(self, part: str, values: Mapping[Any, Any]) -> list[tuple[Any, _Entry]]:
-        for key in values:
-            if not _is_json_key(key):
-                raise StorageError(
-                    f"{part} has the key {key!r:.80}, but only texts, numbers, None and tuples of "
-                    "these can be keys in a file: rename or pop it"
-                )
         return [(key, self._encode(f"{part}[{key!r}]", value)) for key, value in values.items()]
 
+    def decode_all(self, part: str, entries: list[tuple[Any, _Entry]]) -> dict[Any, Any]:
+        return {_key(key): self._decode(f"{part}[{key!r}]", entry) for key, entry in entries}
+
     def _encode(self, name: str, value: Any) -> _Entry:
-        if is_strided(value):
-            elements, shapes = strided_parts(value.detach())
-            entry = {"kind": "strided", "elements": self._encode(name, elements), "shapes": shapes}
-            return {**entry, "requires_grad": value.requires_grad}
-        if isinstance(value, torch.Tensor) and value.is_nested:
-            values, offsets, ragged_idx = jagged_parts(value.detach())
-            mark = ragged_mark(value)
-            if mark not in self.offsets:
-                self.offsets[mark] = self._encode(name, offsets)
-            return {
-                "kind": "jagged",
-                "values": self._encode(name, values),
-                "offsets": self.offsets[mark],
-                "ragged_idx": ragged_idx,
-                "requires_grad": value.requires_grad,
-            }
-        if isinstance(value, torch.Tensor) and is_plain(value):
-            dtype, shape = str(value.dtype).removeprefix("torch."), list(value.shape)
-            tensor = value.detach().resolve_conj().resolve_neg().cpu()
-            if dtype not in _NATIVE:
-                tensor = flat_bytes(tensor)
-            entry = {"kind": "tensor", "at": self._add(name, tensor), "dtype": dtype}
-            return {**entry, "shape": shape, "requires_grad": value.requires_grad}
-        if type(value) is np.ndarray and value.dtype.kind in "biufcmMSU":
-            data = self._add(name, _as_bytes(value.tobytes()))
-            return {"kind": "array", "at": data, "dtype": value.dtype.str, "shape": value.shape}
-        if type(value) is np.ndarray and value.dtype.kind == "O":
-            items = value.ravel().tolist()
-            if _is_json(items):
-                return {"kind": "objects", "shape": value.shape, "items": items}
-        if _is_json(value):
-            return {"kind": "json", "value": value}
-        if not self.allow_pickle:
+        if isinstance(value, torch.Tensor) and (value.is_nested or is_plain(value)):
+            return {**self._encode_tensor(name, value), "requires_grad": value.requires_grad}
+        array: Any = value
+        kind = array.dtype.kind if type(value) is np.ndarray else ""
+        if kind and kind in "biufcmMSU":
+            at = self._add(name, _as_tensor(array.tobytes()))
+            return {"kind": "array", "at": at, "dtype": array.dtype.str, "shape": array.shape}
+        plain = array.ravel().tolist() if kind == "O" else value
+        if (odd := _odd(plain)) is None and kind:
+            return {"kind": "objects", "shape": array.shape, "items": plain}
+        if odd is None:
+            return {"kind": "json", "value": plain}
+        if not self._allow_pickle:
             raise StorageError(
-                f"{name} holds objects that are not JSON ({_odd_type(value)}): make them JSON, or "
-                "pass allow_pickle=True here and to load_from_disk"
+                f"{name} holds objects that are not JSON ({odd}): make them JSON, or pass "
+                "allow_pickle=True here and to load_from_disk"
             )
-        try:
-            pickled = pickle.dumps(value)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise StorageError(f"{name} cannot be pickled: {error}") from error
-        return {"kind": "pickle", "at": self._add(name, _as_bytes(pickled))}
+        return {"kind": "pickle", "at": self._add(name, _as_tensor(pickle.dumps(value)))}
+
+    def _encode_tensor(self, name: str, value: torch.Tensor) -> _Entry:
+        tensor = value.detach()
+        if columns.is_strided(tensor):
+            elements, shapes = columns.strided_parts(tensor)
+            return {"kind": "strided", "elements": self._encode(name, elements), "shapes": shapes}
+        if tensor.is_nested:
+            values, offsets, ragged_idx = columns.jagged_parts(tensor)
+            same = str(offsets.tolist())
+            if same not in self._offsets:
+                self._offsets[same] = self._encode(name, offsets)
+            parts = {"values": self._encode(name, values), "offsets": self._offsets[same]}
+            return {"kind": "jagged", **parts, "ragged_idx": ragged_idx}
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        whole = tensor.resolve_conj().resolve_neg().cpu()
+        at = self._add(name, whole if dtype in _NATIVE else columns.flat_bytes(whole))
+        return {"kind": "tensor", "at": at, "dtype": dtype, "shape": list(tensor.shape)}
 
     def _add(self, name: str, tensor: torch.Tensor) -> str:
         at = f"{len(self.tensors)} {name}"
         self.tensors[at] = tensor.clone(memory_format=torch.contiguous_format)  # no shared memory
         return at
 
-
-class _Reader:
-    """Puts values together again from what `_Writer` noted."""
-
-    def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor], allow_pickle: bool) -> None:
-        self.path, self.tensors, self.allow_pickle = path, tensors, allow_pickle
-        self.offsets: dict[str, torch.Tensor] = {}
-
-    def decode_all(self, part: str, entries: list[tuple[Any, _Entry]]) -> dict[Any, Any]:
-        return {_key(key): self._decode(f"{part}[{key!r}]", entry) for key, entry in entries}
-
     def _decode(self, name: str, entry: _Entry) -> Any:
         kind = entry["kind"]
-        if kind == "tensor":
-            dtype: torch.dtype = getattr(torch, entry["dtype"])
-            tensor = self.tensors[entry["at"]]
-            if tensor.dtype != dtype:
-                tensor = tensor.view(dtype)
-            return tensor.reshape(entry["shape"]).requires_grad_(entry["requires_grad"])
-        if kind == "jagged":
-            values, at = self._decode(name, entry["values"]), entry["offsets"]["at"]
-            if at not in self.offsets:
-                self.offsets[at] = self._decode(name, entry["offsets"])
-            column = jagged(values, self.offsets[at], entry["ragged_idx"])
-            return column.requires_grad_(entry["requires_grad"])
-        if kind == "strided":
-            column = from_strided_parts(self._decode(name, entry["elements"]), entry["shapes"])
-            return column.requires_grad_(entry["requires_grad"])
+        if kind in ("tensor", "jagged", "strided"):
+            return self._decode_tensor(name, entry).requires_grad_(entry["requires_grad"])
         if kind == "array":
-            data = self.tensors[entry["at"]].numpy()
-            return np.frombuffer(bytearray(data), entry["dtype"]).reshape(entry["shape"])
+            data = bytearray(self.tensors[entry["at"]].numpy())
+            return np.frombuffer(data, entry["dtype"]).reshape(entry["shape"])
         if kind == "objects":
-            return as_object_array(entry["items"]).reshape(entry["shape"])
+            return columns.as_object_array(entry["items"]).reshape(entry["shape"])
         if kind == "json":
             return entry["value"]
         if kind != "pickle":
-            raise StorageError(f"{self.path}: {name} is stored in an unknown way, {kind!r}")
-        if not self.allow_pickle:
+            raise ValueError(f"{name} is stored in an unknown way, {kind!r}")
+        if not self._allow_pickle:
             raise StorageError(
-                f"{self.path}: {name} holds pickled objects, and loading those can run any code. "
+                f"{self._path}: {name} holds pickled objects, and loading those can run any code. "
                 "If you trust the file, pass allow_pickle=True to load_from_disk"
             )
         return pickle.loads(self.tensors[entry["at"]].numpy().tobytes())
 
+    def _decode_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
+        if entry["kind"] == "strided":
+            return columns.from_strided_parts(
+                self._decode(name, entry["elements"]), entry["shapes"]
+            )
+        if entry["kind"] == "jagged":
+            values, offsets = (self._decode(name, entry[part]) for part in ("values", "offsets"))
+            return _jagged(self._known, values, offsets, entry["ragged_idx"])
+        tensor, dtype = self.tensors[entry["at"]], getattr(torch, entry["dtype"])
+        return (tensor if tensor.dtype == dtype else tensor.view(dtype)).reshape(entry["shape"])
 
-def _as_bytes(data: bytes) -> torch.Tensor:
+
+def _jagged(known: _Known, values: torch.Tensor, offsets: torch.Tensor, idx: int) -> torch.Tensor:
+    """Columns with equal offsets have the same, for torch to let them be combined."""
+    return columns.jagged(values, known.setdefault(offsets.numpy().tobytes(), offsets), idx)
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
-
-
-def _is_json_key(key: object) -> bool:
-    if type(key) is tuple:
-        return all(map(_is_json_key, key))
-    return key is None or type(key) in (bool, int, float, str)
 
 
 def _key(key: Any) -> Any:
     return tuple(map(_key, key)) if isinstance(key, list) else key
 
 
-def _is_json(value: object) -> bool:
-    """Whether JSON brings back exactly this value."""
+def _odd(value: object) -> str | None:
+    """What of a value JSON would not bring back as it is; None if there is nothing."""
     try:
-        json.dumps(value)  # refuses cycles, so that the walk below ends
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return _odd_type(value) is None
+        odd = _odd_type(value)
+        if odd is None:
+            json.dumps(value)
+        return odd
+    except (RecursionError, ValueError) as error:  # a cycle; a number that is too long
+        return str(error)
 
 
 def _odd_type(value: Any) -> str | None:
-    """The type of something in the value that JSON cannot bring back; None if there is nothing."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "O":
-        value = value.ravel().tolist()
     if type(value) is dict:
         if any(type(key) is not str for key in value):
             return "dict with keys that are not str"
@@ -277,3 +239,69 @@ def _odd_type(value: Any) -> str | None:
     if value is None or type(value) in (bool, int, float, str):
         return None
     return type(value).__name__
+
+
+def serialize_single_tensor(obj: torch.Tensor) -> _Bytes:
+    """`(dtype, shape, bytes)` of a dense tensor; the bytes are a view of a contiguous CPU tensor.
+
+    >>> serialize_single_tensor(torch.zeros(2, 3))[:2]
+    ('float32', (2, 3))
+    """
+    if obj.layout is not torch.strided or obj.is_nested:
+        raise BatchTypeError(
+            "a dense tensor is needed: serialize_tensordict also takes nested ones"
+        )
+    data = columns.flat_bytes(obj).numpy().data
+    return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), data
+
+
+def deserialize_single_tensor(arr: Any) -> torch.Tensor:
+    """The tensor that `serialize_single_tensor` took apart, in its own writable memory."""
+    name, shape, data = arr
+    flat, dtype = torch.from_numpy(np.frombuffer(data, np.uint8).copy()), getattr(torch, name)
+    return (flat.view(dtype) if len(flat) else flat.to(dtype)).reshape(tuple(shape))
+
+
+def serialize_tensordict(
+    batch: TensorDict,
+) -> tuple[tuple[int, ...], str | None, dict[str, tuple[Any, ...]]]:
+    """`(batch_size, device, tensors)`, each tensor as `serialize_single_tensor` makes it.
+
+    A nested tensor becomes `("jagged", [row, ...])` or `("strided", [row, ...])` by its layout, or
+    `("jagged", values, offsets, ragged_idx)` where the rows would not tell its ragged dim.
+    """
+    device = None if batch.device is None else str(batch.device)
+    tensors = {key: _taken_apart(tensor.detach()) for key, tensor in leaves(batch).items()}
+    return tuple(batch.batch_size), device, tensors
+
+
+def _taken_apart(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if not tensor.is_nested:
+        return serialize_single_tensor(tensor)
+    if columns.is_strided(tensor):
+        return "strided", [serialize_single_tensor(row) for row in tensor.unbind()]
+    values, offsets, ragged_idx = columns.jagged_parts(tensor)
+    if ragged_idx == 1 and tensor.size(0):
+        rows = torch.split(values, offsets.diff().tolist())
+        return "jagged", [serialize_single_tensor(row) for row in rows]
+    return "jagged", serialize_single_tensor(values), serialize_single_tensor(offsets), ragged_idx
+
+
+def deserialize_tensordict(arr: Any) -> TensorDict:
+    """The TensorDict that `serialize_tensordict` took apart."""
+    batch_size, device, tensors = arr
+    known: _Known = {}
+    made = {key: _put_together(packed, known) for key, packed in tensors.items()}
+    return TensorDict(made, tuple(batch_size), device=device)
+
+
+def _put_together(packed: Any, known: _Known) -> torch.Tensor:
+    if packed[0] not in ("jagged", "strided"):
+        return deserialize_single_tensor(packed)
+    if len(packed) == 4:
+        values, offsets = map(deserialize_single_tensor, packed[1:3])
+        return _jagged(known, values, offsets, packed[3])
+    rows = [deserialize_single_tensor(row) for row in packed[1]]
+    if packed[0] == "strided":
+        return columns.strided(rows, torch.empty(0))
+    return _jagged(known, *columns.jagged_parts(columns.nested_tensor_from_tensor_list(rows, 1)))

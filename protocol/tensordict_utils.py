@@ -2,42 +2,28 @@
 
 A function that begins with `assign` or `pop` changes its TensorDict, and so do
 `union_tensor_dict` (its first) and `maybe_fix_3d_position_ids`; all others return a new one that
-shares the tensors it did not have to copy. Values get in by `tensordict_build`; rows are cut and
-joined by `tensordict_rows`.
+shares the tensors it did not have to copy. Jagged tensors may be in all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from protocol import checks, columns, summary, tensordict_rows
+from protocol import checks, columns, combine
+from protocol.batches import concat_batches
+from protocol.batches import pad_dataproto_to_divisor as pad_to_divisor
+from protocol.batches import unpad_dataproto as unpad
+from protocol.columns import nested_tensor_from_tensor_list
 from protocol.errors import (
     BatchError,
     BatchTypeError,
-    MissingKeyError,
+    ConflictError,
     RowCountError,
-)
-from protocol.indices import normalize_index
-from protocol.keyed import union_columns
-from protocol.nested import (
-    concat_nested_tensors,
-    maybe_fix_3d_position_ids,
-    nested_tensor_from_tensor_list,
-)
-from protocol.sampling import mini_batches
-from protocol.shards import equal_sizes
-from protocol.tensordict_build import (
-    assign_non_tensor,
-    assign_non_tensor_data,
-    assign_non_tensor_stack,
-    get_tensordict,
-    list_of_dict_to_tensordict,
-    unwrap_non_tensor_data,
 )
 
 __all__ = [
@@ -67,35 +53,133 @@ __all__ = [
     "unwrap_non_tensor_data",
 ]
 
+# Values, in and out
+
+
+def get_tensordict(
+    tensor_dict: Mapping[str, torch.Tensor | np.ndarray[Any, Any] | list[Any]],
+    non_tensor_dict: Mapping[str, Any] | None = None,
+) -> TensorDict:
+    """A TensorDict with one batch dim.
+
+    In `tensor_dict`, dim 0 of a tensor is its rows, and a list or array holds one object per row.
+    All rows share the values of `non_tensor_dict`, lists included.
+
+    >>> td = get_tensordict({"ids": torch.zeros(2, 3), "text": ["a", "b"]}, {"temperature": 0.7})
+    >>> td[0]["text"], td[0]["temperature"]
+    ('a', 0.7)
+
+    Raises:
+        BatchError: the values differ in rows, a tensor has no dim, a value is of another type or
+            a list of tensors, or a key is in both.
+    """
+    shared = checks.mapping("non_tensor_dict", non_tensor_dict)
+    if both := sorted(set(tensor_dict) & set(shared)):
+        raise ConflictError(f"keys may be in tensor_dict or in non_tensor_dict; both have {both}")
+    values = {key: _column(key, value) for key, value in tensor_dict.items()}
+    counts = {key: columns.rows(value, key) for key, value in values.items()}
+    size = [*counts.values()][:1]
+    for key, count in counts.items():
+        if [count] != size:
+            raise RowCountError(
+                f"Batch size of tensor {key} is not consistent with other tensors. "
+                f"Expected {size[0]}, got {count}"
+            )
+    for key, value in shared.items():
+        values[key] = NonTensorData(unwrap_non_tensor_data(value), batch_size=size)
+    return columns.build(values, size)
+
+
+def _column(key: str, value: Any) -> Any:
+    if isinstance(value, torch.Tensor | NonTensorStack):
+        return value
+    if not isinstance(value, list | np.ndarray):
+        raise BatchTypeError(
+            f"{key} -> {type(value)} isn't of 'torch.Tensor | list | np.ndarray' type; "
+            "a value that all rows share belongs in non_tensor_dict"
+        )
+    if any(isinstance(element, torch.Tensor) for element in value):
+        raise BatchTypeError(
+            f"{key}: Passing a list makes the data NonTensorStack, which doesn't support "
+            "torch.Tensor: use torch.stack or nested_tensor_from_tensor_list"
+        )
+    return columns.stack(list(value))
+
+
+def list_of_dict_to_tensordict(list_of_dicts: list[dict[str, Any]]) -> TensorDict:
+    """One row per dict. Tensors become a jagged column, 0-dim ones a dense column of their values.
+
+    The column is jagged also when the rows happen to have one shape, so that its layout does not
+    depend on the data. Anything but tensors becomes one Python object per row.
+
+    Raises:
+        BatchError: no dict, they differ in keys, or the tensors of a key do not go together.
+    """
+    if not list_of_dicts:
+        raise BatchError("list_of_dicts must have at least one dict, to know the keys; got none")
+    combine.require_same_keys(list_of_dicts, "dicts", "row")
+    values: dict[str, Any] = {}
+    for key in list_of_dicts[0]:
+        rows = [row[key] for row in list_of_dicts]
+        if not all(isinstance(row, torch.Tensor) for row in rows):
+            values[key] = columns.stack(rows)
+        elif all(row.dim() == 0 for row in rows):
+            values[key] = torch.stack(rows)
+        else:
+            try:
+                values[key] = nested_tensor_from_tensor_list(rows)
+            except BatchError as error:
+                raise BatchError(f"key {key!r}: {error}") from error
+    return columns.build(values, [len(list_of_dicts)])
+
+
+def assign_non_tensor_data(tensor_dict: TensorDict, key: str, val: Any) -> None:
+    """Set, in place, one object that all rows share."""
+    value: Any = NonTensorData(unwrap_non_tensor_data(val), batch_size=tensor_dict.batch_size)
+    tensor_dict.set(key, value)
+
+
+def assign_non_tensor_stack(tensor_dict: TensorDict, key: str, val: list[Any]) -> None:
+    """Set, in place, one object per row; RowCountError if there are more or fewer."""
+    rows = tensor_dict.batch_size[:1]
+    if rows and len(checks.list_of(object, key, val)) != rows[0]:
+        raise RowCountError(f"{key} needs one element for each of {rows[0]} rows; got {len(val)}")
+    columns.put(tensor_dict, key, columns.stack(val))
+
+
+def assign_non_tensor(tensor_dict: TensorDict, **kwargs: Any) -> TensorDict:
+    """Set, in place, a list as one object per row and anything else as shared by all rows."""
+    for key, value in kwargs.items():
+        if isinstance(value, list | NonTensorStack):
+            elements = value.tolist() if isinstance(value, NonTensorStack) else value
+            assign_non_tensor_stack(tensor_dict, key, elements)
+        else:
+            assign_non_tensor_data(tensor_dict, key, value)
+    return tensor_dict
+
+
+def unwrap_non_tensor_data(data: Any) -> Any:
+    """The object inside a NonTensorData; anything else as it is."""
+    return data.data if isinstance(data, NonTensorData) else data
+
 
 def get_non_tensor_data(data: TensorDict, key: str, default: Any) -> Any:
     """The shared object under `key`; a tensor or stack as it is; `default` if there is no key."""
-    checks.named("key", key)
-    return unwrap_non_tensor_data(checks.tensordict("data", data).get(key, default))
+    return unwrap_non_tensor_data(data.get(key, default))
 
 
 def get(tensordict: TensorDict, key: str, default: Any = None) -> Any:
     """The tensor, the shared object, or the list of one object per row; `default` if missing."""
-    checks.named("key", key)
-    value = checks.tensordict("tensordict", tensordict).get(key, default)
+    value = tensordict.get(key, default)
     return value.tolist() if isinstance(value, NonTensorStack) else unwrap_non_tensor_data(value)
 
 
 def get_keys(tensordict: TensorDict, keys: Iterable[str]) -> TensorDict:
-    """Only these keys.
-
-    Raises:
-        MissingKeyError: a key that the TensorDict lacks.
-    """
-    have = checks.tensordict("tensordict", tensordict).keys()
-    values = {}
-    for key in checks.key_list("keys", keys):
-        if checks.named("a key", key) not in have:
-            raise MissingKeyError(
-                f"key {key} not in tensordict, which has {sorted(map(str, have))}"
-            )
-        values[key] = tensordict.get(key)
-    return tensordict_rows.build(values, tensordict.batch_size, tensordict.device)
+    """Only these keys; MissingKeyError for one that is not there."""
+    keys = checks.key_list("keys", keys)
+    combine.require_keys(keys, tensordict.keys(), "tensordict")
+    values = {key: tensordict.get(key) for key in keys}
+    return columns.build(values, tensordict.batch_size, tensordict.device)
 
 
 def pop(tensordict: TensorDict, key: str, default: Any = None) -> Any:
@@ -107,11 +191,7 @@ def pop(tensordict: TensorDict, key: str, default: Any = None) -> Any:
 
 
 def pop_keys(tensordict: TensorDict, keys: Iterable[str]) -> TensorDict:
-    """Like `get_keys`, and removes the keys in place: all of them, or none if one is missing.
-
-    Raises:
-        MissingKeyError: a key that the TensorDict lacks.
-    """
+    """Like `get_keys`, and removes the keys in place: all of them, or none if one is missing."""
     popped = get_keys(tensordict, keys)
     for key in popped.keys():  # noqa: SIM118
         tensordict.del_(key)
@@ -119,77 +199,61 @@ def pop_keys(tensordict: TensorDict, keys: Iterable[str]) -> TensorDict:
 
 
 def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> TensorDict:
-    """`tensor_dict1`, to which the columns of `tensor_dict2` are added in place. Under a common key
-    both must be equal; NaN equals NaN.
-
-    Raises:
-        ConflictError: a common key holds different values; then nothing is added.
-        RowCountError: the batch sizes differ.
+    """`tensor_dict1`, to which the columns of `tensor_dict2` are added in place. ConflictError if a
+    common key holds different values (NaN equals NaN): then nothing is added.
     """
-    checks.tensordict("tensor_dict1", tensor_dict1)
-    if tensor_dict1.batch_size != checks.tensordict("tensor_dict2", tensor_dict2).batch_size:
-        raise RowCountError(
-            "Two tensor dict must have identical batch size. "
-            f"Got {tensor_dict1.batch_size} and {tensor_dict2.batch_size}"
-        )
-    have = _plain(tensor_dict1)
-    for key in union_columns(have, _plain(tensor_dict2)):
-        if key not in have:
-            tensordict_rows.put(tensor_dict1, key, tensor_dict2.get(key))
+    for key, value in combine.added(tensor_dict1, tensor_dict2).items():
+        columns.put(tensor_dict1, key, value)
     return tensor_dict1
 
 
-def _plain(td: TensorDict) -> dict[str, Any]:
-    return {key: get(td, key) for key in map(str, td.keys())}
-
-
 def assert_tensordict_eq(tensordict1: TensorDict, tensordict2: TensorDict) -> None:
-    """Check that keys, types and values are equal; NaN equals NaN.
-
-    Raises:
-        BatchError: they are not; the message names the first key that differs and both values.
+    """Check that keys, types and values are equal; NaN equals NaN. BatchError names the first key
+    that differs, and both values.
     """
-    keys1 = set(checks.tensordict("tensordict1", tensordict1).keys())
-    keys2 = set(checks.tensordict("tensordict2", tensordict2).keys())
-    if keys1 != keys2:
+    left, right = combine.unwrapped(tensordict1), combine.unwrapped(tensordict2)
+    if left.keys() != right.keys():
         raise BatchError(
-            f"key set diffs. Got tensordict2_key_set={keys2} vs tensordict1_key_set={keys1}"
+            f"key set diffs. Got tensordict2_key_set={set(right)} vs "
+            f"tensordict1_key_set={set(left)}"
         )
-    plain1, plain2 = _plain(tensordict1), _plain(tensordict2)
-    for key, left in plain1.items():
-        right = plain2[key]
-        if type(left) is not type(right):
-            raise BatchError(
-                f"The type of {key} must be the same. Got {type(left)} vs {type(right)}"
-            )
-        if not columns.equal(left, right):
-            raise BatchError(
-                f"The values of {key} must be equal: {summary.difference(left, right)}"
-            )
+    for key, a in left.items():
+        if type(a) is not type(b := right[key]):
+            raise BatchError(f"The type of {key} must be the same. Got {type(a)} vs {type(b)}")
+        if not combine.equal(a, b):
+            raise BatchError(f"The values of {key} must be equal: {combine.difference(a, b)}")
 
 
-def index_select_tensor_dict(
-    batch: TensorDict, indices: torch.Tensor | list[int] | np.ndarray[Any, Any]
-) -> TensorDict:
-    """Copy the rows at `indices` (one dim; may repeat, be negative, or be a boolean mask).
+def contiguous(data: TensorDict) -> TensorDict:
+    """The same values with every tensor contiguous; those that are already are shared."""
+    return columns.map_leaves(
+        data, lambda value: value.contiguous() if isinstance(value, torch.Tensor) else value
+    )
 
-    Raises:
-        BatchTypeError: the indices are not one list of integers or booleans.
-        RowIndexError: a row that is not there.
+
+def maybe_fix_3d_position_ids(data: TensorDict) -> None:
+    """Restore, in place, the ragged dim of `data["position_ids"]` with rows (axes, length).
+
+    Some versions of torch and tensordict lose it on the way through pickle or `consolidate`, and
+    take dim 1 for the ragged one. Anything else is left as it is.
     """
-    index = normalize_index(indices, tensordict_rows.count_rows(batch))
-    if isinstance(index, slice):
-        raise BatchTypeError("indices must be a 1D tensor or a list; for a slice use batch[a:b]")
-    return tensordict_rows.take(batch, index)
+    ids: Any = data.get("position_ids", None)
+    if not columns.is_nested(ids) or columns.is_strided(ids) or ids._ragged_idx != 1:  # type: ignore[attr-defined]
+        return
+    values, offsets = ids.values(), ids.offsets()  # type: ignore[attr-defined]
+    if values.dim() == 2 and values.shape[1] == int(offsets[-1]):
+        data.set("position_ids", columns.jagged(values, offsets, 2))
 
 
-def chunk_tensordict(td: TensorDict, chunks: int) -> list[TensorDict]:
-    """Exactly `chunks` TensorDicts of equally many consecutive rows, which are views.
+# Rows
 
-    Raises:
-        ChunkError: the rows do not divide by `chunks`.
-    """
-    return tensordict_rows.split(td, equal_sizes(tensordict_rows.count_rows(td), chunks))
+
+def concat_nested_tensors(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """All rows of all jagged tensors, as one jagged tensor; BatchError if they do not fit."""
+    for i, tensor in enumerate(tensors):
+        if not columns.is_nested(tensor):
+            raise BatchTypeError(f"tensor {i} must be jagged; got {columns.describe(tensor)}")
+    return columns.cat(tensors)  # type: ignore[no-any-return]
 
 
 def concat_tensordict(data: list[TensorDict]) -> TensorDict:
@@ -197,53 +261,39 @@ def concat_tensordict(data: list[TensorDict]) -> TensorDict:
 
     Of an object that all rows share, the first TensorDict's stays, as in veRL; use
     `assign_non_tensor_stack` for values that differ. If no TensorDict has a batch dim, this is
-    `concat_tensordict_with_none_bsz`.
-
-    Raises:
-        BatchError: nothing to concatenate, or a key holds values that do not go together.
-        MissingKeyError: the keys differ.
-        RowCountError: only some have a batch dim.
+    `concat_tensordict_with_none_bsz`. BatchError if they do not go together.
     """
-    _some_tensordicts(data)
-    if not any(td.batch_size for td in data):
-        return tensordict_rows.copy(concat_tensordict_with_none_bsz(data))
-    return tensordict_rows.concat(data)
+    return concat_batches(data)  # type: ignore[return-value]
 
 
 def concat_tensordict_with_none_bsz(data: list[TensorDict]) -> TensorDict:
-    """The first of several TensorDicts without batch dim: they have no rows to join.
-
-    Raises:
-        BatchError: nothing to concatenate.
-        RowCountError: one has a batch dim.
-    """
-    _some_tensordicts(data)
+    """The first of several TensorDicts without batch dim: they have no rows to join."""
     for shard, td in enumerate(data):
         if td.batch_size:
             raise RowCountError(
                 f"TensorDict {shard} must have batch_size=[]; got {list(td.batch_size)}. "
                 "concat_tensordict joins rows"
             )
-    return get_keys(data[0], map(str, data[0].keys()))
+    return concat_tensordict(data)
 
 
-def _some_tensordicts(data: list[TensorDict]) -> None:
-    for shard, td in enumerate(checks.list_of(object, "data", data)):
-        checks.tensordict(f"data[{shard}]", td)
-    if not data:
-        raise BatchError("Must have at least one tensordict to concatenate")
+def chunk_tensordict(td: TensorDict, chunks: int) -> list[TensorDict]:
+    """Exactly `chunks` TensorDicts of equally many consecutive rows, which are views. ChunkError if
+    the rows do not divide.
+    """
+    return columns.split(td, checks.equal_sizes(columns.rows(td, "td"), chunks))
 
 
-def contiguous(data: TensorDict) -> TensorDict:
-    """The same values with every tensor contiguous; those that are already are shared."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, NonTensorStack | NonTensorData):
-            return value
-        return contiguous(value) if isinstance(value, TensorDictBase) else value.contiguous()
-
-    values = {key: convert(value) for key, value in checks.tensordict("data", data).items()}
-    return tensordict_rows.build(values, data.batch_size, data.device)
+def index_select_tensor_dict(
+    batch: TensorDict, indices: torch.Tensor | list[int] | np.ndarray[Any, Any]
+) -> TensorDict:
+    """Copy the rows at `indices` (one dim; may repeat, be negative, or be a boolean mask).
+    RowIndexError for a row that is not there.
+    """
+    index = checks.normalize_index(indices, columns.rows(batch, "batch"))
+    if isinstance(index, slice):
+        raise BatchTypeError("indices must be a 1D tensor or a list; for a slice use batch[a:b]")
+    return columns.take(batch, index)  # type: ignore[no-any-return]
 
 
 def make_iterator(
@@ -255,43 +305,9 @@ def make_iterator(
 ) -> Iterator[TensorDict]:
     """Mini-batches (copies) of `mini_batch_size` rows, `epochs` times over.
 
-    Rows keep their order unless `dataloader_kwargs` (for torch's DataLoader) has `shuffle=True`;
-    `seed` makes the shuffled order repeatable.
-
-    Raises:
-        BatchError: the rows do not divide by `mini_batch_size`, and `drop_last` is not given.
+    In order, unless `dataloader_kwargs` (for torch's DataLoader) has `shuffle=True`; `seed` makes
+    that repeatable. BatchError if the rows do not divide, and `drop_last` is not given.
     """
-    rows = tensordict_rows.count_rows(tensordict)
-    picks = mini_batches(rows, mini_batch_size, epochs, seed, dataloader_kwargs)
-    return (tensordict_rows.take(tensordict, index) for index in picks)
-
-
-def pad_to_divisor(data: TensorDict, size_divisor: int) -> tuple[TensorDict, int]:
-    """`(padded, pad_size)`: rows from the top are repeated until `size_divisor` divides them.
-
-    A batch that divides already, so also one of zero rows, is returned as it is.
-
-    Raises:
-        BatchError: `size_divisor` is less than one.
-    """
-    size_divisor = checks.count("size_divisor", size_divisor, least=1)
-    rows = tensordict_rows.count_rows(data)
-    pad_size = -rows % size_divisor
-    if pad_size == 0:
-        return data, 0
-    return tensordict_rows.take(data, torch.arange(rows + pad_size) % rows), pad_size
-
-
-def unpad(data: TensorDict, pad_size: int) -> TensorDict:
-    """Without the last `pad_size` rows; the others are views.
-
-    Raises:
-        RowCountError: `pad_size` is negative or more than the rows there are.
-    """
-    pad_size = checks.count("pad_size", pad_size, least=None)
-    if pad_size == 0:
-        return checks.tensordict("data", data)
-    rows = tensordict_rows.count_rows(data)
-    if not 0 <= pad_size <= rows:
-        raise RowCountError(f"pad_size must be between 0 and {rows} rows; got {pad_size}")
-    return tensordict_rows.slice_rows(data, 0, rows - pad_size)
+    options = mini_batch_size, epochs, seed, dataloader_kwargs
+    picks = checks.mini_batches(columns.rows(tensordict, "tensordict"), *options)
+    return (columns.take(tensordict, index) for index in picks)

@@ -12,8 +12,7 @@ from single_controller.base import (
     Worker,
     WorkerGroup,
 )
-from single_controller.base.spans import span
-from single_controller.base.trace import trace
+from single_controller.base.trace import span, trace
 from single_controller.errors import (
     CallTimeoutError,
     CollectiveError,

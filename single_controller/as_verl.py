@@ -23,13 +23,11 @@ from typing import Any
 
 from single_controller.base.dispatch import ByRows
 from single_controller.base.plan import Plan
-from single_controller.port import HOMES, MODULES
-from single_controller.verl import BEFORE, WORKERS, named
+from single_controller.verl import BEFORE, HOMES, MODULES, WORKERS, named
 
 __all__ = ["QueueRows", "in_worker", "install"]
 
 _PAGE = "docs/from_verl.md says what to use instead"
-_KEPT = ("verl.utils.device",)  # veRL's own platforms decide there
 _STAND_INS = ("verl", "verl.utils", "verl.utils.ray_utils")  # packages that are veRL's where it is
 _QUEUE = "verl.utils.transferqueue_utils"
 _HOOK = "RAY_RUNTIME_ENV_HOOK"
@@ -37,16 +35,15 @@ _HOOK = "RAY_RUNTIME_ENV_HOOK"
 
 class _Finder(MetaPathFinder, Loader):
     def __init__(self, installed: bool) -> None:
-        self._homes = {k: v for k, v in MODULES.items() if not (installed and k in _KEPT)}
+        own = ("verl.utils.device",) if installed else ()  # veRL's own platforms decide there
+        self._homes = {name: home for name, home in MODULES.items() if name not in own}
         self._stand_ins = () if installed else _STAND_INS
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname in self._homes:
-            return spec_from_loader(fullname, self)
-        if fullname in self._stand_ins:
-            return spec_from_loader(fullname, self, is_package=True)
+        if fullname in self._homes or fullname in self._stand_ins:
+            return spec_from_loader(fullname, self, is_package=fullname in self._stand_ins)
         below = fullname.startswith("verl.single_controller.")
         if below or (self._stand_ins and fullname.startswith("verl.")):
             missing = "is not in this core" if below else "needs veRL, which is not installed"
@@ -73,7 +70,7 @@ def _absent(module: str) -> Callable[[str], Any]:
     def found(name: str) -> Any:
         full = f"{module}.{name}"
         if full in HOMES:
-            return getattr(importlib.import_module(HOMES[full]), name)
+            return named(HOMES[full])
         if full in MODULES or full in _STAND_INS:  # veRL's packages import what is below them
             return importlib.import_module(full)
         message = f"{full} is not in this core: {_PAGE}"
@@ -116,19 +113,16 @@ def _bridged(decorator: Any) -> Callable[..., Any]:
     """`register` whose methods read from TransferQueue the rows of which they get a record, and put
     there what they return: veRL's own function does both.
     """
-    register = decorator.register
+    register, every = decorator.register, decorator.Dispatch.ALL_TO_ALL
 
-    def register_bridged(
-        dispatch_mode: Any = decorator.Dispatch.ALL_TO_ALL, *more: Any, **options: Any
-    ) -> Any:
+    def bridged(dispatch_mode: Any = every, *more: Any, **options: Any) -> Any:
         mode = decorator._check_dispatch_mode(dispatch_mode)
-        by_rows = type(mode) is ByRows
-        ours = QueueRows(**vars(mode)) if by_rows else dispatch_mode
+        ours = QueueRows(**vars(mode)) if type(mode) is ByRows else dispatch_mode
         mark = register(ours, *more, **options)
         bridge = importlib.import_module(_QUEUE).tqbridge(dispatch_mode)
         return lambda method: mark(bridge(method))
 
-    return register_bridged
+    return bridged
 
 
 def install() -> None:
@@ -149,8 +143,8 @@ def install() -> None:
         )
     sys.meta_path.insert(0, _Finder(PathFinder.find_spec("verl") is not None))
     ours = "single_controller.verl.runtime_env"
-    if os.environ.get(_HOOK, ours) != ours:
-        os.environ[BEFORE] = os.environ[_HOOK]
+    if (before := os.environ.get(_HOOK, ours)) != ours:
+        os.environ[BEFORE] = before
     os.environ[_HOOK] = ours
 
 

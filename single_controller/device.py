@@ -1,10 +1,14 @@
-"""The one table of what differs between kinds of device. What CUDA alone can do names it: lending
-memory (`protocol.ipc`) and telling devices apart.
+"""The one table of what differs between kinds of device, and roles that take turns on a device.
+
+What CUDA alone can do names it: lending memory, in `protocol`, and telling devices apart.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +16,7 @@ __all__ = [
     "CPU",
     "DEVICE_KINDS",
     "DeviceKind",
+    "Turns",
     "device_kind",
     "get_device_id",
     "get_device_name",
@@ -20,6 +25,7 @@ __all__ = [
     "get_torch_device",
     "get_visible_devices_keyword",
     "is_device_available",
+    "move",
 ]
 
 
@@ -45,14 +51,13 @@ class DeviceKind:
         """Whether torch sees a device of this kind in this process."""
         if self.name == "cpu":
             return True
-        if self.plugin is not None and importlib.util.find_spec(self.plugin) is None:
-            return False
+        if self.plugin is not None:
+            if importlib.util.find_spec(self.plugin) is None:
+                return False
+            importlib.import_module(self.plugin)
         import torch
 
-        if self.plugin is not None:
-            importlib.import_module(self.plugin)
-        module = getattr(torch, self.name, None)
-        return module is not None and bool(module.is_available())
+        return bool(getattr(torch, self.name).is_available())
 
 
 CPU = DeviceKind("cpu", "CPU", "", "gloo")
@@ -74,11 +79,10 @@ def device_kind(name: str | None = None) -> DeviceKind:
     """
     if name is None:
         return next(kind for kind in DEVICE_KINDS if kind.is_available())
-    for kind in DEVICE_KINDS:
-        if kind.name == name.split(":")[0]:
-            return kind
-    known = ", ".join(kind.name for kind in DEVICE_KINDS)
-    raise ValueError(f"device_name must be one of {known}; got {name!r}")
+    known = {kind.name: kind for kind in DEVICE_KINDS}
+    if name.split(":")[0] not in known:
+        raise ValueError(f"device_name must be one of {', '.join(known)}; got {name!r}")
+    return known[name.split(":")[0]]
 
 
 def get_device_name() -> str:
@@ -119,3 +123,74 @@ def get_visible_devices_keyword() -> str:
 def is_device_available() -> bool:
     """Whether this process sees an accelerator."""
     return device_kind() is not CPU
+
+
+def move(owner: object, device: Any) -> None:
+    """Move the modules and optimizers among an object's attributes to a device, in place.
+
+    Parameters keep their identity, so optimizers and `DistributedDataParallel` stay valid; a
+    module of FSDP2 gives up its gathered parameters first. Memory that is free afterwards goes
+    back to the device.
+
+    Args:
+        owner: usually a worker. Attributes that are lists, tuples or dicts of modules count too,
+            and so do the attributes of objects that it holds, such as an engine's, one level deep.
+        device: a `torch.device` or its name.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    device = torch.device(device)
+    for value in _held(vars(owner), torch.nn.Module):
+        if isinstance(value, torch.nn.Module):
+            for part in value.modules():
+                if callable(reshard := getattr(part, "reshard", None)):
+                    reshard()
+            value.to(device)
+        elif isinstance(value, torch.optim.Optimizer):
+            for state, key, entry in [(s, *i) for s in value.state.values() for i in s.items()]:
+                if isinstance(entry, torch.Tensor) and entry.dim():
+                    state[key] = entry.to(device)
+    if device.type == CPU.name:
+        gc.collect()
+        for kind in {torch.accelerator.current_accelerator()} - {None}:
+            getattr(torch, kind.type).empty_cache()
+
+
+def _held(value: Any, module: type) -> Iterator[Any]:
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _held(item, module)
+    else:
+        yield value
+        # A module moves whole, and another role has turns of its own.
+        if not isinstance(value, (module, type)) and not hasattr(type(value), "takes_turns"):
+            yield from getattr(value, "__dict__", {}).values()
+
+
+class Turns:
+    """Of the roles of a process that take turns, at most one is on the device at a time."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Any] = {}
+        self.any = False  # where none does, nobody needs to ask
+        self._resident: str | None = None
+
+    def add(self, role: str, worker: Any) -> None:
+        """Take note of a role that was just built, and off the device if it takes turns."""
+        if worker.takes_turns:
+            self._workers[role], self.any = worker, True
+            worker.offload()
+
+    def take(self, role: str) -> None:
+        """Bring a role to the device, after the one that was there has left it.
+
+        If `onload` raises, such as for want of memory, no role counts as being there.
+        """
+        if role == self._resident or role not in self._workers:
+            return
+        if self._resident is not None:
+            self._workers[self._resident].offload()
+            self._resident = None
+        self._workers[role].onload()
+        self._resident = role

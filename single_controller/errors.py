@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
 import textwrap
@@ -22,6 +23,7 @@ __all__ = [
     "UnknownRoleError",
     "WorkerDiedError",
     "WorkerError",
+    "check_seconds",
 ]
 
 
@@ -81,11 +83,10 @@ class CallTimeoutError(SingleControllerError, TimeoutError):
         self, message: str, pending_ranks: Sequence[int], stacks: Mapping[int, str] | None = None
     ) -> None:
         Exception.__init__(self, message)
-        self.pending_ranks = tuple(pending_ranks)
-        self.stacks = dict(stacks or {})
+        self.pending_ranks, self.stacks = tuple(pending_ranks), dict(stacks or {})
 
     def __str__(self) -> str:
-        return str(self.args[0]) + _show_stacks(self.stacks)
+        return str(self.args[0]) + _shown(self.stacks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.args[0], self.pending_ranks, self.stacks)
@@ -107,39 +108,32 @@ class WorkerError(SingleControllerError, RuntimeError):
     pid: int
     remote_traceback: str
     when: float
-    log_tail: str
-    failed_ranks: int
-    stuck: Mapping[int, str]
+    log_tail: str = ""
+    failed_ranks: int = 1
+    stuck: Mapping[int, str] = {}
+    _pickled_cause = b""
 
     def __init__(self, message: str, **where: Any) -> None:
         Exception.__init__(self, message)  # not the next in line: that may be the cause's type
         self._where = where
-        self.log_tail = ""
-        self.failed_ranks = 1
-        self.stuck = {}
-        for name, value in where.items():
-            setattr(self, name, value)
+        self.__dict__.update(where)
 
     def __str__(self) -> str:
-        more = self.failed_ranks - 1
-        others = f"\n({more} other rank{'s' * (more > 1)} failed as well.)" if more else ""
-        return f"{self.args[0]}{others}{self._details()}{self._ended()}"
+        text, more = f"{self.args[0]}", self.failed_ranks - 1
+        if more:
+            text += f"\n({more} other rank{'s' * (more > 1)} failed as well.)"
+        text += self._details()
+        if self.stuck:
+            text += f"\n\nRanks {[*self.stuck]} waited for it in a collective and were ended:"
+        return text + _shown(self.stuck)
 
     def _details(self) -> str:
         return f"\n\n{self.remote_traceback.rstrip()}" if self.remote_traceback else ""
 
-    def _ended(self) -> str:
-        if not self.stuck:
-            return ""
-        waited = f"\n\nRanks {list(self.stuck)} waited for it in a collective and were ended:"
-        return waited + _show_stacks(self.stuck)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self)._rebuild, (self.args[0], self._where)
-
-    @classmethod
-    def _rebuild(cls, message: str, where: Mapping[str, Any]) -> WorkerError:
-        return cls(message, **where)
+        if self._pickled_cause:
+            return _rebuilt, (self.args[0], self._where, self._pickled_cause)
+        return functools.partial(type(self), **self._where), (self.args[0],)
 
     @staticmethod
     def wrap(
@@ -151,38 +145,34 @@ class WorkerError(SingleControllerError, RuntimeError):
         program, as cloudpickle does, lets it be caught as such there.
         """
         try:
-            text = str(cause)
+            text = f"{type(cause).__name__}: {cause}".removesuffix(": ")
         except Exception:
-            text = ""
-        what = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
-        message = (
-            f"{where['role']}.{where['method']} failed on rank {where['rank']} "
-            f"(node {where['node_ip']}, pid {where['pid']}): {_shorten(what)}"
-        )
-        where["remote_traceback"] = _shorten(where["remote_traceback"], 20_000)
-        return _rebuild_worker_error(message, where, _pickled(cause, dumps))
+            text = type(cause).__name__
+        message = "{role}.{method} failed on rank {rank} (node {node_ip}, pid {pid}): "
+        where["remote_traceback"] = _shortened(where["remote_traceback"], 20_000)
+        return _rebuilt(message.format(**where) + _shortened(text), where, _pickled(cause, dumps))
 
 
 class WorkerDiedError(WorkerError):
     """A worker's process ended while it was needed. `remote_traceback` is what Ray knows of it.
 
-    `exit_code` is what it exited with, or minus the signal that killed it; None where nobody
-    knows.
+    `exit_code` is what its code asked for by `sys.exit`; None where it ended otherwise.
     """
 
     exit_code: int | None = None
 
     def _details(self) -> str:
-        log = self.log_tail
-        return "\n\nThe last lines that it wrote:\n" + textwrap.indent(log, "  ") if log else ""
+        said = super()._details() if self.exit_code is None else ""  # else the message says all
+        log = textwrap.indent(self.log_tail, "  ")
+        return said + (f"\n\nThe last lines that it wrote:\n{log}" if log else "")
 
 
-def _show_stacks(stacks: Mapping[int, str]) -> str:
+def _shown(stacks: Mapping[int, str]) -> str:
     shown = [f"\nrank {rank} (most recent call first):\n{text}" for rank, text in stacks.items()]
     return "\n".join(["", *shown]) if shown else ""
 
 
-def _shorten(text: str, limit: int = 2_000) -> str:
+def _shortened(text: str, limit: int = 2_000) -> str:
     """Keep both ends: small errors travel with Ray's control messages, large ones do not."""
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]}\n… cut …\n{text[-half:]}"
@@ -193,61 +183,50 @@ def _native(cause_type: Any) -> Any:
 
 
 def _pickled(cause: BaseException, dumps: Callable[[Any], bytes]) -> bytes:
-    """Type, arguments and attributes of `cause`, or its type alone where the rest is too much.
-
-    Not `cause` itself: pickle calls its constructor, which may take other arguments.
+    """Type, arguments and attributes of `cause`, or its type alone where the rest is too much: not
+    itself, since pickle calls its constructor, which may take other arguments.
     """
     args = _native(type(cause)).__reduce__(cause)[1]  # OSError's has the file name, args has not
-    forms: list[tuple[Any, ...]] = [(type(cause), args, vars(cause)), (type(cause), (), {})]
+    forms: Any = ((type(cause), args, vars(cause)), (type(cause), (), {}))
     for parts in forms:
-        try:
-            pickled = dumps(parts)
-        except Exception:
-            continue
-        if len(pickled) < 50_000:
-            return pickled
+        with contextlib.suppress(Exception):
+            if len(pickled := dumps(parts)) < 50_000:
+                return pickled
     return b""
 
 
-def _build(error_type: Any, cause_type: Any, args: Any, state: Any) -> Any:
-    error = cause_type.__new__(error_type, *args)
-    _native(cause_type).__init__(error, *args)  # such as OSError's errno, kept outside __dict__
-    error.__dict__.update(state)
+def _rebuilt(message: str, where: Mapping[str, Any], pickled: bytes) -> WorkerError:
+    """A `WorkerError` of the cause's type too, where that type is known here and allows it."""
+
+    def build(error_type: Any) -> Any:
+        made = cause_type.__new__(error_type, *args)
+        _native(cause_type).__init__(made, *args)  # such as OSError's errno, not in __dict__
+        made.__dict__.update(state)
+        return made
+
+    error, cause = WorkerError.__new__(WorkerError), None
+    with contextlib.suppress(Exception):  # a class that is not known here, or cannot be built so
+        cause_type, args, state = pickle.loads(pickled)
+        cause = build(cause_type)
+        special = StopIteration | StopAsyncIteration  # Python gives raising them a meaning
+        if isinstance(cause, Exception) and not isinstance(cause, special):
+            error = build(_both(cause_type))
+            error._pickled_cause = pickled
+    WorkerError.__init__(error, message, **where)
+    error.__cause__ = cause
     return error
 
 
-def _rebuild_worker_error(message: str, where: Mapping[str, Any], pickled: bytes) -> WorkerError:
-    """A `WorkerError` of the cause's type too, where that type is known here and allows it."""
-    error: Any
-    try:
-        cause_type, args, state = pickle.loads(pickled)
-        cause = _build(cause_type, cause_type, args, state)
-        error_type = _dual_type(cause_type)
-        if error_type is WorkerError:
-            error = WorkerError.__new__(WorkerError)
-        else:
-            error = _build(error_type, cause_type, args, state)
-    except Exception:
-        error, cause = WorkerError.__new__(WorkerError), None
-    WorkerError.__init__(error, message, **where)
-    error.__cause__ = cause
-    error._pickled_cause = pickled
-    return error  # type: ignore[no-any-return]
-
-
 @functools.cache
-def _dual_type(cause_type: Any) -> type[WorkerError]:
-    """A `WorkerError` that is a `cause_type`, save where Python gives raising one a meaning."""
-    if not issubclass(cause_type, Exception) or issubclass(
-        cause_type, StopIteration | StopAsyncIteration
+def _both(cause_type: Any) -> type[WorkerError]:
+    body = {"__module__": __name__, "__doc__": WorkerError.__doc__}
+    return type(f"WorkerError[{cause_type.__name__}]", (WorkerError, cause_type), body)
+
+
+def check_seconds(name: str, value: Any, optional: bool = True) -> None:
+    """Raise ValueError for what is no time: seconds that may be 0 or, where `optional`, None."""
+    if isinstance(value, bool) or not (
+        value >= 0 if isinstance(value, int | float) else optional and value is None
     ):
-        return WorkerError
-
-    def reduce(self: Any) -> tuple[Any, ...]:
-        return _rebuild_worker_error, (self.args[0], self._where, self._pickled_cause)
-
-    return type(
-        f"WorkerError[{cause_type.__name__}]",
-        (WorkerError, cause_type),
-        {"__reduce__": reduce, "__module__": __name__, "__doc__": WorkerError.__doc__},
-    )
+        wanted = "at least 0, or None" if optional else "at least 0"
+        raise ValueError(f"{name} must be seconds, {wanted}; got {value!r}")

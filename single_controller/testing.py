@@ -13,30 +13,23 @@ A group starts in a millisecond, and neither Ray nor a GPU is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from single_controller.base.colocated import Colocated
-from single_controller.base.resource_pool import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs, W
-from single_controller.inline.roles import colocate
-from single_controller.inline.worker_group import InlineWorkerGroup
+from single_controller.base.plan import ResourcePool
+from single_controller.base.roles import ClassWithInitArgs, Colocated, W
+from single_controller.inline import InlineWorkerGroup, colocate
 
 __all__ = ["InlineGroups", "inline_group"]
 
 
-class InlineGroups:
-    """Makes groups for one test."""
-
-    def __init__(self) -> None:
-        self._made: list[InlineWorkerGroup | Colocated] = []
+class InlineGroups(ExitStack):
+    """Makes groups for one test. `close()` closes them all, the last one first."""
 
     def __call__(
-        self,
-        role: type[W] | ClassWithInitArgs[W],
-        ranks: int | Sequence[int] = 1,
-        **options: Any,
+        self, role: type[W] | ClassWithInitArgs[W], ranks: int | Sequence[int] = 1, **options: Any
     ) -> InlineWorkerGroup[W]:
         """A group of `role`, which is a worker class, or `ClassWithInitArgs` with its arguments.
 
@@ -45,23 +38,14 @@ class InlineGroups:
             options: those of `InlineWorkerGroup`, such as `worker_env`.
         """
         spec = role if isinstance(role, ClassWithInitArgs) else ClassWithInitArgs(role)
-        group = InlineWorkerGroup(_pool(ranks), spec, **options)
-        self._made.append(group)
-        return group
+        return self.enter_context(InlineWorkerGroup(_pool(ranks), spec, **options))
 
     def colocate(self, ranks: int | Sequence[int] = 1, /, **roles: Any) -> Colocated:
         """Several roles on each rank: `inline_group.colocate(2, actor=Actor).actor.update(x)`.
 
         It takes the options of `single_controller.inline.colocate` as well.
         """
-        made = colocate(_pool(ranks), **roles)
-        self._made.append(made)
-        return made
-
-    def close(self) -> None:
-        """Close all groups, the last one first."""
-        while self._made:
-            self._made.pop().close()
+        return self.enter_context(colocate(_pool(ranks), **roles))
 
 
 def _pool(ranks: int | Sequence[int]) -> ResourcePool:
@@ -71,6 +55,5 @@ def _pool(ranks: int | Sequence[int]) -> ResourcePool:
 @pytest.fixture
 def inline_group() -> Iterator[InlineGroups]:
     """Makes groups of workers in this process: `inline_group(Actor, ranks=2)`."""
-    groups = InlineGroups()
-    yield groups
-    groups.close()
+    with InlineGroups() as groups:
+        yield groups

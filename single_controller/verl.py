@@ -1,7 +1,7 @@
 """`python -m single_controller.verl PROGRAM ARGUMENTS…`: a program for veRL runs on this core.
 
 PROGRAM is a file, or a module behind `-m`, as for python itself. How veRL's names come to lead here
-is in `as_verl`.
+is in `as_verl`; what they are here stands below.
 """
 
 from __future__ import annotations
@@ -10,25 +10,34 @@ import importlib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BEFORE", "WORKERS", "main", "named", "runtime_env"]
+__all__ = ["BEFORE", "HOMES", "MODULES", "WORKERS", "main", "named", "runtime_env"]
 
-WORKERS = (
-    "SINGLE_CONTROLLER_AS_VERL"  # set in workers; holds the hook that the program has for them
-)
+_SAME = ("", ".base", ".base.decorator", ".base.worker", ".base.worker_group", ".ray", ".ray.base")
+MODULES = {
+    "verl.protocol": "protocol",
+    "verl.utils.tensordict_utils": "protocol.tensordict_utils",
+    "verl.utils.device": "single_controller.device",
+    **{f"verl.single_controller{name}": f"single_controller{name}" for name in _SAME},
+}
+HOMES = {  # those that are not in the module of the same name
+    "verl.DataProto": "protocol.DataProto",
+    "verl.utils.ray_utils.parallel_put": "single_controller.ray.parallel_put",
+    "verl.single_controller.base.worker_group.ResourcePool": "single_controller.base.ResourcePool",
+}
+WORKERS = "SINGLE_CONTROLLER_AS_VERL"  # set in workers: the hook that the program has for them
 BEFORE = "SINGLE_CONTROLLER_RUNTIME_ENV_HOOK"  # the RAY_RUNTIME_ENV_HOOK that was there before
 _IN_WORKERS = "single_controller.as_verl.in_worker"
 _USAGE = "usage: python -m single_controller.verl (FILE | -m MODULE) [ARGUMENTS…]"
 
 
-def named(function: str) -> Callable[..., Any]:
-    """The function `module.name`."""
-    module, _, name = function.rpartition(".")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return found
+def named(name: str) -> Any:
+    """What `module.name` is."""
+    module, _, name = name.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def runtime_env(given: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -66,11 +75,10 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(_USAGE)
     importlib.import_module("single_controller.as_verl")
     sys.argv = [program, *rest]
+    sys.path.insert(0, str(Path.cwd() if module else Path(program).resolve().parent))
     if module:
-        sys.path.insert(0, str(Path.cwd()))
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, str(Path(program).resolve().parent))
         runpy.run_path(program, run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""What README shows and what `make demo` runs, each as a program of its own."""
+"""The programs that start a Ray of their own: README's, that of a page, and `make demo`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from ray.cluster_utils import Cluster
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHOWN = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+SHOWN = {
+    page: re.findall(
+        r"```python\n(.*?)```\n\n```text\n(.*?)```",
+        (ROOT / page).read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
+    for page in ("README.md", "docs/beside_ray.md")
+}
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -38,8 +44,9 @@ def without_the_machine(text: str) -> list[str]:
     return re.sub(r"(ADDRESS +cpu +)\d+", r"\1PID", text).split()
 
 
-@pytest.mark.parametrize(("program", "output"), SHOWN, ids=["first screen", "why num_gpus"])
-def test_readme_programs_print_what_readme_says(program: str, output: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", SHOWN)
+def test_the_program_of_a_page_prints_what_the_page_says(page: str, tmp_path: Path) -> None:
+    [(program, output)] = SHOWN[page]
     (tmp_path / "program.py").write_text(program, encoding="utf-8")
     hidden = {} if "num_gpus" in program else {"CUDA_VISIBLE_DEVICES": ""}
     done = run(str(tmp_path / "program.py"), RAY_ADDRESS="local", **hidden)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
+
+from single_controller import GroupBrokenError
 
 
 def is_alive(pid: int) -> bool:
@@ -22,3 +26,16 @@ def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
     while not condition() and time.monotonic() < deadline:
         pause.wait(0.05)
     return condition()
+
+
+def once_taken(call: Callable[[], Any]) -> Any:
+    """What `call` returns as soon as its group takes calls again, after one that was given up."""
+    found: list[Any] = []
+
+    def taken() -> bool:
+        with contextlib.suppress(GroupBrokenError):
+            found[:] = found or [call()]
+        return bool(found)
+
+    assert eventually(taken)
+    return found[0]

@@ -1,8 +1,7 @@
 """Backend-neutral parts: workers, registration, dispatch, groups."""
 
-from single_controller.base.plan import Broadcast, PerRank
-from single_controller.base.registered import GroupView
-from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.decorator import GroupView
+from single_controller.base.plan import Broadcast, PerRank, ResourcePool
 from single_controller.base.worker import Worker
 from single_controller.base.worker_group import ClassWithInitArgs, WorkerGroup
 

@@ -1,62 +1,70 @@
-"""`register` marks the methods that a group may call; `Dispatch` and `Execute` name the ways.
+"""`register` marks the methods that a group may call, and tells type checkers what they are: on a
+worker what their author wrote, on a group the collected result. `Dispatch` and `Execute` name the
+ways.
 
-How a mode splits and merges is in `dispatch`; calling is left to the group. The functions for
-meshes are here as well because veRL has them here.
+How a mode splits and merges is in `dispatch`; calling is left to the group. The modes are here as
+functions in veRL's shape too, `f(worker_group, *args)` and `g(worker_group, output)`, because
+veRL has them here.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
+from functools import partial
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    overload,
+)
 
-from single_controller import checks
-from single_controller.base.custom import (
-    BUILT_IN,
+from single_controller.base.dispatch import (
+    AllToAll,
+    Args,
+    ByRows,
     CustomMode,
-    Functions,
-    MeshFunctions,
-    collect_all_to_all,
-    collect_dp_compute,
-    collect_dp_compute_data_proto,
-    collect_lazy_compute_data_proto,
-    collect_nd_compute,
-    collect_nd_compute_dataproto,
-    dispatch_all_to_all,
-    dispatch_dp_compute,
-    dispatch_dp_compute_data_proto,
-    dispatch_dp_compute_data_proto_with_func,
-    dispatch_lazy_compute_data_proto,
-    dispatch_nd_compute,
-    dispatch_nd_compute_dataproto,
-    dispatch_one_to_all,
-    dummy_direct_rollout_call,
-    make_nd_compute_dataproto_dispatch_fn,
-    mode_from_functions,
+    Direct,
+    Kwargs,
+    Mode,
+    OneToAll,
+    PerElement,
+    RankZero,
 )
-from single_controller.base.dispatch import ByRows, Direct, Mode, RankZero
-from single_controller.base.registered import (
-    MoreOptions,
-    ToAny,
-    ToFuture,
-    ToList,
-    ToListOfAny,
-    ToOne,
-    Transport,
-)
-from single_controller.errors import RegistrationError
+from single_controller.base.plan import Call, Layout, Plan
+from single_controller.errors import DispatchError, RegistrationError, check_seconds
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    import torch
+    from typing_extensions import Required, Self, Unpack
+
+    from protocol import DataProtoFuture
+    from single_controller.base.explain import Explanation, GroupTable
 
 __all__ = [
+    "BUILT_IN",
     "DISPATCH_MODE_FN_REGISTRY",
     "Dispatch",
     "Execute",
+    "GroupFuture",
+    "GroupMethod",
+    "GroupView",
+    "MeshFunctions",
     "MethodSpec",
+    "Registered",
+    "Transport",
     "collect_all_to_all",
     "collect_dp_compute",
     "collect_dp_compute_data_proto",
@@ -75,51 +83,35 @@ __all__ = [
     "get_predefined_dispatch_fn",
     "get_predefined_execute_fn",
     "make_nd_compute_dataproto_dispatch_fn",
-    "method_spec",
     "register",
     "register_dispatch_mode",
     "registered_methods",
     "update_dispatch_mode",
 ]
 
-E = TypeVar("E", bound="_OpenEnum")
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M")
+G_co = TypeVar("G_co", covariant=True)
+
+Functions: TypeAlias = dict[str, Callable[..., Any]]
+Lists: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # one element per rank in each value
+Transport: TypeAlias = Literal["host", "device"]
+_Awaited: TypeAlias = Coroutine[Any, Any, R]
+_Plain: TypeAlias = Callable[Concatenate[Any, P], R]
+_Async: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
+
+_OnAll: TypeAlias = "Literal[Execute.ALL]"
+_OnFirst: TypeAlias = "Literal[Execute.RANK_ZERO]"
 
 _SPEC = "__single_controller_spec__"
 
 
-class _OpenEnum:
-    """An enumeration to which members can be added; a member crosses processes by its name."""
+class Dispatch:
+    """How arguments go to the ranks, and outputs are merged; docs/options.md has the table.
 
-    _members: ClassVar[dict[str, Any]]
-
-    def __init__(self, name: str, value: int) -> None:
-        self.name, self.value = name, value
-
-    def __init_subclass__(cls) -> None:
-        cls._members = {}
-
-    @classmethod
-    def register(cls: type[E], name: str) -> E:
-        """The member called `name`, made if it is new."""
-        if name not in cls._members:
-            member = cls(name, len(cls._members))
-            cls._members[name] = member
-            setattr(cls, name, member)
-        return cls._members[name]  # type: ignore[no-any-return]
-
-    @classmethod
-    def members(cls: type[E]) -> Iterator[E]:
-        return iter(cls._members.values())
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}.{self.name}"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).register, (self.name,)
-
-
-class Dispatch(_OpenEnum):
-    """How arguments are spread over the ranks, and outputs merged. README has the table."""
+    An enumeration to which members can be added; a member crosses processes by its name.
+    """
 
     RANK_ZERO: ClassVar[_FirstRank]
     ONE_TO_ALL: ClassVar[_Whole]
@@ -130,12 +122,31 @@ class Dispatch(_OpenEnum):
     DP_COMPUTE_METRIC: ClassVar[_Whole]
     DIRECT_ROLLOUT_METHOD: ClassVar[Dispatch]
 
+    _members: ClassVar[dict[str, Dispatch]] = {}
 
-class Execute(_OpenEnum):
+    def __init__(self, name: str, value: int) -> None:
+        self.name, self.value = name, value
+
+    @classmethod
+    def register(cls, name: str) -> Dispatch:
+        """The member called `name`, made if it is new."""
+        if name not in cls._members:
+            cls._members[name] = cls(name, len(cls._members))
+            setattr(cls, name, cls._members[name])
+        return cls._members[name]
+
+    def __repr__(self) -> str:
+        return f"Dispatch.{self.name}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dispatch.register, (self.name,)
+
+
+class Execute(enum.Enum):
     """Which ranks run the method. With RANK_ZERO, rank 0 gets all arguments whole."""
 
-    ALL: ClassVar[_OnAll]
-    RANK_ZERO: ClassVar[_OnFirst]
+    ALL = 0
+    RANK_ZERO = 1
 
 
 if TYPE_CHECKING:  # kinds of members, by which `register` tells what a group returns
@@ -148,15 +159,148 @@ if TYPE_CHECKING:  # kinds of members, by which `register` tells what a group re
 
     class _Rows(Dispatch): ...
 
-    class _OnAll(Execute): ...
 
-    class _OnFirst(Execute): ...
+class MeshFunctions(Functions):
+    """The functions of a mesh. A type of its own, as its methods return one batch."""
 
 
-_EXECUTE_FN_NAMES = {
-    Execute.register("ALL"): "execute_all",
-    Execute.register("RANK_ZERO"): "execute_rank_zero",
+def make_nd_compute_dataproto_dispatch_fn(mesh_name: str) -> MeshFunctions:
+    """The dispatch mode that splits batches over the dp ranks of the workers' mesh `mesh_name`.
+
+    Workers say where they are in it with `register_mesh` or `_register_dispatch_collect_info`;
+    the driver asks them once, on the first call.
+    """
+    return MeshFunctions(
+        dispatch_fn=partial(dispatch_lazy_compute_data_proto, mesh_name),
+        collect_fn=partial(collect_lazy_compute_data_proto, mesh_name),
+    )
+
+
+def dispatch_lazy_compute_data_proto(
+    mesh_name: str, worker_group: Any, *args: Any, **kwargs: Any
+) -> Lists:
+    """Batches split over the mesh's dp ranks: each argument as a list with one shard per rank."""
+    return _dispatch(ByRows(mesh=mesh_name), worker_group, *args, **kwargs)
+
+
+def collect_lazy_compute_data_proto(
+    mesh_name: str, worker_group: Any, output: Sequence[Any]
+) -> Any:
+    """The collecting ranks' outputs as one batch; `output` has one element per rank."""
+    return _collect(ByRows(mesh=mesh_name), worker_group, output)
+
+
+def dispatch_nd_compute(
+    dp_rank_mapping: Sequence[int], dp_size: int, worker_group: Any, *args: Any, **kwargs: Any
+) -> Lists:
+    """Lists of `dp_size` elements: rank i gets element `dp_rank_mapping[i]` of each."""
+    return _lists(PerElement(), _mapped(dp_rank_mapping, dp_size), args, kwargs)
+
+
+def dispatch_nd_compute_dataproto(
+    dp_rank_mapping: Sequence[int], dp_size: int, worker_group: Any, *args: Any, **kwargs: Any
+) -> Lists:
+    """Batches split in `dp_size` shards: rank i gets shard `dp_rank_mapping[i]` of each."""
+    return _lists(ByRows(merge="list"), _mapped(dp_rank_mapping, dp_size), args, kwargs)
+
+
+def collect_nd_compute(
+    collect_mask: Sequence[bool], worker_group: Any, output: Sequence[Any]
+) -> list[Any]:
+    """The outputs of the ranks whose mask is set."""
+    return [value for value, collects in zip(output, collect_mask, strict=True) if collects]
+
+
+def collect_nd_compute_dataproto(
+    collect_mask: Sequence[bool], worker_group: Any, output: Sequence[Any]
+) -> Any:
+    """The outputs of the ranks whose mask is set, as one batch."""
+    kept = collect_nd_compute(collect_mask, worker_group, output)
+    ranks = tuple(rank for rank, collects in enumerate(collect_mask) if collects)
+    return ByRows().collect(Plan(ranks, tuple(range(len(ranks)))), kept)
+
+
+def _mapped(dp_rank_mapping: Sequence[int], dp_size: int) -> Layout:
+    if any(not 0 <= dp_rank < dp_size for dp_rank in dp_rank_mapping):
+        raise DispatchError(
+            f"dp_rank_mapping must hold numbers from 0 to {dp_size - 1}; got {dp_rank_mapping}"
+        )
+    return Layout(tuple(dp_rank_mapping), (True,) * len(dp_rank_mapping), dp_size)
+
+
+def _lists(mode: Mode, layout: Layout, args: Args, kwargs: Kwargs) -> Lists:
+    plan, calls = mode.dispatch(layout, args, kwargs)
+    if plan.padding is not None and plan.padding.added:
+        raise DispatchError(
+            "a batch with padding enabled cannot go through a bare dispatch function, which has "
+            "no way to remove the padding again: register the method with the mode itself"
+        )
+    made = [call or Call((None,) * len(args), dict.fromkeys(kwargs)) for call in calls]
+    return (
+        tuple([call.args[i] for call in made] for i in range(len(args))),
+        {key: [call.kwargs[key] for call in made] for key in kwargs},
+    )
+
+
+def _dispatch(mode: Mode, worker_group: Any, *args: Any, **kwargs: Any) -> Lists:
+    return _lists(mode, worker_group._layout(mode), args, kwargs)
+
+
+def _collect(mode: Mode, worker_group: Any, output: Sequence[Any]) -> Any:
+    plan = mode.plan(worker_group._layout(mode))
+    return mode.collect(plan, [output[rank] for rank in plan.answers])
+
+
+dispatch_one_to_all = partial(_dispatch, OneToAll())
+"""Every argument as a list that holds it once per rank."""
+
+dispatch_all_to_all = partial(_dispatch, AllToAll())
+"""Every argument as a list of one element per rank: itself, if all of them are lists of that
+length, else each once per rank.
+"""
+
+dispatch_dp_compute = partial(_dispatch, PerElement())
+"""Lists with one element per rank, checked."""
+
+dispatch_dp_compute_data_proto = partial(_dispatch, ByRows())
+"""Batches split by rows: each argument as a list with one shard per rank."""
+
+dispatch_dp_compute_data_proto_with_func = partial(_dispatch, ByRows(function_first=True))
+"""The same behind a function, which every rank gets."""
+
+collect_dp_compute = partial(_collect, PerElement())
+"""The outputs, one per rank."""
+
+collect_dp_compute_data_proto = partial(_collect, ByRows())
+"""The outputs, one per rank, as one batch."""
+
+dummy_direct_rollout_call = partial(_dispatch, Direct())
+"""Raises NotImplementedError: the method is called on workers, not through a group."""
+
+
+def collect_all_to_all(worker_group: Any, output: Any) -> Any:
+    """The outputs as they are."""
+    return output
+
+
+def _pair(dispatch_fn: Any, collect_fn: Any) -> Functions:
+    return {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
+
+
+_split, _join = dispatch_dp_compute_data_proto, collect_dp_compute_data_proto
+_with_func = dispatch_dp_compute_data_proto_with_func
+
+BUILT_IN: dict[str, tuple[Mode, Functions]] = {
+    "RANK_ZERO": (RankZero(), _pair(partial(_dispatch, RankZero()), partial(_collect, RankZero()))),
+    "ONE_TO_ALL": (OneToAll(), _pair(dispatch_one_to_all, collect_all_to_all)),
+    "ALL_TO_ALL": (AllToAll(), _pair(dispatch_all_to_all, collect_all_to_all)),
+    "DP_COMPUTE": (PerElement(), _pair(dispatch_dp_compute, collect_dp_compute)),
+    "DP_COMPUTE_PROTO": (ByRows(), _pair(_split, _join)),
+    "DP_COMPUTE_PROTO_WITH_FUNC": (ByRows(function_first=True), _pair(_with_func, _join)),
+    "DP_COMPUTE_METRIC": (ByRows(merge="list"), _pair(_split, collect_dp_compute)),
+    "DIRECT_ROLLOUT_METHOD": (Direct(), _pair(*[dummy_direct_rollout_call] * 2)),
 }
+"""The built-in modes by the names of `Dispatch`, each with its functions in veRL's shape."""
 
 DISPATCH_MODE_FN_REGISTRY: dict[Dispatch, Functions] = {
     Dispatch.register(name): functions for name, (_, functions) in BUILT_IN.items()
@@ -171,14 +315,13 @@ def register_dispatch_mode(
     Raises:
         RegistrationError: the name is taken, or a function cannot be called.
     """
-    if hasattr(_OpenEnum, dispatch_mode_name) or dispatch_mode_name in {
-        mode.name for mode in DISPATCH_MODE_FN_REGISTRY
-    }:
+    known = Dispatch._members.get(dispatch_mode_name)
+    if known in DISPATCH_MODE_FN_REGISTRY or (not known and hasattr(Dispatch, dispatch_mode_name)):
         raise RegistrationError(
             f"dispatch_mode_name {dispatch_mode_name!r} is taken; update_dispatch_mode changes it"
         )
-    functions: Functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
-    mode_from_functions(functions)
+    functions = _pair(dispatch_fn, collect_fn)
+    _check_dispatch_mode(functions)
     DISPATCH_MODE_FN_REGISTRY[Dispatch.register(dispatch_mode_name)] = functions
 
 
@@ -191,8 +334,8 @@ def update_dispatch_mode(
         RegistrationError: the mode is unknown, or a function cannot be called.
     """
     get_predefined_dispatch_fn(dispatch_mode)
-    functions: Functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
-    mode_from_functions(functions)
+    functions = _pair(dispatch_fn, collect_fn)
+    _check_dispatch_mode(functions)
     DISPATCH_MODE_FN_REGISTRY[dispatch_mode] = functions
 
 
@@ -205,8 +348,7 @@ def get_predefined_dispatch_fn(dispatch_mode: Dispatch) -> Functions:
     if dispatch_mode not in DISPATCH_MODE_FN_REGISTRY:
         known = ", ".join(mode.name for mode in DISPATCH_MODE_FN_REGISTRY)
         raise RegistrationError(
-            f"dispatch_mode must be one of {known}, or a dict with dispatch_fn and collect_fn; "
-            f"got {dispatch_mode!r}"
+            f"{dispatch_mode!r} has no functions here; those that have: {known}"
         )
     return DISPATCH_MODE_FN_REGISTRY[dispatch_mode]
 
@@ -218,7 +360,7 @@ def get_predefined_execute_fn(execute_mode: Execute) -> dict[str, str]:
         RegistrationError: not an `Execute` member.
     """
     _check_execute_mode(execute_mode)
-    return {"execute_fn_name": _EXECUTE_FN_NAMES[execute_mode]}
+    return {"execute_fn_name": f"execute_{execute_mode.name.lower()}"}
 
 
 def _check_execute_mode(execute_mode: Any) -> None:
@@ -233,19 +375,27 @@ def _check_dispatch_mode(dispatch_mode: Any) -> Mode:
     """The mode that `register` was given, by name or as a dict of functions.
 
     Raises:
-        RegistrationError: it is neither, or the mode is unknown.
+        RegistrationError: it is neither, or the mode is unknown, or a function cannot be called.
     """
+    if inspect.isroutine(dispatch_mode):
+        name = getattr(dispatch_mode, "__name__", "?")
+        raise RegistrationError(f"register needs parentheses: @register() above {name}")
     if isinstance(dispatch_mode, Dispatch):
         dispatch_mode = get_predefined_dispatch_fn(dispatch_mode)
-    if not isinstance(dispatch_mode, Mapping):
-        if inspect.isroutine(dispatch_mode):
-            name = getattr(dispatch_mode, "__name__", "?")
-            raise RegistrationError(f"register needs parentheses: @register() above {name}")
+    given = dispatch_mode if isinstance(dispatch_mode, Mapping) else {}
+    pair: list[Any] = [given.get("dispatch_fn"), given.get("collect_fn")]
+    if not all(map(callable, pair)):
         raise RegistrationError(
-            "dispatch_mode must be a Dispatch member or a dict with dispatch_fn and "
-            f"collect_fn; got {dispatch_mode!r}"
+            'dispatch_mode must be a Dispatch member, or a dict with callables under "dispatch_fn" '
+            f'and "collect_fn"; got {dispatch_mode!r}'
         )
-    return mode_from_functions(dispatch_mode)
+    for mode, known in BUILT_IN.values():
+        if pair == [*known.values()]:
+            return mode
+    lazy = [dispatch_lazy_compute_data_proto, collect_lazy_compute_data_proto]
+    if [getattr(f, "func", None) for f in pair] == lazy and pair[0].args == pair[1].args:
+        return ByRows(mesh=pair[0].args[0])
+    return CustomMode(*pair)
 
 
 @dataclass(frozen=True)
@@ -262,11 +412,7 @@ class MethodSpec:
     transport: Transport = "host"
 
     def mode(self) -> Mode:
-        """The mode that carries this method's calls.
-
-        Raises:
-            RegistrationError: the mode is unknown, or cannot do what the method asks of it.
-        """
+        """The mode that carries this method's calls, if it can do what the method asks of it."""
         mode = self.dispatch_mode
         if not isinstance(mode, Mode):
             mode = _check_dispatch_mode(mode)
@@ -283,50 +429,172 @@ class MethodSpec:
         return replace(mode, rank_zero=True) if isinstance(mode, CustomMode) else RankZero()
 
 
+class GroupFuture(Protocol[G_co]):
+    """The result of a call that was submitted."""
+
+    def result(self, timeout: float | None = None) -> G_co: ...
+    def done(self) -> bool: ...
+    def cancel(self) -> bool: ...
+    def __await__(self) -> Generator[Any, None, G_co]: ...
+
+
+class GroupMethod(Protocol[P, G_co]):
+    """A worker's method on a group.
+
+    Type checkers know no way to say `submit(…, timeout_s=…)` of a method's own parameters: they
+    check them without a deadline, or where it is given by `options(timeout_s=…).submit(…)`.
+    """
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> G_co: ...
+    @overload
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> GroupFuture[G_co]: ...
+    @overload
+    def submit(self, *args: Any, timeout_s: float | None, **kwargs: Any) -> GroupFuture[G_co]: ...
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
+    def options(
+        self,
+        *,
+        timeout_s: float | None = None,
+        ranks: Iterable[int] | None = None,
+        map_location: torch.device | str | None = None,
+    ) -> GroupMethod[P, G_co]: ...
+
+
+class GroupView:
+    """Makes a worker class into the type of its groups, for completion and type checkers:
+
+        class ActorGroup(GroupView, Actor): ...
+
+        actor = ActorGroup.of(group)  # group itself
+        actor.update(batch)  # the collected type, where `self.update` is one rank's
+
+    It is never constructed.
+    """
+
+    @classmethod
+    def of(cls, group: Any) -> Self:
+        """`group`, as a value of this type.
+
+        Raises:
+            RegistrationError: it is a group of another worker class.
+        """
+        group._check_view(cls)
+        view: Self = group
+        return view
+
+    if TYPE_CHECKING:
+
+        def describe(self) -> GroupTable: ...
+        def explain(self, method_name: str, *args: Any, **kwargs: Any) -> Explanation: ...
+        def close(self) -> None: ...
+        def __enter__(self) -> Self: ...
+        def __exit__(self, *_: object) -> None: ...
+
+
+class Registered(Generic[P, R, M]):
+    """A method that groups may call; `M` is what it is on a group."""
+
+    __name__: str
+
+    @overload
+    def __get__(self, instance: None, owner: Any = None) -> Self: ...
+    @overload
+    def __get__(self, instance: GroupView, owner: Any = None) -> M: ...
+    @overload
+    def __get__(self, instance: object, owner: Any = None) -> Callable[P, R]: ...
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        raise NotImplementedError  # no value has this type: it is a function's
+
+    def __call__(self, worker: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        raise NotImplementedError
+
+
+class _ToOne(Protocol):
+    """Decorates methods of which a group returns what one rank does: its rows, or its output."""
+
+    @overload
+    def __call__(
+        self, method: _Async[P, R], /
+    ) -> Registered[P, _Awaited[R], GroupMethod[P, R]]: ...
+    @overload
+    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, R]]: ...
+
+
+class _ToList(Protocol):
+    """Decorates methods of which a group returns the list of outputs."""
+
+    @overload
+    def __call__(
+        self, method: _Async[P, R], /
+    ) -> Registered[P, _Awaited[R], GroupMethod[P, list[R]]]: ...
+    @overload
+    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, list[R]]]: ...
+
+
+class _ToListOfAny(Protocol):
+    """The same, where a group takes lists with one element per rank instead of the parameters."""
+
+    @overload
+    def __call__(
+        self, method: _Async[P, R], /
+    ) -> Registered[P, _Awaited[R], GroupMethod[..., list[R]]]: ...
+    @overload
+    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[..., list[R]]]: ...
+
+
+class _Options(TypedDict, total=False):
+    """What `register` takes by name, which does not change types."""
+
+    uneven: bool
+    reads_only: bool
+    timeout_s: float | None
+    transport: Transport
+
+
+class _Waited(_Options, total=False):
+    """The same for methods whose groups wait for the result."""
+
+    blocking: Literal[True]
+    materialize_futures: bool
+
+
+class _Deferred(_Options, total=False):
+    """The same for methods whose groups do not."""
+
+    blocking: Required[Literal[False]]
+    materialize_futures: bool
+
+
 @overload
 def register(
-    dispatch_mode: Any = ...,
-    *,
-    execute_mode: _OnFirst,
-    blocking: Literal[True] = ...,
-    **more: Unpack[MoreOptions],
-) -> ToOne: ...
+    dispatch_mode: Any = ..., *, execute_mode: _OnFirst, **more: Unpack[_Waited]
+) -> _ToOne: ...
 @overload
 def register(
     dispatch_mode: _Rows | _FirstRank | MeshFunctions,
     execute_mode: _OnAll = ...,
-    blocking: Literal[True] = ...,
-    **more: Unpack[MoreOptions],
-) -> ToOne: ...
+    **more: Unpack[_Waited],
+) -> _ToOne: ...
 @overload
 def register(
-    dispatch_mode: _Rows | MeshFunctions,
-    execute_mode: _OnAll = ...,
-    *,
-    blocking: Literal[False],
-    **more: Unpack[MoreOptions],
-) -> ToFuture: ...
+    dispatch_mode: _Rows | MeshFunctions, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
+) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[P, DataProtoFuture]]]: ...
 @overload
 def register(
-    dispatch_mode: _Whole,
-    execute_mode: _OnAll = ...,
-    blocking: Literal[True] = ...,
-    **more: Unpack[MoreOptions],
-) -> ToList: ...
+    dispatch_mode: _Whole, execute_mode: _OnAll = ..., **more: Unpack[_Waited]
+) -> _ToList: ...
 @overload
 def register(
-    dispatch_mode: _Lists = ...,
-    execute_mode: _OnAll = ...,
-    blocking: Literal[True] = ...,
-    **more: Unpack[MoreOptions],
-) -> ToListOfAny: ...
+    dispatch_mode: _Lists = ..., execute_mode: _OnAll = ..., **more: Unpack[_Waited]
+) -> _ToListOfAny: ...
 @overload
 def register(
     dispatch_mode: Dispatch | Mapping[str, Any] = ...,
     execute_mode: Execute = ...,
     blocking: bool = ...,
-    **more: Unpack[MoreOptions],
-) -> ToAny: ...
+    materialize_futures: bool = ...,
+    **more: Unpack[_Options],
+) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[..., Any]]]: ...
 def register(
     dispatch_mode: Dispatch | Mapping[str, Any] = Dispatch.ALL_TO_ALL,
     execute_mode: Execute = Execute.ALL,
@@ -360,30 +628,14 @@ def register(
             worker's own; others get them by "host". To the driver they come on the CPU.
 
     Raises:
-        RegistrationError: an argument is none of these.
+        RegistrationError: an argument is none of these. ValueError: `timeout_s` is no time.
     """
-    spec = MethodSpec(
-        dispatch_mode,
-        execute_mode,
-        blocking,
-        materialize_futures,
-        uneven,
-        reads_only,
-        timeout_s,
-        transport,
-    )
-    try:
-        for name in ("blocking", "materialize_futures", "uneven", "reads_only"):
-            checks.instance(bool, name, getattr(spec, name), "True or False")
-        checks.seconds("timeout_s", timeout_s)
-    except (TypeError, ValueError) as error:
-        raise RegistrationError(str(error)) from None
-    if transport not in ("host", "device"):
-        raise RegistrationError(f'transport must be "host" or "device"; got {transport!r}')
-    if transport == "device" and blocking:
+    how = (uneven, reads_only, timeout_s, transport)
+    spec = MethodSpec(dispatch_mode, execute_mode, blocking, materialize_futures, *how)
+    check_seconds("timeout_s", timeout_s)
+    if transport not in (("host",) if blocking else ("host", "device")):
         raise RegistrationError(
-            'transport="device" needs blocking=False: a result that the call waits for comes to '
-            "the driver, through shared memory"
+            f'transport must be "host", or with blocking=False "device"; got {transport!r}'
         )
     _check_execute_mode(execute_mode)
     spec.mode()
@@ -394,13 +646,8 @@ def register(
                 f"register decorates plain or async functions; got {type(method).__name__}. Under "
                 "@staticmethod or @classmethod there is no worker to run on"
             )
-        registered = types.FunctionType(
-            method.__code__,
-            method.__globals__,
-            method.__name__,
-            method.__defaults__,
-            method.__closure__,
-        )
+        code, names, closure = method.__code__, method.__globals__, method.__closure__
+        registered = types.FunctionType(code, names, method.__name__, method.__defaults__, closure)
         registered.__kwdefaults__ = method.__kwdefaults__
         functools.update_wrapper(registered, method)
         setattr(registered, _SPEC, spec)
@@ -409,17 +656,8 @@ def register(
     return mark
 
 
-def method_spec(method: Any) -> MethodSpec | None:
-    """What `register` was told about `method`; None if it is not registered."""
-    return getattr(method, _SPEC, None)
-
-
 def registered_methods(cls: type) -> dict[str, tuple[Callable[..., Any], MethodSpec]]:
     """A worker class's registered methods, inherited ones included."""
-    found: dict[str, tuple[Callable[..., Any], MethodSpec]] = {}
-    for name in dir(cls):
-        method = getattr(cls, name, None)
-        spec = method_spec(method)
-        if inspect.isfunction(method) and spec is not None:
-            found[name] = (method, spec)
-    return found
+    methods = {name: getattr(cls, name, None) for name in dir(cls)}
+    marked = {n: m for n, m in methods.items() if inspect.isfunction(m) and hasattr(m, _SPEC)}
+    return {name: (method, getattr(method, _SPEC)) for name, method in marked.items()}

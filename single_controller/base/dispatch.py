@@ -1,52 +1,61 @@
 """Dispatch modes as pure functions: arguments to per-rank calls, outputs to one result.
 
 A mode knows nothing of groups, Ray or processes, so each one is tested from a table. How a call
-travels is left to the backends; functions in veRL's shape are adapted in `custom`. `protocol` is
-imported on use: a worker process reads this module to register methods, and needs no torch for it.
+travels is left to the backends. `protocol` is imported on use: a worker process reads this module
+to register methods, and needs no torch for it.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from single_controller.base.plan import Broadcast, Call, Layout, PerRank, Plan, named_arguments
-from single_controller.base.rows import (
-    RealRows,
-    aligned,
-    cannot_unpad,
-    check_batch,
-    goes_whole,
+from single_controller.base.plan import (
+    Broadcast,
+    Call,
+    Layout,
+    Padding,
+    PerRank,
+    Plan,
     is_future,
-    padding_enabled,
-    padding_of,
-    splits,
+    named_arguments,
 )
 from single_controller.errors import DispatchError
 
 if TYPE_CHECKING:
+    from protocol import DataProtoFuture
     from protocol.future import How
 
 __all__ = [
+    "AUTO_PADDING",
     "AllToAll",
     "ByRows",
+    "CustomMode",
     "Direct",
     "Mode",
     "OneToAll",
     "PerElement",
     "RankZero",
+    "padding_setting",
 ]
 
+AUTO_PADDING = "VERL_AUTO_PADDING"
 _WAYS_OUT = (
     " Two ways out: register(..., uneven=True) sends shards that differ by at most one row; "
     "DataProto.from_dict(..., auto_padding=True) repeats the last row and removes the padding from "
     "what comes back"
 )
 
+T = TypeVar("T")
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
+Calls: TypeAlias = list[Call | None]
 Spread: TypeAlias = Callable[[str, Any], Sequence[Any]]
 
 
@@ -71,10 +80,9 @@ class Mode(abc.ABC):
         return Plan(tuple(range(layout.world_size)))
 
     @abc.abstractmethod
-    def dispatch(
-        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Plan, list[Call | None]]:
-        """The plan and, for each rank, its call (None: the rank is not called).
+    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
+        """The plan and, for each rank, its call (None: the rank is not called). Ranks that get the
+        same values get the same `Call`.
 
         Raises:
             DispatchError: the arguments cannot be spread this way.
@@ -97,47 +105,59 @@ class Mode(abc.ABC):
         return self.collect(plan, handles)
 
 
-def _per_rank(
-    layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], spread: Spread
-) -> list[Call | None]:
+def _per_rank(layout: Layout, args: Args, kwargs: Kwargs, spread: Spread) -> Calls:
     """Each rank's call, where `spread` turns one unmarked argument into one value per rank."""
     size = layout.world_size
     if not (args or kwargs):
         return [Call()] * size
 
-    def values(name: str, value: Any) -> Sequence[Any]:
-        if isinstance(value, Broadcast):
-            check_batch(name, value.value)
-            return [value.value] * size
+    def column(name: str, value: Any) -> Sequence[Any]:
         if isinstance(value, PerRank):
-            if len(value.values) != size:
-                each = f"one value for each of {size} ranks"
-                raise DispatchError(f"{name}: PerRank needs {each}; got {len(value.values)}")
-            _check_batches(name, value.values)
-            return value.values
-        check_batch(name, value)
-        return spread(name, value)
+            if (came := len(value.values)) != size:
+                raise DispatchError(f"{name} needs one value for each of {size} ranks; got {came}")
+            return _checked(name, value.values)
+        whole = value.value if isinstance(value, Broadcast) else value
+        _checked(name, [whole])
+        return [whole] * size if isinstance(value, Broadcast) else spread(name, whole)
 
-    columns = [values(name, value) for name, value in named_arguments(args, kwargs)]
-    positional, named = columns[: len(args)], dict(zip(kwargs, columns[len(args) :], strict=True))
-    return [
-        Call(tuple(column[rank] for column in positional), {k: v[rank] for k, v in named.items()})
-        for rank in range(size)
-    ]
+    made: dict[tuple[int, ...], Call] = {}  # by the identity of the values
+    calls: Calls = []
+    columns = [column(name, value) for name, value in named_arguments(args, kwargs)]
+    for values in zip(*columns, strict=True):
+        key = tuple(map(id, values))
+        if key not in made:
+            named = dict(zip(kwargs, values[len(args) :], strict=True))
+            made[key] = Call(values[: len(args)], named)
+        calls.append(made[key])
+    return calls
 
 
-def _check_batches(name: str, values: Sequence[Any]) -> None:
+def _checked(name: str, values: Sequence[Any]) -> Sequence[Any]:
+    """Raise DispatchError for a DataProto whose columns somebody made differ in rows."""
+    module = sys.modules.get("protocol.data_proto")  # where it is not loaded, there is none
     for i, value in enumerate(values):
-        check_batch(f"{name}, element {i}", value)
+        if module and isinstance(value, module.DataProto):
+            where = name if len(values) == 1 else f"{name}, element {i}"
+            _named(where, value.check_consistency)
+    return values
+
+
+def _named(name: str, function: Callable[[], T]) -> T:
+    """What `function` returns; an error of a batch says which argument it was."""
+    from protocol.errors import BatchError, ChunkError
+
+    try:
+        return function()
+    except BatchError as error:
+        advice = _WAYS_OUT if isinstance(error, ChunkError) else ""
+        raise DispatchError(f"{name}: {error}{advice}") from error
 
 
 @dataclass(frozen=True)
 class OneToAll(Mode):
     """Every rank gets every argument whole; the result is the list of all outputs."""
 
-    def dispatch(
-        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Plan, list[Call | None]]:
+    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
         size = layout.world_size
         return self.plan(layout), _per_rank(layout, args, kwargs, lambda _, v: [v] * size)
 
@@ -151,9 +171,7 @@ class RankZero(Mode):
     def plan(self, layout: Layout) -> Plan:
         return Plan((0,))
 
-    def dispatch(
-        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Plan, list[Call | None]]:
+    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
         calls = OneToAll().dispatch(layout, args, kwargs)[1]
         return self.plan(layout), [calls[0], *[None] * (layout.world_size - 1)]
 
@@ -169,9 +187,7 @@ class AllToAll(Mode):
     that was meant to be scattered. The result is the list of all outputs.
     """
 
-    def dispatch(
-        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Plan, list[Call | None]]:
+    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
         size = layout.world_size
         unmarked = [v for v in (*args, *kwargs.values()) if not isinstance(v, Broadcast | PerRank)]
         scatter = all(isinstance(value, list) for value in unmarked)
@@ -182,9 +198,7 @@ class AllToAll(Mode):
                     f"{name} is a list of length {len(value)}, and ALL_TO_ALL scatters lists over "
                     f"{size} ranks: pass {size} elements, or say Broadcast(x) to send it whole"
                 )
-            if scatter:
-                _check_batches(name, value)
-            return value if scatter else [value] * size
+            return _checked(name, value) if scatter else [value] * size
 
         return self.plan(layout), _per_rank(layout, args, kwargs, spread)
 
@@ -194,11 +208,9 @@ class PerElement(Mode):
     """Every argument is a list with one element per shard; the result is a list of outputs."""
 
     def plan(self, layout: Layout) -> Plan:
-        return Plan(tuple(rank for rank, collects in enumerate(layout.collects) if collects))
+        return Plan(layout.collecting)
 
-    def dispatch(
-        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Plan, list[Call | None]]:
+    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
         def spread(name: str, value: Any) -> Sequence[Any]:
             if not isinstance(value, list | tuple) or len(value) != layout.dp_size:
                 came = f"length {len(value)}" if isinstance(value, list | tuple) else "no list"
@@ -206,7 +218,7 @@ class PerElement(Mode):
                     f"{name} must be a list of {layout.dp_size} elements, one per data-parallel "
                     f"rank; got {type(value).__name__} ({came}). Broadcast(x) sends a value whole"
                 )
-            _check_batches(name, value)
+            _checked(name, value)
             return [value[dp_rank] for dp_rank in layout.dp_ranks]
 
         return self.plan(layout), _per_rank(layout, args, kwargs, spread)
@@ -216,13 +228,54 @@ class PerElement(Mode):
 class Direct(Mode):
     """For methods that an engine calls on its workers itself: a call through the group fails."""
 
-    def dispatch(
-        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Plan, list[Call | None]]:
+    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
         raise NotImplementedError(
             "Direct rollout call is forbidden: this method is registered with "
             "Dispatch.DIRECT_ROLLOUT_METHOD and is called on the worker, not through a group"
         )
+
+
+@dataclass(frozen=True)
+class CustomMode(Mode):
+    """A user's pair of functions.
+
+    `dispatch_fn(worker_group, *args, **kwargs)` returns the arguments and keyword arguments as
+    lists with one element per rank; `collect_fn(worker_group, output)` gets the list of all
+    ranks' outputs (references to them where the call does not block). With `rank_zero`, what
+    `dispatch_fn` returns goes to rank 0 as it is, and `collect_fn` gets its output alone.
+    """
+
+    dispatch_fn: Callable[..., Any]
+    collect_fn: Callable[..., Any]
+    rank_zero: bool = False
+    group: Any = field(default=None, compare=False)
+
+    signature_kept = False
+    returns = "what collect_fn makes of the outputs"
+
+    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
+        spread = self.dispatch_fn(self.group, *args, **kwargs)
+        if not (isinstance(spread, tuple) and len(spread) == 2 and isinstance(spread[1], Mapping)):
+            raise DispatchError(
+                f"{self.name} must return (args, kwargs), each value in them a list with one "
+                f"element per rank; got {type(spread).__name__}"
+            )
+        lists, named = spread
+        if self.rank_zero:
+            calls: Calls = [Call(tuple(lists), dict(named)), *[None] * (layout.world_size - 1)]
+            return Plan((0,)), calls
+        try:
+            marked = {name: PerRank(values) for name, values in named.items()}
+            return OneToAll().dispatch(layout, tuple(map(PerRank, lists)), marked)
+        except DispatchError as error:
+            raise DispatchError(f"{self.name}: {error}") from None
+
+    def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
+        return self.collect_fn(self.group, outputs[0] if self.rank_zero else list(outputs))
+
+    @property
+    def name(self) -> str:
+        return getattr(self.dispatch_fn, "__name__", "dispatch_fn")
 
 
 @dataclass(frozen=True)
@@ -253,84 +306,70 @@ class ByRows(Mode):
         return "one batch, the rows" if self.batched else Mode.returns
 
     def plan(self, layout: Layout) -> Plan:
-        answers = layout.collecting_ranks()
-        shards = tuple(layout.dp_ranks[rank] for rank in answers)
-        if self.merge == "concat" and shards != tuple(range(layout.dp_size)):
+        if self.batched and layout.shards != tuple(range(layout.dp_size)):
             raise DispatchError(
                 f"mesh {self.mesh!r}: each of {layout.dp_size} data-parallel ranks needs exactly "
                 "one rank that collects, or rows would be lost or doubled; those that collect "
-                f"have dp ranks {list(shards)}"
+                f"have dp ranks {list(layout.shards)}"
             )
-        return Plan(answers, shards)
+        return Plan(layout.by_shard, layout.shards)
 
-    def dispatch(
-        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Plan, list[Call | None]]:
+    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
+        from protocol.batches import has_rows, is_batch
+
         if self.function_first:
             if not args or not callable(args[0]):
                 raise DispatchError("the first argument must be a function, which all ranks get")
             args = (Broadcast(args[0]), *args[1:])
+        plan = self.plan(layout)
         named = named_arguments(args, kwargs)
-        batches = {name: v for name, v in named if splits(v) and not goes_whole(v)}
-        auto_padding = any(padding_enabled(batch) for batch in batches.values())
-        pads = auto_padding and not self.uneven
-        rows, compared = aligned(batches) if pads else (0, {})
-        parts = layout.dp_size
+        batches = {n: v for n, v in named if is_future(v) or (is_batch(v) and has_rows(v))}
+        late: dict[int, DataProtoFuture] = {}
+        if any(map(_may_be_padded, batches.values())):
+            plan = replace(plan, auto_padding=True)
+            if not self.uneven:
+                rows, late = _same_rows(batches)
+                plan = replace(plan, padding=Padding(rows, layout.dp_size))
         cut: dict[int, Sequence[Any]] = {}  # by id: a batch in two arguments has one set of shards
 
         def spread(name: str, value: Any) -> Sequence[Any]:
             if id(value) not in cut:
-                batch = compared.get(id(value), value)
-                cut[id(value)] = self._shards(name, batch, parts, pads)
-            shards = cut[id(value)]
-            return [shards[dp_rank] for dp_rank in layout.dp_ranks]
+                batch = late.get(id(value), value)
+                shards = self._shards(name, batch, layout.dp_size, plan.padding is not None)
+                cut[id(value)] = [shards[dp_rank] for dp_rank in layout.dp_ranks]
+            return cut[id(value)]
 
-        calls = _per_rank(layout, args, kwargs, spread)
-        padding = partial(padding_of, rows, parts) if pads else None
-        plan = self.plan(layout)
-        return replace(plan, padding=padding, auto_padding=True) if auto_padding else plan, calls
+        return plan, _per_rank(layout, args, kwargs, spread)
 
     def _shards(self, name: str, batch: Any, parts: int, pads: bool) -> Sequence[Any]:
-        from protocol.batches import (
-            balanced_sizes,
-            batch_rows,
-            equal_sizes,
-            is_chunkable,
-            pad_batch,
-            split_batch,
-        )
-        from protocol.errors import BatchError, ChunkError
+        from protocol import BatchData, batches
 
         if is_future(batch):
             how: How = "padded" if pads else "balanced" if self.uneven else "equal"
             return batch.shards(parts, how, _WAYS_OUT)
-        if goes_whole(batch):
-            return [batch] * parts
-        if not splits(batch):
-            if not is_chunkable(batch):
+        if not batches.is_batch(batch):
+            if not BatchData(batch).is_chunkable():
                 raise DispatchError(
                     f"{name} must be a DataProto, TensorDict or DataProtoFuture, to be split by "
                     f"rows, or have chunk(n) and a class with concat; got {type(batch).__name__}. "
                     "Broadcast(x) sends a value whole, PerRank([...]) one value to each rank"
                 )
-            shards = list(batch.chunk(parts))
-            if len(shards) != parts:
+            if len(shards := list(batch.chunk(parts))) != parts:
                 raise DispatchError(
                     f"{name}: chunk({parts}) of {type(batch).__name__} gave {len(shards)} parts"
                 )
             return shards
-        try:
-            rows = batch_rows(batch)
-            if parts == 1:
-                return [batch]
-            if self.uneven:
-                return split_batch(batch, balanced_sizes(rows, parts))
-            if pads and rows % parts:
-                batch = pad_batch(batch, -rows % parts)
-            return split_batch(batch, equal_sizes(batch_rows(batch), parts))
-        except BatchError as error:
-            advice = _WAYS_OUT if isinstance(error, ChunkError) else ""
-            raise DispatchError(f"{name}: {error}{advice}") from error
+        if parts == 1 or not batches.has_rows(batch):
+            return [batch] * parts
+
+        def split() -> Sequence[Any]:
+            rows = batches.batch_rows(batch)
+            added = -rows % parts if pads else 0
+            sizes = batches.balanced_sizes if self.uneven else batches.equal_sizes
+            whole = batches.pad_batch(batch, added) if added else batch
+            return batches.split_batch(whole, sizes(rows + added, parts))
+
+        return _named(name, split)
 
     def reading(self, plan: Plan) -> AbstractContextManager[None]:
         """Outputs that are joined are read as views, and joining them makes the only copy."""
@@ -339,52 +378,97 @@ class ByRows(Mode):
         return read_as("join") if self.batched and len(plan.answers) > 1 else nullcontext()
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
-        from protocol.batches import concat_batches, is_batch, is_chunkable, only_batch
+        from protocol import BatchData, batches
         from protocol.errors import BatchError
 
-        if self.merge == "list":
+        if not self.batched:
             return self._unpadded(plan, outputs)
-        kind: Any = type(outputs[0])
-        if all(is_chunkable(output) and type(output) is kind for output in outputs):
-            return outputs[0] if len(outputs) == 1 else kind.concat(list(outputs))
-        for rank, output in zip(plan.answers, outputs, strict=True):
-            if not is_batch(output):
-                raise DispatchError(
-                    f"rank {rank} returned {type(output).__name__}, and this mode joins the ranks' "
-                    "outputs to one batch: return a DataProto or TensorDict, or register the "
-                    "method with Dispatch.DP_COMPUTE_METRIC to get the outputs as a list"
-                )
+        ranks = zip(plan.answers, outputs, strict=True)
+        if odd := next(((r, o) for r, o in ranks if not batches.is_batch(o)), None):
+            if (joined := BatchData([*outputs])).is_concatable():
+                return outputs[0] if len(outputs) == 1 else joined.concat()
+            rank, output = odd
+            raise DispatchError(
+                f"rank {rank} returned {type(output).__name__}, and this mode joins the ranks' "
+                "outputs to one batch: return a DataProto or TensorDict, or register the "
+                "method with Dispatch.DP_COMPUTE_METRIC to get the outputs as a list"
+            )
         try:
             whole = self._unpadded(plan, outputs)
-            return only_batch(whole[0]) if len(whole) == 1 else concat_batches(whole)
+            return (
+                batches.only_batch(whole[0]) if len(whole) == 1 else batches.concat_batches(whole)
+            )
         except BatchError as error:
             raise DispatchError(f"the ranks' outputs cannot be joined: {error}") from error
 
     def promise(self, plan: Plan, handles: Sequence[Any]) -> Any:
         from protocol import DataProtoFuture
 
-        if self.merge == "list":
+        if not self.batched:
             return list(handles)
-        if plan.padding is None:
-            return DataProtoFuture(handles, plan.auto_padding)
-        real = [
-            RealRows(handle, shard, plan.padding)
-            for handle, shard in zip(handles, plan.shards, strict=True)
-        ]
-        return DataProtoFuture(real, plan.auto_padding)
+        if plan.padding is not None:
+            real = [partial(plan.padding.real_rows, shard) for shard in plan.shards]
+            each = zip(handles, real, strict=True)
+            handles = [DataProtoFuture([handle]).counted(rows) for handle, rows in each]
+        return DataProtoFuture(handles, plan.auto_padding)
 
     def _unpadded(self, plan: Plan, outputs: Sequence[Any]) -> list[Any]:
         """Cut the rows that padding added; in a list, outputs of another length stay."""
-        if plan.padding is None or not plan.padding().added:
+        if plan.padding is None or not plan.padding.added:
             return list(outputs)
         from protocol.batches import batch_rows, is_batch, slice_batch
 
-        padding, kept = plan.padding(), []
+        kept = []
         for shard, output in zip(plan.shards, outputs, strict=True):
-            rows, real = batch_rows(output) if is_batch(output) else 0, padding.real_rows(shard)
-            if rows == padding.shard_rows:
-                output = output if rows == real else slice_batch(output, 0, real)
-            elif rows and self.merge == "concat":
-                raise cannot_unpad(shard, padding.shard_rows, rows)
+            rows = batch_rows(output) if is_batch(output) else 0
+            if rows == plan.padding.shard_rows or (rows and self.batched):
+                output = slice_batch(output, 0, plan.padding.real_rows(shard, rows))
             kept.append(output)
         return kept
+
+
+def padding_setting() -> str | None:
+    """VERL_AUTO_PADDING for the workers: what DataProtoConfig was set to here, else as it is."""
+    module = sys.modules.get("protocol")
+    chosen = None if module is None else module.DataProtoConfig._auto_padding
+    return os.environ.get(AUTO_PADDING) if chosen is None else str(int(chosen))
+
+
+def _may_be_padded(batch: Any) -> bool:
+    from protocol import DataProto, DataProtoConfig
+
+    if isinstance(batch, DataProto):
+        return batch.is_padding_enabled()
+    return DataProtoConfig.auto_padding or (is_future(batch) and batch.auto_padding)
+
+
+def _same_rows(
+    batches: Mapping[str, Any],
+) -> tuple[int | DataProtoFuture, dict[int, DataProtoFuture]]:
+    """The rows that all these arguments have, or the future that will tell, and by id what goes
+    in place of the futures whose rows are still to be compared: they raise when they are read.
+    """
+    from protocol.batches import batch_rows
+
+    here = {n: _named(n, partial(batch_rows, b)) for n, b in batches.items() if not is_future(b)}
+    first = next(iter(here or batches))
+    for name, count in here.items():
+        _compared(first, name, count, here[first])
+    rows: Any = here[first] if here else batches[first]
+    known, asked = ({"wanted": rows}, []) if here else ({}, [rows])
+    return rows, {
+        id(batch): batch.counted(partial(_compared, first, name, **known), *asked)
+        for name, batch in batches.items()
+        if is_future(batch) and batch is not rows
+    }
+
+
+def _compared(first: str, name: str, rows: int, wanted: int) -> int:
+    """The rows of argument `name`, which must be as many as those of the `first`."""
+    if rows != wanted:
+        raise DispatchError(
+            f"batches that are padded, or go with one that is, need equally many rows; {first} has "
+            f"{wanted}, {name} has {rows}. Broadcast(x) sends a batch whole, PerRank([...]) one to "
+            "each rank"
+        )
+    return rows

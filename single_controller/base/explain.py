@@ -1,22 +1,85 @@
-"""What a call would do: which rank gets what, how it travels, how outputs become one result.
+"""Values that print as tables: what a call would do, and where the ranks of a group are.
 
-Deciding that is left to the modes, and what travels how to the backends; nothing is sent here.
+Deciding what a call does is left to the modes, and what travels how to the backends; nothing is
+sent here.
 """
 
 from __future__ import annotations
 
+import html
 import inspect
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Literal, TypeAlias
 
-from single_controller.base.plan import Call, Layout, Plan
-from single_controller.base.rows import is_future
-from single_controller.base.table import Printed, aligned
+from single_controller.base.plan import Call, Layout, Plan, is_future
 
-__all__ = ["Carrier", "Explanation", "RankArgument", "explain_arguments"]
+__all__ = [
+    "Carrier",
+    "Explanation",
+    "GroupTable",
+    "Printed",
+    "RankArgument",
+    "RankRow",
+    "RankState",
+    "aligned",
+    "explain_arguments",
+]
+
+RankState: TypeAlias = Literal["alive", "dead", "broken"]
+
+
+def aligned(rows: Iterable[Sequence[object]]) -> str:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    cells = [[str(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+class Printed:
+    """A value that says all it holds when it is printed; notebooks show it so, too."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One role on one rank. `state` "broken": the rank lives, and its group takes no calls."""
+
+    rank: int
+    role: str
+    node: str
+    device: str
+    pid: int
+    state: RankState
+
+
+@dataclass(frozen=True)
+class GroupTable(Printed):
+    """One row per rank and role. `cluster` is the address of Ray's, "" without one."""
+
+    rows: tuple[RankRow, ...]
+    cluster: str = ""
+
+    @classmethod
+    def of(
+        cls, places: Sequence[Any], roles: Sequence[str], states: Sequence[RankState], cluster: str
+    ) -> GroupTable:
+        """The table of ranks at `places`, which have `rank`, `node_ip`, `device` and `pid`."""
+        rows = (
+            RankRow(place.rank, role, place.node_ip, place.device, place.pid, state)
+            for place, state in zip(places, states, strict=True)
+            for role in roles
+        )
+        return cls(tuple(rows), cluster)
+
+    def __str__(self) -> str:
+        ranks = aligned([[*RankRow.__annotations__], *(astuple(row) for row in self.rows)])
+        return f"{ranks}\ncluster {self.cluster}" if self.cluster else ranks
 
 
 class Carrier:
@@ -28,17 +91,12 @@ class Carrier:
 
     def size(self, value: Any) -> int | None:
         """The bytes of an argument on its way; None where that cannot be told."""
-        return _pickled_size(value)
-
-
-def _pickled_size(value: Any) -> int | None:
-    """The bytes of a value as pickled, its out-of-band buffers included; None if it cannot be."""
-    buffers: list[pickle.PickleBuffer] = []
-    try:
-        data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    except Exception:
-        return None
-    return len(data) + sum(buffer.raw().nbytes for buffer in buffers)
+        buffers: list[pickle.PickleBuffer] = []
+        try:
+            data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        except Exception:
+            return None
+        return len(data) + sum(buffer.raw().nbytes for buffer in buffers)
 
 
 @dataclass(frozen=True)
@@ -60,18 +118,15 @@ class RankArgument:
     travels: str
     shared_with: tuple[int, ...]
 
-    def cells(self) -> tuple[str, ...]:
-        rows = "-" if self.rows is None else str(self.rows - self.padding)
-        if self.padding:
-            rows += f" + {self.padding} padding"
-        shared = f", shared with {_ranks(self.shared_with)}" if self.shared_with else ""
+    def cells(self) -> tuple[object, ...]:
+        rows = "-" if self.rows is None else f"{self.rows - self.padding}"
         return (
-            str(self.rank),
+            self.rank,
             f"{self.name}: {self.type}",
-            rows,
+            f"{rows} + {self.padding} padding" if self.padding else rows,
             "-" if self.keys is None else ", ".join(self.keys) or "none",
             "?" if self.bytes is None else f"{self.bytes:,}",
-            self.travels + shared,
+            self.travels + (f", shared with {_ranks(s)}" if (s := self.shared_with) else ""),
         )
 
 
@@ -90,15 +145,11 @@ class Explanation(Printed):
     arguments: tuple[RankArgument, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.title} [{self.mode}]"]
-        if self.arguments:
-            head = ("rank", "argument", "rows", "keys", "bytes", "travels")
-            lines.append(aligned([head, *(argument.cells() for argument in self.arguments)]))
-        pads = any(argument.padding for argument in self.arguments)
-        cut = ", less the padding" if pads else ""
-        lines += [
-            f"calls {_ranks(self.ranks)}; returns {self.returns} of {_ranks(self.answers)}{cut}"
-        ]
+        head = ("rank", "argument", "rows", "keys", "bytes", "travels")
+        table = [aligned([head, *(a.cells() for a in self.arguments)])] if self.arguments else []
+        cut = ", less the padding" if any(a.padding for a in self.arguments) else ""
+        result = f"returns {self.returns} of {_ranks(self.answers)}{cut}"
+        lines = [f"{self.title} [{self.mode}]", *table, f"calls {_ranks(self.ranks)}; {result}"]
         return "\n".join(lines)
 
 
@@ -114,49 +165,39 @@ def explain_arguments(
 
     `ranks` are those that `layout` and `calls` are of; `signature` has the arguments' names.
     """
-    named = [
+    sent = [
         (rank, shard, name, value)
         for rank, shard, call in zip(ranks, layout.dp_ranks, calls, strict=True)
+        if call is not None
         for name, value in _named(call, signature)
     ]
-    receivers: dict[int, list[int]] = {}
-    sizes: dict[int, int | None] = {}
-    for rank, _, _, value in named:
-        receivers.setdefault(id(value), []).append(rank)
-        if id(value) not in sizes:
-            sizes[id(value)] = None if is_future(value) else carrier.size(value)
-    waits = any(is_future(value) for *_, value in named)
-    padding = None if waits or plan.padding is None else plan.padding()
-    arguments = []
-    for rank, shard, name, value in named:
+    values = {id(value): value for *_, value in sent}
+    late = {key for key, value in values.items() if is_future(value)}
+    padding = None if late else plan.padding
+    sizes = {key: None if key in late else carrier.size(v) for key, v in values.items()}
+    receivers: dict[int, dict[int, None]] = {}
+    for rank, _, _, value in sent:
+        receivers.setdefault(id(value), {})[rank] = None
+
+    def argument(rank: int, shard: int, name: str, value: Any) -> RankArgument:
         rows, keys = _contents(value)
-        real = rows if padding is None else padding.real_rows(shard)
-        arguments.append(
-            RankArgument(
-                rank=rank,
-                name=name,
-                type=type(value).__name__,
-                rows=rows,
-                padding=0 if rows is None or real is None else rows - real,
-                keys=keys,
-                bytes=sizes[id(value)],
-                travels=carrier.way(value),
-                shared_with=_others(rank, value, receivers[id(value)]),
-            )
-        )
-    return tuple(arguments)
+        padded = 0
+        if rows and padding is not None and rows == padding.shard_rows:
+            padded = rows - padding.real_rows(shard, rows)
+        # Small values that are one object by chance are not shared.
+        chance = isinstance(value, int | float | bool | str | bytes | type(None))
+        others = () if chance else tuple(r for r in receivers[id(value)] if r != rank)
+        size, way, kind = sizes[id(value)], carrier.way(value), type(value).__name__
+        return RankArgument(rank, name, kind, rows, padded, keys, size, way, others)
+
+    return tuple(argument(*one) for one in sent)
 
 
-def _named(call: Call | None, signature: inspect.Signature | None) -> Iterator[tuple[str, Any]]:
+def _named(call: Call, signature: inspect.Signature | None) -> Iterator[tuple[str, Any]]:
     """A call's values under the names that the worker's method has for them."""
-    if call is None:
-        return
-    names, rest = [], "argument"
-    for parameter in signature.parameters.values() if signature else ():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            rest = parameter.name
-        elif parameter.kind not in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
-            names.append(parameter.name)
+    parameters = signature.parameters.values() if signature else ()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "argument")
     for i, value in enumerate(call.args):
         yield names[i] if i < len(names) else f"{rest}[{i - len(names)}]", value
     yield from call.kwargs.items()
@@ -170,13 +211,6 @@ def _contents(value: Any) -> tuple[int | None, tuple[str, ...] | None]:
     tensors = value.batch if hasattr(value, "non_tensor_batch") else value
     keys = () if tensors is None else map(str, tensors.keys())
     return batches.batch_rows(value), (*keys, *getattr(value, "non_tensor_batch", ()))
-
-
-def _others(rank: int, value: Any, receivers: Sequence[int]) -> tuple[int, ...]:
-    """Small values that are one object by chance are not shared."""
-    if isinstance(value, int | float | bool | str | bytes | type(None)):
-        return ()
-    return tuple(dict.fromkeys(other for other in receivers if other != rank))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -6,16 +6,15 @@ import abc
 import asyncio
 import inspect
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
-from single_controller import checks
-from single_controller.base.custom import CustomMode
-from single_controller.base.decorator import MethodSpec
+from single_controller.base.decorator import MethodSpec, Transport
+from single_controller.base.dispatch import CustomMode
 from single_controller.base.explain import Explanation
-from single_controller.base.plan import Plan, named_arguments
-from single_controller.base.recorder import CallRecord, Recorder
-from single_controller.errors import DispatchError
+from single_controller.base.plan import Call, Layout, Plan, named_arguments
+from single_controller.base.trace import CallRecord
+from single_controller.errors import DispatchError, check_seconds
 
 __all__ = [
     "BoundMethod",
@@ -23,6 +22,7 @@ __all__ = [
     "CallOptions",
     "MethodBinding",
     "Pending",
+    "Request",
     "callers_signature",
     "shown",
 ]
@@ -37,11 +37,37 @@ class CallOptions:
     map_location: Any = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a backend is asked for besides the ranks' arguments.
+
+    `answers` are the ranks whose outputs count, in order. `deferred`: outputs stay where they are
+    until asked for, then they go by `transport`. `awaited`: the caller waits for them at once.
+    `opens`: references to outputs are for anyone to ask the backend for.
+    `reads_only`: arguments may be views. `materialize`: futures arrive as their batches.
+    """
+
+    role: str
+    method: str
+    answers: tuple[int, ...]
+    record: CallRecord
+    timeout_s: float | None = None
+    materialize: bool = True
+    reads_only: bool = False
+    deferred: bool = False
+    awaited: bool = False
+    opens: bool = False
+    transport: Transport = "host"
+
+    @property
+    def title(self) -> str:
+        return f"{self.role}.{self.method}"
+
+
 class Pending(abc.ABC):
     """A call on its way: what a group's `_submit` returns."""
 
-    def run_here(self, record: CallRecord) -> None:  # noqa: B027 — for Ray there is nothing to do
-        """Run the call on ranks that this process holds; those in others run it by themselves."""
+    record: CallRecord
 
     @abc.abstractmethod
     def wait(self, timeout_s: float | None) -> list[Any]:
@@ -69,33 +95,6 @@ class Pending(abc.ABC):
         """For each rank that answers, a source of its batch or a reference to its output."""
 
 
-class _Group(Protocol):
-    """What a method needs of its group."""
-
-    role: str
-    _recorder: Recorder
-
-    @property
-    def world_size(self) -> int: ...
-
-    def _invoke(
-        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any: ...
-
-    def _send(
-        self,
-        method: BoundMethod,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        deferred: bool,
-        record: CallRecord,
-    ) -> tuple[Plan, Pending]: ...
-
-    def _explain(
-        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Explanation: ...
-
-
 class CallFuture:
     """The result of a call that was submitted.
 
@@ -103,11 +102,8 @@ class CallFuture:
     `asyncio.wait_for`, returns at once, and the call still runs.
     """
 
-    def __init__(
-        self, method: BoundMethod, plan: Plan, pending: Pending, record: CallRecord
-    ) -> None:
+    def __init__(self, method: BoundMethod, plan: Plan, pending: Pending) -> None:
         self._method, self._plan, self._pending = method, plan, pending
-        self._record = record
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the merged result, at most `timeout` seconds; then the call still runs on.
@@ -116,8 +112,8 @@ class CallFuture:
             WorkerError: a rank raised. CallTimeoutError: not all ranks finished in time.
             ValueError: `timeout` is no number of seconds.
         """
-        checks.seconds("timeout", timeout)
-        return self._method.result(self._plan, self._pending, timeout, self._record)
+        check_seconds("timeout", timeout)
+        return self._method.result(self._plan, self._pending, timeout)
 
     def done(self) -> bool:
         """Whether every rank has finished, well or not."""
@@ -150,7 +146,6 @@ class MethodBinding:
     def __init__(self, name: str, function: Callable[..., Any], spec: MethodSpec) -> None:
         self.name, self.function, self.spec, self.mode = name, function, spec, spec.mode()
         self.signature = callers_signature(function)
-        self.bind = self.signature.bind if self.mode.signature_kept else None
         self.shown = shown(self.signature)
 
 
@@ -165,25 +160,14 @@ def callers_signature(method: Any, follow_wrapped: bool = True) -> inspect.Signa
     return signature.replace(parameters=parameters)
 
 
-class _Bare:
-    """Text that a signature shows as it is, without quotes."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __repr__(self) -> str:
-        return self._text
-
-
 def shown(signature: inspect.Signature) -> str:
     """A signature as its author wrote it: `(batch: DataProto) -> DataProto`."""
 
     def bare(annotation: Any) -> Any:
-        if annotation is inspect.Signature.empty:
-            return annotation
-        if isinstance(annotation, str):
-            return _Bare(annotation)
-        return _Bare(annotation.__name__) if type(annotation) is type else annotation
+        plain = type(annotation) is type and annotation is not inspect.Signature.empty
+        name = annotation.__name__ if plain else annotation
+        # A signature quotes strings, and shows a built-in class by its name alone.
+        return type(name, (), {"__module__": "builtins"}) if isinstance(name, str) else annotation
 
     parameters = [p.replace(annotation=bare(p.annotation)) for p in signature.parameters.values()]
     return str(inspect.Signature(parameters, return_annotation=bare(signature.return_annotation)))
@@ -193,12 +177,12 @@ class BoundMethod:
     """A role's method on a group: call it, `submit` it, or set `options` first."""
 
     def __init__(
-        self, group: _Group, binding: MethodBinding, options: CallOptions | None = None
+        self, group: Any, binding: MethodBinding, options: CallOptions | None = None
     ) -> None:
         mode = binding.mode
         self.group, self.binding = group, binding
         self.call_options = options or CallOptions(binding.spec.timeout_s)
-        self.mode = mode.for_group(group) if isinstance(mode, CustomMode) else mode
+        self.mode = replace(mode, group=group) if isinstance(mode, CustomMode) else mode
         self.__name__ = binding.name
         self.__doc__ = binding.function.__doc__
         self.__signature__ = binding.signature
@@ -209,9 +193,7 @@ class BoundMethod:
     def submit(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> CallFuture:
         """Send the call and return at once, whatever `blocking` the method is registered with."""
         method = self.options(timeout_s=timeout_s) if timeout_s is not None else self
-        record = self.group._recorder.call(self.group.role, self.__name__)
-        plan, pending = self.group._send(method, args, kwargs, False, record)
-        return CallFuture(self, plan, pending, record)
+        return CallFuture(self, *self.group._send(method, args, kwargs))
 
     def options(
         self,
@@ -231,53 +213,74 @@ class BoundMethod:
         Raises:
             ValueError: a rank that the group does not have, no rank, or no time.
         """
-        chosen, size = self.call_options.ranks, self.group.world_size
+        size = self.group.world_size
+        given: dict[str, Any] = {"timeout_s": timeout_s, "map_location": map_location}
         if ranks is not None:
-            chosen = tuple(ranks) if isinstance(ranks, Iterable) else ()
+            given["ranks"] = chosen = tuple(ranks) if isinstance(ranks, Iterable) else ()
             known = chosen and all(rank in range(size) for rank in chosen)
             if not known or len(set(chosen)) < len(chosen):
                 raise ValueError(
                     f"ranks must be some of 0 … {size - 1}, each once, as ranks=[0]; got "
                     f"{chosen or ranks!r}"
                 )
-        checks.seconds("timeout_s", timeout_s)
-        if timeout_s is None:
-            timeout_s = self.call_options.timeout_s
-        place = self.call_options.map_location if map_location is None else map_location
-        return BoundMethod(self.group, self.binding, CallOptions(timeout_s, chosen, place))
+        check_seconds("timeout_s", timeout_s)
+        said = {name: value for name, value in given.items() if value is not None}
+        return BoundMethod(self.group, self.binding, replace(self.call_options, **said))
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What the call would do, without calling: see `WorkerGroup.explain`."""
-        return self.group._explain(self, args, kwargs)
+        made: Explanation = self.group._explain(self, args, kwargs)
+        return made
 
-    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise TypeError where the worker's method would not take these arguments, and
-        DispatchError for one that only the driver can use.
+    def dispatch(
+        self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Plan, list[Call | None]]:
+        """The plan, and the calls of the ranks that `layout` is of.
+
+        Raises:
+            TypeError: the worker's method would not take these arguments.
+            DispatchError: they cannot be spread, or only the driver can use one.
         """
-        if self.binding.bind is None:
-            return
+        if self.mode.signature_kept:
+            try:
+                self.binding.signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{self.title}: {error}") from None
         try:
-            self.binding.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{self.title}: {error}") from None
-        for name, value in named_arguments(args, kwargs):
-            if isinstance(value, CallFuture):
-                raise DispatchError(
-                    f"{self.title}: {name} is a CallFuture, which stays on the driver: use "
-                    ".result(), or register the method with blocking=False"
-                )
+            for name, value in named_arguments(args, kwargs) if self.mode.signature_kept else ():
+                if isinstance(value, CallFuture):
+                    raise DispatchError(
+                        f"{name} is a CallFuture, which stays on the driver: use .result(), or "
+                        "register the method with blocking=False"
+                    )
+            return self.mode.dispatch(layout, args, kwargs)
+        except DispatchError as error:
+            raise DispatchError(f"{self.title}: {error}") from error.__cause__
 
-    def result(
-        self, plan: Plan, pending: Pending, timeout_s: float | None, record: CallRecord
-    ) -> Any:
+    def result(self, plan: Plan, pending: Pending, timeout_s: float | None = None) -> Any:
         """Wait for the outputs and merge them; an error says which method's they were."""
-        with record.span("wait"), self.mode.reading(plan):
+        with pending.record.span("wait"), self.mode.reading(plan):
             outputs = pending.wait(timeout_s)
         try:
-            with record.span("collect"):
+            with pending.record.span("collect"):
                 return _placed(self.mode.collect(plan, outputs), self.call_options.map_location)
         except DispatchError as error:
             raise DispatchError(f"{self.title}: {error}") from error.__cause__
+
+    def promise(self, plan: Plan, pending: Pending) -> Any:
+        """What stands for the result of a call that does not block."""
+        promised = self.mode.promise(plan, pending.handles(self.mode.batched))
+        if self.mode.batched:
+            promised.map_location = self.call_options.map_location
+        return promised
+
+    def check_promised(self) -> None:
+        """Raise ValueError where a call that does not block cannot do what it is asked to."""
+        if self.call_options.map_location is not None and not self.mode.batched:
+            raise ValueError(
+                f"{self.title} returns references at once, whose values map_location cannot "
+                "place: use options(map_location=…).submit(…), or move what you get"
+            )
 
     @property
     def title(self) -> str:
@@ -287,21 +290,18 @@ class BoundMethod:
     @property
     def mode_title(self) -> str:
         """`Dispatch.DP_COMPUTE_PROTO`, the name of a mesh, or of a user's dispatch function."""
-        mode, given = self.mode, self.binding.spec.dispatch_mode
-        if self.mode.mesh is not None:
-            return f"mesh {self.mode.mesh!r}"
-        return mode.name if isinstance(mode, CustomMode) else repr(given)
+        mode = self.mode
+        if mode.mesh is not None:
+            return f"mesh {mode.mesh!r}"
+        return mode.name if isinstance(mode, CustomMode) else repr(self.binding.spec.dispatch_mode)
 
     @property
     def returns(self) -> str:
         """What a call gives, in words."""
-        if self.binding.spec.blocking:
-            return self.mode.returns
-        return (
-            "a DataProtoFuture"
-            if self.mode.batched
-            else f"at once, references to {self.mode.returns}"
-        )
+        if self.mode.batched and not self.binding.spec.blocking:
+            return "a DataProtoFuture"
+        at_once = "" if self.binding.spec.blocking else "at once, references to "
+        return at_once + self.mode.returns
 
     def __repr__(self) -> str:
         return f"<{self.title}, {self.binding.spec.dispatch_mode}>"

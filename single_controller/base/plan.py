@@ -1,25 +1,96 @@
-"""The values that dispatch works with: markers, layouts, calls, plans. The modes are in
-`dispatch`."""
+"""The values that a call is planned with: pools, layouts, markers, calls and plans.
+
+The modes that make plans are in `dispatch`; reserving anything for a pool is left to the backends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from functools import cached_property, lru_cache
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 from single_controller.errors import DispatchError
 
-__all__ = ["Broadcast", "Call", "Layout", "Padding", "PerRank", "Plan", "named_arguments"]
+if TYPE_CHECKING:
+    from protocol import DataProtoFuture
+
+__all__ = [
+    "Broadcast",
+    "Call",
+    "Layout",
+    "Padding",
+    "PerRank",
+    "Plan",
+    "ResourcePool",
+    "is_future",
+    "named_arguments",
+]
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Broadcast(Generic[T]):
-    """Marks an argument that every rank gets whole, whatever the mode does with others."""
+class ResourcePool:
+    """How many processes each node gets.
 
-    value: T
+    Args:
+        process_on_nodes: processes on node 0, 1, …; `[2, 4]` is six processes on two nodes.
+        max_colocate_count: how many groups may share one process's resources.
+        n_gpus_per_node: devices on each node, for programs that ask.
 
+    Raises:
+        ValueError: a count that is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        process_on_nodes: Sequence[int] | None = None,
+        max_colocate_count: int = 10,
+        n_gpus_per_node: int = 8,
+    ) -> None:
+        self._store: list[int] = []
+        for count in process_on_nodes or ():
+            self.add_node(count)
+        self.max_colocate_count = _count("max_colocate_count", max_colocate_count)
+        self.n_gpus_per_node = n_gpus_per_node
+
+    def add_node(self, process_count: int) -> None:
+        """Append a node with `process_count` processes."""
+        self._store.append(_count(f"process_on_nodes[{len(self._store)}]", process_count))
+
+    @property
+    def store(self) -> list[int]:
+        """Processes per node (a copy)."""
+        return list(self._store)
+
+    @property
+    def world_size(self) -> int:
+        return sum(self.store)
+
+    def __call__(self) -> list[int]:
+        return self.store
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.store})"
+
+    def local_world_size_list(self) -> list[int]:
+        """For each rank, how many ranks its node has: `[2, 1]` gives `[2, 2, 1]`."""
+        return [count for count in self.store for _ in range(count)]
+
+    def local_rank_list(self) -> list[int]:
+        """For each rank, its index on its node: `[2, 1]` gives `[0, 1, 0]`."""
+        return [rank for count in self.store for rank in range(count)]
+
+
+def _count(name: str, value: Any) -> int:
+    if not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
+        raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
+    return int(value)
+
+
+class _Mark(Generic[T]):
     def as_input(self) -> T:
         """This mark itself, as the value that a method declares, for type checkers."""
         itself: Any = self
@@ -27,7 +98,14 @@ class Broadcast(Generic[T]):
 
 
 @dataclass(frozen=True)
-class PerRank(Generic[T]):
+class Broadcast(_Mark[T]):
+    """Marks an argument that every rank gets whole, whatever the mode does with others."""
+
+    value: T
+
+
+@dataclass(frozen=True)
+class PerRank(_Mark[T]):
     """Marks an argument of which rank i gets `values[i]`, whatever the mode does with others.
 
     Raises:
@@ -37,22 +115,9 @@ class PerRank(Generic[T]):
     values: Sequence[T]
 
     def __post_init__(self) -> None:
-        if not _is_list(self.values):
-            raise DispatchError(f"PerRank needs a list, one value per rank; got {self.values!r}")
-
-    def as_input(self) -> T:
-        """This mark itself, as the value that a method declares, for type checkers."""
-        itself: Any = self
-        return itself  # type: ignore[no-any-return]
-
-
-def _is_list(values: Any) -> bool:
-    """Whether it has a length, as a tensor without dimensions has not, and an order."""
-    try:
-        len(values)
-    except TypeError:
-        return False
-    return hasattr(values, "__getitem__") and not isinstance(values, Mapping)
+        listed = hasattr(self.values, "__getitem__") and not isinstance(self.values, Mapping)
+        if not listed or getattr(self.values, "shape", None) == ():
+            raise DispatchError(f"a list is needed, one value per rank; got {self.values!r}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +135,12 @@ class Layout:
     @classmethod
     def flat(cls, world_size: int) -> Layout:
         """Every rank is its own data-parallel rank."""
-        return cls(tuple(range(world_size)), (True,) * world_size, world_size)
+        return _layout(tuple(range(world_size)), (True,) * world_size)
+
+    @classmethod
+    def of(cls, dp_ranks: Sequence[int], collects: Sequence[bool]) -> Layout:
+        """The layout of a mesh, by rank. What was made of it once is not made again."""
+        return _layout(tuple(dp_ranks), tuple(collects))
 
     @property
     def world_size(self) -> int:
@@ -78,22 +148,34 @@ class Layout:
 
     def subset(self, ranks: Sequence[int]) -> Layout:
         """The layout of these ranks alone, their shards numbered anew in the order they come."""
-        kept = list(dict.fromkeys(self.dp_ranks[rank] for rank in ranks))
-        return Layout(
-            tuple(kept.index(self.dp_ranks[rank]) for rank in ranks),
-            tuple(self.collects[rank] for rank in ranks),
-            len(kept),
-        )
+        shards = [self.dp_ranks[rank] for rank in ranks]
+        anew = {shard: i for i, shard in enumerate(dict.fromkeys(shards))}
+        return Layout.of([anew[shard] for shard in shards], [self.collects[rank] for rank in ranks])
 
-    def collecting_ranks(self) -> tuple[int, ...]:
-        """The ranks whose outputs count, in the order of their shards."""
-        ranks = [rank for rank, collects in enumerate(self.collects) if collects]
-        return tuple(sorted(ranks, key=lambda rank: (self.dp_ranks[rank], rank)))
+    @cached_property
+    def collecting(self) -> tuple[int, ...]:
+        """The ranks whose outputs count."""
+        return tuple(rank for rank, collects in enumerate(self.collects) if collects)
+
+    @cached_property
+    def by_shard(self) -> tuple[int, ...]:
+        """The same, in the order of their shards."""
+        return tuple(sorted(self.collecting, key=self.dp_ranks.__getitem__))
+
+    @cached_property
+    def shards(self) -> tuple[int, ...]:
+        """Their shards: each once and in order, where no rows would be lost or doubled."""
+        return tuple(self.dp_ranks[rank] for rank in self.by_shard)
+
+
+@lru_cache(maxsize=256)
+def _layout(dp_ranks: tuple[int, ...], collects: tuple[bool, ...]) -> Layout:
+    return Layout(dp_ranks, collects, max(dp_ranks, default=-1) + 1)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One rank's arguments."""
+    """One rank's arguments. Ranks that get the same ones may share one `Call`."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -105,10 +187,21 @@ class Call:
 
 @dataclass(frozen=True)
 class Padding:
-    """Rows that dispatch added behind `rows` real ones, so that `parts` shards come out equal."""
+    """Rows that dispatch added behind the real ones, so that `parts` shards come out equal.
 
-    rows: int
+    `batch` is how many real ones there are, or a future that knows once it is done.
+    """
+
+    batch: int | DataProtoFuture
     parts: int
+
+    @cached_property
+    def rows(self) -> int:
+        return self.batch if isinstance(self.batch, int) else len(self.batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Other processes need no future of which the rows are known."""
+        return Padding, (vars(self).get("rows", self.batch), self.parts)
 
     @property
     def shard_rows(self) -> int:
@@ -118,9 +211,21 @@ class Padding:
     def added(self) -> int:
         return self.shard_rows * self.parts - self.rows
 
-    def real_rows(self, part: int) -> int:
-        """How many rows of shard `part` were in the caller's batch."""
-        return min(self.shard_rows, max(0, self.rows - part * self.shard_rows))
+    def real_rows(self, shard: int, came: int) -> int:
+        """How many of the rows that came back for a shard were in the caller's batch.
+
+        Raises:
+            DispatchError: they are not as many as went out.
+        """
+        sent = self.shard_rows
+        if not self.added:
+            return came
+        if came and came != sent:
+            raise DispatchError(
+                f"padding cannot be removed: shard {shard} went out with {sent} rows and came "
+                f"back with {came}. Register the method with uneven=True, which needs no padding"
+            )
+        return min(came, max(0, self.rows - shard * sent))
 
 
 @dataclass(frozen=True)
@@ -128,13 +233,12 @@ class Plan:
     """What dispatch decided for a call, kept until collect.
 
     `answers` are the ranks whose outputs collect reads, in its order, and `shards` the shard
-    that each of them got. `padding` is a function because the rows of a future are known only
-    once it is done. `auto_padding`: a future of the result may be padded in turn.
+    that each of them got. `auto_padding`: a future of the result may be padded in turn.
     """
 
     answers: tuple[int, ...]
     shards: tuple[int, ...] = ()
-    padding: Callable[[], Padding] | None = None
+    padding: Padding | None = None
     auto_padding: bool = False
 
 
@@ -144,3 +248,9 @@ def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[
         yield f"argument {i}", value
     for key, value in kwargs.items():
         yield f"argument {key!r}", value
+
+
+def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
+    """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
+    module = sys.modules.get("protocol.future")
+    return module is not None and isinstance(value, module.DataProtoFuture)

@@ -1,41 +1,71 @@
-"""Worker: what a user subclasses; it knows which rank it is, on which device, in which mesh."""
+"""What runs on a rank, whatever process it is in: the worker that a user subclasses, which knows
+its rank, device and meshes; the port where ranks meet, and how their errors and frames are shown.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
+import importlib.util
+import logging
 import os
+import select
 import socket
-from collections.abc import Callable, Generator, Mapping
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
+from importlib.machinery import ModuleSpec
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from single_controller import checks
 from single_controller.base.decorator import Dispatch, Execute, register
-from single_controller.base.residency import move
-from single_controller.device import CPU, device_kind
-from single_controller.errors import DispatchError
+from single_controller.device import CPU, device_kind, move
+from single_controller.errors import DispatchError, ResourceError
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["AGENT_STORE", "Worker", "WorkerContext", "building", "check_worker_env"]
+__all__ = [
+    "AGENT_STORE",
+    "NO_BATCH",
+    "OnImport",
+    "Rendezvous",
+    "Worker",
+    "WorkerContext",
+    "building",
+    "check_worker_env",
+    "coroutine_stacks",
+    "exit_code",
+    "own_frames",
+    "own_traceback",
+]
 
-_ENV_KEYS = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "RAY_LOCAL_RANK",
-    "RAY_LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "WG_PREFIX",
-    "WG_BACKEND",
-)
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # with it, no rank 0 opens the store of any meeting
+NO_BATCH = (
+    "{role}.{method} returned no batch, and its mode joins the ranks' outputs to one: return a "
+    "DataProto or TensorDict"
+)
+_ALONE_S = 10.0  # how long ranks that meet without rank 0 wait for it to import torch
+_MODULE = "torch.distributed.rendezvous"
+_logger = logging.getLogger(__name__)
+_ENVIRONMENT = {  # variable → field of the context
+    "RANK": "rank",
+    "WORLD_SIZE": "world_size",
+    "LOCAL_RANK": "local_rank",
+    "LOCAL_WORLD_SIZE": "local_world_size",
+    "RAY_LOCAL_RANK": "node_rank",
+    "RAY_LOCAL_WORLD_SIZE": "local_world_size",
+    "MASTER_ADDR": "master_addr",
+    "MASTER_PORT": "master_port",
+    "WG_PREFIX": "prefix",
+    "WG_BACKEND": "backend",
+}
 
 
 @dataclass(frozen=True)
@@ -59,37 +89,18 @@ class WorkerContext:
     @classmethod
     def from_environment(cls) -> WorkerContext:
         """The context that torchrun, or a host, has put into this process's environment."""
-        env = os.environ.get
-        return cls(
-            rank=int(env("RANK", "0")),
-            world_size=int(env("WORLD_SIZE", "1")),
-            local_rank=int(env("LOCAL_RANK", "0")),
-            local_world_size=int(env("LOCAL_WORLD_SIZE", "1")),
-            node_rank=int(env("RAY_LOCAL_RANK", "0")),
-            master_addr=env("MASTER_ADDR", ""),
-            master_port=int(env("MASTER_PORT", "0")),
-            device_name=device_kind().name,
-            prefix=env("WG_PREFIX", ""),
-            backend=env("WG_BACKEND", ""),
-        )
+        said: dict[str, Any] = {
+            name: type(getattr(cls, name))(os.environ[key])
+            for key, name in reversed(_ENVIRONMENT.items())
+            if key in os.environ
+        }
+        return cls(device_name=device_kind().name, **said)
 
     def environment(self) -> dict[str, str]:
         """The variables every worker finds. `init_process_group()` without arguments meets where
         they say; only what every program of torch reads is among them, since children get them too.
         """
-        values = (
-            self.rank,
-            self.world_size,
-            self.local_rank,
-            self.local_world_size,
-            self.node_rank,
-            self.local_world_size,
-            self.master_addr,
-            self.master_port,
-            self.prefix,
-            self.backend,
-        )
-        return {key: str(value) for key, value in zip(_ENV_KEYS, values, strict=True)}
+        return {key: str(getattr(self, name)) for key, name in _ENVIRONMENT.items()}
 
 
 _building: ContextVar[WorkerContext | None] = ContextVar("building", default=None)
@@ -143,7 +154,7 @@ class Worker:
     @classmethod
     def env_keys(cls) -> list[str]:
         """The environment variables that every worker finds."""
-        return list(_ENV_KEYS)
+        return list(_ENVIRONMENT)
 
     @property
     def rank(self) -> int:
@@ -228,8 +239,7 @@ class Worker:
         Raises:
             ValueError: the mesh has no such dimension, or this rank is not in it.
         """
-        names = device_mesh.mesh_dim_names or ()
-        coordinates = device_mesh.get_coordinate()
+        names, coordinates = device_mesh.mesh_dim_names or (), device_mesh.get_coordinate()
         dp_names = (dp,) if isinstance(dp, str) else tuple(dp)
         wanted = {"tp": 0, "pp": -1} if collect is None else dict(collect)
         named = {*dp_names, *(collect or ())}
@@ -238,13 +248,12 @@ class Worker:
                 f"mesh {mesh_name!r} needs the dimensions {sorted(named)} and rank {self.rank} "
                 f"in it; it has the dimensions {list(names)}"
             )
-        dp_rank, collects = 0, True
-        for name, size, at in zip(names, device_mesh.shape, coordinates, strict=True):
-            if name not in dp_names and at != wanted.get(name, 0) % size:
-                collects = False
-        for name in dp_names:
-            axis = names.index(name)
-            dp_rank = dp_rank * device_mesh.shape[axis] + coordinates[axis]
+        place = dict(zip(names, zip(device_mesh.shape, coordinates, strict=True), strict=True))
+        others = ((name, *place[name]) for name in names if name not in dp_names)
+        collects = all(at == wanted.get(name, 0) % size for name, size, at in others)
+        dp_rank = 0
+        for size, at in map(place.__getitem__, dp_names):
+            dp_rank = dp_rank * size + at
         self._register_dispatch_collect_info(mesh_name, dp_rank, collects)
 
     def _register_dispatch_collect_info(
@@ -259,13 +268,13 @@ class Worker:
         self._meshes[mesh_name] = (dp_rank, is_collect)
 
     def _mesh(self, mesh_name: str) -> tuple[int, bool]:
-        if mesh_name not in self._meshes:
-            raise DispatchError(
-                f"mesh {mesh_name!r} is not registered on rank {self.rank} of "
-                f"{type(self).__name__}; registered: {sorted(self._meshes) or 'none'}. Call "
-                "register_mesh, or _register_dispatch_collect_info, before the first call"
-            )
-        return self._meshes[mesh_name]
+        if mesh_name in self._meshes:
+            return self._meshes[mesh_name]
+        raise DispatchError(
+            f"mesh {mesh_name!r} is not registered on rank {self.rank} of {type(self).__name__}; "
+            f"registered: {sorted(self._meshes) or 'none'}. Call register_mesh, or "
+            "_register_dispatch_collect_info, before the first call"
+        )
 
     def _query_dispatch_info(self, mesh_name: str) -> int:
         """The shard that this rank gets in a mesh."""
@@ -275,16 +284,12 @@ class Worker:
         """Whether this rank's output counts in a mesh."""
         return self._mesh(mesh_name)[1]
 
-    def query_collect_info(self, mesh_name: str) -> bool:
-        """Whether this rank's output counts in a mesh."""
-        return self._query_collect_info(mesh_name)
+    query_collect_info = _query_collect_info
 
     def get_dispatch_collect(self) -> dict[str, Any]:
         """All meshes of this worker, in the form that `set_dispatch_collect` takes."""
-        return {
-            "dispatch_dp_rank": {name: mesh[0] for name, mesh in self._meshes.items()},
-            "collect_dp_rank": {name: mesh[1] for name, mesh in self._meshes.items()},
-        }
+        told = ("dispatch_dp_rank", "collect_dp_rank")
+        return {key: {n: at[i] for n, at in self._meshes.items()} for i, key in enumerate(told)}
 
     def set_dispatch_collect(
         self, mesh_name: str, dispatch_dp_rank: dict[str, int], collect_dp_rank: dict[str, bool]
@@ -303,9 +308,8 @@ class Worker:
         names = [*dict.fromkeys([mesh_name, *dispatch_dp_rank])]
         if lost := [n for n in names if n not in dispatch_dp_rank or n not in collect_dp_rank]:
             raise DispatchError(
-                f"meshes {lost} need a dp rank and whether they collect; got dispatch_dp_rank="
-                f"{dispatch_dp_rank} and collect_dp_rank={collect_dp_rank}. Register them in the "
-                "nested worker first"
+                f"meshes {lost} need a dp rank and whether they collect; got {dispatch_dp_rank} "
+                f"and {collect_dp_rank}. Register them in the nested worker first"
             )
         for name in names:
             self._register_dispatch_collect_info(
@@ -325,29 +329,166 @@ class Worker:
         return func(*args, **kwargs)
 
 
-def check_worker_env(env: Mapping[str, str] | None, argument: str = "worker_env") -> None:
-    """Refuse what a user cannot add to the environment of all ranks.
+class Rendezvous:
+    """A port held in rank 0's process, and the store that listens on it.
 
-    Raises:
-        ValueError: it sets what the group sets. TypeError: it is no dict of strings.
+    The socket is bound at once, so that no other program can take the port between its choice
+    and its use; torch is needed only once a rank comes to the store. `port` 0 lets the system
+    choose; with `port_range`, `[first, last]`, it is the first free one of these.
     """
-    wanted = "a dict of strings by name, or None"
-    env = env or {}
-    checks.instance(Mapping, argument, env, wanted)
-    for name, value in env.items():
-        if not (isinstance(name, str) and isinstance(value, str)):
-            raise TypeError(f"{argument} must be {wanted}; got {name!r}: {value!r}")
-    if taken := sorted({*_ENV_KEYS, AGENT_STORE} & set(env)):
-        raise ValueError(
-            f"{argument} must not set {', '.join(taken)}: the group does, on each rank"
+
+    def __init__(
+        self, address: str, port: int = 0, port_range: Sequence[int] | None = None
+    ) -> None:
+        self.address = address
+        ports = [port] if port_range is None else range(port_range[0], port_range[-1] + 1)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._store: Any = None
+        self._started = threading.Event()
+        for candidate in ports:
+            with contextlib.suppress(OSError, OverflowError):
+                self._socket.bind(("", candidate))
+                # From here on: nobody else could bind it, and torch can as soon as it is closed.
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self._socket.listen(2048)
+                self.port: int = self._socket.getsockname()[1]
+                return
+        self._socket.close()
+        asked = f"master_port {port}" if port_range is None else f"master_port_range {port_range}"
+        raise ResourceError(
+            f"{asked} cannot be bound on {address}: name a free port, or none to have one chosen"
         )
+
+    def close(self) -> None:
+        """Give the port back, unless a store serves it."""
+        self._socket.close()
+
+    def serve(self) -> None:
+        """Let ranks join a store from now on. It starts as soon as this process has torch: before
+        rank 0's own code can ask torch for one, which finds this one then, since both are
+        `multi_tenant`. Workers that never meet need no torch, which takes seconds to import.
+        """
+        module = sys.modules.get(_MODULE)
+        if hasattr(module, "TCPStore"):
+            self._start(module)
+        else:
+            sys.meta_path.insert(0, OnImport(_MODULE, self._start))
+            threading.Thread(target=self._fetch_torch, daemon=True, name="rendezvous").start()
+
+    def _start(self, module: Any) -> None:
+        made = module.TCPStore
+
+        def join(*args: Any, **kwargs: Any) -> Any:
+            """Leave the store to torch once rank 0 joins it: it ends with their group, so that
+            ranks can meet again, where what they wrote here first would lead them astray.
+            """
+            store = made(*args, **kwargs)
+            if store.port == self.port and kwargs.get("is_master", True in args[3:4]):
+                module.TCPStore, self._store = made, None
+            return store
+
+        here = "::1" if self._socket.family == socket.AF_INET6 else "127.0.0.1"
+        how: Any = {"is_master": True, "wait_for_workers": False, "timeout": timedelta(minutes=5)}
+        listening = self._socket.detach()
+        try:
+            self._store = made(
+                here, self.port, master_listen_fd=listening, multi_tenant=True, **how
+            )
+        except Exception:  # not to be raised by whoever imports torch; rank 0 binds the port anew
+            _logger.exception("the store that ranks meet in could not start")
+            with contextlib.suppress(OSError):
+                os.close(listening)
+        else:
+            module.TCPStore = join
+        self._started.set()
+
+    def _fetch_torch(self) -> None:
+        """Import torch where ranks come to the store and this rank's own code does not. While that
+        code does, this waits: two threads that import it at once may dead-lock.
+        """
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        waiting.poll()
+        self._started.wait(_ALONE_S)
+        if "torch" not in sys.modules:
+            importlib.import_module("torch")
+
+
+class OnImport(importlib.abc.MetaPathFinder):
+    """Calls `then` with a module as soon as that has been imported."""
+
+    def __init__(self, module: str, then: Callable[[Any], None]) -> None:
+        self._module, self._then = module, then
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != self._module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            execute, then = loader.exec_module, self._then
+            loader.exec_module = lambda module: (execute(module), then(module))
+        return spec
+
+
+def check_worker_env(env: Mapping[str, str] | None, argument: str = "worker_env") -> None:
+    """Refuse what a user cannot add to the environment of all ranks: what is no dict of strings
+    is a TypeError, a name that the group sets a ValueError.
+    """
+    pairs = env.items() if isinstance(env, Mapping) else () if env is None else [(argument, env)]
+    for name, value in pairs:
+        if not (isinstance(name, str) and isinstance(value, str)):
+            wanted = "a dict of strings by name, or None"
+            raise TypeError(f"{argument} must be {wanted}; got {name!r}: {value!r}")
+    if taken := sorted({*_ENVIRONMENT, AGENT_STORE} & {name for name, _ in pairs}):
+        raise ValueError(f"{argument} must not set {', '.join(taken)}: the group does so itself")
+
+
+def exit_code(request: SystemExit) -> int:
+    """What a process ends with that does as it is asked."""
+    code = request.code
+    return code % 256 if isinstance(code, int) else int(code is not None)
+
+
+def own_traceback(error: BaseException, hidden: Sequence[str]) -> str:
+    """The traceback with its causes, without the frames of files in the `hidden` folders."""
+    shown: traceback.TracebackException | None
+    shown = whole = traceback.TracebackException.from_exception(error)
+    ours = (os.path.dirname(__file__), *hidden)
+    while shown is not None:
+        own = [frame for frame in shown.stack if not frame.filename.startswith(ours)]
+        shown.stack = traceback.StackSummary.from_list(own or shown.stack)
+        shown = shown.__cause__ or shown.__context__
+    return "".join(["On the worker: ", *whole.format()])
+
+
+def own_frames(frames: Iterable[FrameType], hidden: Sequence[str]) -> list[str]:
+    """A line for each frame that is not of files in the `hidden` folders."""
+    return [
+        f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}'
+        for frame in frames
+        if not frame.f_code.co_filename.startswith((os.path.dirname(__file__), *hidden))
+    ]
+
+
+def coroutine_stacks(coroutines: Iterable[Any], hidden: Sequence[str]) -> str:
+    """What each coroutine awaits, the innermost frame first, without frames of `hidden` folders."""
+    shown = []
+    for coroutine in coroutines:
+        frames: list[FrameType] = []
+        while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+            frames.insert(0, frame)
+            coroutine = getattr(coroutine, "cr_await", None)
+        shown.append("\n".join(own_frames(frames, hidden)) or "  waits for its arguments")
+    return "\n  -- another coroutine --\n".join(shown)
 
 
 def _node_ip() -> str:
     """The address that this node's packets leave from; asking sends none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+        with contextlib.suppress(OSError):
             probe.connect(("192.0.2.1", 9))
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
+        return "127.0.0.1"

@@ -1,6 +1,6 @@
-"""WorkerGroup: binds a role's registered methods and holds the one pipeline that calls go through.
+"""WorkerGroup: a role's methods on all its ranks, and the one pipeline that calls go through.
 
-Starting processes, moving arguments and waiting are left to the backends.
+Starting hosts, moving arguments and waiting are left to the backends.
 """
 
 from __future__ import annotations
@@ -8,165 +8,220 @@ from __future__ import annotations
 import abc
 import difflib
 import inspect
+import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from single_controller import checks
-from single_controller.base.decorator import registered_methods
+from single_controller.base.decorator import GroupView, Registered, registered_methods
 from single_controller.base.dispatch import Mode, OneToAll, RankZero
-from single_controller.base.explain import Carrier, Explanation, explain_arguments
-from single_controller.base.method import BoundMethod, CallOptions, MethodBinding, Pending
-from single_controller.base.plan import Call, Layout, Plan
-from single_controller.base.recorder import CallRecord, Recorder, StatsTable
-from single_controller.base.registered import GroupView, Registered, Transport
-from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.explain import Carrier, Explanation, GroupTable, explain_arguments
+from single_controller.base.hosts import Generation, Hosts
+from single_controller.base.message import Packer, not_sent
+from single_controller.base.method import BoundMethod, MethodBinding, Pending, Request
+from single_controller.base.plan import Call, Layout, Plan, ResourcePool, is_future, named_arguments
 from single_controller.base.roles import ClassWithInitArgs, W, worker_class
-from single_controller.base.sending import arguments_not_sent
-from single_controller.base.worker import Worker
+from single_controller.base.trace import Recorder, StatsTable
+from single_controller.base.worker import Worker, check_worker_env
 from single_controller.errors import (
-    DispatchError,
     RegistrationError,
     SendError,
     UnknownMethodError,
+    UnknownRoleError,
+    WorkerDiedError,
+    check_seconds,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 M = TypeVar("M")
 
-__all__ = [
-    "ClassWithInitArgs",
-    "WorkerGroup",
-    "check_workers_alive",
-    "worker_class",
-]
+__all__ = ["ClassWithInitArgs", "WorkerGroup", "check_workers_alive", "worker_class"]
 
 
 class WorkerGroup(abc.ABC, Generic[W]):
     """All ranks of one role, called as if they were one local object.
+
+    With the role "", it is the hosts of several roles. A context manager: leaving it closes the
+    group, and all views on its hosts.
 
     Args:
         resource_pool: the processes per node; None for groups made from running workers.
     """
 
     role: str = ""
+    ray_cls_with_init: ClassWithInitArgs | None = None
+    call_timeout_s: float | None = None
+    _packer: Packer
+    _hosts: Hosts
 
     def __init__(self, resource_pool: ResourcePool | None = None, **kwargs: Any) -> None:
+        self.resource_pool = resource_pool
         self._worker_cls: type[Worker] | None = None
         self._methods: dict[str, MethodBinding] = {}
-        self._flat: Layout | None = None
         self._dispatch_info: dict[str, list[int]] = {}  # by mesh: each rank's data-parallel rank,
         self._collect_info: dict[str, list[bool]] = {}  # and whether its output counts
         self._recorder = Recorder()
 
-    @property
-    @abc.abstractmethod
-    def world_size(self) -> int: ...
-
-    def _usable(self) -> Any:
-        """What one call goes to, taken before it is dispatched: a restart in between must not send
-        the plan for the former ranks to others. Raises GroupBrokenError where no call can be taken.
-        """
-        return None
-
-    @abc.abstractmethod
-    def _submit(
+    def _check_options(
         self,
-        hosts: Any,
-        method: str,
-        calls: Sequence[Call | None],
-        answers: Sequence[int],
-        options: CallOptions,
-        *,
-        record: CallRecord,
-        materialize: bool = True,
-        reads_only: bool = False,
-        deferred: bool = False,
-        awaited: bool = False,
-        transport: Transport = "host",
-    ) -> Pending:
-        """Send each rank its call, and count in `record` the bytes that leave. `hosts` are those
-        that `_usable` gave.
+        name_prefix: str | None,
+        worker_env: Mapping[str, str] | None,
+        startup_timeout_s: float | None,
+        call_timeout_s: float | None,
+    ) -> None:
+        """Refuse options that would fail on their first use.
 
-        `deferred`: outputs stay where they are until asked for, then they go by `transport`.
-        `awaited`: the caller waits for the result at once.
-        `reads_only`: arguments may be views.
+        Raises:
+            ValueError: no time, or a variable that each rank gets its own of.
+            TypeError: no string, or no dict of strings.
+        """
+        if not isinstance(name_prefix, str | None):
+            raise TypeError(f"name_prefix must be a string, or None; got {name_prefix!r}")
+        check_seconds("startup_timeout_s", startup_timeout_s)
+        check_seconds("call_timeout_s", call_timeout_s)
+        check_worker_env(worker_env)
+        self.call_timeout_s = call_timeout_s
+
+    def _take(self, hosts: Hosts, ray_cls_with_init: ClassWithInitArgs | None) -> None:
+        """Be the group of what the hosts hold.
+
+        Raises:
+            ValueError: they hold other roles than `ray_cls_with_init` says.
+        """
+        self._hosts, self._layouts_of = hosts, hosts.now
+        self.ray_cls_with_init = ray_cls_with_init
+        self._classes: dict[str, type[Worker]] = {}
+        held, role = hosts.now.roles, ""
+        if ray_cls_with_init is not None:
+            roles, role = ray_cls_with_init.roles(), ray_cls_with_init.role
+            if len(roles) == len(held) == 1 and role:
+                # Whatever its name: the class given says which methods the group has.
+                roles, role = dict(zip(held, roles.values(), strict=True)), held[0]
+            if tuple(roles) != held:
+                raise ValueError(
+                    f"the running hosts hold roles {list(held)}, and ray_cls_with_init says "
+                    f"{list(roles)}"
+                )
+            self._classes = {name: spec.cls for name, spec in roles.items()}
+        elif len(held) == 1:
+            role = held[0]
+        self._take_role(role)
+
+    def _take_role(self, role: str) -> None:
+        self.role = role
+        if role in self._classes:
+            self._bind(self._classes[role])
+
+    @abc.abstractmethod
+    def _submit(self, hosts: Any, request: Request, calls: Sequence[Call | None]) -> Pending:
+        """Send each rank of a generation its call.
 
         Raises:
             SendError: an argument cannot be pickled; then nothing was sent.
             GroupBrokenError: the group was restarted meanwhile.
         """
 
-    @abc.abstractmethod
-    def _pickles(self, value: Any) -> object:
-        """Raise what pickling a value for the workers raises."""
-
     def _invoke(self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call, from the user's arguments to the merged result."""
-        mode, deferred = method.mode, not method.binding.spec.blocking
-        place = method.call_options.map_location
-        if deferred and place is not None and not mode.batched:
-            raise ValueError(
-                f"{method.title} returns references at once, whose values map_location cannot "
-                "place: use options(map_location=…).submit(…), or move what you get"
-            )
-        record = self._recorder.call(self.role, method.binding.name)
-        plan, pending = self._send(method, args, kwargs, deferred, record, awaited=not deferred)
-        if deferred:
-            promised = mode.promise(plan, pending.handles(mode.batched))
-            if place is not None:
-                promised.map_location = place
-            return promised
-        return method.result(plan, pending, None, record)
+        if method.binding.spec.blocking:
+            plan, pending = self._send(method, args, kwargs, awaited=True)
+            return method.result(plan, pending)
+        method.check_promised()
+        plan, pending = self._send(method, args, kwargs, deferred=True)
+        return method.promise(plan, pending)
 
     def _send(
         self,
         method: BoundMethod,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        deferred: bool,
-        record: CallRecord,
+        deferred: bool = False,
         awaited: bool = False,
     ) -> tuple[Plan, Pending]:
+        """Dispatch and submit. The hosts are taken once: a restart in between must not send the
+        plan for the former ranks to others.
+        """
+        record, spec = self._recorder.call(self.role, method.__name__), method.binding.spec
         with record.span("dispatch"):
-            hosts = self._usable()
-            _, plan, calls = self._dispatch(method, args, kwargs)
-            answers, ranks = plan.answers, method.call_options.ranks
-            if ranks:
-                at = dict(zip(ranks, calls, strict=True))
-                calls = [at.get(rank) for rank in range(self.world_size)]
-                answers = tuple(ranks[i] for i in answers)
-            try:
-                pending = self._submit(
-                    hosts,
-                    method.binding.name,
-                    calls,
-                    answers,
-                    method.call_options,
-                    record=record,
-                    materialize=method.binding.spec.materialize_futures,
-                    reads_only=method.binding.spec.reads_only,
-                    deferred=deferred and method.mode.batched,
-                    awaited=awaited,
-                    transport=method.binding.spec.transport,
-                )
-            except SendError as error:
-                found = arguments_not_sent(method.title, args, kwargs, error, self._pickles)
-                raise found from error.__cause__
-        pending.run_here(record)
-        return plan, pending
+            hosts = self._hosts.usable()
+            ranks = method.call_options.ranks
+            plan, asked = method.dispatch(self._layout(method.mode, ranks, hosts), args, kwargs)
+            answers, calls = self._spread(ranks, plan, asked)
+            request = Request(
+                role=self.role,
+                method=method.__name__,
+                answers=answers,
+                record=record,
+                timeout_s=self._limit(method.call_options.timeout_s),
+                materialize=spec.materialize_futures,
+                reads_only=spec.reads_only,
+                deferred=deferred and method.mode.batched,
+                awaited=awaited,
+                opens=deferred and not method.mode.batched,
+                transport=spec.transport,
+            )
+            return plan, self._submitted(method.title, hosts, request, calls, args, kwargs)
 
-    def _dispatch(
-        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Layout, Plan, list[Call | None]]:
-        """The layout of the ranks that are asked for, the plan, and these ranks' calls."""
-        method.check(args, kwargs)
-        ranks = method.call_options.ranks
-        layout = self._layout(method.mode)
-        layout = layout.subset(ranks) if ranks else layout
+    def _limit(self, timeout_s: float | None) -> float | None:
+        """What a call has, asked for by itself or its method: that of the group, or no limit."""
+        found = self.call_timeout_s if timeout_s is None else timeout_s
+        return None if found is None or math.isinf(found) else found
+
+    def _spread(
+        self, ranks: tuple[int, ...] | None, plan: Plan, calls: Sequence[Call | None]
+    ) -> tuple[tuple[int, ...], Sequence[Call | None]]:
+        """Who answers, and the calls of all ranks, where only `ranks` are asked for."""
+        if not ranks:
+            return plan.answers, calls
+        at = dict(zip(ranks, calls, strict=True))
+        answers = tuple(ranks[i] for i in plan.answers)
+        return answers, [at.get(rank) for rank in range(self.world_size)]
+
+    def _submitted(
+        self,
+        title: str,
+        hosts: Generation,
+        request: Request,
+        calls: Sequence[Call | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Pending:
         try:
-            return layout, *method.mode.dispatch(layout, args, kwargs)
-        except DispatchError as error:
-            raise DispatchError(f"{method.title}: {error}") from error.__cause__
+            return self._submit(hosts, request, calls)
+        except SendError as error:
+            named = ((n, v) for n, v in named_arguments(args, kwargs) if not is_future(v))
+            found = not_sent(title, named, self._packer)
+            raise found or SendError(f"{title}: {error}") from error.__cause__
+
+    def _layout(
+        self, mode: Mode, ranks: Sequence[int] | None = None, hosts: Generation | None = None
+    ) -> Layout:
+        """The layout that a mode needs, of all ranks or those asked for. A mesh is asked for once,
+        from the workers.
+        """
+        hosts = hosts or self._hosts.usable()
+        if hosts is not self._layouts_of:
+            self._dispatch_info, self._collect_info, self._layouts_of = {}, {}, hosts
+        mesh = mode.mesh
+        layout = Layout.flat(self.world_size)
+        if mesh is not None:
+            info, collects = self._dispatch_info, self._collect_info  # which a restart replaces
+            if mesh not in info:
+                info[mesh] = self._query_dispatch_info(mesh)
+            if mesh not in collects:
+                collects[mesh] = self._query_collect_info(mesh)
+            layout = Layout.of(info[mesh], collects[mesh])
+        return layout.subset(ranks) if ranks else layout
+
+    def _query_dispatch_info(self, mesh_name: str) -> list[int]:
+        """By rank, which shard it gets in a mesh."""
+        return self.execute_all_sync("_query_dispatch_info", mesh_name)
+
+    def _query_collect_info(self, mesh_name: str) -> list[bool]:
+        """By rank, whether its output counts in a mesh."""
+        return self.execute_all_sync("_query_collect_info", mesh_name)
 
     def explain(self, method_name: str, *args: Any, **kwargs: Any) -> Explanation:
         """What `group.<method_name>(*args, **kwargs)` would do, as a value that prints as a table:
@@ -176,10 +231,8 @@ class WorkerGroup(abc.ABC, Generic[W]):
         dispatch function of the user's own runs.
 
         Raises:
-            TypeError: `method_name` is no string.
             What the call itself would raise before anything is sent.
         """
-        checks.instance(str, "method_name", method_name, "a method's name, a string")
         if method_name not in self._methods:
             raise UnknownMethodError(self._explain_missing(method_name))
         return BoundMethod(self, self._methods[method_name]).explain(*args, **kwargs)
@@ -187,7 +240,8 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _explain(
         self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Explanation:
-        layout, plan, calls = self._dispatch(method, args, kwargs)
+        layout = self._layout(method.mode, method.call_options.ranks)
+        plan, calls = method.dispatch(layout, args, kwargs)
         ranks = method.call_options.ranks or range(self.world_size)
         signature = method.__signature__ if method.mode.signature_kept else None
         arguments = explain_arguments(signature, layout, plan, calls, ranks, self._carrier(calls))
@@ -203,31 +257,6 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
         """How the arguments of a call would travel."""
         return Carrier()
-
-    def _layout(self, mode: Mode) -> Layout:
-        """The layout that a mode needs; a mesh is asked for once, from the workers."""
-        mesh = mode.mesh
-        if mesh is None:
-            return self._flat_layout()
-        info, collects = self._dispatch_info, self._collect_info  # which a restart replaces
-        if mesh not in info:
-            info[mesh] = self._query_dispatch_info(mesh)
-        if mesh not in collects:
-            collects[mesh] = self._query_collect_info(mesh)
-        return Layout(tuple(info[mesh]), tuple(collects[mesh]), max(info[mesh]) + 1)
-
-    def _query_dispatch_info(self, mesh_name: str) -> list[int]:
-        """By rank, which shard it gets in a mesh."""
-        return self.execute_all_sync("_query_dispatch_info", mesh_name)
-
-    def _query_collect_info(self, mesh_name: str) -> list[bool]:
-        """By rank, whether its output counts in a mesh."""
-        return self.execute_all_sync("_query_collect_info", mesh_name)
-
-    def _flat_layout(self) -> Layout:
-        if self._flat is None:
-            self._flat = Layout.flat(self.world_size)
-        return self._flat
 
     def _bind(self, cls: type[Worker]) -> None:
         """Give the group a callable for each registered method of `cls`.
@@ -255,6 +284,11 @@ class WorkerGroup(abc.ABC, Generic[W]):
         return [*super().__dir__(), *self._methods]
 
     def _explain_missing(self, name: str) -> str:
+        if name == "spawn_fused":
+            return "veRL's spawn_fused is spawn, or fuse, here: docs/from_verl.md has what differs"
+        if not self.role:
+            roles = list(self._hosts.now.roles)
+            return f"this group is the host of roles {roles}: call {name!r} on spawn({roles})[role]"
         cls = self._worker_cls
         if cls is None:
             return f"this group has no method {name!r}: no worker class is bound to it"
@@ -267,12 +301,6 @@ class WorkerGroup(abc.ABC, Generic[W]):
         close = difflib.get_close_matches(name, methods, n=1)
         hint = f": did you mean {close[0]!r}?" if close else "."
         return f"{self.role} has no method {name!r}{hint} It has {', '.join(methods)}"
-
-    def stats(self) -> StatsTable:
-        """What the calls of this group cost so far, per method, as a value that prints as a table:
-        bytes that moved, seconds in dispatch, wait and collect. Sends nothing.
-        """
-        return self._recorder.stats()
 
     def __getitem__(self, method: Registered[Any, Any, M]) -> M:
         """A method by that of the worker class: `group[Actor.update](batch)`.
@@ -290,15 +318,13 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 f"it is an attribute, group.{method}"
             )
         found: Any = getattr(self, name)
-        if not any(vars(cls).get(name) is method for cls in self._mro()):
+        classes = () if self._worker_cls is None else self._worker_cls.__mro__
+        if not any(vars(cls).get(name) is method for cls in classes):
             raise UnknownMethodError(
                 f"{getattr(method, '__qualname__', name)} is no method of {self.role}, a group "
                 f"of {getattr(self._worker_cls, '__name__', 'no class')}"
             )
         return found  # type: ignore[no-any-return]
-
-    def _mro(self) -> Sequence[type]:
-        return () if self._worker_cls is None else self._worker_cls.__mro__
 
     def _check_view(self, view: type) -> None:
         """Raise RegistrationError where this is no group of the view's worker class."""
@@ -323,7 +349,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
 
         Arguments go whole to every rank; `PerRank([...])` gives each its own.
         """
-        return self._execute(OneToAll(), method_name, args, kwargs).wait(None)
+        return self._execute(OneToAll(), method_name, args, kwargs, awaited=True).wait(None)
 
     def execute_all_async(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
         """As `execute_all_sync`, but a reference to each rank's output, at once."""
@@ -335,32 +361,152 @@ class WorkerGroup(abc.ABC, Generic[W]):
 
     def execute_rank_zero_sync(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
         """Run any method of the worker, registered or not, on rank 0; its output."""
-        return self._execute(RankZero(), method_name, args, kwargs).wait(None)[0]
+        return self._execute(RankZero(), method_name, args, kwargs, awaited=True).wait(None)[0]
 
     def execute_rank_zero_async(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
         """As `execute_rank_zero_sync`, but a reference to the output, at once."""
         return self._execute(RankZero(), method_name, args, kwargs).handles(False)[0]
 
     def _execute(
-        self, mode: Mode, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        mode: Mode,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        awaited: bool = False,
     ) -> Pending:
-        checks.instance(str, "method_name", method_name, "a method's name, a string")
-        known = self._worker_cls is None or callable(getattr(self._worker_cls, method_name, None))
+        known = self._worker_cls is None or callable(getattr(self._worker_cls, name, None))
         if not self.role or not known:
-            raise UnknownMethodError(self._explain_missing(method_name))
-        hosts = self._usable()
-        plan, calls = mode.dispatch(self._flat_layout(), args, kwargs)
-        record = self._recorder.call(self.role, method_name)
-        try:
-            pending = self._submit(
-                hosts, method_name, calls, plan.answers, CallOptions(), record=record
-            )
-        except SendError as error:
-            title = f"{self.role}.{method_name}"
-            found = arguments_not_sent(title, args, kwargs, error, self._pickles)
-            raise found from error.__cause__
-        pending.run_here(record)
-        return pending
+            raise UnknownMethodError(self._explain_missing(name))
+        hosts, record = self._hosts.usable(), self._recorder.call(self.role, name)
+        plan, calls = mode.dispatch(Layout.flat(self.world_size), args, kwargs)
+        request = Request(self.role, name, plan.answers, record, self._limit(None), awaited=awaited)
+        return self._submitted(request.title, hosts, request, calls, args, kwargs)
+
+    @property
+    def world_size(self) -> int:
+        return len(self._hosts.now.infos)
+
+    @property
+    def master_address(self) -> str:
+        """Where `torch.distributed` of this group meets; "" for workers of several groups."""
+        return str(self._hosts.now.address[0])
+
+    @property
+    def master_port(self) -> str:
+        """The port of `master_address`, as bound by rank 0's process."""
+        return str(self._hosts.now.address[1])
+
+    def spawn(self, prefix_set: Iterable[str]) -> dict[str, Self]:
+        """A group for each named role of the hosts. They share the processes; closing one, or
+        this group, ends them all.
+
+        Raises:
+            UnknownRoleError: the hosts hold no such role.
+        """
+        wanted = [prefix_set] if isinstance(prefix_set, str) else prefix_set
+        return {role: self._view(role) for role in wanted}
+
+    def fuse(self, prefix_set: Iterable[str]) -> None:
+        """Make each named role's group an attribute of this one: `group.actor.update(batch)`.
+
+        Raises:
+            UnknownRoleError: the hosts hold no such role.
+        """
+        views = self.spawn(prefix_set)
+        for role in views:
+            if hasattr(type(self), role) or role in self._methods:
+                raise ValueError(f"role {role!r} cannot be an attribute: groups have one already")
+        for role, view in views.items():
+            setattr(self, role, view)
+
+    def _view(self, role: str) -> Self:
+        roles = self._hosts.now.roles
+        if role not in roles:
+            close = difflib.get_close_matches(str(role), roles, n=1)
+            hint = f": did you mean {close[0]!r}?" if close else "."
+            raise UnknownRoleError(f"unknown role {role!r}{hint} The hosts hold {list(roles)}")
+        view = object.__new__(type(self))
+        WorkerGroup.__init__(view, self.resource_pool)
+        view.ray_cls_with_init, view.call_timeout_s = self.ray_cls_with_init, self.call_timeout_s
+        view._hosts, view._layouts_of = self._hosts, self._hosts.now
+        view._classes = self._classes
+        view._take_role(role)
+        return view
+
+    def __repr__(self) -> str:
+        what = self.role or f"roles {list(self._hosts.now.roles)}"
+        return f"<{type(self).__name__} of {what} on {self.world_size} ranks>"
+
+    def describe(self) -> GroupTable:
+        """rank → role → node → device → pid → state, as a value that prints as a table."""
+        hosts = self._hosts.now
+        roles = (self.role,) if self.role else hosts.roles
+        return GroupTable.of(hosts.infos, roles, hosts.states(), self._cluster())
+
+    def _cluster(self) -> str:
+        """The address of the cluster that the hosts run on; "" where there is none."""
+        return ""
+
+    def stats(self) -> StatsTable:
+        """What the calls of this group cost so far, per method, as a value that prints as a table:
+        bytes that moved, seconds in dispatch, wait and collect. Sends nothing.
+        """
+        return self._recorder.stats()
+
+    def stacks(self) -> dict[int, str]:
+        """By rank, the Python stack of each thread that runs the worker's code, now, and of
+        `async def` methods that wait; also of ranks that are stuck in C code or in a collective.
+
+        Raises:
+            GroupBrokenError: Ray was shut down.
+        """
+        found: dict[int, str] = self._hosts.now.stacks()
+        return found
+
+    def start_worker_aliveness_check(
+        self,
+        every_n_seconds: float = 1,
+        on_death: Callable[[WorkerDiedError], object] | None = None,
+    ) -> None:
+        """Look every so often, in a thread, whether all ranks live. After a death, that is
+        logged, `on_death` is called with it, in that thread, and calls raise GroupBrokenError at
+        once (or restart the group, with `on_failure="restart"`). What `on_death` raises is logged.
+
+        Raises:
+            ValueError: `every_n_seconds` is not above 0. TypeError: `on_death` is no function.
+        """
+        self._hosts.watch(every_n_seconds, on_death)
+
+    def restart(self) -> None:
+        """Start the group anew: other hosts and another rendezvous, the same ranks and devices, all
+        roles built from their specs. Then each worker's `restore()` is called, if it has one.
+
+        All groups on these hosts follow. Calls that were under way raise GroupBrokenError.
+
+        Raises:
+            GroupBrokenError: the group is closed, or was started by another driver.
+            What starting a group raises; then it may be tried again.
+        """
+        self._hosts.restart()
+
+    @property
+    def restarts(self) -> int:
+        """How often the group was restarted."""
+        return self._hosts.restarts
+
+    def close(self) -> None:
+        """End the hosts, with all their roles, and return when they are gone.
+
+        Calls raise GroupBrokenError from then on.
+        """
+        self._hosts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def check_workers_alive(

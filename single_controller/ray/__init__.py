@@ -1,7 +1,6 @@
 """Groups of workers in Ray actors."""
 
-from single_controller.base.colocated import Colocated
-from single_controller.ray.actor_spec import RayClassWithInitArgs
+from single_controller.base.roles import Colocated
 from single_controller.ray.backend import (
     RayWorkerGroup,
     ResourcePoolManager,
@@ -10,18 +9,18 @@ from single_controller.ray.backend import (
     pin,
     split_resource_pool,
 )
-from single_controller.ray.colocate import (
-    create_colocated_worker_cls,
-    create_colocated_worker_cls_fused,
-    create_colocated_worker_raw_cls,
-)
 from single_controller.ray.placement import (
     RayResourcePool,
     SubRayResourcePool,
     sort_placement_group_by_node_ip,
 )
-from single_controller.ray.pools import extract_pg_from_exist
-from single_controller.ray.store import parallel_put
+from single_controller.ray.pools import extract_pg_from_exist, parallel_put
+from single_controller.ray.spec import (
+    RayClassWithInitArgs,
+    create_colocated_worker_cls,
+    create_colocated_worker_cls_fused,
+    create_colocated_worker_raw_cls,
+)
 from single_controller.ray.worker_group import get_random_string
 
 __all__ = [

@@ -1,18 +1,23 @@
-"""What went wrong with a call, on which rank, and what the other ranks are doing.
+"""Waiting for ranks, and what ended the wait: on which rank a call failed first, why, and what the
+other ranks are doing. While a wait is long, a thread says how things stand: a line on a terminal,
+gone at the end, and after a minute the log.
 
-Waiting for a call is left to `calls`; what a failure means for the group, to `hosts`.
+What a failure means for the group is left to `hosts`.
 """
 
 from __future__ import annotations
 
-import re
-import signal
+import asyncio
+import contextlib
+import logging
+import shutil
 import sys
+import threading
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -26,28 +31,52 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from single_controller.errors import WorkerDiedError, WorkerError
-from single_controller.ray.host import CallDroppedError
-from single_controller.ray.nodes import beside
-from single_controller.ray.process import ExitWatch, ProcessInfo, read_logs, read_stacks
-from single_controller.ray.stacks import collective, readable
+from single_controller.errors import GroupBrokenError, WorkerDiedError, WorkerError
+from single_controller.ray.process import (
+    ProcessInfo,
+    beside,
+    collective,
+    read_ends,
+    read_stacks,
+    readable,
+)
 
 __all__ = [
+    "GONE",
+    "CallDroppedError",
     "CallSite",
     "Diagnosis",
+    "Wait",
+    "all_arrived",
     "diagnose",
     "died",
     "dumps",
     "explain_death",
+    "get_all",
+    "not_ready",
     "raised",
+    "session",
+    "shown_seconds",
     "stuck_ranks",
     "translate",
 ]
 
+_logger = logging.getLogger(__name__)
+
+GONE = (
+    "Ray was shut down in this process, and this is of the time before: ray.init(), and make a new "
+    "group; detached ones can be attached to again"
+)
+
+_MOST_NAMED = 8
+_LONGEST_S = 1e9  # Ray cannot count for ever
+_LOOK_S = 1.0  # how often an `await` looks whether Ray is still there
+_LINE_S = 1.5
+_LOG_S = 60.0  # and then after twice as long, and so on
+_EVERY_S = 0.5
+_CLEAR = "\r\x1b[2K"
 _GRACE_S = 0.5  # how long the other ranks of a failed call get to finish, twice
 _NODE_S = 3.0  # how long another node may take to answer
-_EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
-
 _DEATHS = (
     ActorDiedError,
     ActorUnavailableError,
@@ -55,6 +84,162 @@ _DEATHS = (
     OutOfMemoryError,
     WorkerCrashedError,
 )
+
+
+def session() -> tuple[str, str] | None:
+    """Which `ray.init()` this is, by node and job; None without one. Nearly all of Ray's functions
+    would start it where it is not: whatever was made in a session asks this before it uses any.
+    """
+    if not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_job_id()
+
+
+def shown_seconds(seconds: float | None) -> str:
+    """For messages: to the millisecond, without zeros behind."""
+    return f"{round(seconds or 0, 3):g}"
+
+
+def get_all(
+    refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence[int]
+) -> list[Any]:
+    """`ray.get(refs, timeout=timeout_s)`; the references are of `ranks`, which do `what`.
+
+    Raises:
+        GroupBrokenError: Ray was shut down.
+    """
+    refs = list(refs)
+    if not ray.is_initialized():
+        raise GroupBrokenError(GONE)
+    counted = None if timeout_s is None or timeout_s > _LONGEST_S else timeout_s
+    with Wait(lambda: _standing(refs, what, ranks)):
+        return list(ray.get(refs, timeout=counted))
+
+
+async def all_arrived(
+    refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence[int]
+) -> bool:
+    """Wait on the running event loop until all are here, one has failed, or the time is up;
+    whether all are here. No thread waits.
+    """
+    loop, left = asyncio.get_running_loop(), len(refs)
+    well: asyncio.Future[bool] = loop.create_future()
+
+    def note(failed: bool) -> None:
+        nonlocal left
+        left -= 1
+        if (failed or not left) and not well.done():
+            well.set_result(not failed)
+
+    def tell(future: Future[Any]) -> None:  # in a thread of Ray's
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(note, future.exception() is not None)
+
+    # The values are left: to read them as they are to be read, `get` has to.
+    for ref in refs:
+        ref.future().add_done_callback(tell)
+    deadline = time.monotonic() + (_LONGEST_S if timeout_s is None else timeout_s)
+    with Wait(lambda: _standing(list(refs), what, ranks)):
+        while not well.done() and ray.is_initialized():
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                break
+            await asyncio.wait([well], timeout=min(seconds, _LOOK_S))
+    return well.done() and well.result()
+
+
+def not_ready(refs: Sequence[Any], timeout_s: float, what: str) -> list[int]:
+    """The ranks, whose references these are in order, that are not ready within `timeout_s`."""
+    refs = list(refs)
+    with Wait(lambda: _standing(refs, what, range(len(refs)))):
+        left = _pending(refs, timeout_s)
+    return [rank for rank, ref in enumerate(refs) if ref in left]
+
+
+def _pending(refs: Sequence[Any], timeout_s: float) -> set[Any]:
+    _, left = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s, fetch_local=False)
+    return set(left)
+
+
+def _standing(refs: Sequence[Any], what: str, ranks: Sequence[int]) -> str:
+    if not ray.is_initialized():
+        raise GroupBrokenError(GONE)
+    pending = _pending(refs, 0)
+    left = [str(rank) for rank, ref in zip(ranks, refs, strict=True) if ref in pending]
+    more = " …" if len(left) > _MOST_NAMED else ""
+    waits = f", waiting for {', '.join(left[:_MOST_NAMED])}{more}" if left else ""
+    return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready{waits}"
+
+
+class Wait:
+    """Within this context something is waited for. `tell` says how things stand, in few words; a
+    thread of its own asks it, and what it raises says that there is nothing to say.
+    """
+
+    def __init__(self, tell: Callable[[], str]) -> None:
+        self._tell, self.began, self._log_s = tell, time.monotonic(), _LOG_S
+        self._drawn = False
+
+    def __enter__(self) -> None:
+        global _started
+        with _lock:
+            _waits.add(self)
+            if not _started:
+                threading.Thread(target=_watch, daemon=True, name="waiting").start()
+                _started = True
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            _waits.discard(self)
+            self._tell = str  # what it asks is let go of here: in that thread, Ray may be ending
+            self._draw("")
+
+    def look(self, free: bool) -> bool:
+        """Say what is due; whether this wait has the line of the terminal, if that is `free`."""
+        seconds = time.monotonic() - self.began
+        draws = free and seconds >= _LINE_S and sys.stderr.isatty()
+        logs = seconds >= self._log_s
+        try:
+            standing = self._tell() if draws or logs else ""
+        except Exception:  # what it asks is gone
+            return False
+        with _lock:
+            if not standing or self not in _waits:  # it may have ended meanwhile
+                return False
+            if logs:
+                self._log_s = 2 * seconds
+                self._draw("")
+                _logger.warning("still waiting after %.0f s: %s", seconds, standing)
+            if draws:
+                self._draw(f"{standing}, {seconds:.0f} s")
+        return draws
+
+    def _draw(self, line: str) -> None:
+        """Put the line in place of what was drawn."""
+        if line or self._drawn:
+            sys.stderr.write(_CLEAR + line[: shutil.get_terminal_size().columns - 1])
+            sys.stderr.flush()
+        self._drawn = bool(line)
+
+
+_lock = threading.Lock()
+_started = False
+_waits: weakref.WeakSet[Wait] = weakref.WeakSet()  # one that was interrupted is gone of itself
+
+
+def _watch() -> None:
+    pause = threading.Event()
+    while not pause.wait(_EVERY_S):
+        free = True  # one line for all
+        with _lock:
+            oldest_first = sorted(_waits, key=lambda wait: wait.began)
+        while oldest_first:  # none is held on to until the next look
+            free = not oldest_first.pop(0).look(free) and free
+
+
+class CallDroppedError(Exception):
+    """The caller cancelled a call before its turn came."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +264,7 @@ class Diagnosis:
     error: Exception
     own_death: bool
     running: tuple[tuple[int, Any], ...]
-    stuck: Mapping[int, str] = field(default_factory=dict)
+    stuck: Mapping[int, str]
 
 
 def translate(error: Exception, site: CallSite) -> Exception:
@@ -106,6 +291,17 @@ def died(site: CallSite, said: str) -> WorkerDiedError:
     )
 
 
+def explain_death(error: WorkerDiedError, process: ProcessInfo) -> WorkerDiedError:
+    """The error, now with the last lines that the process wrote, unless it has said so itself."""
+    found = None if error.exit_code is not None else beside(read_ends, [process], _NODE_S)[0]
+    if found is not None:
+        gone, log = found
+        how = "died" if gone else "cannot be reached"
+        error.args = (error.args[0].replace("died or cannot be reached", how),)
+        error._where["log_tail"] = error.log_tail = log.rstrip()
+    return error
+
+
 def diagnose(
     error: Exception,
     refs: Sequence[Any],
@@ -120,69 +316,49 @@ def diagnose(
     Args:
         processes: of all ranks, where those that do not finish can be looked at.
     """
-    pending = _pending(refs, _GRACE_S)
-    before: dict[int, str | None] = {}
-    if pending:
-        before = _collectives(_looked_at(processes, pending, refs, sites))
-        pending = _pending(refs, _GRACE_S)
-    stuck = _still_stuck(before, _looked_at(processes, pending, refs, sites))
-    errors: list[Exception] = []
-    for ref, site in zip(refs, sites, strict=True):
-        if ref not in pending and (failed := raised(ref)) is not None:
-            errors.append(translate(failed, site))
-    if not errors:
-        errors = [translate(error, sites[0])]
+    at = dict(zip(refs, sites, strict=True))
+    stuck: dict[int, str] = {}
+    if pending := _pending(refs, _GRACE_S):
+        ranks = {at[ref].rank for ref in pending} & processes.keys()
+        looked_at = {rank: processes[rank] for rank in sorted(ranks)}
+        stuck = stuck_ranks(looked_at, pause=lambda: _pending(refs, _GRACE_S))
+        pending = _pending(refs, 0)
+    failed = {ref: raised(ref) for ref in at if ref not in pending}
+    errors = [translate(found, at[ref]) for ref, found in failed.items() if found is not None]
     own = {(process.node_ip, process.pid) for process in processes.values()}
-    first = min(errors, key=lambda error: (not _died_in(own, error), *_order(error)))
-    if isinstance(first, WorkerError):
-        first.failed_ranks = len(errors)
-        first.stuck = stuck
-    running = tuple(
-        (site.rank, ref) for ref, site in zip(refs, sites, strict=True) if ref in pending
+
+    def own_death(error: Exception) -> bool:
+        return isinstance(error, WorkerDiedError) and (error.node_ip, error.pid) in own
+
+    first = min(
+        errors or [translate(error, sites[0])],
+        key=lambda error: (
+            not own_death(error),
+            not isinstance(error, WorkerDiedError),
+            getattr(error, "when", float("inf")),
+        ),
     )
-    return Diagnosis(first, _died_in(own, first), running, stuck)
+    if isinstance(first, WorkerError):
+        first.failed_ranks = max(1, len(errors))
+        first.stuck = stuck
+    running = tuple((at[ref].rank, ref) for ref in at if ref in pending)
+    return Diagnosis(first, own_death(first), running, stuck)
 
 
 def raised(ref: Any) -> Exception | None:
     """What a call that has finished raised. Errors are small, and come to the caller at once: what
     is not here is an output, of another node. One that is here is looked at, and not copied.
     """
+    # Where it was not imported, there are no batches.
+    read_as: Any = getattr(sys.modules.get("protocol.wire"), "read_as", contextlib.nullcontext)
     try:
-        with read_as("view") if (read_as := _read_as()) else nullcontext():
+        with read_as("view"):
             ray.get(ref, timeout=0)
     except GetTimeoutError:
         return None
     except Exception as error:
-        return error
+        return error.with_traceback(None)  # whose frames would hold the caller's arguments
     return None
-
-
-def _read_as() -> Any:
-    """`protocol.wire.read_as`, where there may be batches."""
-    return getattr(sys.modules.get("protocol.wire"), "read_as", None)
-
-
-def _died_in(own: Container[tuple[str, int]], error: Exception) -> bool:
-    return isinstance(error, WorkerDiedError) and (error.node_ip, error.pid) in own
-
-
-def _order(error: Exception) -> tuple[bool, float]:
-    return not isinstance(error, WorkerDiedError), getattr(error, "when", float("inf"))
-
-
-def _pending(refs: Sequence[Any], timeout_s: float) -> set[Any]:
-    _, left = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s, fetch_local=False)
-    return set(left)
-
-
-def _looked_at(
-    processes: Mapping[int, ProcessInfo],
-    pending: Iterable[Any],
-    refs: Sequence[Any],
-    sites: Sequence[CallSite],
-) -> dict[int, ProcessInfo]:
-    ranks = [site.rank for ref, site in zip(refs, sites, strict=True) if ref in pending]
-    return {rank: processes[rank] for rank in ranks if rank in processes}
 
 
 def dumps(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
@@ -194,75 +370,17 @@ def dumps(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
     }
 
 
-def stuck_ranks(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
-    """The ranks that wait in a collective, in the same one for half a second; their stacks."""
-    before = _collectives(processes)
-    if any(before.values()):
-        time.sleep(_GRACE_S)
-    return _still_stuck(before, processes)
-
-
-def _collectives(processes: Mapping[int, ProcessInfo]) -> dict[int, str | None]:
-    return {rank: collective(dump) for rank, dump in dumps(processes).items()}
-
-
-def _still_stuck(
-    before: Mapping[int, str | None], processes: Mapping[int, ProcessInfo]
+def stuck_ranks(
+    processes: Mapping[int, ProcessInfo], pause: Callable[[], object] | None = None
 ) -> dict[int, str]:
-    suspects = {
-        rank: processes[rank] for rank, found in before.items() if found and rank in processes
-    }
-    return {
-        rank: readable(dump)
-        for rank, dump in dumps(suspects).items()
-        if collective(dump) == before[rank]
-    }
-
-
-def explain_death(
-    error: WorkerDiedError, process: ProcessInfo, watch: ExitWatch | None
-) -> WorkerDiedError:
-    """The same error with how the process ended, and the last lines that it wrote, unless that
-    process has said so itself.
+    """The ranks that wait in a collective, in the same one after half a second, or after whatever
+    `pause` does; their stacks.
     """
-    if error.exit_code is not None:
-        return error
-    code = watch.exit_code(_EXIT_S) if watch else None
-    log = (beside(read_logs, [process], _NODE_S)[0] or "").rstrip()
-    if code is None and "temporarily unavailable" in error.remote_traceback:
-        return error
-    how, code = _ending(error.remote_traceback, log, code)
-    where = {**error._where, "exit_code": code, "log_tail": log}
-    explained = WorkerDiedError(
-        error.args[0].replace("died or cannot be reached", f"died: it {how}"), **where
-    )
-    explained.failed_ranks, explained.stuck = error.failed_ranks, error.stuck
-    return explained
-
-
-def _ending(said: str, log: str, code: int | None) -> tuple[str, int | None]:
-    """How a process ended, from what Ray says, what it wrote, and its code, if that is known."""
-    if "low on memory" in said or "memory usage threshold" in said:
-        return "was ended by Ray because its node was short of memory", code
-    if re.search(r"node (has died|was terminated|died)|Node .* died", said):
-        return "was lost with its node", code
-    told = re.search(r"exit code (-?\d+)", said)
-    if code is None and told and "connection error" not in said:
-        code = int(told[1])
-    if "SIGTERM" in said:
-        return "was ended by signal SIGTERM", code
-    if code is not None and code < 0:
-        return f"was killed by signal {_signal_name(-code)}", code
-    if code is not None:
-        return f"exited with code {code}", code
-    fatal = re.search(r"\*\*\* (SIG[A-Z]+) received", log)
-    if fatal:
-        return f"was killed by signal {fatal[1]}", code
-    return "ended without a word, as after kill -9, a lack of memory or os._exit", code
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
+    found = {rank: collective(dump) for rank, dump in dumps(processes).items()}
+    before = {rank: stack for rank, stack in found.items() if stack}
+    if pause is not None:
+        pause()
+    elif before:
+        time.sleep(_GRACE_S)
+    now = dumps({rank: processes[rank] for rank in before})
+    return {rank: readable(dump) for rank, dump in now.items() if collective(dump) == before[rank]}

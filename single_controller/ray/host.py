@@ -11,51 +11,35 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-from single_controller.base.rank import (
-    build_roles,
-    checked_output,
+from single_controller.base.dispatch import AUTO_PADDING
+from single_controller.base.message import Message, checked_output
+from single_controller.base.roles import RoleSpec, build_roles, restore_hooks
+from single_controller.base.trace import Event, harvest, note, now_ns, running
+from single_controller.base.worker import (
+    AGENT_STORE,
+    Rendezvous,
+    WorkerContext,
     coroutine_stacks,
     exit_code,
     own_traceback,
-    restore_hooks,
 )
-from single_controller.base.rendezvous import Rendezvous
-from single_controller.base.residency import Turns
-from single_controller.base.roles import RoleSpec
-from single_controller.base.rows import AUTO_PADDING
-from single_controller.base.worker import AGENT_STORE, WorkerContext
-from single_controller.device import DeviceKind, get_torch_device
+from single_controller.device import DeviceKind, Turns, get_torch_device
 from single_controller.errors import WorkerDiedError, WorkerError
-from single_controller.ray.devices import DeviceIdentity, identify
-from single_controller.ray.envelope import Envelope, Late, arguments, fetched, opened, waits
-from single_controller.ray.parcel import ArrivedParcel, Result
-from single_controller.ray.process import ProcessInfo, arrive, log_tail
-from single_controller.ray.reads import Reads, checks_reads
-from single_controller.ray.shelf import (
-    AsyncShelfTasks,
-    Kept,
-    Shelf,
-    ShelfTasks,
-    claimed,
-    in_thread,
-)
-from single_controller.ray.tracing import HostTracing, running
+from single_controller.ray.failure import CallDroppedError
+from single_controller.ray.message import Head, opened, packed_value, read
+from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, identify, log_tail
+from single_controller.ray.shelf import Kept, Shelf, Untouched, in_thread
 
-__all__ = [
-    "AsyncHost",
-    "CallDroppedError",
-    "Host",
-    "HostInfo",
-    "HostPlace",
-]
+__all__ = ["AsyncHost", "Host", "HostInfo", "HostPlace"]
 
+_UNTRACED = contextlib.nullcontext()
 _TOLD_S = 1.0  # how long the answer to a call that asks for the end of a process may take
 _OURS = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
 
@@ -90,11 +74,7 @@ class HostInfo:
         return self.process.pid
 
 
-class CallDroppedError(Exception):
-    """The caller cancelled a call before its turn came."""
-
-
-class Host(ShelfTasks, HostTracing):
+class Host:
     """One rank's process. Calls run one after another on its main thread.
 
     Constructing it does nothing, so that all hosts of a group start at once; after `arrive`,
@@ -188,34 +168,50 @@ class Host(ShelfTasks, HostTracing):
             identity=self._identity,
         )
 
-    def call(self, arrived: Envelope | bytes | None = None, *parcels: ArrivedParcel) -> Any:
+    def call(self, arrived: Any) -> Any:
         """Run one method of one role."""
-        envelope = self._opened(arrived)
-        place = self._place(envelope)
+        head, message, parts = self._opened(arrived)
+        place = self._shelf.open(head.keeps) if head.keeps is not None else None
         try:
-            with (
-                claimed(self._shelf.claim(envelope.claims))
-                if envelope.claims
-                else contextlib.nullcontext()
-            ):
-                args, kwargs = arguments(envelope, parcels)
-            self._turns.take(envelope.role)
-            reads = _reads(envelope, args, kwargs)
-            with running(envelope, parcels):
-                output = checked_output(self._method(envelope)(*args, **kwargs))
-            _check_reads(reads, envelope)
-            return _outgoing(envelope, output, place)
+            began = now_ns()
+            args, kwargs = read(head, message, parts, self._claimed(head))
+            read_ns = began, now_ns()
+            if self._turns.any:
+                self._turns.take(head.role)
+            untouched = Untouched(args, kwargs) if head.reads_only else None
+            with running(head.mark, head.title, read_ns) if head.mark else _UNTRACED:
+                output = getattr(self._workers[head.role], head.method)(*args, **kwargs)
+            return _outgoing(head, output, place, untouched)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             if place is not None:
                 place.fail()
-            raise self._failure(envelope.role, envelope.method, error) from None
+            raise self._failure(head.role, head.method, error) from None
 
-    def _opened(self, arrived: Envelope | bytes | None) -> Envelope:
+    def _claimed(self, head: Head) -> Mapping[tuple[str, int], Kept]:
+        return self._shelf.claim(head.claims) if head.claims else {}
+
+    @ray.method(num_returns=2)
+    def publish(
+        self, key: tuple[str, int], wanted: Message | None = None, lends: bool = False
+    ) -> tuple[Message | None, int]:
+        """The batch of a call, for shared memory, and how many bytes that takes.
+
+        `wanted`: futures that other hosts will read; nothing is published if none needs this.
+        `lends`: memory on a device is lent to them instead, until the release.
+        """
+        kept = self._shelf.publication(key[0])
+        return kept.published(lends) if _is_needed(key, wanted) else (None, 0)
+
+    def release(self, token: str, publications: int, turn: Any) -> None:
+        """Let go of a result; calls that were sent before this have read it."""
+        self._shelf.release(token, publications)
+
+    def _opened(self, arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
         if self._ending is not None:
             raise self._ending
-        envelope = opened(arrived)
-        self._pad(envelope.padding)
-        return envelope
+        head, message, parts = opened(arrived)
+        self._pad(head.padding)
+        return head, message, parts
 
     def _pad(self, padding: str | None) -> None:
         """Do as the caller with batches whose rows do not divide; None: as this process would."""
@@ -224,13 +220,6 @@ class Host(ShelfTasks, HostTracing):
             os.environ.pop(AUTO_PADDING, None)
         elif padding != os.environ.get(AUTO_PADDING):
             os.environ[AUTO_PADDING] = padding
-
-    def _place(self, envelope: Envelope) -> Kept | None:
-        """Where the output stays, if it does. A release may empty the place before it is there."""
-        return self._shelf.open(envelope.keeps) if envelope.keeps is not None else None
-
-    def _method(self, envelope: Envelope) -> Callable[..., Any]:
-        return getattr(self._workers[envelope.role], envelope.method)  # type: ignore[no-any-return]
 
     def _not_built(self, role: str, error: BaseException) -> BaseException:
         return self._failure(role, "__init__", error)
@@ -279,12 +268,16 @@ class Host(ShelfTasks, HostTracing):
         this.leave.remote(code)
         return self._ending
 
+    def trace_harvest(self) -> Sequence[Event]:
+        """What this process noted for a trace."""
+        return harvest()
+
     def leave(self, code: int) -> None:
         """End this process."""
         sys.exit(code)
 
 
-class AsyncHost(AsyncShelfTasks, Host):
+class AsyncHost(Host):
     """A host with `async def` methods: those interleave, the others run in order on its loop.
 
     Ray starts an async actor's tasks in any order, so each call waits for its turn: calls start
@@ -302,68 +295,62 @@ class AsyncHost(AsyncShelfTasks, Host):
         self._dropped: set[tuple[str, int]] = set()
         self._awaiting: set[Coroutine[Any, Any, Any]] = set()
 
-    async def call(
-        self, arrived: Envelope | bytes | None = None, *parcels: ArrivedParcel | Late
-    ) -> Any:
-        envelope, pending = self._opened(arrived), None
-        place = self._place(envelope)
+    async def call(self, arrived: Any) -> Any:
+        head, message, parts = self._opened(arrived)
+        place = self._shelf.open(head.keeps) if head.keeps is not None else None
+        interleaves, run = False, None
         try:
-            await self._turn(envelope.turn)
-            method = self._method(envelope)
+            await self._turn(head.turn)
             # What is here is claimed now: its release may have the next turn.
-            kept = self._shelf.claim(envelope.claims)
-            if inspect.iscoroutinefunction(method):
-                pending = self._run_async(method, envelope, parcels, kept)
-                self._awaiting.add(pending)
-                self._end_turn(envelope.turn)
-                output = checked_output(await pending)
-            else:
-                here = await self._fetched(parcels)
-                args, kwargs = await self._resolve(envelope, here, kept)
-                reads = _reads(envelope, args, kwargs)
-                with running(envelope, here):
-                    output = method(*args, **kwargs)
-                    output = checked_output(await output if inspect.isawaitable(output) else output)
-                _check_reads(reads, envelope)
-            return _outgoing(envelope, output, place)
+            kept = self._claimed(head)
+            method = getattr(self._workers[head.role], head.method)
+            run = self._run(method, head, message, parts, kept, place)
+            interleaves = inspect.iscoroutinefunction(method)
+            if interleaves:
+                self._awaiting.add(run)
+                self._end_turn(head.turn)
+            return await run
         except BaseException as error:
             if place is not None:
                 place.fail()
             if isinstance(error, CallDroppedError):
                 raise
-            raise self._failure(envelope.role, envelope.method, error) from None
+            raise self._failure(head.role, head.method, error) from None
         finally:
-            if pending is None:
-                self._end_turn(envelope.turn)
-            else:
-                self._awaiting.discard(pending)
+            if not interleaves:
+                self._end_turn(head.turn)
+            elif run is not None:
+                self._awaiting.discard(run)
 
-    async def _run_async(
-        self, method: Callable[..., Any], envelope: Envelope, parcels: Any, kept: Any
+    async def _run(
+        self,
+        method: Any,
+        head: Head,
+        message: Any,
+        parts: Sequence[Any],
+        kept: Mapping[tuple[str, int], Kept],
+        place: Kept | None,
     ) -> Any:
-        here = await self._fetched(parcels)
-        args, kwargs = await self._resolve(envelope, here, kept)
-        reads = _reads(envelope, args, kwargs)
-        with running(envelope, here):
-            output = await method(*args, **kwargs)
-        _check_reads(reads, envelope)
-        return output
+        began = now_ns()
+        if parts or not isinstance(message, Message) or message.held:
+            args, kwargs = await in_thread(read, head, message, parts, kept)
+        else:
+            args, kwargs = read(head, message, parts, kept)
+        read_ns = began, now_ns()
+        untouched = Untouched(args, kwargs) if head.reads_only else None
+        with running(head.mark, head.title, read_ns):
+            output = method(*args, **kwargs)
+            output = await output if inspect.isawaitable(output) else output
+        return _outgoing(head, output, place, untouched)
 
-    async def _fetched(self, parcels: Sequence[ArrivedParcel | Late]) -> Sequence[ArrivedParcel]:
-        """The parcels, now that the call has its turn: Ray can spill what waits for one."""
-        if not any(isinstance(parcel, Late) for parcel in parcels):
-            return parcels  # type: ignore[return-value]
-        found: list[ArrivedParcel] = await in_thread(fetched, parcels)
-        return found
-
-    async def _resolve(
-        self, envelope: Envelope, parcels: Sequence[ArrivedParcel], kept: Mapping[str, Kept]
-    ) -> tuple[list[Any], dict[str, Any]]:
-        if not waits(envelope):
-            return arguments(envelope, parcels)
-        with claimed(kept):
-            found: tuple[list[Any], dict[str, Any]] = await in_thread(arguments, envelope, parcels)
-            return found
+    @ray.method(num_returns=2)
+    async def publish(
+        self, key: tuple[str, int], wanted: Message | None = None, lends: bool = False
+    ) -> tuple[Message | None, int]:
+        kept = self._shelf.publication(key[0])
+        await kept.made.wait()
+        needed = wanted is None or await in_thread(_is_needed, key, wanted)
+        return kept.published(lends) if needed else (None, 0)
 
     async def release(self, token: str, publications: int, turn: Any) -> None:  # type: ignore[override]
         await self._turn(turn)
@@ -415,24 +402,31 @@ class AsyncHost(AsyncShelfTasks, Host):
             event.set()
 
 
-def _outgoing(envelope: Envelope, output: Any, place: Kept | None) -> Any:
-    """What goes to the caller: the output, or its rows if it stays here; then what it publishes."""
+def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched | None) -> Any:
+    """What goes to the caller: the output, or its rows if it stays here."""
+    output = checked_output(output)
+    if untouched is not None:
+        untouched.check(head.title)
     if place is not None:
-        rows = place.keep(output, f"{envelope.role}.{envelope.method}")
-        if envelope.publishes is None:
-            return rows
-        return rows, *place.published(envelope.publishes)
-    number = envelope.mark.number if envelope.mark else 0
-    return Result.wrap(output, number) if envelope.answers else None
+        return place.keep(output, head.title)
+    if not head.answers:
+        return None
+    began, sent = now_ns(), packed_value(output, head.opens)
+    if head.mark is not None and isinstance(sent, Message):
+        details = {"bytes": sent.size}
+        note(Event("serialise", "", began, now_ns(), head.mark.number, details))
+    return sent
 
 
-def _reads(envelope: Envelope, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Reads | None:
-    return Reads(args, kwargs) if envelope.reads_only and checks_reads() else None
-
-
-def _check_reads(reads: Reads | None, envelope: Envelope) -> None:
-    if reads is not None:
-        reads.check(f"{envelope.role}.{envelope.method}")
+def _is_needed(key: tuple[str, int], wanted: Message | None) -> bool:
+    """Whether one of these futures reads rows of this result; waits until the rows are known. If
+    they never are, whoever reads it runs into the same, and says so.
+    """
+    for future in wanted.read() if wanted is not None else ():
+        with contextlib.suppress(Exception):
+            if any(getattr(o, "key", None) == key for o in future.needed(0, future.rows())):
+                return True
+    return wanted is None
 
 
 def _node_ip() -> str:

@@ -1,6 +1,6 @@
-"""The processes of a group: shared by all views on them, trusted until one fails, ended once.
+"""The processes of a group: called in one order, trusted until one fails, ended once.
 
-Starting them is left to `start`, what is called on them to `calls`.
+Starting them is left to `start`, what is called on them to `remote_batch`.
 """
 
 from __future__ import annotations
@@ -12,45 +12,49 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
+from weakref import finalize
 
 import ray
 from ray._private.state import actors
 from ray.exceptions import GetTimeoutError
 
-from single_controller.base.progress import shown_seconds
-from single_controller.base.table import RankState
+from single_controller.base.explain import RankState
+from single_controller.base.hosts import Generation, Hosts
+from single_controller.base.trace import Event, left
 from single_controller.errors import CallTimeoutError, GroupBrokenError, WorkerDiedError
-from single_controller.ray import patience
 from single_controller.ray.failure import (
+    GONE,
     CallSite,
     diagnose,
     died,
     dumps,
     explain_death,
+    get_all,
+    not_ready,
     raised,
+    session,
+    shown_seconds,
     stuck_ranks,
 )
 from single_controller.ray.host import HostInfo
-from single_controller.ray.nodes import beside
-from single_controller.ray.patience import GONE, session
-from single_controller.ray.process import ExitWatch, ProcessInfo, end
-from single_controller.ray.reservations import was_killed
-from single_controller.ray.stacks import readable
-from single_controller.ray.tracing import left
+from single_controller.ray.placement import give_back, was_killed
+from single_controller.ray.process import ProcessInfo, beside, end, readable
 
-__all__ = ["Hosts", "end_processes", "later"]
+__all__ = ["RayHosts", "end_processes", "end_when_dropped", "later"]
 
 _logger = logging.getLogger(__name__)
 
 _LOOP_S = 0.5  # how long a host with a loop gets to say what its calls await
 _END_S = 2.0  # how long processes get to end at Ray's request before they are killed
 _GONE_S = 10.0
+_HARVEST_S = 10.0
 
 
-class Hosts:
-    """Handles of a group's processes, one per rank, and whether they can be trusted."""
+class RayHosts(Generation):
+    """Handles of the processes that were started together, or attached to, one per rank."""
 
     def __init__(
         self,
@@ -59,20 +63,17 @@ class Hosts:
         infos: Sequence[HostInfo],
         address: tuple[str, int],
         ordered: bool,
+        attached: bool = False,
     ) -> None:
-        self.handles, self.names, self.infos = list(handles), list(names), list(infos)
-        self.address = address
+        super().__init__(infos, infos[0].roles, address)
+        self.handles, self.names, self.attached = list(handles), list(names), attached
+        self.read_elsewhere: dict[tuple[str, str], bool] = {}  # see remote_batch
         self._session = session()
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
-        self._callables: dict[tuple[str, str, int], list[Any]] = {}
+        self._callables: dict[str, list[Any]] = {}
         self._caller = uuid.uuid4().hex
         self._turns = None if ordered else [0] * len(self.handles)
-        self.read_elsewhere: dict[tuple[str, str, int], bool] = {}  # see lease
-        self.broken: str | None = None
-        self.closed_because: str | None = None
-        self.retired = False
         self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
-        self._watches = [ExitWatch(info.process) for info in infos]
         self._noting = threading.Lock()  # held for `broken` and `_running`, never while waiting
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
@@ -80,7 +81,7 @@ class Hosts:
             threading.Thread(target=_run_jobs, daemon=True, name="release").start()
 
     @classmethod
-    def attach(cls, handles: Sequence[Any], names: Sequence[str], timeout_s: float) -> Hosts:
+    def attach(cls, handles: Sequence[Any], names: Sequence[str], timeout_s: float) -> RayHosts:
         """The hosts behind handles of running actors. Those of several groups, or some of one, are
         ranks in their order, which have no rendezvous; actors found by `names` must be one group.
 
@@ -89,9 +90,9 @@ class Hosts:
         """
         refs = [handle.whoami.remote() for handle in handles]
         try:
-            found = patience.get(refs, timeout_s, "attaching", range(len(refs)))
+            found = get_all(refs, timeout_s, "attaching", range(len(refs)))
         except GetTimeoutError:
-            late = patience.missing(refs, 0, "attaching")
+            late = not_ready(refs, 0, "attaching")
             which = [names[i] for i in late] if names else f"number {late} of worker_handles"
             raise CallTimeoutError(
                 f"workers {which} had not answered after startup_timeout_s="
@@ -122,12 +123,8 @@ class Hosts:
             [replace(infos[i], rank=rank) for rank, i in enumerate(order)],
             addresses.pop(),
             found[0][2],
+            attached=True,
         )
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The roles that each host holds."""
-        return self.infos[0].roles
 
     @property
     def processes(self) -> dict[int, ProcessInfo]:
@@ -136,7 +133,8 @@ class Hosts:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the hosts have another caller, with an order of its own."""
-        return Hosts, (self.handles, self.names, self.infos, self.address, self.ordered)
+        fields = self.handles, self.names, self.infos, self.address, self.ordered, True
+        return RayHosts, fields
 
     @property
     def ordered(self) -> bool:
@@ -189,14 +187,14 @@ class Hosts:
 
     def find_dead(self) -> WorkerDiedError | None:
         """A rank whose process has ended, if there is one; the group is broken from then on."""
-        if self.closed or self.gone:
+        if self.ended or self.gone:
             return None
         for rank, (handle, info) in enumerate(zip(self.handles, self.infos, strict=True)):
             found = actors(handle._actor_id.hex())
-            if found["State"] == "DEAD" and not self.closed:
+            if found["State"] == "DEAD" and not self.ended:
                 site = self.sites("+".join(self.roles), "no call")[rank]
                 death = died(site, str(found["DeathCause"]))
-                death = explain_death(death, info.process, self._watches[rank])
+                death = explain_death(death, info.process)
                 self._break(
                     self._ended_elsewhere(rank) or f"the group lost a rank: {death.args[0]}"
                 )
@@ -205,7 +203,7 @@ class Hosts:
 
     def states(self) -> list[RankState]:
         """How each rank is; a rank whose group takes no calls is broken, or dead."""
-        ended = self.closed or self.gone
+        ended = bool(self.ended) or self.gone
         dead = [ended or self._is_dead(rank) for rank in range(len(self.infos))]
         return ["dead" if gone else "broken" if self.broken else "alive" for gone in dead]
 
@@ -222,13 +220,12 @@ class Hosts:
             ]
         return found
 
-    def callables(self, role: str, method: str, returns: int = 1) -> Sequence[Any]:
+    def callables(self, title: str) -> Sequence[Any]:
         """By rank, the `call` of its host, whose tasks Ray shows under the name of the method."""
-        found = self._callables.get((role, method, returns))
+        found = self._callables.get(title)
         if found is None:
-            options = {"name": f"{role}.{method}", "num_returns": returns}
-            found = [handle.call.options(**options) for handle in self.handles]
-            self._callables[role, method, returns] = found
+            found = [handle.call.options(name=title) for handle in self.handles]
+            self._callables[title] = found
         return found
 
     def stacks(self, ranks: Iterable[int] | None = None) -> dict[int, str]:
@@ -256,15 +253,28 @@ class Hosts:
                 found[refs[ref]] = ray.get(ref)
         return found
 
-    def check_usable(self) -> None:
-        """Raise GroupBrokenError where a call could not be trusted, or would wait for ever."""
-        if self.closed_because is not None:
-            raise GroupBrokenError(self.closed_because)
-        self.check_there()
+    def harvest(self) -> tuple[dict[str, Sequence[Event]], list[str]]:
+        """What each process noted for a trace, by name, and whose notes are missing, and why."""
+        roles = "+".join(self.roles)
+        names = [f"{roles} rank {i.rank} on {i.node_ip}, pid {i.pid}" for i in self.infos]
+        if self.gone:
+            return {}, [f"{name}: Ray was shut down before it was asked" for name in names]
+        refs = [handle.trace_harvest.remote() for handle in self.handles]
+        ray.wait(refs, num_returns=len(refs), timeout=_HARVEST_S)
+        found: dict[str, Sequence[Event]] = {}
+        missing = []
+        for name, ref in zip(names, refs, strict=True):
+            try:
+                found[name] = ray.get(ref, timeout=0)
+            except Exception as error:
+                missing.append(f"{name}: {type(error).__name__} when asked for its spans")
+        return found, missing
+
+    def look(self) -> None:
         if self._half_sent:
             with self.sending:  # or it is merely being sent
                 self._check_whole()
-        if self.broken is None and not self.settle(0) and (running := self._running):
+        if not self.settle(0) and (running := self._running):
             why = running[0][2]
             self._end_stuck(stuck_ranks(self._processes_of(running)), why)
             if self.broken is None:
@@ -273,14 +283,6 @@ class Hosts:
                     f"ranks {ranks} are still in a call that {why}. Calls are taken again once it "
                     "has ended; restart() the group to end it, or close() it"
                 )
-        if self.broken is not None:
-            raise GroupBrokenError(f"{self.broken}. restart() the group, or close() it")
-
-    def check_current(self) -> None:
-        """Raise GroupBrokenError where other hosts have taken over, or Ray was shut down."""
-        if self.retired:
-            raise GroupBrokenError(self.closed_because)
-        self.check_there()
 
     @property
     def gone(self) -> bool:
@@ -309,8 +311,8 @@ class Hosts:
 
     def failed(self, error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -> Exception:
         """Note what a failed call means for the group; the error to raise."""
-        if self.closed_because is not None:
-            return GroupBrokenError(self.closed_because)
+        if self.ended is not None:
+            return GroupBrokenError(self.ended)
         if self.gone:
             return GroupBrokenError(GONE)
         diagnosis = diagnose(error, refs, sites, self.processes)
@@ -319,7 +321,7 @@ class Hosts:
             if self.broken is None and (elsewhere := self._ended_elsewhere(first.rank)):
                 self._break(elsewhere)
                 return GroupBrokenError(elsewhere)
-            first = explain_death(first, self.infos[first.rank].process, self._watches[first.rank])
+            first = explain_death(first, self.infos[first.rank].process)
         why = first.args[0]
         self._note_running(diagnosis.running, f"failed elsewhere: {why}")
         if diagnosis.own_death:
@@ -386,24 +388,17 @@ class Hosts:
             added = tuple((rank, ref, why) for rank, ref in running if ref not in known)
             self._running = (*self._running, *added)
 
-    @property
-    def closed(self) -> bool:
-        return self.closed_because is not None
-
-    def close(self, why: str = "the group is closed") -> None:
-        """End all processes and wait until they are gone; calls then raise GroupBrokenError."""
-        was_closed, self.closed_because = self.closed, self.closed_because or why
-        if not was_closed and not self.gone:
+    def end(self, why: str) -> None:
+        was_ended, self.ended = self.ended is not None, self.ended or why
+        if not was_ended and not self.gone:
             left(self)
             end_processes(self.handles, list(self.processes.values()), _END_S)
             _read([ref for _, ref, _ in self._running])
+            if self.attached and not self.replaced:
+                # Detached placement groups that nothing else runs in go with them.
+                give_back([handle._actor_id.hex() for handle in self.handles])
         with self._noting:
             self._running = ()
-
-    def retire(self) -> None:
-        """Close for others to take over: from then on, no result of these hosts counts."""
-        self.retired = True
-        self.close("the group was restarted, and this call was sent to its former processes")
 
 
 def end_processes(handles: Sequence[Any], processes: Sequence[ProcessInfo], grace_s: float) -> None:
@@ -437,3 +432,17 @@ def _run_jobs() -> None:
         with contextlib.suppress(Exception):  # the cluster or the hosts are gone
             job()
         del job
+
+
+def end_when_dropped(hosts: Hosts) -> None:
+    """Hosts that are dropped without `close` end once their calls have, since Ray counts handles;
+    stuck ones are to be killed. At the driver's end Ray ends all processes of its groups.
+    """
+    finalize(hosts, later, partial(_drop, hosts.current)).atexit = False
+
+
+def _drop(current: list[RayHosts]) -> None:
+    for hosts in current:
+        if not hosts.gone and not hosts.ended and (hosts.broken or not hosts.settle(0)):
+            why = "the group was dropped"
+            threading.Thread(target=hosts.end, args=(why,), daemon=True).start()  # takes seconds

@@ -1,54 +1,172 @@
-"""Pools reserved as placement groups: where each rank goes, and whether the cluster can hold it.
+"""Pools reserved as placement groups: whether a cluster can hold one and what is short, where each
+rank goes, who else holds resources, and giving back what is closed, dropped, or left behind by a
+creator that has ended.
 
-Splitting and merging pools is left to `pools`, removing placement groups to `reservations`, what
-runs in them to `worker_group`.
+Splitting and merging pools is left to `pools`, what runs in them to `start`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import ipaddress
+import logging
+import math
+import re
+import textwrap
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray._private.state import available_resources_per_node
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-)
+from ray._private.state import available_resources_per_node, state
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from single_controller import checks
-from single_controller.base.resource_pool import ResourcePool
+from single_controller.base.explain import aligned
+from single_controller.base.plan import ResourcePool
 from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, device_kind
-from single_controller.errors import ResourceError
-from single_controller.ray import patience
-from single_controller.ray.feasibility import NodeResources, PoolRequest
-from single_controller.ray.holders import holders
-from single_controller.ray.reservations import (
-    give_back_when_dropped,
-    new_name,
-    reclaim,
-    remove,
-)
+from single_controller.errors import ResourceError, check_seconds
+from single_controller.ray.failure import Wait
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
     "Bundle",
+    "NodeResources",
+    "PoolRequest",
     "RayResourcePool",
+    "Reservation",
     "SubRayResourcePool",
+    "await_death",
     "check_started",
     "cluster_nodes",
+    "crowded",
+    "give_back",
+    "living_actors",
+    "remove",
+    "reservations",
     "sort_placement_group_by_node_ip",
+    "was_killed",
 ]
 
-_LOOK_S = 1.0
+_logger = logging.getLogger(__name__)
+
 _DEVICES = {kind.resource for kind in DEVICE_KINDS}
+_REMOVAL_S = 10.0
+_DEATH_S = 10.0
+_RECLAIM_S = 1.0  # how long a reservation waits before others are looked at again
+_LOOK_S, _MOST_S = 0.25, 5.0  # between looks whether a dropped reservation is empty: first, at most
+_SHOWN = 10
+_NAME = re.compile(r".+_([0-9a-f]{12})_[0-9a-f]{6}_\d+")  # <prefix>_<creator>_<random>_<node>
+_pb: Any = gcs_pb2
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """What a node has, and what of it nobody holds."""
+
+    ip: str
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PoolRequest:
+    """`counts[i]` bundles, each of `bundle`, form placement group i under `strategy`."""
+
+    counts: tuple[int, ...]
+    bundle: Mapping[str, float]
+    strategy: str = "STRICT_PACK"
+
+    def check(self, what: str) -> None:
+        """Raise ResourceError where the cluster, empty, could not hold it."""
+        if not self.fits(nodes := cluster_nodes()):
+            raise ResourceError(f"the cluster cannot hold {what}: {self.explain(nodes)}")
+
+    def fits(self, nodes: Sequence[NodeResources]) -> bool:
+        """Whether empty nodes could hold it. No is certain; yes leaves the packing to Ray."""
+        room = [self._capacity(node.total) for node in nodes]
+        if self.strategy == "STRICT_SPREAD":
+            room = [min(capacity, len(self.counts)) for capacity in room]
+            if max(self.counts, default=0) > sum(capacity > 0 for capacity in room):
+                return False
+        if self.strategy == "STRICT_PACK":
+            for size in set(self.counts):  # of those at least as large, a node holds so many
+                if sum(count >= size for count in self.counts) > sum(r // size for r in room):
+                    return False
+        return sum(self.counts) <= sum(room)
+
+    def _capacity(self, resources: Mapping[str, float]) -> int:
+        """How many bundles these resources hold."""
+        asked = [(name, need) for name, need in self.bundle.items() if need > 0]
+        holds = (math.floor(resources.get(name, 0) / need + 1e-9) for name, need in asked)
+        return min(holds, default=sum(self.counts))
+
+    def explain(self, nodes: Sequence[NodeResources]) -> str:
+        """Asked, total and free per resource and per node, and a change that fits."""
+        processes, rows = sum(self.counts), [("resource", "asked", "total", "free")]
+        for name, need in self.bundle.items():
+            there = [(node.total.get(name, 0), node.free.get(name, 0)) for node in nodes]
+            total, free = map(sum, zip((0, 0), *there, strict=True))
+            rows.append((name, f"{need * processes:g}", f"{total:g}", f"{free:g}"))
+        asked = f"asks for {processes} × {_shown(self.bundle)}"
+        lines = [
+            f"node {node.ip} holds {self._capacity(node.total)} processes, "
+            f"{self._capacity(node.free)} now"
+            for node in nodes
+        ]
+        return (
+            f"process_on_nodes={list(self.counts)} under {self.strategy} {asked}\n"
+            + textwrap.indent("\n".join([aligned(rows), *lines]), "  ")
+            + f"\nWhat fits: {self._suggestion(nodes)}"
+        )
+
+    def _suggestion(self, nodes: Sequence[NodeResources]) -> str:
+        if self.fits(nodes):
+            return "close what holds the resources, or raise placement_timeout_s"
+        if fewer := self._fewer(nodes):
+            return f"process_on_nodes={fewer}, or more nodes"
+        for name, need in self.bundle.items():
+            kind, _, of_type = name.partition(":")
+            if name == "CPU" or any(node.total.get(name, 0) >= need for node in nodes):
+                continue
+            if of_type:
+                found = {other.partition(":") for node in nodes for other in node.total}
+                types = sorted(other for of, _, other in found if of == kind)
+                return f"accelerator_type=None, or one of the types that are there: {types}"
+            if name in _DEVICES:
+                return f"use_gpu=False, or nodes with {name}s"
+            return f"nodes with {need:g} {name}, or no {name} in the pool"
+        return "more nodes: none has all that one process asks for"
+
+    def _fewer(self, nodes: Sequence[NodeResources]) -> list[int]:
+        """Counts that fit: these, the largest first, cut to what there is room for."""
+        kept = list(self.counts)
+        if self.strategy != "STRICT_PACK":
+            while kept and not replace(self, counts=tuple(kept)).fits(nodes):
+                kept[kept.index(max(kept))] -= 1
+                kept = [count for count in kept if count]
+            return kept
+        room = [0, *(self._capacity(node.total) for node in nodes)]
+        for i in sorted(range(len(kept)), key=lambda i: -kept[i]):
+            large = [capacity for capacity in room if capacity >= kept[i]]
+            place = room.index(min(large, default=max(room)))
+            kept[i] = min(kept[i], room[place])
+            room[place] -= kept[i]
+        return [count for count in kept if count]
+
+
+def _shown(bundle: Mapping[str, float]) -> str:
+    return f"{{{', '.join(f'{name}: {amount:g}' for name, amount in bundle.items())}}}"
 
 
 @dataclass(frozen=True)
@@ -59,28 +177,6 @@ class Bundle:
     index: int
     node_id: str
     node_ip: str
-
-
-def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[PlacementGroup]:
-    """Placement groups by the address of their first bundle's node, numerically (10.0.0.9 comes
-    before 10.0.0.10); those on one node in the order of their ids.
-    """
-    addresses = _node_addresses()
-
-    def key(group: PlacementGroup) -> tuple[Any, ...]:
-        first = placement_group_table(group)["bundles_to_node_id"][0]
-        return *_address_key(addresses[first]), group.id.hex()
-
-    return sorted(pgs, key=key)
-
-
-def _address_key(address: str) -> tuple[int, int]:
-    parsed = ipaddress.ip_address(address)
-    return parsed.version, int(parsed)
-
-
-def _node_addresses() -> dict[str, str]:
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
 
 
 class RayResourcePool(ResourcePool):
@@ -119,40 +215,32 @@ class RayResourcePool(ResourcePool):
         placement_timeout_s: float = 60,
     ) -> None:
         super().__init__(process_on_nodes, max_colocate_count)
-        checks.amount("cpus_per_process", cpus_per_process)
-        checks.amount("gpus_per_process", gpus_per_process)
-        checks.seconds("placement_timeout_s", placement_timeout_s, optional=False)
-        custom = resources_per_process or {}
-        checks.instance(Mapping, "resources_per_process", custom, "a dict of amounts by name")
-        if _DEVICES & custom.keys():
+        check_seconds("placement_timeout_s", placement_timeout_s, optional=False)
+        custom = dict(resources_per_process or {})
+        amounts: dict[str, Any] = {f"resources_per_process[{n!r}]": a for n, a in custom.items()}
+        amounts |= {"cpus_per_process": cpus_per_process, "gpus_per_process": gpus_per_process}
+        for name, amount in amounts.items():
+            if not (isinstance(amount, int | float) and amount > 0):
+                raise ValueError(f"{name} must be a number, more than 0; got {amount!r}")
+        if custom.keys() & _DEVICES:
             raise ValueError(
                 "resources_per_process must be amounts of custom resources (CPUs and devices have "
                 f"parameters of their own); got {custom}"
             )
-        for name, amount in custom.items():
-            checks.amount(f"resources_per_process[{name!r}]", amount)
         self.use_gpu = use_gpu
         self.name_prefix = name_prefix or uuid.uuid4().hex[:8]
         self.detached = detached
         self.accelerator_type = accelerator_type
         self.cpus_per_process = cpus_per_process
         self.gpus_per_process = gpus_per_process
-        self.resources_per_process = dict(custom)
+        self.resources_per_process = custom
         self.placement_timeout_s = placement_timeout_s
         self.pgs: list[PlacementGroup] | None = None
 
     def settings(self) -> dict[str, Any]:
         """What a process gets, as keyword arguments for another pool."""
-        return {
-            "use_gpu": self.use_gpu,
-            "max_colocate_count": self.max_colocate_count,
-            "detached": self.detached,
-            "accelerator_type": self.accelerator_type,
-            "cpus_per_process": self.cpus_per_process,
-            "gpus_per_process": self.gpus_per_process,
-            "resources_per_process": self.resources_per_process,
-            "placement_timeout_s": self.placement_timeout_s,
-        }
+        names = inspect.signature(RayResourcePool).parameters.keys()
+        return {n: getattr(self, n) for n in names - {"process_on_nodes", "name_prefix"}}
 
     def device(self, device_name: str | None = None) -> DeviceKind:
         """The kind of device each process gets: `device_name`, else what the cluster has."""
@@ -204,20 +292,29 @@ class RayResourcePool(ResourcePool):
                 f"the pool was reserved without {kind.resource}: its bundles are "
                 f"{groups[0].bundle_specs[0]}, and device_name={device_name!r} was asked for"
             )
-        self._wait_for_lost_nodes(groups)
-        return _bundles_of(groups)
-
-    def _wait_for_lost_nodes(self, groups: Sequence[PlacementGroup]) -> None:
-        """Ray looks for another node where one of a reservation was lost."""
         deadline = time.monotonic() + self.placement_timeout_s
-        for group in groups:
-            lost = placement_group_table(group).get("state") == "RESCHEDULING"
-            if lost and not group.wait(max(0.01, deadline - time.monotonic())):
+        table, addresses = _table(), _node_addresses()
+        lost = [g for g in groups if _state(table.get(g.id.binary())) == "RESCHEDULING"]
+        for group in lost:  # Ray replaces what they have lost with a node
+            if not group.wait(max(0.01, deadline - time.monotonic())):
                 raise ResourceError(
                     "the pool's reservation lost a node, and no other could take its place within "
                     f"placement_timeout_s={self.placement_timeout_s:g}: "
                     f"{self.request(self.device()).explain(cluster_nodes())}"
                 )
+        if lost:
+            table, addresses = _table(), _node_addresses()
+        bundles = []
+        for group in groups:
+            found = table.get(group.id.binary())
+            nodes = _nodes(found)
+            if _state(found) != "CREATED" or not addresses.keys() >= set(nodes):
+                raise ResourceError(
+                    "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
+                    "was removed. close() the pool to reserve it again"
+                )
+            bundles += [Bundle(group, i, node, addresses[node]) for i, node in enumerate(nodes)]
+        return tuple(bundles)
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
         check_started()
@@ -226,38 +323,35 @@ class RayResourcePool(ResourcePool):
         if not self.store:
             raise ValueError("process_on_nodes must name the processes of at least one node")
         request = self.request(kind, strategy)
-        if not request.fits(nodes := cluster_nodes()):
-            raise ResourceError("the cluster cannot hold this pool: " + request.explain(nodes))
-        prefix = name or f"{self.name_prefix}single_controller"
-        reclaim()
+        request.check("this pool")
+        _reclaim()
+        creator = ray.get_runtime_context().get_worker_id()[:12]  # Ray knows none but actors
+        named = f"{name or f'{self.name_prefix}single_controller'}_{creator}_{uuid.uuid4().hex[:6]}"
+        lifetime: Any = "detached" if self.detached else None
         groups: list[PlacementGroup] = []
         deadline = time.monotonic() + self.placement_timeout_s
         try:
             for node, count in enumerate(request.counts):
-                groups.append(
-                    placement_group(
-                        [dict(request.bundle)] * count,
-                        strategy=strategy,
-                        name=new_name(prefix, node),
-                        lifetime="detached" if self.detached else None,
-                    )
-                )
+                asked = [dict(request.bundle)] * count
+                groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
             for number, group in enumerate(groups):
-                what = f"waiting for resources: {number} of {len(groups)} placement groups"
-                if not group.wait(min(_LOOK_S, self.placement_timeout_s)):
-                    reclaim()  # of those who have ended meanwhile
-                if not patience.placed(group, max(0.01, deadline - time.monotonic()), what):
+                if not group.wait(min(_RECLAIM_S, self.placement_timeout_s)):
+                    _reclaim()  # of those who have ended meanwhile
+                standing = f"waiting for resources: {number} of {len(groups)} placement groups"
+                with Wait(partial(str, standing)):
+                    there = group.wait(max(0.01, deadline - time.monotonic()))
+                if not there:
                     raise ResourceError(
                         f"the pool was not free within placement_timeout_s="
                         f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}\n"
-                        f"{holders(but={g.id.hex() for g in groups})}".rstrip()
+                        f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
                     )
         except BaseException:
             remove(groups)
             raise
         self.pgs = sort_placement_group_by_node_ip(groups)
-        if not self.detached:
-            give_back_when_dropped(self.pgs)
+        for group in () if self.detached else groups:
+            weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
         return self.pgs
 
     def close(self) -> None:
@@ -273,6 +367,40 @@ class RayResourcePool(ResourcePool):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class SubRayResourcePool(RayResourcePool):
+    """Some bundles of another pool, in order; closing it leaves the other pool as it is."""
+
+    def __init__(
+        self,
+        placement_groups: Sequence[PlacementGroup],
+        start_bundle_index: int,
+        subgroup_world_size: int,
+        **kwargs: Any,
+    ) -> None:
+        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence."""
+        super().__init__(**kwargs)
+        self.pgs = list(placement_groups)
+        self.start_bundle_index = start_bundle_index
+        self.subgroup_world_size = subgroup_world_size
+        self._slice = slice(start_bundle_index, start_bundle_index + subgroup_world_size)
+        group_of = [i for i, group in enumerate(self.pgs) for _ in range(group.bundle_count)]
+        held = len(group_of)
+        if not (start_bundle_index >= 0 and 1 <= subgroup_world_size <= held - start_bundle_index):
+            raise ValueError(
+                f"start_bundle_index {start_bundle_index} and subgroup_world_size "
+                f"{subgroup_world_size} must lie within the {held} bundles of the placement groups"
+            )
+        self._store = [*Counter(group_of[self._slice]).values()]
+
+    def bundles(
+        self, strategy: str = "STRICT_PACK", device_name: str | None = None
+    ) -> tuple[Bundle, ...]:
+        return super().bundles(strategy, device_name)[self._slice]
+
+    def close(self) -> None:
+        """Nothing: the reservation is the other pool's."""
 
 
 def check_started() -> None:
@@ -294,65 +422,232 @@ def cluster_nodes() -> list[NodeResources]:
     ]
 
 
-def _bundles_of(groups: Sequence[PlacementGroup]) -> tuple[Bundle, ...]:
-    addresses = _node_addresses()
-    bundles = []
+def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[PlacementGroup]:
+    """Placement groups by the address of their first bundle's node, numerically (10.0.0.9 comes
+    before 10.0.0.10); those on one node in the order of their ids.
+    """
+    addresses, table = _node_addresses(), _table()
+
+    def key(group: PlacementGroup) -> tuple[int, int, str]:
+        address = ipaddress.ip_address(addresses[_nodes(table[group.id.binary()])[0]])
+        return address.version, int(address), group.id.hex()
+
+    return sorted(pgs, key=key)
+
+
+def _node_addresses() -> dict[str, str]:
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A placement group. `bundles`, such as "2 × {CPU: 1}": a pool's are alike. `where`: its nodes;
+    `ended`: whether the process that made it has, if it is a pool's; `used`: whether an actor runs
+    in it.
+    """
+
+    name: str
+    state: str
+    bundles: str
+    where: str
+    is_detached: bool
+    ended: bool
+    used: bool
+    group: PlacementGroup
+
+
+def reservations(of_pools: bool = True) -> list[Reservation]:
+    """The placement groups of pools on this cluster, or all, by name, whoever made them."""
+    used, addresses = {actor.placement_group_id for actor in living_actors()}, _node_addresses()
+    workers = map(_pb.WorkerTableData.FromString, _tables().get_worker_table())
+    ended = {w.worker_address.worker_id.hex()[:12] for w in workers if not w.is_alive}
+    found = []
+    for key, group in _table().items():
+        named = _NAME.fullmatch(group.name)
+        if (of_pools and named is None) or _state(group) == "REMOVED":
+            continue
+        nodes = {addresses[node] for node in _nodes(group) if node in addresses}
+        by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        found.append(
+            Reservation(
+                group.name or key.hex(),
+                _state(group).lower(),
+                f"{len(group.bundles)} × {_shown(group.bundles[0].unit_resources)}",
+                " and ".join(sorted(nodes)) or "no node yet",
+                group.is_detached,
+                bool(named and named[1] in ended) or (by_actor and group.creator_actor_dead),
+                key in used,
+                _group(key),
+            )
+        )
+    return sorted(found, key=lambda reservation: reservation.name)
+
+
+def _holders(but: Collection[bytes]) -> str:
+    """A line for each placement group, save these, that has, or waits for, resources."""
+    found = [one for one in reservations(of_pools=False) if one.group.id.binary() not in but]
+    lines = [f"  {one.name}: {one.bundles} on {one.where} ({one.state})" for one in found[:_SHOWN]]
+    if len(found) > _SHOWN:
+        lines.append(f"  … and {len(found) - _SHOWN} more")
+    title = "Placement groups (`ray list actors` shows who runs outside of them):"
+    return "\n".join([title, *lines] if lines else [])
+
+
+def crowded(bundles: Sequence[Bundle]) -> list[bool]:
+    """For each bundle, whether actors ask for more than it has, those among them that it has no
+    room for yet.
+    """
+    asked: Counter[str] = Counter()
+    for actor in living_actors():
+        asked.update(actor.required_resources)
+    return [
+        any(
+            asked[f"{name}_group_{bundle.index}_{bundle.group.id.hex()}"] > amount + 1e-6
+            for name, amount in bundle.group.bundle_specs[bundle.index].items()
+        )
+        for bundle in bundles
+    ]
+
+
+def _reclaim() -> None:
+    """Give back what an actor or a task reserved that has ended: Ray itself would keep it until
+    the whole job ends. What still runs in it ends first.
+    """
+    for reservation in reservations():
+        if reservation.ended and not reservation.is_detached:
+            _dropped().put(reservation.group.id.binary())
+
+
+_queue: SimpleQueue[bytes] = SimpleQueue()
+_started = threading.Lock()
+
+
+def _dropped() -> SimpleQueue[bytes]:
+    """Takes ids of placement groups, to be removed once no actor runs in them: garbage may be
+    collected at any moment, with any lock held.
+    """
+    if _started.acquire(blocking=False):
+        threading.Thread(target=_give_back_dropped, daemon=True, name="give-back").start()
+    return _queue
+
+
+def _give_back_dropped() -> None:
+    left: set[bytes] = set()
+    pause = _LOOK_S
+    while True:
+        with contextlib.suppress(Empty):
+            left.add(_queue.get(timeout=pause if left else None))
+            pause = _LOOK_S
+        pause = min(pause * 1.5, _MOST_S)
+        if not ray.is_initialized():
+            left.clear()
+            continue
+        with contextlib.suppress(Exception):  # the cluster is gone, and they with it
+            empty = left - {actor.placement_group_id for actor in living_actors()}
+            left -= empty
+            for key in empty:
+                remove_placement_group(_group(key))
+
+
+def remove(groups: Sequence[PlacementGroup]) -> None:
+    """Remove placement groups and return when they are gone; workers in them end. What the cluster
+    still has after 10 s is logged.
+    """
     for group in groups:
-        table = placement_group_table(group)
-        nodes = table.get("bundles_to_node_id", {})
-        if table.get("state") != "CREATED" or not set(nodes.values()) <= set(addresses):
-            raise ResourceError(
-                "the pool's reservation is gone: Ray was started anew, a node was lost, or it was "
-                "removed. close() the pool to reserve it again"
+        remove_placement_group(group)
+    deadline = time.monotonic() + _REMOVAL_S
+    while True:
+        table = _table()
+        found = [table[key] for group in groups if (key := group.id.binary()) in table]
+        left = [
+            f"{group.name} ({state})" for group in found if (state := _state(group)) != "REMOVED"
+        ]
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            _logger.warning(
+                "placement groups are still there %g s after: %s", _REMOVAL_S, ", ".join(left)
             )
-        for index in range(group.bundle_count):
-            bundles.append(Bundle(group, index, nodes[index], addresses[nodes[index]]))
-    return tuple(bundles)
+            return
+        time.sleep(0.01)
 
 
-class SubRayResourcePool(RayResourcePool):
-    """Some bundles of another pool, in order; closing it leaves the other pool as it is."""
+def give_back(ended: Collection[str]) -> None:
+    """Remove the detached placement groups in which these actors ran and no other one does.
 
-    def __init__(
-        self,
-        placement_groups: Sequence[PlacementGroup],
-        start_bundle_index: int,
-        subgroup_world_size: int,
-        **kwargs: Any,
-    ) -> None:
-        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence."""
-        super().__init__(**kwargs)
-        self.pgs = list(placement_groups)
-        held = sum(group.bundle_count for group in placement_groups)
-        if not (start_bundle_index >= 0 and 1 <= subgroup_world_size <= held - start_bundle_index):
-            raise ValueError(
-                f"start_bundle_index {start_bundle_index} and subgroup_world_size "
-                f"{subgroup_world_size} must lie within the {held} bundles of the placement groups"
-            )
-        self.start_bundle_index = start_bundle_index
-        self.subgroup_world_size = subgroup_world_size
+    One that is not detached is left to the driver that made it: it goes with that driver.
 
-    @property
-    def _slice(self) -> slice:
-        return slice(self.start_bundle_index, self.start_bundle_index + self.subgroup_world_size)
+    Args:
+        ended: ids of actors that were told to end. Waits for that: of several who end the last
+            actors of a placement group, each then sees the others' end or is seen.
+    """
+    actors, table = _actors(), _table()
+    held = {actors[key].placement_group_id for key in ended if key in actors} & table.keys()
+    held = {key for key in held if table[key].is_detached}
+    if not held:
+        return
+    await_death(ended, _DEATH_S)
+    others = [actor for actor in living_actors() if actor.actor_id.hex() not in ended]
+    remove([_group(key) for key in held - {actor.placement_group_id for actor in others}])
 
-    @property
-    def store(self) -> list[int]:
-        """Processes per placement group of the slice (a copy)."""
-        counts: list[int] = []
-        first = 0
-        for group in self.pgs or ():
-            within = range(first, first + group.bundle_count)[
-                max(0, self._slice.start - first) : max(0, self._slice.stop - first)
-            ]
-            counts += [len(within)] if within else []
-            first += group.bundle_count
-        return counts
 
-    def bundles(
-        self, strategy: str = "STRICT_PACK", device_name: str | None = None
-    ) -> tuple[Bundle, ...]:
-        return super().bundles(strategy, device_name)[self._slice]
+def await_death(ended: Collection[str], timeout_s: float) -> list[str]:
+    """Wait for the end of actors; the ids of those that are not dead in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        living = {actor.actor_id.hex() for actor in living_actors()}
+        left = [key for key in ended if key in living]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
 
-    def close(self) -> None:
-        """Nothing: the reservation is the other pool's."""
+
+def was_killed(actor_id: str) -> bool:
+    """Whether an actor was ended by `ray.kill`, as groups end theirs."""
+    found = _actors().get(actor_id)
+    if found is None or found.state != _pb.ActorTableData.DEAD:
+        return False
+    context = found.death_cause.actor_died_error_context
+    return bool(context.reason == type(context).RAY_KILL)
+
+
+def _group(key: bytes) -> PlacementGroup:
+    return PlacementGroup(ray.PlacementGroupID(key))
+
+
+def _state(group: Any) -> str:
+    """Of a placement group of the table, or of None, which is none any more."""
+    states = _pb.PlacementGroupTableData
+    return "REMOVED" if group is None else str(states.PlacementGroupState.Name(group.state))
+
+
+def _nodes(group: Any) -> list[str]:
+    """The node of each bundle of a placement group of the table."""
+    bundles = sorted(group.bundles if group else (), key=lambda b: b.bundle_id.bundle_index)
+    return [bundle.node_id.hex() for bundle in bundles]
+
+
+def _table() -> dict[bytes, Any]:
+    """All placement groups by their ids, in one call."""
+    found = map(_pb.PlacementGroupTableData.FromString, _tables().get_placement_group_table())
+    return {group.placement_group_id: group for group in found}
+
+
+def _actors() -> dict[str, Any]:
+    """All actors by their ids, in one call."""
+    found = map(_pb.ActorTableData.FromString, _tables().get_actor_table(None, None))
+    return {actor.actor_id.hex(): actor for actor in found}
+
+
+def living_actors() -> list[Any]:
+    """What the cluster's table knows of each actor that has not ended."""
+    return [actor for actor in _actors().values() if actor.state != _pb.ActorTableData.DEAD]
+
+
+def _tables() -> Any:
+    """Reads the cluster's tables whole: Ray's own readers leave out which placement group."""
+    opened: Any = state
+    if hasattr(opened, "_connect_and_get_accessor"):
+        return opened._connect_and_get_accessor()
+    opened._check_connected()  # as ray 2.41 has it
+    return opened.global_state_accessor

@@ -1,43 +1,44 @@
-"""Pools made from pools: split, merged, shared between roles. Reserving is left to `placement`."""
+"""Pools made from pools: split, merged, named for roles; and values for all of them. Reserving is
+left to `placement`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+import ray
 from ray.util.placement_group import PlacementGroup
 
-from single_controller import checks
 from single_controller.errors import ResourceError
 from single_controller.ray.placement import (
     RayResourcePool,
     SubRayResourcePool,
-    cluster_nodes,
+    check_started,
 )
 
 __all__ = [
     "ResourcePoolManager",
     "extract_pg_from_exist",
     "merge_resource_pool",
+    "parallel_put",
     "split_resource_pool",
     "split_sizes",
 ]
 
 
 def split_sizes(total: int, split_size: int | list[int]) -> list[int]:
-    """The processes of each part of a pool of `total`.
-
-    Raises:
-        ValueError: the sizes do not add up to it.
-    """
+    """The processes of each part of a pool of `total`."""
     given: Any = split_size
     if isinstance(given, Iterable):
         sizes = list(given)
     else:
-        sizes = [given] * (total // given) if checks.is_whole(given) and given > 0 else []
-    if not all(checks.is_whole(size) and size >= 1 for size in sizes) or sum(sizes) != total:
+        sizes = [given] * (total // given) if isinstance(given, int) and given > 0 else []
+    if not all(isinstance(size, int) and size >= 1 for size in sizes) or sum(sizes) != total:
         raise ValueError(
             "split_size must be whole numbers, at least 1, that add up to the pool's "
             f"{total} processes, or one for all parts; got {given!r}"
@@ -56,15 +57,12 @@ def split_resource_pool(
     Raises:
         ResourceError: the pool cannot be reserved. ValueError: the sizes do not add up to it.
     """
-    checks.instance(RayResourcePool, "resource_pool", resource_pool, "a RayResourcePool")
     sizes = split_sizes(resource_pool.world_size, split_size)
-    groups = _reserved(resource_pool)
+    groups, settings = _reserved(resource_pool), resource_pool.settings()
     first = getattr(resource_pool, "start_bundle_index", 0)
-    parts = []
-    for size in sizes:
-        parts.append(SubRayResourcePool(groups, first, size, **resource_pool.settings()))
-        first += size
-    return parts
+    starts = [*accumulate(sizes[:-1], initial=first)]
+    parts = zip(starts, sizes, strict=True)
+    return [SubRayResourcePool(groups, start, size, **settings) for start, size in parts]
 
 
 def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResourcePool:
@@ -75,8 +73,6 @@ def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResour
         ValueError: they differ in what a process gets, they share a placement group, or one is a
             part that holds only some bundles of a placement group.
     """
-    checks.instance(RayResourcePool, "rp1", rp1, "a RayResourcePool")
-    checks.instance(RayResourcePool, "rp2", rp2, "a RayResourcePool")
     first, second = rp1.settings(), rp2.settings()
     different = sorted(key for key in first if first[key] != second[key])
     if different:
@@ -89,11 +85,7 @@ def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResour
 
 
 def _whole_groups(pool: RayResourcePool) -> list[PlacementGroup]:
-    """The placement groups whose bundles the pool is made of.
-
-    Raises:
-        ValueError: it has only some bundles of one.
-    """
+    """The placement groups whose bundles the pool is made of."""
     groups = _reserved(pool)
     bounds = [*accumulate((group.bundle_count for group in groups), initial=0)]
     first = getattr(pool, "start_bundle_index", 0)
@@ -119,22 +111,17 @@ def extract_pg_from_exist(
     Raises:
         ResourceError: no such group is left for a node.
     """
-    free = [
-        group
-        for name, pool in resource_pools.items()
-        if name in src_role_names
-        for group in _reserved(pool)
-    ]
+    taken = [pool for name, pool in resource_pools.items() if name in src_role_names]
+    free = [group for pool in taken for group in _reserved(pool)]
     chosen: dict[int, PlacementGroup] = {}
     for node, count in sorted(enumerate(resource_pool.store), key=lambda item: -item[1]):
-        candidates = [group for group in free if group.bundle_count >= count]
-        if not candidates:
-            have = [group.bundle_count for group in free]
+        large = [group for group in free if group.bundle_count >= count]
+        if not large:
             raise ResourceError(
                 f"no placement group of {src_role_names} with {count} bundles is left for node "
-                f"{node}; unused ones have {have}"
+                f"{node}; unused ones have {[group.bundle_count for group in free]}"
             )
-        chosen[node] = min(candidates, key=lambda group: group.bundle_count)
+        chosen[node] = min(large, key=lambda group: group.bundle_count)
         free.remove(chosen[node])
     return [chosen[node] for node in sorted(chosen)]
 
@@ -170,12 +157,9 @@ class ResourcePoolManager:
             )
         pools = list(self.resource_pool_dict.values())
         if pools:
+            together = tuple(count for pool in pools for count in pool.store)
             one = pools[0].request(pools[0].device())
-            together = replace(one, counts=tuple(n for pool in pools for n in pool.store))
-            if not together.fits(nodes := cluster_nodes()):
-                raise ResourceError(
-                    "the cluster cannot hold these pools together: " + together.explain(nodes)
-                )
+            replace(one, counts=together).check("these pools together")
 
     def get_resource_pool(self, role: Any) -> RayResourcePool:
         """The pool that a role runs on.
@@ -194,3 +178,16 @@ class ResourcePoolManager:
     def get_n_gpus(self) -> int:
         """Processes, and so devices, of all pools together."""
         return sum(sum(counts) for counts in self.resource_pool_spec.values())
+
+
+def parallel_put(data_list: Sequence[Any], max_workers: int | None = None) -> list[Any]:
+    """`ray.put` each value, in threads; the references in the same order. Arguments of calls need
+    none of this.
+
+    Raises:
+        ResourceError: Ray has not been started.
+    """
+    check_started()
+    workers = max_workers or min(len(data_list) or 1, os.cpu_count() or 1, 16)
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(ray.put, data_list))

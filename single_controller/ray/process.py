@@ -1,7 +1,7 @@
-"""A host's process as others on its node see it: its Python stacks, its log, how it ended.
+"""Where a rank runs: its process, as others on its node see it, and its device.
 
-`arrive` prepares the process itself. All else runs beside it and works whatever it is doing, also
-where it never comes back from C code. Getting to the right node is left to `nodes`.
+`arrive` prepares the process itself. All else runs beside it, also where it never comes back from C
+code: its stacks, its log, its end, and the end of what it has started.
 """
 
 from __future__ import annotations
@@ -10,28 +10,37 @@ import contextlib
 import faulthandler
 import fcntl
 import os
+import re
 import signal
-import struct
 import subprocess
 import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from single_controller.device import DeviceKind
 
 __all__ = [
-    "ExitWatch",
+    "DeviceIdentity",
     "ProcessInfo",
     "arrive",
+    "beside",
+    "collective",
     "end",
+    "identify",
     "is_running",
     "log_tail",
-    "read_logs",
+    "read_ends",
     "read_stacks",
-    "read_stacks_by_pid",
+    "readable",
 ]
+
+T = TypeVar("T")
 
 _SIGNAL = getattr(signal, "SIGRTMIN", 0) + 7  # a real-time one: programs use those with names
 _STACKS = "stacks"  # the file in memory that they are written to
@@ -39,8 +48,8 @@ _POLL_S = 0.01
 _QUIET_S = 0.03
 _ASKED_S = 0.5  # how long a process gets to write its stacks by itself; it takes milliseconds
 _STACKS_S = 1.0  # how long when it is made to
-_LOG_BYTES = 16_384
-_LOG_LINES = 20
+_EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
+_LOG_BYTES, _LOG_LINES = 16_384, 20
 
 _MARK = "WG_PROCESS"  # what a process starts inherits it, also in a session of its own
 _PASSES = 3  # over all processes of the node: what is about to end may start others
@@ -55,25 +64,18 @@ for pass in $(seq {_PASSES}); do
 done
 """
 
-_PIDFD_GET_INFO = 0xC040FF0B  # Linux 6.13, with an exit status since 6.15
-_PIDFD_INFO = struct.Struct("QQ11Ii")
-_PIDFD_INFO_EXIT = 8
-
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Where a process is, what to signal it for, and where its log is.
-
-    `started` is the kernel's time of its start, since numbers of processes are used again;
-    `stacks_fd` the descriptor, in it, that its stacks are written to, -1 for none.
+    """A process, its node, and where its log is. `started` is the kernel's time of its start, since
+    numbers of processes are used again; 0 where it is not known.
     """
 
     node_id: str
     node_ip: str
     pid: int
-    started: int
-    stacks_fd: int
-    log: str
+    started: int = 0
+    log: str = ""
 
 
 def arrive(node_id: str, node_ip: str) -> ProcessInfo:
@@ -84,23 +86,24 @@ def arrive(node_id: str, node_ip: str) -> ProcessInfo:
     on, that would now and then read what they have just freed, and crash. The file is in memory and
     goes with the process; its name has the pipe to ask by.
     """
-    descriptor = -1
     if hasattr(os, "memfd_create"):
         asked, asks = os.pipe()
         descriptor = os.memfd_create(f"{_STACKS}:{asks}:")
         fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # whoever reads it empties it
         faulthandler.register(_SIGNAL, file=descriptor, all_threads=True)
-        answer = threading.Thread(target=_answer, args=(asked, descriptor), name=_STACKS)
-        answer.daemon = True
-        answer.start()
-    pid = os.getpid()
-    found = _stat(pid)
-    log = ""
+        answers = asked, descriptor
+        threading.Thread(target=_answer, args=answers, name=_STACKS, daemon=True).start()
+    found, log = _stat(os.getpid()), ""
     with contextlib.suppress(OSError):
         log = os.readlink("/proc/self/fd/2")
-    process = ProcessInfo(node_id, node_ip, pid, found.started if found else 0, descriptor, log)
+    process = ProcessInfo(node_id, node_ip, os.getpid(), found.started if found else 0, log)
     _have_heirs_ended(process)
     return process
+
+
+def _answer(asked: int, descriptor: int) -> None:
+    while os.read(asked, 1_024):
+        faulthandler.dump_traceback(descriptor, all_threads=True)
 
 
 def _have_heirs_ended(process: ProcessInfo) -> None:
@@ -111,11 +114,11 @@ def _have_heirs_ended(process: ProcessInfo) -> None:
     with contextlib.suppress(OSError):  # it leads a session
         os.setpgid(0, 0)  # ray 2.41 starts it in its own group
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
-    os.environ[_MARK] = _mark(process)
-    argument = f"{_MARK}={_mark(process)}"
+    os.environ[_MARK] = mark = f"{process.pid}:{process.started}"
+    watcher = ["sh", "-c", _WATCHER, "watcher", str(process.pid), f"{_MARK}={mark}"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no Linux, or a bare one
         subprocess.run(
-            ["setsid", "--fork", "sh", "-c", _WATCHER, "watcher", str(process.pid), argument],
+            ["setsid", "--fork", *watcher],
             env=environment,
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -126,21 +129,6 @@ def _have_heirs_ended(process: ProcessInfo) -> None:
         )
 
 
-def _mark(process: ProcessInfo) -> str:
-    return f"{process.pid}:{process.started}"
-
-
-def _answer(asked: int, descriptor: int) -> None:
-    while os.read(asked, 1_024):
-        faulthandler.dump_traceback(descriptor, all_threads=True)
-
-
-def is_running(process: ProcessInfo) -> bool:
-    """Whether the process is there, on this node, and no zombie."""
-    found = _alive(process.pid)
-    return found is not None and found.started == process.started
-
-
 class _Stat(NamedTuple):
     state: str
     group: int
@@ -148,16 +136,49 @@ class _Stat(NamedTuple):
 
 
 def _stat(pid: int) -> _Stat | None:
+    """A process of this node that is there, and no zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return _Stat(fields[0], int(fields[2]), int(fields[19]))
+    return None if fields[0] in "ZX" else _Stat(fields[0], int(fields[2]), int(fields[19]))
 
 
-def _alive(pid: int) -> _Stat | None:
-    found = _stat(pid)
-    return None if found is None or found.state in "ZX" else found
+def is_running(process: ProcessInfo) -> bool:
+    """Whether the process is there, on this node, and no zombie."""
+    found = _stat(process.pid)
+    return found is not None and process.started in (0, found.started)
+
+
+def beside(
+    function: Callable[..., list[T]],
+    processes: Sequence[ProcessInfo],
+    timeout_s: float,
+    **options: Any,
+) -> list[T | None]:
+    """`function(processes, **options)`, of those here, run on each one's own node with those of
+    that node: one result for each, None where its node did not answer within `timeout_s`.
+    """
+    results: dict[ProcessInfo, T] = {}
+    on_node: dict[str, list[ProcessInfo]] = {}
+    for process in processes:
+        on_node.setdefault(process.node_id, []).append(process)
+    local = on_node.pop(ray.get_runtime_context().get_node_id(), [])
+    remote: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+    tasks = {}
+    for node_id, there in on_node.items():
+        place = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        tasks[remote.options(scheduling_strategy=place).remote(there, **options)] = there
+    if local:
+        results.update(zip(local, function(local, **options), strict=True))
+    if tasks:
+        ready, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout_s)
+        for ref in ready:
+            with contextlib.suppress(Exception):  # the node is gone
+                results.update(zip(tasks[ref], ray.get(ref), strict=True))
+        for ref in late:
+            ray.cancel(ref, force=True)
+    return [results.get(process) for process in processes]
 
 
 def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
@@ -165,84 +186,115 @@ def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
     files = {process: file for process in processes if (file := _emptied(process))}
     found: dict[ProcessInfo, str] = {}
     for tell, seconds in ((_ask, _ASKED_S), (_signal, _STACKS_S)):
-        told = [process for process in files if not found.get(process) and tell(process)]
+        told = []
+        for process in files.keys() - {process for process, text in found.items() if text}:
+            with contextlib.suppress(OSError):  # it has ended, or has closed the file
+                tell(process, files[process])
+                told.append(process)
         deadline = time.monotonic() + seconds
         found.update({process: _written(files[process], deadline) for process in told})
     return [found.get(process) or _silence(process) for process in processes]
 
 
-def read_stacks_by_pid(processes: Sequence[ProcessInfo]) -> list[str]:
-    """As `read_stacks`, of hosts that are known by nothing but their node and pid."""
-    return read_stacks([_looked_up(process) for process in processes])
-
-
-def _looked_up(process: ProcessInfo) -> ProcessInfo:
-    """What `arrive` once said in that process, as far as its node shows it."""
-    found = _stat(process.pid)
-    started, descriptor = found.started if found else 0, -1
-    with contextlib.suppress(OSError):
-        for file in Path(f"/proc/{process.pid}/fd").iterdir():
-            if os.readlink(file).startswith(f"/memfd:{_STACKS}:"):
-                descriptor = int(file.name)
-    return replace(process, started=started, stacks_fd=descriptor)
-
-
 def _emptied(process: ProcessInfo) -> Path | None:
     """The file of a running process that its stacks go to."""
-    if process.stacks_fd < 0 or not is_running(process):
-        return None
-    file = Path(f"/proc/{process.pid}/fd/{process.stacks_fd}")
-    try:
-        os.truncate(file, 0)
-    except OSError:
-        return None
-    return file
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{process.pid}/fd").iterdir() if is_running(process) else ():
+            if os.readlink(file).startswith(f"/memfd:{_STACKS}:"):
+                os.truncate(file, 0)
+                return file
+    return None
 
 
-def _ask(process: ProcessInfo) -> bool:
-    opened = f"/proc/{process.pid}/fd"
-    try:
-        asks = os.readlink(f"{opened}/{process.stacks_fd}").split(":")[2]
-        with open(f"{opened}/{asks}", "wb", buffering=0) as pipe:
-            pipe.write(b"?")
-    except (OSError, IndexError):  # it has ended, or has closed the file
-        return False
-    return True
+def _ask(_: ProcessInfo, file: Path) -> None:
+    with open(file.parent / os.readlink(file).split(":")[2], "wb", buffering=0) as pipe:
+        pipe.write(b"?")
 
 
-def _signal(process: ProcessInfo) -> bool:
-    try:
-        os.kill(process.pid, _SIGNAL)
-    except OSError:
-        return False
-    return True
+def _signal(process: ProcessInfo, _: Path) -> None:
+    os.kill(process.pid, _SIGNAL)
 
 
 def _written(file: Path, deadline: float) -> str:
     """What came, once no more comes."""
     text, changed = "", time.monotonic()
     with contextlib.suppress(OSError):  # it may end meanwhile
-        while True:
+        while (now := time.monotonic()) <= deadline and not (text and now - changed > _QUIET_S):
             before, text = text, file.read_text(errors="replace")
-            now = time.monotonic()
             changed = changed if text == before else now
-            if (text and now - changed > _QUIET_S) or now > deadline:
-                break
             time.sleep(_POLL_S)
     return text.strip() and text
 
 
 def _silence(process: ProcessInfo) -> str:
-    """Why there is no stack."""
-    found = _stat(process.pid)
-    if found is None or found.started != process.started:
-        return f"no stack: process {process.pid} has ended"
-    return f"no stack: process {process.pid} does not answer (its state is {found.state})"
+    found = _stat(process.pid) if is_running(process) else None
+    says = f"does not answer (its state is {found.state})" if found else "has ended"
+    return f"no stack: process {process.pid} {says}"
 
 
-def read_logs(processes: Sequence[ProcessInfo]) -> list[str]:
-    """The last lines of what each process wrote; of a dead one, too."""
-    return [log_tail(process) for process in processes]
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
+_COLLECTIVES = ("/torch/distributed/", "/ray/util/collective/")
+_OURS = tuple(os.path.dirname(file) + os.sep for file in (os.path.dirname(__file__), ray.__file__))
+_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_INSTALLED = ("/site-packages/", "/dist-packages/")
+_MAIN = "/default_worker.py"  # where Ray's processes start
+_SERVES = ("actor_method_executor", "async_func", "async_method_executor")  # Ray's side of a call
+
+
+class _Frame(NamedTuple):
+    file: str
+    line: str
+    name: str
+
+
+def _is_machinery(frame: _Frame) -> bool:
+    """Whether it is Ray's, this package's or Python's own."""
+    python = frame.file.startswith(_LIBRARY) and not any(i in frame.file for i in _INSTALLED)
+    return python or frame.file.startswith(("<", *_OURS))
+
+
+def _threads(dump: str) -> Iterator[list[_Frame]]:
+    """The frames of each thread, the innermost first, as faulthandler writes them; of one that was
+    asked for its stack twice, the last ones.
+    """
+    parts = re.split(r"\n?(?:Current thread|Thread) (?=0x)", dump)
+    for part in {part.split(" ", 1)[0]: part for part in parts}.values():
+        if frames := [_Frame(**match.groupdict()) for match in _FRAME.finditer(part)]:
+            yield frames
+
+
+def readable(dump: str) -> str:
+    """The main thread and those that run the user's code, the innermost frame first.
+
+    Frames below a call's start are Ray's and this package's; they are left out, and so are
+    threads that only serve.
+    """
+    shown = []
+    for frames in _threads(dump):
+        main = frames[-1].file.endswith(_MAIN)
+        served = next((i for i, f in enumerate(frames) if f.name in _SERVES), len(frames))
+        if served == len(frames) if main else all(map(_is_machinery, frames)):
+            continue  # between calls, or Ray's own
+        lines = [f'  File "{f.file}", line {f.line}, in {f.name}' for f in frames[:served]]
+        while len(lines) > 1 and _is_machinery(frames[len(lines) - 1]):
+            lines.pop()
+        shown.append("\n".join(lines))
+    if shown:
+        return "\n  -- another thread --\n".join(reversed(shown))
+    return dump.strip() if "File" not in dump else "  in no call"
+
+
+def collective(dump: str) -> str | None:
+    """The stack of a thread that waits in a collective, or to meet for one; None if none does.
+
+    Only the innermost frame counts: a model wrapped by torch.distributed computes inside its
+    frames. Waiting in the user's own frame, such as `tensor.item()` after an asynchronous
+    collective, cannot be told from computing.
+    """
+    for frames in _threads(dump):
+        if any(part in frames[0].file for part in _COLLECTIVES):
+            return str(frames)
+    return None
 
 
 def log_tail(process: ProcessInfo) -> str:
@@ -258,85 +310,103 @@ def log_tail(process: ProcessInfo) -> str:
     return ""
 
 
+def read_ends(processes: Sequence[ProcessInfo]) -> list[tuple[bool, str]]:
+    """Whether each process, which Ray says is lost, is gone, and the last lines that it wrote."""
+    _await_end(processes, _EXIT_S)
+    return [(not is_running(process), log_tail(process)) for process in processes]
+
+
 def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0, wait_s: float = 5.0) -> list[bool]:
     """Kill each process that does not end by itself within `grace_s`, and what they started;
     whether each is gone.
     """
-    _until(lambda: not any(map(is_running, processes)), grace_s)
-    for process in processes:
-        if is_running(process):
-            with contextlib.suppress(OSError):
-                os.kill(process.pid, signal.SIGKILL)
-    _until(lambda: not any(map(is_running, processes)), wait_s)
+    _await_end(processes, grace_s)
+    _kill([process for process in processes if is_running(process)], wait_s)
     gone = [process for process in processes if not is_running(process)]
     for _ in range(_PASSES):
-        if not (gone and _end_heirs(gone, wait_s)):
+        if not (heirs := _heirs(gone)):
             break
+        _kill(heirs, wait_s)
     return [process in gone for process in processes]
 
 
-def _end_heirs(ended: Sequence[ProcessInfo], wait_s: float) -> bool:
-    """Kill what these left behind; whether that was anything."""
-    heirs = _heirs(ended)
-    for heir in heirs:
+def _kill(processes: Sequence[ProcessInfo], wait_s: float) -> None:
+    for process in processes:
         with contextlib.suppress(OSError):
-            os.kill(heir, signal.SIGKILL)
-    _until(lambda: not any(map(_alive, heirs)), wait_s)
-    return bool(heirs)
+            os.kill(process.pid, signal.SIGKILL)
+    _await_end(processes, wait_s)
 
 
-def _heirs(ended: Sequence[ProcessInfo]) -> list[int]:
-    """What processes that have ended left behind: their groups, and whatever has their mark."""
-    marks = {f"{_MARK}={_mark(process)}".encode() for process in ended}
-    found = []
-    groups = set()  # led by one of them, and not by another process that has got its number
-    for process in ended:
-        now = _stat(process.pid)
-        groups |= {process.pid} if now is None or now.started == process.started else set()
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        environment = b""
-        with contextlib.suppress(OSError):  # another user's, or it has ended
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
-        is_marked = _MARK.encode() in environment and not marks.isdisjoint(environment.split(b"\0"))
-        if (stat := _alive(pid)) and (is_marked or stat.group in groups):
-            found.append(pid)
-    return found
-
-
-def _until(condition: Callable[[], bool], seconds: float) -> None:
+def _await_end(processes: Sequence[ProcessInfo], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while any(map(is_running, processes)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
-class ExitWatch:
-    """Tells how a process on this node ended, though this one is not its parent.
+def _heirs(ended: Sequence[ProcessInfo]) -> list[ProcessInfo]:
+    """What processes that have ended left behind: their groups, and whatever has their mark."""
+    marks = {f"{_MARK}={process.pid}:{process.started}".encode() for process in ended}
+    # But not the group of another process that has got the number of one.
+    groups = {process.pid for process in ended if not _stat(process.pid)}
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc") if ended else ())):
+        own: set[bytes] = set()
+        with contextlib.suppress(OSError):  # another user's, or it has ended
+            own.update(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        if (stat := _stat(pid)) and (marks & own or stat.group in groups):
+            found.append(ProcessInfo("", "", pid, stat.started))
+    return found
 
-    Needs Linux 6.15; elsewhere, and for a process that cannot be watched, nothing is known.
-    """
 
-    def __init__(self, process: ProcessInfo) -> None:
-        self._descriptor = -1
-        with contextlib.suppress(OSError, AttributeError):
-            self._descriptor = os.pidfd_open(process.pid)
-            weakref.finalize(self, os.close, self._descriptor)
-        if not is_running(process):
-            self._descriptor = -1
+_P2P_READ = 0  # NVML_P2P_CAPS_INDEX_READ, which pynvml has as a tuple that no call takes
 
-    def exit_code(self, timeout_s: float) -> int | None:
-        """Wait for the end; the code that it exited with, or minus the signal that killed it."""
-        if self._descriptor < 0:
-            return None
-        deadline = time.monotonic() + timeout_s
-        while True:
-            status = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 12, 0))
-            try:
-                fcntl.ioctl(self._descriptor, _PIDFD_GET_INFO, status)
-            except OSError:
-                return None
-            mask, *_, code = _PIDFD_INFO.unpack(bytes(status))
-            if mask & _PIDFD_INFO_EXIT:
-                return os.waitstatus_to_exitcode(code)
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(_POLL_S)  # it runs, or its parent has not asked, before which none is told
+
+@dataclass(frozen=True)
+class DeviceIdentity:
+    """A device by its UUID, on a node. `peers` are others of the node that it can read."""
+
+    node_id: str
+    uuid: str
+    peers: frozenset[str] = frozenset()
+
+    def reads(self, other: DeviceIdentity) -> bool:
+        """Whether a process on this device can map memory of a process on the other one."""
+        return self.node_id == other.node_id and other.uuid in {self.uuid, *self.peers}
+
+
+def identify(kind: DeviceKind, index: int, node_id: str) -> DeviceIdentity | None:
+    """The device that torch calls `kind.name:index` in this process; None if it has no UUID."""
+    if not kind.lends:
+        return None
+    import torch
+
+    module = getattr(torch, kind.name)
+    if not module.is_available():
+        return None
+    uuid = str(module.get_device_properties(index).uuid)
+    return DeviceIdentity(node_id, uuid, _peers(uuid))
+
+
+def _peers(uuid: str) -> frozenset[str]:
+    """Asked of the driver, since a process does not see the devices of others."""
+    try:
+        from ray._private.thirdparty.pynvml import pynvml as nvml
+    except ImportError:  # this Ray keeps it elsewhere
+        return frozenset()
+    try:
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        found = {_text(nvml.nvmlDeviceGetUUID(handle)): handle for handle in handles}
+        if (mine := found.pop(uuid, None)) is None:
+            return frozenset()
+        return frozenset(
+            other
+            for other, handle in found.items()
+            if nvml.nvmlDeviceGetP2PStatus(mine, handle, _P2P_READ) == nvml.NVML_P2P_STATUS_OK
+        )
+    except nvml.NVMLError:  # no such driver, or one that does not say: then nobody is read
+        return frozenset()
+
+
+def _text(uuid: Any) -> str:
+    return (uuid.decode() if isinstance(uuid, bytes) else str(uuid)).removeprefix("GPU-")

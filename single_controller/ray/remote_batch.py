@@ -1,12 +1,13 @@
-"""Batches that are in the workers that made them: where they are, who reads them, when they go.
+"""Calls on hosts, and batches that stay in the workers that made them: where they are, who reads
+them, when they go.
 
 A result without blocking stays with its host (`shelf`), and the driver gets a `RemoteBatch` for it.
 A call on the same process takes it there; before a call goes to other processes, and when the
 driver itself or a pickler asks, the driver puts `publish` into the queue of the host that has it.
-If readers are both here and elsewhere, it depends on the rows who reads what (`routes`): the driver
-looks, if it knows them or learns them within a moment; else the task itself finds out whether
-anyone elsewhere needs these rows, and otherwise publishes nothing. A publication waits behind what
-its host was told before, so a call whose last result was read elsewhere publishes by itself.
+If readers are both here and elsewhere, it depends on the rows who reads what. A caller who waits
+anyway waits for the rows first; for others the task itself finds out whether anyone elsewhere needs
+these rows, and otherwise publishes nothing. A publication waits behind what its host was told
+before, so that of a method whose last result was read elsewhere is sent right behind the call.
 
 No order of calls can dead-lock. Put all tasks (calls and publications) in the order in which the
 driver sent them. A task waits for earlier tasks in its host's queue, for earlier calls whose rows
@@ -19,220 +20,624 @@ happens in threads of their own, and a publication has no turn. A release waits 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any
+import contextlib
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray import cloudpickle
 from ray.exceptions import GetTimeoutError
 
-from single_controller.base.progress import shown_seconds
-from single_controller.base.rank import NO_BATCH
+from single_controller.base.dispatch import padding_setting
+from single_controller.base.message import Message, Outbox, Outgoing, packed
+from single_controller.base.method import Pending, Request
+from single_controller.base.plan import Call
+from single_controller.base.trace import mark
+from single_controller.base.worker import NO_BATCH
 from single_controller.errors import CallTimeoutError, GroupBrokenError
-from single_controller.ray import patience
-from single_controller.ray.envelope import Enclosed
-from single_controller.ray.failure import CallSite, diagnose, translate
-from single_controller.ray.lease import Lease
-from single_controller.ray.offers import NO_OFFERS, Posted, offered, offering
-from single_controller.ray.shelf import kept_here, known_rows, remember_rows
+from single_controller.ray.failure import (
+    GONE,
+    CallSite,
+    all_arrived,
+    diagnose,
+    get_all,
+    session,
+    shown_seconds,
+    translate,
+)
+from single_controller.ray.hosts import RayHosts, later
+from single_controller.ray.message import LARGE, SMALL, Head, Packer, sealed
+from single_controller.ray.placement import check_started
+from single_controller.ray.shelf import Kept
 
-__all__ = ["RemoteBatch", "RemoteCall", "posted"]
+if TYPE_CHECKING:
+    from protocol import DataProtoFuture
+    from protocol.batches import Batch
+
+__all__ = ["RemoteBatch", "RemoteCall", "pin", "send"]
 
 
-class RemoteCall:
-    """A call that keeps its outputs: for each rank a reference to the rows it made.
+def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> RemoteCall:
+    """Send each rank its call.
 
-    It counts only if all ranks succeed, also those whose output is not needed. Once they are known,
-    the rows are what goes with it to other processes, and not the references.
+    Raises:
+        SendError: an argument cannot be pickled; then nothing was sent.
+        GroupBrokenError: the group was restarted meanwhile.
+        What went wrong with the calls whose batches are to be read, where the caller waits.
+    """
+    hosts.check_current()
+    began, count = time.monotonic(), partial(request.record.count, "bytes_out")
+
+    def share(message: Message, ranks: int) -> Any:
+        if message.size < SMALL:
+            return None
+        count(message.size)
+        return ray.put(message)
+
+    def placed(message: Message) -> Any:
+        """What Ray gives a task before its turn, it can neither spill nor free."""
+        late = not hosts.ordered and message.size > LARGE
+        return ray.put(message) if late else message
+
+    outbox = Outbox(calls, Packer, share)
+    routes = _Routes(outbox.by_rank, hosts, request, began)
+    different = {id(out): out for out in outbox.by_rank if out is not None}
+    # Before any is sent: ranks whose peers get no call would wait for them.
+    letters = {key: (placed(out.message), routes.parts(out)) for key, out in different.items()}
+    made = RemoteCall(hosts, request, began)
+    padding, answering = padding_setting(), frozenset(request.answers)
+    sites, callables = hosts.sites(request.role, request.method), hosts.callables(request.title)
+    alike: dict[Any, Any] = {}  # the same for ranks that are told the same
+    with hosts.sending_a_call() as refs:
+        for rank, outgoing in enumerate(outbox.by_rank):
+            if outgoing is None:
+                continue
+            head = Head(
+                request.role,
+                request.method,
+                request.materialize,
+                request.reads_only,
+                rank in answering,
+                request.opens,
+                hosts.turn(rank),
+                made.token if request.deferred and rank in answering else None,
+                routes.claims.get(rank, ()),
+                mark(request.record.number, hosts) if request.record.number else None,
+                padding,
+            )
+            key = id(outgoing), head
+            if key not in alike:
+                alike[key] = sealed(head, *letters[id(outgoing)])
+            count(outgoing.size)
+            refs.append(callables[rank].remote(alike[key]))
+            made.sent(sites[rank], refs[-1], head.turn)
+    routes.sent(made)
+    made.publish_ahead()
+    return made
+
+
+class RemoteCall(Pending):
+    """One call on its way: for each called rank a reference to its output, or, where outputs stay
+    with their hosts, to the rows of it. Those are let go of once nobody holds this any more.
     """
 
-    def __init__(
-        self,
-        token: str,
-        refs: Sequence[Any],
-        sites: Sequence[CallSite],
-        known: tuple[int | None, ...] | None = None,
-    ) -> None:
-        self.token, self.refs, self.sites = token, list(refs), tuple(sites)
-        self._known = known
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        refs = self.refs if self._known is None else ()
-        return RemoteCall, (self.token, refs, self.sites, self._known)
-
-    def rows(self, timeout: float | None, lease: Lease | None = None) -> tuple[int | None, ...]:
-        """Wait for all ranks; the rows of each, None where it kept no batch.
-
-        With the driver's `lease`, the call's own deadline counts where there is no `timeout`, and
-        its group learns what went wrong.
-        """
-        if self._known is None:
-            self._known = known_rows(self.token)
-        if self._known is None:
-            self._known = tuple(self._get(timeout, lease))
-            remember_rows(self.token, self._known)
-        return self._known
+    def __init__(self, hosts: RayHosts, request: Request, began: float) -> None:
+        self.hosts, self.request, self.record = hosts, request, request.record
+        self.sites: list[CallSite] = []
+        self.refs: list[Any] = []
+        self.known: tuple[int | None, ...] | None = None  # rows by rank called
+        self._turns: dict[int, tuple[str, int]] = {}
+        self.limit = request.timeout_s
+        self._deadline = None if self.limit is None else began + self.limit
+        self._lock = threading.Lock()
+        self._hold = _Hold(hosts, f"{uuid.uuid4().hex}", request) if request.deferred else None
+        if self._hold is not None:
+            weakref.finalize(self, later, self._hold.release).atexit = False
 
     @property
-    def known(self) -> bool:
-        """Whether the rows are, without waiting."""
-        return self._known is not None
+    def token(self) -> str:
+        """What the hosts know its results by."""
+        return "" if self._hold is None else self._hold.token
 
-    def done(self, timeout_s: float = 0) -> bool:
-        """Whether all ranks have finished, well or not, after at most so many seconds."""
-        if self._known is not None:
-            return True
-        count = len(self.refs)
-        _, late = ray.wait(self.refs, num_returns=count, timeout=timeout_s, fetch_local=False)
-        return not late
+    def sent(self, site: CallSite, ref: Any, turn: tuple[str, int] | None) -> None:
+        """Note that a rank has its call."""
+        self.sites.append(site)
+        self.refs.append(ref)
+        if turn is not None:
+            self._turns[site.rank] = turn
 
-    def _get(self, timeout: float | None, lease: Lease | None) -> list[int | None]:
-        first = self.sites[0]
-        ranks = [site.rank for site in self.sites]
-        left = lease.limit.left(timeout) if lease else timeout
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Made, (self.refs, tuple(self.sites))
+
+    def _ranks(self) -> list[int]:
+        return [site.rank for site in self.sites]
+
+    def _left(self, timeout_s: float | None) -> float | None:
+        """The seconds asked for, or else what is left of the call's own time."""
+        if timeout_s is not None or self._deadline is None:
+            return timeout_s
+        return max(0.0, self._deadline - time.monotonic())
+
+    def wait(self, timeout_s: float | None) -> list[Any]:
+        outputs = self._outputs(timeout_s)
+        at = {site.rank: i for i, site in enumerate(self.sites)}
+        return [
+            self._read(outputs[at[rank]], self.sites[at[rank]]) for rank in self.request.answers
+        ]
+
+    def _outputs(self, timeout_s: float | None) -> list[Any]:
+        hosts = self.hosts
+        hosts.check_current()
         try:
-            return patience.get(self.refs, left, f"{first.role}.{first.method}", ranks)
+            left = self._left(timeout_s)
+            outputs = get_all(self.refs, left, self.request.title, self._ranks())
+            hosts.check_current()
         except GetTimeoutError:
-            if lease is not None:
-                raise lease.limit.expired(lease.hosts, self.refs, self.sites, timeout) from None
-            _, late = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
-            ranks = [s.rank for s, ref in zip(self.sites, self.refs, strict=True) if ref in late]
-            raise CallTimeoutError(
-                f"{first.role}.{first.method}: ranks {ranks} had not finished after "
-                f"{shown_seconds(timeout)} s",
-                ranks,
+            seconds = self.limit if timeout_s is None else timeout_s
+            raise hosts.timed_out(
+                self.refs, self.sites, seconds or 0, give_up=timeout_s is None
             ) from None
         except GroupBrokenError:
             raise
         except Exception as error:
-            if lease is not None:
-                raise lease.hosts.failed(error, self.refs, self.sites) from None
-            raise diagnose(error, self.refs, self.sites, {}).error from None
+            hosts.check_current()
+            raise hosts.failed(error, self.refs, self.sites) from None
+        except BaseException:
+            hosts.interrupted(self.refs, self.sites)
+            raise
+        return outputs
+
+    def _read(self, output: Any, site: CallSite) -> Any:
+        if not isinstance(output, Message):
+            return output
+        self.record.count("bytes_in", output.size)
+        try:
+            return output.read()
+        except Exception as error:
+            raise translate(error, site) from None
+
+    async def arrive(self) -> bool:
+        self.hosts.check_current()
+        left = self._left(None)
+        return await all_arrived(self.refs, left, self.request.title, self._ranks())
+
+    def done(self) -> bool:
+        if self.hosts.gone:
+            return True
+        ready, _ = ray.wait(self.refs, num_returns=len(self.refs), timeout=0, fetch_local=False)
+        return len(ready) == len(self.refs)
+
+    def cancel(self) -> bool:
+        return self.hosts.cancel(self._turns)
+
+    def handles(self, batched: bool) -> list[Any]:
+        at = {site.rank: i for i, site in enumerate(self.sites)}
+        if not batched:
+            return [self.refs[at[rank]] for rank in self.request.answers]
+        return [
+            RemoteBatch(self.token, self.sites[at[rank]], self, at[rank])
+            for rank in self.request.answers
+        ]
+
+    def rows(self, timeout_s: float | None) -> tuple[int | None, ...]:
+        """Wait for all ranks, also those whose output is not needed; the rows that each keeps, None
+        for no batch.
+        """
+        if self.known is None:
+            self.known = tuple(self._outputs(timeout_s))
+        return self.known
+
+    def publish(self, rank: int, lends: bool = False, ahead: bool = False) -> Any:
+        """A reference to a rank's batch in shared memory, or with `lends` to claims on it. `ahead`:
+        nobody has asked for it yet.
+        """
+        hold = self._checked_hold()
+        with self._lock:
+            if not ahead:
+                hold.unread = False
+                self.hosts.read_elsewhere[hold.habit] = lends
+            if (rank, lends) not in hold.published:
+                hold.published[rank, lends] = self._publication(rank, None, lends)
+            return hold.published[rank, lends]
+
+    def publish_for(self, rank: int, futures: Sequence[Any], lends: bool) -> Any:
+        """The same; to None where it turns out that no row of these futures is in it."""
+        hold = self._checked_hold()
+        if (rank, lends) in hold.published:
+            return self.publish(rank, lends)
+        unpublished = dict.fromkeys(o.key for f in futures for o in f.origins() if _remote(o))
+        wanted = Message.of(list(futures), Packer, offers=unpublished)
+        with self._lock:
+            return self._publication(rank, wanted, lends)
+
+    def publish_ahead(self) -> None:
+        """Publish what the last call's readers would have had to wait for behind later calls."""
+        hold, habits = self._hold, self.hosts.read_elsewhere
+        if hold is not None and hold.habit in habits:
+            hold.unread = True
+            for rank in self.request.answers:
+                self.publish(rank, habits[hold.habit], ahead=True)
+
+    def _checked_hold(self) -> _Hold:
+        self.hosts.check_current()
+        if self.hosts.ended:
+            raise GroupBrokenError(
+                f"{self.hosts.ended}: results that were still in its workers are gone. "
+                "Fetch what you need of a future before the group closes"
+            )
+        assert self._hold is not None
+        return self._hold
+
+    def _publication(self, rank: int, wanted: Message | None, lends: bool) -> Any:
+        hosts, hold = self.hosts, self._hold
+        assert hold is not None
+        hold.publications[rank] += 1
+        batch, size = hosts.handles[rank].publish.remote((hold.token, rank), wanted, lends)
+        self.record.count_later("bytes_between", lambda: 0 if hosts.gone else _if_ready(size))
+        return batch
+
+    def can_lend(self, rank: int, hosts: RayHosts, readers: Iterable[int]) -> bool:
+        """Whether all these ranks of some hosts can map device memory of a rank's batch."""
+        device = self.hosts.infos[rank].identity
+        ids = [hosts.infos[reader].identity for reader in readers]
+        lends = self.request.transport == "device" and device is not None
+        return lends and all(i and i.reads(device) for i in ids)
+
+    def lent_to(self, refs: Iterable[Any]) -> None:
+        """Keep the memory at least until these calls have ended."""
+        assert self._hold is not None
+        held = list(dict.fromkeys([*self._hold.borrowers, *refs]))
+        _, left = ray.wait(held, num_returns=len(held), timeout=0, fetch_local=False)
+        self._hold.borrowers = left
+
+
+def _if_ready(ref: Any) -> int | None:
+    ready, _ = ray.wait([ref], timeout=0)
+    if not ready:
+        return None
+    try:
+        return int(ray.get(ref))
+    except Exception:
+        return 0
+
+
+class _Hold:
+    """The driver's hold on the results of one call: without it, their hosts let go of them."""
+
+    def __init__(self, hosts: RayHosts, token: str, request: Request) -> None:
+        self._hosts, self.token = hosts, token
+        self.habit = request.role, request.method
+        self.publications = dict.fromkeys(request.answers, 0)  # by rank: how many tasks were sent
+        self.published: dict[tuple[int, bool], Any] = {}
+        self.borrowers: list[Any] = []
+        self.unread = False  # published ahead, and nobody asked
+
+    def release(self) -> None:
+        """Let hosts let go of the results, once nobody borrows them any more."""
+        hosts, borrowers = self._hosts, self.borrowers
+        if hosts.gone:
+            return
+        if self.unread:
+            hosts.read_elsewhere.pop(self.habit, None)
+        self.published.clear()
+        if borrowers:
+            self.borrowers = []
+            threading.Thread(target=self._release_after, args=(borrowers,), daemon=True).start()
+            return
+        with hosts.sending:
+            for rank, count in self.publications.items() if not hosts.ended else ():
+                hosts.handles[rank].release.remote(self.token, count, hosts.turn(rank))
+
+    def _release_after(self, borrowers: list[Any]) -> None:
+        with contextlib.suppress(Exception):  # the cluster is gone
+            ray.wait(borrowers, num_returns=len(borrowers), timeout=None, fetch_local=False)
+        later(self.release)
+
+
+class _Made:
+    """What another process knows of a call whose rows were not known when it was told."""
+
+    def __init__(self, refs: Sequence[Any], sites: tuple[CallSite, ...]) -> None:
+        self.refs, self.sites = list(refs), sites
+        self.known: tuple[int | None, ...] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Made, (self.refs, self.sites)
+
+    def rows(self, timeout_s: float | None) -> tuple[int | None, ...]:
+        """Wait for all ranks; see `RemoteCall.rows`."""
+        if self.known is None:
+            title = f"{self.sites[0].role}.{self.sites[0].method}"
+            ranks = [site.rank for site in self.sites]
+            try:
+                self.known = tuple(get_all(self.refs, timeout_s, title, ranks))
+            except GetTimeoutError:
+                raise CallTimeoutError(
+                    f"{title}: its ranks {ranks} had not all finished after "
+                    f"{shown_seconds(timeout_s)} s",
+                    ranks,
+                ) from None
+            except GroupBrokenError:
+                raise
+            except Exception as error:
+                raise diagnose(error, self.refs, self.sites, {}).error from None
+        return self.known
 
 
 class RemoteBatch:
     """One rank's batch of a call: a `protocol.future.Source`.
 
-    On the driver it has a lease. Sent on, it has an offer instead: a reference to where the batch
-    is published, unless no process that reads it needs that.
+    On the driver it holds the call. Sent on, it has an `offer` instead: a reference to where the
+    batch is published, unless no process that reads it needs that; or what is `kept` in the process
+    that reads it.
     """
 
     def __init__(
         self,
-        call: RemoteCall,
+        token: str,
+        site: CallSite,
+        made: RemoteCall | _Made | None,
         at: int,
-        lease: Lease | None,
+        rows: int | None = None,
         offer: Any = None,
     ) -> None:
-        self.call, self.at = call, at
-        self.lease, self.offer = lease, offer
+        self.token, self.site, self.made, self.at = token, site, made, at
+        self._rows, self.offer = rows, offer
+        self.kept: Kept | None = None
+        self.session: Any = None  # in which it was pinned
 
     @property
-    def site(self) -> CallSite:
-        return self.call.sites[self.at]
+    def call(self) -> RemoteCall | None:
+        """The call, where it was made by this process."""
+        return self.made if isinstance(self.made, RemoteCall) else None
 
     @property
-    def reference(self) -> Any:
-        """Ray's reference to what says that the rank has finished."""
-        return self.call.refs[self.at]
-
-    @property
-    def token(self) -> str:
-        return f"{self.call.token}:{self.site.rank}"
+    def key(self) -> tuple[str, int]:
+        return self.token, self.site.rank
 
     @property
     def title(self) -> str:
         """The method that makes it, for messages."""
-        return f"{self.site.role}.{self.site.method}"
+        return f"{self.site.role}.{self.site.method}".strip(".")
+
+    @property
+    def reference(self) -> Any:
+        """Ray's reference to what says that the rank has finished."""
+        return None if self.made is None else self.made.refs[self.at]
+
+    @property
+    def known(self) -> bool:
+        """Whether the rows are, without waiting."""
+        return self.made is None or self.made.known is not None
 
     def rows(self, timeout: float | None = None) -> int:
         """Wait for the worker to finish, and its peers, without fetching the batch."""
-        with self.lease.current() if self.lease else nullcontext():
-            rows = self.call.rows(timeout, self.lease)[self.at]
+        rows = self._rows if self.made is None else self.made.rows(timeout)[self.at]
         if rows is None:
-            site = self.site
-            raise translate(
-                TypeError(NO_BATCH.format(role=site.role, method=site.method)),
-                site,
-            )
+            where = {"role": self.site.role, "method": self.site.method}
+            raise translate(TypeError(NO_BATCH.format(**where)), self.site)
         return rows
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
         """Rows `start` to `stop` of the batch."""
         from protocol.batches import lend_rows
 
-        kept = kept_here(self.token)
-        if kept is not None:
-            return lend_rows(kept.batch(), start, stop)
-        if self.lease is not None:
-            with self.lease.current(), self.lease.read():
-                return self._read(self.lease.publish(self.site.rank), start, stop, timeout)
-        batch = self._read(self.offer, start, stop, timeout)
-        assert batch is not None, f"{self.token} is neither here nor published"
-        return batch
+        if self.kept is not None:
+            return lend_rows(self.kept.batch(), start, stop)
+        call, ref, rows = self.call, self.offer, self.rows(timeout)
+        if call is not None:
+            ref = call.publish(self.site.rank)
+            timeout = call.limit if timeout is None else timeout
+        whole = start == 0 and stop == rows
+        message = self._published(ref, timeout)
+        assert message is not None, f"{self.key} is neither here nor published"
+        batch = self._read(message, whole)
+        return batch if whole else lend_rows(batch, start, stop)
+
+    def _check_there(self) -> None:
+        if self.session not in (None, session()):
+            raise GroupBrokenError(GONE)
+
+    def _published(self, ref: Any, timeout: float | None) -> Message | None:
+        call, site = self.call, self.site
+        self._check_there()
+        try:
+            message: Any
+            [message] = get_all([ref], timeout, f"rows of {self.title}", [site.rank])
+        except GetTimeoutError:
+            raise CallTimeoutError(
+                f"{self.title}: rank {site.rank} has finished, and had not sent its "
+                f"rows after {shown_seconds(timeout)} s: a later call keeps it busy",
+                [site.rank],
+                call.hosts.stacks([site.rank]) if call else {},
+            ) from None
+        except GroupBrokenError:
+            raise
+        except Exception as error:
+            if call is None:
+                raise translate(error, site) from None
+            call.hosts.check_current()
+            raise call.hosts.failed(error, [ref], [site]) from None
+        if call is not None:
+            call.hosts.check_current()
+            if message is not None:
+                call.record.count("bytes_in", message.size)
+        return message  # type: ignore[no-any-return]
+
+    def _read(self, message: Message, whole: bool) -> Any:
+        from protocol.wire import read_as, reading
+
+        how = reading()
+        with read_as("join" if how == "own" and not whole else how):
+            return message.read()
 
     async def arrive(self, whole: bool) -> bool:
         """Wait on the running event loop for the rows of all ranks, or for the `whole` batch to be
         here; whether they came in time.
         """
-        lease, refs, what = self.lease, self.call.refs, self.title
-        ranks = [site.rank for site in self.call.sites]
-        if lease is not None:
-            lease.hosts.check_current()
-        limit = lease.limit.left(None) if lease else None
-        if whole and kept_here(self.token) is None:
-            refs = [lease.publish(self.site.rank) if lease else self.offer]
-            what, ranks = f"rows of {what}", [self.site.rank]
-            limit = lease.limit.seconds if lease else None
-        if not whole and self.call.known:
+        call, made = self.call, self.made
+        if call is not None:
+            call.hosts.check_current()
+        if whole and self.kept is None:
+            ref = self.offer if call is None else call.publish(self.site.rank)
+            limit = call.limit if call else None
+            return await all_arrived([ref], limit, f"rows of {self.title}", [self.site.rank])
+        if made is None or made.known is not None:
             return True
-        return await patience.arrived(refs, limit, what, ranks)
-
-    def _read(self, ref: Any, start: int, stop: int, timeout: float | None) -> Any:
-        from protocol.batches import lend_rows
-        from protocol.wire import read_as, reading
-
-        how, lease, site = reading(), self.lease, self.site
-        whole = start == 0 and stop == self.rows(timeout)
-        limit = lease.limit.seconds if lease and timeout is None else timeout
-        try:
-            with read_as("join" if how == "own" and not whole else how):
-                batch: Any
-                [batch] = patience.get([ref], limit, f"rows of {self.title}", [site.rank])
-        except GetTimeoutError:
-            raise CallTimeoutError(
-                f"{site.role}.{site.method}: rank {site.rank} has finished, and had not sent its "
-                f"rows after {shown_seconds(limit)} s: a later call keeps it busy",
-                [site.rank],
-                lease.hosts.stacks([site.rank]) if lease else {},
-            ) from None
-        except GroupBrokenError:
-            raise
-        except Exception as error:
-            raise (
-                lease.hosts.failed(error, [ref], [site]) if lease else translate(error, site)
-            ) from None
-        return batch if whole or batch is None else lend_rows(batch, start, stop)
+        limit = call._left(None) if call else None
+        ranks = [site.rank for site in made.sites]
+        return await all_arrived(made.refs, limit, self.title, ranks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteBatch, (self.call, self.at, None, self._offered())
+        return self.offered({})
 
-    def _offered(self) -> Any:
-        offers = offered()
-        if offers is NO_OFFERS:
-            return None
-        if offers is not None and self.token in offers:
-            return offers[self.token]
-        return self.offer if self.lease is None else self.lease.publish(self.site.rank)
+    def offered(self, offers: Mapping[tuple[str, int], Any]) -> tuple[Any, ...]:
+        """As it is pickled, with what is offered of it, else with all of it published."""
+        offer, call = self.offer, self.call
+        self._check_there()
+        if self.key in offers:
+            offer = offers[self.key]
+        elif call is not None:
+            offer = call.publish(self.site.rank)
+        if self.known:
+            rows = self._rows if self.made is None else self.made.known[self.at]  # type: ignore[index]
+            return RemoteBatch, (self.token, self.site, None, self.at, rows, offer)
+        return RemoteBatch, (self.token, self.site, self.made, self.at, None, offer)
 
 
-def posted(future: Any, offers: Mapping[str, Any]) -> Enclosed | Posted:
-    """A future as an argument of a call: it arrives as itself, with these references to where its
-    batches are published, by token.
+def _remote(origin: Any) -> bool:
+    return isinstance(origin, RemoteBatch)
+
+
+class _Routes:
+    """How the futures among a call's values reach its ranks: what must be published for whom is
+    sent before these calls are, and nothing else.
+
+    Where a future itself is the argument (`materialize=False`), the worker may keep it for later:
+    then all of it is published.
     """
-    for origin in future.origins():
-        if not isinstance(origin, RemoteBatch) or not origin.call.known or offers.get(origin.token):
-            return Posted(future, offers)
-    with offering(offers):
-        return Enclosed(cloudpickle.dumps(future))
+
+    def __init__(
+        self,
+        by_rank: Sequence[Outgoing | None],
+        hosts: RayHosts,
+        request: Request,
+        began: float,
+    ) -> None:
+        self.claims: dict[
+            int, tuple[tuple[str, int], ...]
+        ] = {}  # by rank: what is in its own process
+        self._offers: dict[tuple[str, int], Any] = {}  # by key: a reference to where it is
+        self._loans: list[tuple[RemoteCall, list[int]]] = []  # to which ranks
+        batches: dict[tuple[str, int], RemoteBatch] = {}
+        readers: dict[tuple[str, int], list[tuple[int, Any]]] = {}
+        futures = {id(f): f for out in by_rank if out is not None for f in out.futures}
+        if not futures:
+            return
+        _learn_rows(futures.values(), request, began)
+        needed = {key: _needed(future, request) for key, future in futures.items()}
+        for rank, out in enumerate(by_rank):
+            for future in out.futures if out is not None else ():
+                for origin in needed[id(future)]:
+                    batches[origin.key] = origin
+                    readers.setdefault(origin.key, []).append((rank, future))
+        for key, batch in batches.items():
+            call = batch.call
+            at = batch.site.rank if call is not None and call.hosts is hosts else None
+            here = [rank for rank, _ in readers[key] if rank == at]
+            elsewhere = [(rank, future) for rank, future in readers[key] if rank != at]
+            for rank in here:
+                self.claims[rank] = (*self.claims.get(rank, ()), key)
+            self._offers[key] = batch.offer
+            if call is None or (request.materialize and not elsewhere):
+                continue
+            others = list(dict.fromkeys(rank for rank, _ in elsewhere))
+            lends = request.materialize and call.can_lend(batch.site.rank, hosts, others)
+            if lends:
+                self._loans.append((call, others))
+            unknown = [future for _, future in elsewhere if not _known(future)]
+            if request.materialize and here and len(unknown) == len(elsewhere):
+                self._offers[key] = call.publish_for(batch.site.rank, unknown, lends)
+            else:
+                self._offers[key] = call.publish(batch.site.rank, lends)
+
+    def parts(self, outgoing: Outgoing) -> list[Any]:
+        """The parts of a message, of which its futures are the last."""
+        if not outgoing.futures:
+            return outgoing.parts
+        return [*outgoing.parts, packed(outgoing.futures, Packer, offers=self._offers)]
+
+    def sent(self, made: RemoteCall) -> None:
+        """Note the calls that read what is lent to their ranks."""
+        refs = {site.rank: ref for site, ref in zip(made.sites, made.refs, strict=True)}
+        for call, ranks in self._loans:
+            call.lent_to(refs[rank] for rank in ranks)
+
+
+def _learn_rows(futures: Iterable[Any], request: Request, began: float) -> None:
+    """Wait for the rows of what is to be read, where the caller waits anyway: what goes wrong is
+    raised. For others, look whether they are known by now.
+    """
+    origins = {o.key: o for future in futures for o in future.origins() if _remote(o)}
+    calls = {id(o.call): o.call for o in origins.values() if o.call is not None}
+    for call in calls.values():
+        call.hosts.check_current()
+    for call in calls.values():
+        if request.awaited:
+            limit = request.timeout_s
+            call.rows(None if limit is None else max(0.0, began + limit - time.monotonic()))
+        elif call.known is None and call.done():
+            with contextlib.suppress(Exception):  # which whoever reads it runs into
+                call.rows(0)
+
+
+def _known(future: Any) -> bool:
+    return all(origin.known for origin in future.origins() if _remote(origin))
+
+
+def _needed(future: Any, request: Request) -> list[RemoteBatch]:
+    """The batches that whoever reads a future has to have; more, where the rows are not known."""
+    origins = future.origins()
+    if request.materialize and _known(future):
+        try:
+            origins = future.needed(0, future.rows())
+        except Exception:  # which whoever reads it runs into
+            origins = []
+    return list(dict.fromkeys(filter(_remote, origins)))
+
+
+def pin(data: Batch) -> DataProtoFuture:
+    """Copy a batch into shared memory, as a future that is done.
+
+        pinned = pin(data)
+        log_probs = actor.log_probs(pinned)  # each rank takes its rows from shared memory
+        values = critic.values(pinned)       # and no byte leaves the driver again
+
+    It is the batch as it is now: what is written into `data` later does not show. The memory is
+    free once the future, and what was made of it, are gone. Sent on, it is as any future: to groups
+    of any size, by rows, `select`ed, and without a copy where the method is `reads_only`.
+
+    Raises:
+        BatchTypeError: neither a DataProto nor a TensorDict.
+        ResourceError: Ray has not been started.
+    """
+    from protocol import BatchTypeError, DataProto, DataProtoFuture
+    from protocol.batches import batch_rows, is_batch
+
+    if not is_batch(data):
+        raise BatchTypeError(f"data must be a DataProto or TensorDict; got {type(data).__name__}")
+    check_started()
+    batch = RemoteBatch(
+        uuid.uuid4().hex,
+        CallSite("", "pin", 0, "", 0),
+        None,
+        0,
+        batch_rows(data),
+        ray.put(Message.of(data, Packer)),
+    )
+    batch.session = session()
+    return DataProtoFuture([batch], isinstance(data, DataProto) and data.is_padding_enabled())

@@ -1,39 +1,25 @@
-"""Results that stay in the process that made them, until others ask or the driver drops them.
+"""Results that stay in the process that made them, until others ask or the driver drops them; and
+how it is found out that somebody wrote into what others read.
 
-A call whose result is a future leaves its batch on the shelf of its host. A later call on the same
-process takes it from there. For anyone else it is published: copied into shared memory, by a task
-that the driver puts into the queue of the host. How the driver decides is in `routes`.
+A later call on the same process takes them from the shelf. For anyone else they are published:
+copied into shared memory, by a task that the driver puts into the queue of the host.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from typing import Any
 
-import ray
-
+from single_controller.base.message import Message
 from single_controller.errors import SharedMemoryWriteError
-from single_controller.ray.parcel import Result, SizeOf
+from single_controller.ray.message import Packer
 
-__all__ = [
-    "AsyncShelfTasks",
-    "Kept",
-    "Shelf",
-    "ShelfTasks",
-    "claimed",
-    "in_thread",
-    "kept_here",
-    "known_rows",
-    "needed_tokens",
-    "remember_rows",
-]
-
-_claims: ContextVar[Mapping[str, Kept]] = ContextVar("_claims")
-_rows: dict[str, tuple[int | None, ...]] = {}  # by call: what this process learned for its shelf
+__all__ = ["Kept", "Shelf", "Untouched", "in_thread"]
 
 
 class Kept:
@@ -46,7 +32,7 @@ class Kept:
         self._batch: Any = None
         self._versions: list[int] = []
         self._title = ""
-        self._loans: list[Result] = []
+        self._lent: list[Any] = []
 
     def keep(self, output: Any, title: str) -> int | None:
         """Keep what the method `title` returned, if it is a batch; its rows."""
@@ -63,23 +49,21 @@ class Kept:
         """Note that there will be no batch; who waits for one learns why from the call itself."""
         self.made.set()
 
-    def published(self, lends: bool) -> tuple[Any, Any]:
+    def published(self, lends: bool) -> tuple[Message | None, int]:
         """The batch for others, and the bytes it takes; with `lends`, device memory stays here.
 
         None if there is no batch: whoever reads it has learned why, from the call itself.
         """
         if self._batch is None:
             return None, 0
-        result = Result(self.batch(), lends=lends)
-        if lends:
-            self._loans.append(result)
-        return result, SizeOf(result)
+        message = Message.of(self.batch(), Packer, lends=lends)
+        self._lent += message.lent
+        return message, message.size
 
     def end_loans(self) -> None:
         """Nobody will read what was lent any more."""
-        for result in self._loans:
-            for tensor in result.lent:
-                tensor.end()
+        for tensor in self._lent:
+            tensor.end()
 
     def batch(self) -> Any:
         """The batch, which is still its maker's: it must not be changed.
@@ -99,14 +83,61 @@ class Kept:
 
 
 def _versions(batch: Any) -> list[int]:
-    """How often each tensor was written to; torch does not count for inference tensors."""
     from protocol.batches import batch_tensors
 
-    return [0 if tensor.is_inference() else tensor._version for tensor in batch_tensors(batch)]
+    return [_version(tensor) for tensor in batch_tensors(batch)]
+
+
+def _version(tensor: Any) -> int:
+    """How often it was written to; torch does not count for inference tensors."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+class Untouched:
+    """With `SINGLE_CONTROLLER_CHECK_READS=1` in the worker's environment, finds a method that wrote
+    into arguments which it was registered to read only. numpy refuses such writes; torch does not
+    know of them, and the memory may be that of other ranks, or of the role that made it.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._before: list[tuple[str, Any, int]] = []
+        if os.environ.get("SINGLE_CONTROLLER_CHECK_READS", "") not in ("", "0"):
+            named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+            for name, value in named.items():
+                found = _tensors(value, name)
+                self._before += [(path, tensor, _version(tensor)) for path, tensor in found]
+
+    def check(self, title: str) -> None:
+        """Raise SharedMemoryWriteError, naming the method as `title`, where one has changed."""
+        changed = [path for path, tensor, before in self._before if _version(tensor) != before]
+        if changed:
+            raise SharedMemoryWriteError(
+                f"{title} is registered with reads_only=True, and has written into "
+                f"{', '.join(changed)}, which others read too: write into a copy, x.clone(), or "
+                "register it without reads_only"
+            )
+
+
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The tensors in a value, each with the way to it; none where torch is not loaded."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{path}[{i}]")
+    elif hasattr(value, "non_tensor_batch"):
+        yield from _tensors(value.batch, f"{path}.batch")
+        yield from _tensors(value.meta_info, f"{path}.meta_info")
+    elif hasattr(value, "items"):
+        for key, item in value.items():
+            yield from _tensors(item, f"{path}[{key!r}]")
 
 
 class Shelf:
-    """A host's results by token."""
+    """A host's results, by the token of their call."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Kept] = {}
@@ -118,9 +149,9 @@ class Shelf:
         """The place of a result that is there, or will be."""
         return self._kept.setdefault(token, Kept())
 
-    def claim(self, tokens: Iterable[str]) -> dict[str, Kept]:
-        """What a call is going to read. It outlives its release."""
-        return {token: self._kept[token] for token in tokens if token in self._kept}
+    def claim(self, keys: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Kept]:
+        """What a call is going to read, by token and rank. It outlives its release."""
+        return {key: self._kept[key[0]] for key in keys if key[0] in self._kept}
 
     def publication(self, token: str) -> Kept:
         """The same for a task that publishes."""
@@ -140,33 +171,6 @@ class Shelf:
         if kept.last is not None and kept.publications >= kept.last:
             kept.end_loans()
             del self._kept[token]
-            _rows.pop(token.rpartition(":")[0], None)
-
-
-@contextmanager
-def claimed(kept: Mapping[str, Kept]) -> Generator[None, None, None]:
-    """Within this context, batches read from these places and not from shared memory."""
-    token = _claims.set(kept)
-    try:
-        yield
-    finally:
-        _claims.reset(token)
-
-
-def kept_here(token: str) -> Kept | None:
-    """The result of this token, if the running call claimed it in its own process."""
-    return _claims.get({}).get(token)
-
-
-def known_rows(call: str) -> tuple[int | None, ...] | None:
-    """The rows that each rank's result of a call has, if this process was told."""
-    return _rows.get(call)
-
-
-def remember_rows(call: str, rows: tuple[int | None, ...]) -> None:
-    """Tell it, for as long as one of the results is here."""
-    if any(token.rpartition(":")[0] == call for token in _claims.get({})):
-        _rows[call] = rows
 
 
 async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
@@ -189,57 +193,3 @@ async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
 
     threading.Thread(target=run, daemon=True, name=function.__name__).start()
     return await done
-
-
-class ShelfTasks:
-    """The tasks of a host that runs its calls in the order in which they were sent."""
-
-    _shelf: Shelf
-
-    @ray.method(num_returns=2)
-    def publish(self, token: str, wanted: Any = None, lends: bool = False) -> tuple[Any, Any]:
-        """The batch, for shared memory, and how many bytes that took.
-
-        `wanted`: futures that other hosts will read; nothing is published if none needs this.
-        `lends`: memory on a device is lent to them instead, until the release.
-        """
-        kept = self._shelf.publication(token)
-        with claimed({token: kept}):
-            return kept.published(lends) if _is_needed(token, wanted) else (None, 0)
-
-    def release(self, token: str, publications: int, turn: Any) -> None:
-        """Let go of a result; calls that were sent before this have read it."""
-        self._shelf.release(token, publications)
-
-
-class AsyncShelfTasks:
-    """The same for a host on an event loop, where tasks start in any order.
-
-    A result that is not there yet is waited for. `release` has its turn among the calls; these
-    claim in theirs what they read. Publications are counted.
-    """
-
-    _shelf: Shelf
-
-    @ray.method(num_returns=2)
-    async def publish(self, token: str, wanted: Any = None, lends: bool = False) -> tuple[Any, Any]:
-        kept = self._shelf.publication(token)
-        await kept.made.wait()
-        with claimed({token: kept}):
-            needed = wanted is None or await in_thread(_is_needed, token, wanted)
-        return kept.published(lends) if needed else (None, 0)
-
-
-def _is_needed(token: str, wanted: Any) -> bool:
-    return wanted is None or any(token in needed_tokens(future) for future in wanted)
-
-
-def needed_tokens(future: Any) -> set[str]:
-    """The results that a future reads rows of; waits until the rows are known. None if they never
-    are: whoever reads it runs into the same, and says so.
-    """
-    try:
-        needed = list(future.needed(0, future.rows()))
-    except Exception:
-        return set()
-    return {origin.token for origin in needed if hasattr(origin, "token")}

@@ -1,56 +1,40 @@
-"""RayWorkerGroup: starts or attaches to hosts, gives a group per role, sends calls to them.
+"""RayWorkerGroup: starts or attaches to hosts, and gives a group per role.
 
-Processes are owned by `hosts`, a call on its way by `calls`.
+Processes are owned by `hosts`, a call on its way by `remote_batch`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 import string
-import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from single_controller import checks
 from single_controller.base.explain import Carrier
-from single_controller.base.host_group import HostGroup
-from single_controller.base.method import CallOptions, Pending
+from single_controller.base.hosts import Hosts, RestartPolicy
 from single_controller.base.plan import Call
-from single_controller.base.recorder import CallRecord
-from single_controller.base.registered import Transport
-from single_controller.base.roles import W, check_constructors
-from single_controller.base.rows import padding_setting
-from single_controller.base.supervisor import RestartPolicy
+from single_controller.base.roles import Colocate, W, check_constructors
+from single_controller.base.worker_group import WorkerGroup
 from single_controller.device import CPU
-from single_controller.errors import RegistrationError, WorkerDiedError
-from single_controller.ray.actor_spec import RayClassWithInitArgs
-from single_controller.ray.calls import RayPending
-from single_controller.ray.envelope import Envelope, sealed
-from single_controller.ray.hosts import Hosts
-from single_controller.ray.lease import Limit, Publication
-from single_controller.ray.outbox import Outbox
-from single_controller.ray.parcel import pickles
+from single_controller.errors import RegistrationError
+from single_controller.ray.hosts import RayHosts, end_when_dropped
+from single_controller.ray.message import Packer, RayCarrier
 from single_controller.ray.placement import RayResourcePool, check_started
-from single_controller.ray.routes import route
-from single_controller.ray.start import Recipe, StartOptions, running_names
-from single_controller.ray.supervisor import RaySupervisor
-from single_controller.ray.tracing import mark
+from single_controller.ray.remote_batch import send
+from single_controller.ray.spec import RayClassWithInitArgs, create_colocated_worker_cls
+from single_controller.ray.start import Recipe, running_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["RayWorkerGroup", "get_random_string"]
-
-_LOOK_S = 1.0  # how long a call that is waited for waits for the rows it reads before it is sent
+__all__ = ["RayWorkerGroup", "colocate", "get_random_string"]
 
 
-class RayWorkerGroup(HostGroup[W]):
+class RayWorkerGroup(WorkerGroup[W]):
     """A role's ranks in Ray actors.
 
     Made from a pool and a class, it starts one host per process of the pool. With the class of
@@ -88,7 +72,8 @@ class RayWorkerGroup(HostGroup[W]):
         CallTimeoutError: a process did not start, or a constructor did not return, in time.
     """
 
-    _supervisor: RaySupervisor  # pyright: ignore[reportIncompatibleVariableOverride]
+    _packer = Packer
+    _submit = staticmethod(send)  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -113,13 +98,13 @@ class RayWorkerGroup(HostGroup[W]):
         max_restarts: int = 3,
     ) -> None:
         startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
-        super().__init__(resource_pool, name_prefix, worker_env, startup_timeout_s, call_timeout_s)
-        pools = (RayResourcePool, type(None))
-        checks.instance(pools, "resource_pool", resource_pool, "a RayResourcePool, or None")
+        super().__init__(resource_pool)
+        self._check_options(name_prefix, worker_env, startup_timeout_s, call_timeout_s)
+        if not isinstance(resource_pool, RayResourcePool | None):
+            raise TypeError(f"resource_pool must be a RayResourcePool; got {resource_pool!r}")
         policy = RestartPolicy(on_failure, max_restarts)
-        recipe = None
         if resource_pool is None:
-            hosts = _attach(worker_names, worker_handles, startup_timeout_s)
+            hosts = Hosts(_attach(worker_names, worker_handles, startup_timeout_s))
         elif not isinstance(ray_cls_with_init, RayClassWithInitArgs):
             raise RegistrationError(
                 "ray_cls_with_init must say what to start, as RayClassWithInitArgs(cls, ...) or "
@@ -131,24 +116,24 @@ class RayWorkerGroup(HostGroup[W]):
                 "pool's reservation when this driver exits"
             )
         else:
-            options = StartOptions(
+            recipe = Recipe(
+                resource_pool,
+                ray_cls_with_init.actor_spec(),
+                strategy="STRICT_PACK" if bin_pack else "PACK",
+                device_name=CPU.name if use_gpu is False else device_name,
                 prefix=name_prefix if name_prefix is not None else f"{get_random_string(6)}_",
                 detached=detached,
                 worker_env=worker_env,
                 master_addr=master_addr,
                 master_port=master_port,
                 master_port_range=master_port_range,
-                placement_timeout_s=resource_pool.placement_timeout_s,
                 startup_timeout_s=startup_timeout_s,
             )
-            strategy = "STRICT_PACK" if bin_pack else "PACK"
-            spec = ray_cls_with_init.actor_spec()
-            check_constructors(spec.roles)
-            device = CPU.name if use_gpu is False else device_name
-            recipe = Recipe(resource_pool, strategy, device, spec, options)
-            hosts = recipe.start()
-        supervisor = RaySupervisor(hosts, recipe, policy)
-        self._start(supervisor, resource_pool, ray_cls_with_init, call_timeout_s)
+            check_constructors(recipe.spec.roles)
+            hosts = Hosts(recipe.start(), partial(recipe.start, restored=True), policy)
+            if not detached:
+                end_when_dropped(hosts)
+        self._take(hosts, ray_cls_with_init)
 
     @classmethod
     def from_detached(
@@ -182,10 +167,6 @@ class RayWorkerGroup(HostGroup[W]):
             **kwargs,
         )
 
-    @property
-    def _hosts(self) -> Hosts:
-        return self._supervisor.hosts
-
     def _cluster(self) -> str:
         # The context of a Ray that was shut down would start another.
         return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else ""
@@ -193,125 +174,20 @@ class RayWorkerGroup(HostGroup[W]):
     @property
     def device_name(self) -> str:
         """Torch's name of the kind of device that the ranks have."""
-        return re.split(r"[: ]", self._hosts.infos[0].device)[0]
+        return re.split(r"[: ]", self._hosts.now.infos[0].device)[0]
 
     @property
     def workers(self) -> list[Any]:
         """The hosts' actor handles by rank."""
-        return list(self._hosts.handles)
+        return list(self._hosts.now.handles)
 
     @property
     def worker_names(self) -> list[str]:
         """The hosts' actor names by rank, for `from_detached`."""
-        return list(self._hosts.names)
-
-    def _submit(
-        self,
-        hosts: Hosts,
-        method: str,
-        calls: Sequence[Call | None],
-        answers: Sequence[int],
-        options: CallOptions,
-        *,
-        record: CallRecord,
-        materialize: bool = True,
-        reads_only: bool = False,
-        deferred: bool = False,
-        awaited: bool = False,
-        transport: Transport = "host",
-    ) -> Pending:
-        hosts.check_current()
-        began = time.monotonic()
-        timeout_s = self.call_timeout_s if options.timeout_s is None else options.timeout_s
-        if timeout_s is not None and math.isinf(timeout_s):
-            timeout_s = None
-        wait_s = min(_LOOK_S, _LOOK_S if timeout_s is None else timeout_s) if awaited else 0
-        count = partial(record.count, "bytes_out")
-        outbox = Outbox(calls, reads_only, count, late=not hosts.ordered)
-        outbox.pack()  # what cannot be sent is known before anything is, and the rows meanwhile
-        routes = route(calls, hosts, materialize, wait_s)
-        # Before any is sent: ranks whose peers get no call would wait for them.
-        different = {id(call): call for call in calls if call is not None}
-        packed = {key: outbox.outgoing(call, routes.offers) for key, call in different.items()}
-        answering = set(answers)
-        token = uuid.uuid4().hex if deferred else ""
-        # Whether calls of ranks that get the same values are one.
-        alike = hosts.ordered and not (deferred or routes.claims or record.number)
-        sites, turns = [], {}
-        published: dict[int, Publication] = {}
-        padding = padding_setting()
-        places, callables = hosts.sites(self.role, method), hosts.callables(self.role, method)
-        shared: Call | None = None  # the call of the rank before, and what was made for it
-        answered = False
-        sent: tuple[Any, ...] = ()
-        with hosts.sending_a_call() as refs:
-            for rank, call in enumerate(calls):
-                if call is None:
-                    continue
-                turn, answer = hosts.turn(rank), rank in answering
-                keeps = f"{token}:{rank}" if deferred and answer else None
-                publishes = hosts.read_elsewhere.get((self.role, method, rank)) if keeps else None
-                if not (alike and call is shared and answer == answered):
-                    shared, answered = call, answer
-                    values, parcels = packed[id(call)]
-                    envelope = Envelope(
-                        role=self.role,
-                        method=method,
-                        values=values,
-                        names=tuple(call.kwargs),
-                        materialize=materialize,
-                        reads_only=reads_only,
-                        answers=answer,
-                        turn=turn,
-                        keeps=keeps,
-                        publishes=publishes,
-                        claims=routes.claims.get(rank, ()),
-                        mark=mark(record, hosts),
-                        padding=padding,
-                    )
-                    letter = sealed(envelope)
-                    sent = () if letter is None else (letter, *parcels)
-                if publishes is None:
-                    refs.append(callables[rank].remote(*sent))
-                else:
-                    ref, batch, size = hosts.callables(self.role, method, 3)[rank].remote(*sent)
-                    refs.append(ref)
-                    published[rank] = Publication(batch, size, publishes)
-                if turn is not None:
-                    turns[rank] = turn
-                sites.append(places[rank])
-        routes.sent({site.rank: ref for site, ref in zip(sites, refs, strict=True)})
-        limit = Limit(timeout_s, None if timeout_s is None else began + timeout_s)
-        lends = transport == "device"
-        return RayPending(
-            hosts, sites, refs, turns, answers, limit, record, token, lends, published
-        )
+        return list(self._hosts.now.names)
 
     def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
-        return Outbox(calls)
-
-    def _pickles(self, value: Any) -> object:
-        return pickles(value)
-
-    def stacks(self) -> dict[int, str]:
-        """By rank, the Python stack of each thread that runs the worker's code, now; also of
-        ranks that are stuck in C code or in a collective.
-        """
-        return self._hosts.stacks()
-
-    def start_worker_aliveness_check(
-        self,
-        every_n_seconds: float = 1,
-        on_death: Callable[[WorkerDiedError], object] | None = None,
-    ) -> None:
-        """Look every so often, in a thread, whether all processes live. After a death, that is
-        logged, `on_death` is called with it, in that thread, and calls raise GroupBrokenError at
-        once (or restart the group, with `on_failure="restart"`). What `on_death` raises is logged.
-
-        Raises:
-            ValueError: `every_n_seconds` is not above 0. TypeError: `on_death` is no function.
-        """
-        self._supervisor.watch(every_n_seconds, on_death)
+        return RayCarrier(calls)
 
 
 def get_random_string(length: int) -> str:
@@ -319,13 +195,18 @@ def get_random_string(length: int) -> str:
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(length))
 
 
-def _attach(names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_s: float) -> Hosts:
+def _attach(
+    names: Sequence[str] | None, handles: Sequence[Any] | None, timeout_s: float
+) -> RayHosts:
     check_started()
-    if not handles:
-        if not names:
-            raise ValueError(
-                "a group needs a resource_pool to start on, or worker_names or worker_handles of "
-                "running hosts; none was found"
-            )
-        handles = [ray.get_actor(name) for name in names]
-    return Hosts.attach(handles, names or [], timeout_s)
+    if not handles and not names:
+        raise ValueError(
+            "a group needs a resource_pool to start on, or worker_names or worker_handles of "
+            "running hosts; none was found"
+        )
+    handles = handles or [ray.get_actor(name) for name in names or ()]
+    return RayHosts.attach(handles, names or [], timeout_s)
+
+
+colocate = Colocate(RayWorkerGroup, create_colocated_worker_cls, RayClassWithInitArgs)
+"""Start one process per process of the pool, each with every role in it: see `Colocate`."""

@@ -1,27 +1,33 @@
-"""What `register` keeps, what it refuses, and the open enumerations."""
+"""What `register` keeps and refuses, the open enumerations, and functions in veRL's shape: users'
+own as modes, and the built-in modes as such functions."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from protocol import DataProto
-from single_controller.base.custom import CustomMode, make_nd_compute_dataproto_dispatch_fn
+from single_controller.base import decorator
 from single_controller.base.decorator import (
+    BUILT_IN,
     DISPATCH_MODE_FN_REGISTRY,
     Dispatch,
     Execute,
+    _check_dispatch_mode,
     get_predefined_dispatch_fn,
     get_predefined_execute_fn,
-    method_spec,
+    make_nd_compute_dataproto_dispatch_fn,
     register,
     register_dispatch_mode,
     registered_methods,
@@ -30,52 +36,71 @@ from single_controller.base.decorator import (
 from single_controller.base.dispatch import (
     AllToAll,
     ByRows,
+    CustomMode,
     Direct,
-    Layout,
     Mode,
     OneToAll,
     RankZero,
 )
+from single_controller.base.plan import Call, Layout
 from single_controller.base.worker import Worker
-from single_controller.errors import RegistrationError
+from single_controller.errors import DispatchError, RegistrationError
 
-DISPATCH = [
-    "RANK_ZERO",
-    "ONE_TO_ALL",
-    "ALL_TO_ALL",
-    "DP_COMPUTE",
-    "DP_COMPUTE_PROTO",
-    "DP_COMPUTE_PROTO_WITH_FUNC",
-    "DP_COMPUTE_METRIC",
-    "DIRECT_ROLLOUT_METHOD",
-]
+FLAT2, FLAT4 = Layout.flat(2), Layout.flat(4)
+MESH = Layout((0, 0, 1, 1), (True, False, True, False), 2)
 
 
-def scatter(group: Any, *args: Any) -> Any:
-    return args, {}
+class Group(SimpleNamespace):
+    """What the functions need of a group."""
+
+    def __init__(self) -> None:
+        super().__init__(world_size=4, asked=[])
+
+    def _layout(self, mode: Mode) -> Layout:
+        self.asked.append(mode.mesh)
+        return MESH if mode.mesh else FLAT4
+
+
+def proto(*values: int, **options: Any) -> DataProto:
+    return DataProto.from_dict({"a": torch.tensor(values)}, **options)
+
+
+def column(batch: DataProto) -> list[int]:
+    assert batch.batch is not None
+    return batch.batch["a"].tolist()  # type: ignore[no-any-return]
+
+
+def columns(batches: Any) -> list[list[int]]:
+    return [column(batch) for batch in batches]
+
+
+def scatter(group: Any, *args: Any, **kwargs: Any) -> Any:
+    size = group.world_size
+    return tuple([(i, a) for i in range(size)] for a in args), {
+        k: [(i, v) for i in range(size)] for k, v in kwargs.items()
+    }
 
 
 def join(group: Any, output: Any) -> Any:
-    return output
+    return group.world_size, output
+
+
+def custom(dispatch_fn: Any = scatter, **options: Any) -> CustomMode:
+    return CustomMode(dispatch_fn, join, group=SimpleNamespace(world_size=2), **options)
 
 
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Puts the modes back as they were."""
-    functions, members = dict(DISPATCH_MODE_FN_REGISTRY), dict(Dispatch._members)
-    own = {name: value for name, value in vars(Dispatch).items() if not name.startswith("__")}
-    yield
-    for name in [name for name in vars(Dispatch) if not name.startswith("__") and name not in own]:
+    with mock.patch.dict(DISPATCH_MODE_FN_REGISTRY), mock.patch.dict(Dispatch._members):
+        yield
+    for name in {"MINE", "STRANGER"} & {*vars(Dispatch)}:
         delattr(Dispatch, name)
-    for store, before in ((DISPATCH_MODE_FN_REGISTRY, functions), (Dispatch._members, members)):
-        store.clear()
-        store.update(before)
 
 
 def mode_of(**options: Any) -> Mode:
-    spec = method_spec(register(**options)(lambda self: None))
-    assert spec is not None
-    return spec.mode()
+    cls = type("Probe", (Worker,), {"method": register(**options)(lambda self: None)})
+    return registered_methods(cls)["method"][1].mode()
 
 
 def test_a_registered_method_is_a_plain_function_that_has_the_workers_own() -> None:
@@ -83,39 +108,24 @@ def test_a_registered_method_is_a_plain_function_that_has_the_workers_own() -> N
         """Doc."""
         return x
 
+    @register()
+    async def waiting(self: Any) -> None: ...
+
     marked = register(dispatch_mode=Dispatch.ONE_TO_ALL)(method)
     assert inspect.isfunction(marked)
-    assert marked.__wrapped__ is method  # type: ignore[attr-defined]
-    assert (marked(None), marked.__doc__, str(inspect.signature(marked))) == (
-        3,
-        "Doc.",
-        "(self: 'Any', x: 'int' = 3) -> 'int'",
-    )
+    assert marked.__wrapped__ is method
+    assert (marked(None), marked.__doc__) == (3, "Doc.")
+    assert inspect.signature(marked) == inspect.signature(method)
+    assert inspect.iscoroutinefunction(waiting)
 
 
-def test_an_async_method_stays_async() -> None:
-    @register()
-    async def method(self: Any) -> None: ...
-
-    assert inspect.iscoroutinefunction(method)
-
-
-def test_register_without_arguments_is_all_to_all_on_all_ranks_blocking() -> None:
-    spec = method_spec(register()(lambda self: None))
-    assert spec is not None
-    assert (spec.dispatch_mode, spec.execute_mode) == (Dispatch.ALL_TO_ALL, Execute.ALL)
-    assert (spec.blocking, spec.materialize_futures, spec.uneven) == (True, True, False)
-    assert spec.mode() == AllToAll()
-
-
-def test_the_parameters_of_register_begin_with_verls_in_its_order() -> None:
-    names = ["dispatch_mode", "execute_mode", "blocking", "materialize_futures"]
-    assert list(inspect.signature(register).parameters)[:4] == names
+FUNCTIONS = {"dispatch_fn": scatter, "collect_fn": join}
 
 
 @pytest.mark.parametrize(
     ("options", "mode"),
     [
+        ({}, AllToAll()),
         ({"dispatch_mode": Dispatch.ONE_TO_ALL}, OneToAll()),
         ({"dispatch_mode": Dispatch.RANK_ZERO}, RankZero()),
         ({"execute_mode": Execute.RANK_ZERO}, RankZero()),
@@ -128,22 +138,13 @@ def test_the_parameters_of_register_begin_with_verls_in_its_order() -> None:
             {"dispatch_mode": make_nd_compute_dataproto_dispatch_fn("m"), "uneven": True},
             ByRows(mesh="m", uneven=True),
         ),
+        ({"dispatch_mode": FUNCTIONS}, CustomMode(scatter, join)),
         (
-            {"dispatch_mode": {"dispatch_fn": scatter, "collect_fn": join}},
-            CustomMode(scatter, join),
-        ),
-        (
-            {
-                "dispatch_mode": {"dispatch_fn": scatter, "collect_fn": join},
-                "execute_mode": Execute.RANK_ZERO,
-            },
+            {"dispatch_mode": FUNCTIONS, "execute_mode": Execute.RANK_ZERO},
             CustomMode(scatter, join, rank_zero=True),
         ),
         (
-            {
-                "dispatch_mode": Dispatch.DIRECT_ROLLOUT_METHOD,
-                "execute_mode": Execute.RANK_ZERO,
-            },
+            {"dispatch_mode": Dispatch.DIRECT_ROLLOUT_METHOD, "execute_mode": Execute.RANK_ZERO},
             Direct(),
         ),
     ],
@@ -157,17 +158,17 @@ def test_options_of_register_choose_the_mode(options: dict[str, Any], mode: Mode
     [
         ({"dispatch_mode": "ONE_TO_ALL"}, "dispatch_mode.*'ONE_TO_ALL'"),
         ({"dispatch_mode": None}, "dispatch_mode.*None"),
+        ({"dispatch_mode": {}}, "dispatch_fn"),
         ({"dispatch_mode": {"dispatch_fn": scatter}}, "collect_fn"),
+        ({"dispatch_mode": {"dispatch_fn": 3, "collect_fn": join}}, "3"),
         ({"dispatch_mode": Execute.ALL}, "dispatch_mode"),
         ({"execute_mode": "ALL"}, "Execute.ALL or Execute.RANK_ZERO; got 'ALL'"),
         ({"execute_mode": Dispatch.ALL_TO_ALL}, "execute_mode"),
-        ({"blocking": "no"}, "blocking must be True or False; got 'no'"),
-        ({"materialize_futures": 0}, "materialize_futures must be True or False; got 0"),
-        ({"reads_only": "no"}, "reads_only must be True or False; got 'no'"),
-        ({"uneven": "no"}, "uneven must be True or False; got 'no'"),
-        ({"timeout_s": "x"}, "timeout_s must be seconds, at least 0, or None; got 'x'"),
+        ({"transport": "wire"}, "transport must be .*; got 'wire'"),
+        ({"transport": "device"}, 'with blocking=False "device"; got .device'),
         ({"dispatch_mode": Dispatch.ONE_TO_ALL, "uneven": True}, "uneven=True.*ONE_TO_ALL"),
-        ({"dispatch_mode": {"dispatch_fn": scatter, "collect_fn": join}, "uneven": True}, "uneven"),
+        ({"dispatch_mode": FUNCTIONS, "uneven": True}, "uneven"),
+        ({"dispatch_mode": lambda self: None}, r"parentheses: @register\(\) above <lambda>"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_at_once(options: Any, named: str) -> None:
@@ -202,66 +203,28 @@ def test_registered_methods_include_inherited_and_leave_out_overridden_plain_one
     assert registered_methods(Derived)["kept"][0] is Base.kept
 
 
-def test_dispatch_and_execute_have_verls_members() -> None:
-    assert [mode.name for mode in Dispatch.members()][:8] == DISPATCH
-    assert [mode.name for mode in Execute.members()] == ["ALL", "RANK_ZERO"]
-    assert [get_predefined_execute_fn(m)["execute_fn_name"] for m in Execute.members()] == [
-        "execute_all",
-        "execute_rank_zero",
-    ]
-
-
-@pytest.mark.parametrize("name", DISPATCH[:-1])
-def test_every_dispatch_member_can_dispatch_and_collect(name: str) -> None:
-    args = {"DP_COMPUTE": ([1, 2],), "DP_COMPUTE_PROTO_WITH_FUNC": (len,)}.get(name, ())
-    mode = mode_of(dispatch_mode=getattr(Dispatch, name))
-    plan, calls = mode.dispatch(Layout.flat(2), args, {})
-    assert len(calls) == 2
-    assert mode.collect(plan, [DataProto() for _ in plan.answers]) is not None
-
-
-@pytest.mark.parametrize("member", [*Dispatch.members(), *Execute.members()], ids=repr)
+@pytest.mark.parametrize("member", [*DISPATCH_MODE_FN_REGISTRY, *Execute], ids=repr)
 def test_a_member_stays_itself_across_pickle_and_copy(member: Any) -> None:
     assert pickle.loads(pickle.dumps(member)) is member
     assert copy.deepcopy(member) is member
     assert getattr(type(member), member.name) is member
-    assert repr(member) == f"{type(member).__name__}.{member.name}"
+    assert f"{type(member).__name__}.{member.name}" in repr(member)
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_registered_dispatch_mode_is_a_member_that_register_takes() -> None:
+def test_a_mode_that_was_registered_or_updated_is_one_that_register_takes() -> None:
     register_dispatch_mode("MINE", scatter, join)
     mine = Dispatch.MINE  # type: ignore[attr-defined]
     assert pickle.loads(pickle.dumps(mine)) is mine
-    assert get_predefined_dispatch_fn(mine) == {"dispatch_fn": scatter, "collect_fn": join}
+    assert get_predefined_dispatch_fn(mine) == FUNCTIONS
     assert mode_of(dispatch_mode=mine) == CustomMode(scatter, join)
-
-
-@pytest.mark.usefixtures("registry")
-def test_a_members_name_is_taken_once() -> None:
-    register_dispatch_mode("MINE", scatter, join)
-    for name in ("MINE", "ONE_TO_ALL"):
+    for name in ("MINE", "ONE_TO_ALL", "register", "_members"):
         with pytest.raises(RegistrationError, match=f"'{name}' is taken"):
             register_dispatch_mode(name, join, scatter)
-    assert get_predefined_dispatch_fn(Dispatch.MINE)["dispatch_fn"] is scatter  # type: ignore[attr-defined]
-
-
-@pytest.mark.usefixtures("registry")
-@pytest.mark.parametrize("name", ["register", "members"])
-def test_a_member_cannot_take_the_name_of_what_dispatch_itself_has(name: str) -> None:
-    with pytest.raises(RegistrationError, match=name):
-        register_dispatch_mode(name, scatter, join)
-
-
-@pytest.mark.usefixtures("registry")
-def test_functions_that_cannot_be_called_add_no_member() -> None:
+    assert get_predefined_dispatch_fn(mine)["dispatch_fn"] is scatter
     with pytest.raises(RegistrationError, match="collect_fn"):
-        register_dispatch_mode("MINE", scatter, None)  # type: ignore[arg-type]
-    assert not hasattr(Dispatch, "MINE")
-
-
-@pytest.mark.usefixtures("registry")
-def test_an_updated_mode_uses_the_new_functions() -> None:
+        register_dispatch_mode("OTHER", scatter, None)  # type: ignore[arg-type]
+    assert not hasattr(Dispatch, "OTHER")
     update_dispatch_mode(Dispatch.ONE_TO_ALL, scatter, join)
     assert mode_of(dispatch_mode=Dispatch.ONE_TO_ALL) == CustomMode(scatter, join)
 
@@ -274,30 +237,10 @@ def test_a_mode_without_functions_in_this_process_can_be_neither_used_nor_update
         lambda: update_dispatch_mode(stranger, scatter, join),
         lambda: get_predefined_dispatch_fn(stranger),
     ):
-        with pytest.raises(RegistrationError, match=r"ONE_TO_ALL.*Dispatch\.STRANGER"):
+        with pytest.raises(RegistrationError, match=r"Dispatch\.STRANGER.*ONE_TO_ALL"):
             use()
-
-
-@pytest.mark.parametrize(
-    ("module", "names"),
-    [
-        ("single_controller.base.decorator", ["make_nd_compute_dataproto_dispatch_fn"]),
-        ("single_controller.base.decorator", ["dispatch_nd_compute", "collect_nd_compute"]),
-        (
-            "single_controller.base.decorator",
-            ["dispatch_nd_compute_dataproto", "collect_nd_compute_dataproto"],
-        ),
-        (
-            "single_controller.base.decorator",
-            ["dispatch_lazy_compute_data_proto", "collect_lazy_compute_data_proto"],
-        ),
-        ("single_controller.base.worker_group", ["ResourcePool", "check_workers_alive"]),
-        ("single_controller.base", ["ClassWithInitArgs", "ResourcePool", "Worker", "WorkerGroup"]),
-        ("single_controller", ["ClassWithInitArgs", "ResourcePool", "Worker", "WorkerGroup"]),
-    ],
-)
-def test_names_are_where_verls_programs_import_them_from(module: str, names: list[str]) -> None:
-    assert [n for n in names if not hasattr(importlib.import_module(module), n)] == []
+    register_dispatch_mode("STRANGER", scatter, join)  # as the process did that it came from
+    assert mode_of(dispatch_mode=stranger) == CustomMode(scatter, join)
 
 
 def test_a_worker_process_registers_methods_without_torch() -> None:
@@ -309,9 +252,109 @@ def test_a_worker_process_registers_methods_without_torch() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_register_without_parentheses_is_named() -> None:
-    with pytest.raises(RegistrationError, match=r"parentheses: @register\(\) above act"):
+def test_a_users_functions_get_the_group_and_decide_both_ways() -> None:
+    mode = custom()
+    plan, calls = mode.dispatch(FLAT2, ("x",), {"k": "y"})
+    assert calls == [Call(((0, "x"),), {"k": (0, "y")}), Call(((1, "x"),), {"k": (1, "y")})]
+    assert plan.answers == (0, 1)
+    assert mode.collect(plan, ("o0", "o1")) == (2, ["o0", "o1"])
+    assert mode.promise(plan, ["h0", "h1"]) == (2, ["h0", "h1"])
+    assert (mode.signature_kept, OneToAll().signature_kept) == (False, True)
+    assert custom() == CustomMode(scatter, join), "whatever its group"
+    mode = custom(rank_zero=True)  # to whom the spread goes as it is
+    plan, calls = mode.dispatch(FLAT2, ("x",), {})
+    assert (plan.answers, calls) == ((0,), [Call(([(0, "x"), (1, "x")],)), None])
+    assert mode.collect(plan, ["o0"]) == (2, "o0")
 
-        class Hasty(Worker):
-            @register  # type: ignore[arg-type]  # what is refused
-            def act(self) -> None: ...
+
+@pytest.mark.parametrize(
+    ("spread", "named"),
+    [
+        (None, "NoneType"),
+        ([1, 2], "list"),
+        (([1, 2], [3]), "tuple"),
+        ((([1, 2, 3],), {}), "argument 0 needs one value for each of 2 ranks; got 3"),
+        (((), {"k": [1]}), r"argument 'k' .*got 1"),
+        (((5,), {}), "a list is needed, .*; got 5"),
+    ],
+)
+def test_a_dispatch_function_that_returns_something_else_is_named(spread: Any, named: str) -> None:
+    def mine(group: Any, *args: Any, **kwargs: Any) -> Any:
+        return spread
+
+    for function, name in ((mine, "mine"), (partial(mine), "dispatch_fn")):
+        with pytest.raises(DispatchError, match=named) as caught:
+            custom(function).dispatch(FLAT2, (), {})
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_mode_as_functions_is_the_mode_again(name: str) -> None:
+    functions = get_predefined_dispatch_fn(getattr(Dispatch, name))
+    assert _check_dispatch_mode(functions) == BUILT_IN[name][0]
+    mixed = {**functions, "collect_fn": join}
+    assert _check_dispatch_mode(mixed) == CustomMode(functions["dispatch_fn"], join)
+
+
+def test_the_functions_of_the_built_in_modes_give_lists_of_what_ranks_get() -> None:
+    group, values, batch = Group(), [5, 6, 7, 8], proto(1, 2, 3, 4)
+    for send, value, sent in (
+        (decorator.dispatch_one_to_all, "x", ["x"] * 4),
+        (decorator.dispatch_all_to_all, "x", ["x"] * 4),
+        (decorator.dispatch_all_to_all, values, values),
+        (decorator.dispatch_dp_compute, values, values),
+    ):
+        assert send(group, value, k=value) == ((sent,), {"k": sent})
+    assert decorator.collect_all_to_all(group, values) == values
+    assert decorator.collect_dp_compute(group, values) == values
+    (shards,), _ = decorator.dispatch_dp_compute_data_proto(group, batch)
+    (sent, same), _ = decorator.dispatch_dp_compute_data_proto_with_func(group, len, batch)
+    assert columns(shards) == columns(same) == [[1], [2], [3], [4]]
+    assert sent == [len] * 4
+    assert column(decorator.collect_dp_compute_data_proto(group, shards)) == [1, 2, 3, 4]
+    with pytest.raises(NotImplementedError, match="forbidden"):
+        decorator.dummy_direct_rollout_call(group)
+    head = get_predefined_dispatch_fn(Dispatch.RANK_ZERO)
+    assert head["dispatch_fn"](group, "x") == ((["x", None, None, None],), {})
+    assert head["collect_fn"](group, ["o0", None, None, None]) == "o0"
+    assert get_predefined_execute_fn(Execute.RANK_ZERO) == {"execute_fn_name": "execute_rank_zero"}
+
+
+def test_the_functions_of_a_mesh_split_and_join_over_it() -> None:
+    functions = make_nd_compute_dataproto_dispatch_fn("actor")
+    assert _check_dispatch_mode(functions) == ByRows(mesh="actor")
+    group = Group()
+    (shards,), named = functions["dispatch_fn"](group, proto(1, 2), data=proto(3, 4))
+    assert columns(shards) == [[1], [1], [2], [2]]
+    assert shards[0] is shards[1]
+    assert columns(named["data"]) == [[3], [3], [4], [4]]
+    assert column(functions["collect_fn"](group, [proto(5), None, proto(6), None])) == [5, 6]
+    assert set(group.asked) == {"actor"}
+
+
+def test_nd_compute_sends_what_the_mapping_says_and_keeps_what_the_mask_says() -> None:
+    group, mask = Group(), [True, False, True]
+    for form in (list, tuple):
+        args = decorator.dispatch_nd_compute([0, 1, 0], 2, group, form("ab"), k=form("cd"))
+        assert args == ((["a", "b", "a"],), {"k": ["c", "d", "c"]})
+    assert decorator.collect_nd_compute(mask, group, ["a", "b", "c"]) == ["a", "c"]
+    split, join = decorator.dispatch_nd_compute_dataproto, decorator.collect_nd_compute_dataproto
+    (shards,), named = split([1, 0], 2, group, proto(1, 2), k=proto(3, 4))
+    assert (columns(shards), columns(named["k"])) == ([[2], [1]], [[4], [3]])
+    assert column(join(mask, group, [proto(1), None, proto(2)])) == [1, 2]
+    for mapping in ([0, 2], [-1, 0]):
+        with pytest.raises(DispatchError, match="0 to 1"):
+            decorator.dispatch_nd_compute(mapping, 2, group, ["a", "b"])
+    with pytest.raises(DispatchError, match="length 3"):
+        decorator.dispatch_nd_compute([0, 1], 2, group, [1, 2, 3])
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        decorator.collect_nd_compute([True], group, [1, 2])
+    with pytest.raises(DispatchError, match="DataProto or TensorDict"):
+        join([True, True], group, [proto(1), 3])
+
+
+def test_a_bare_dispatch_function_refuses_padding_that_nobody_would_remove() -> None:
+    batch = proto(1, 2, 3, auto_padding=True)
+    with pytest.raises(DispatchError, match="padding"):
+        get_predefined_dispatch_fn(Dispatch.DP_COMPUTE_PROTO)["dispatch_fn"](Group(), batch)
+    assert len(batch) == 3

@@ -1,12 +1,15 @@
-"""The one table of device kinds."""
+"""The one table of device kinds; moving what a role holds, and who is on the device when."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from single_controller import device
-from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, device_kind
+from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, Turns, device_kind, move
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -34,25 +37,19 @@ def test_every_function_answers_for_the_kind_that_the_process_has(
     assert device.is_device_available() is (kind != "cpu")
 
 
-def test_a_kind_can_be_asked_for_by_torchs_names() -> None:
+def test_a_kind_can_be_asked_for_by_torchs_names_and_an_unknown_one_is_refused() -> None:
     assert [device_kind(kind.name) for kind in DEVICE_KINDS] == list(DEVICE_KINDS)
     assert device_kind("cuda:1").name == "cuda"
+    for name in ("gpu", "", "CUDA", "tpu:0"):
+        with pytest.raises(ValueError, match=rf"one of cuda, npu, xpu, cpu; got '{name}'"):
+            device_kind(name)
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "CUDA", "tpu:0"])
-def test_an_unknown_kind_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"one of cuda, npu, xpu, cpu; got '{name}'"):
-        device_kind(name)
-
-
-def test_a_process_without_accelerator_has_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_device_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "cpu")
     assert device_kind() is CPU
     assert device.get_torch_device() is torch.cpu
     assert torch.zeros(1).to(device.get_device_id()).device == torch.device("cpu")
-
-
-def test_the_current_device_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert device.get_torch_device() is torch.cuda
@@ -66,3 +63,86 @@ def test_availability_is_what_torch_says_and_a_missing_plugin_is_no_error(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     expected = {"cuda": True, "cpu": True, "xpu": torch.xpu.is_available()}
     assert kind.is_available() is expected.get(kind.name, False)
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(2, 2)
+        self.others = {"list": [torch.nn.Linear(2, 2)], "number": 3}
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.model(torch.ones(1, 2)).sum().backward()
+        self.optimizer.step()
+
+    def devices(self) -> set[str]:
+        tensors = [*self.model.parameters(), *self.others["list"][0].parameters()]
+        state = [s for of in self.optimizer.state.values() for s in of.values() if s.dim()]
+        return {tensor.device.type for tensor in [*tensors, *state]}
+
+
+def test_what_a_role_and_its_engine_hold_moves_and_what_another_role_holds_does_not() -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.held = Owner()
+            self.module, self.optimizer = self.held.model, self.held.optimizer
+
+    class Role(Engine):
+        takes_turns = True
+
+    owner, worker = Owner(), SimpleNamespace(engine=Engine(), peer=Role())
+    move(owner, "meta")
+    assert owner.devices() == {"meta"}
+    move(worker, "meta")
+    moved = worker.engine.held
+    state = [s for of in moved.optimizer.state.values() for s in of.values() if s.dim()]
+    assert {t.device.type for t in [*moved.model.parameters(), *state]} == {"meta"}
+    assert worker.peer.held.devices() == {"cpu"}
+
+
+def test_a_sharded_module_gives_up_gathered_parameters_before_it_moves() -> None:
+    events: list[str] = []
+
+    class Sharded(torch.nn.Linear):
+        def reshard(self) -> None:
+            events.append("reshard")
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            events.append("to")
+            return super().to(*args, **kwargs)
+
+    owner = Owner()
+    owner.model = Sharded(2, 2)
+    move(owner, "cpu")
+    assert events == ["reshard", "to"]
+
+
+class Fake:
+    takes_turns = True
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.fails = name, log, False
+
+    def offload(self) -> None:
+        self.log.append(f"-{self.name}")
+
+    def onload(self) -> None:
+        if self.fails:
+            raise MemoryError(self.name)
+        self.log.append(f"+{self.name}")
+
+
+def test_a_role_comes_after_the_last_one_left_and_again_where_it_could_not_come() -> None:
+    log: list[str] = []
+    turns, critic = Turns(), Fake("critic", log)
+    turns.add("actor", Fake("actor", log))
+    turns.add("critic", critic)
+    for role in ("actor", "actor", "critic", "actor"):
+        turns.take(role)
+    critic.fails = True
+    with pytest.raises(MemoryError):
+        turns.take("critic")
+    critic.fails = False
+    turns.take("critic")
+    built, called, again = log[:2], log[2:7], log[7:]
+    assert built == ["-actor", "-critic"]
+    assert called == ["+actor", "-actor", "+critic", "-critic", "+actor"]
+    assert again == ["-actor", "+critic"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from protocol.batches import Batch, batch_rows, concat_batches, pad_batch, slice
 from protocol.errors import BatchError
 from protocol.tensordict_utils import assert_tensordict_eq
 from single_controller.base import dispatch
-from single_controller.base.dispatch import Broadcast, ByRows, Layout, Mode, PerRank
+from single_controller.base.dispatch import ByRows, Mode
+from single_controller.base.plan import Broadcast, Layout, PerRank
 from single_controller.errors import DispatchError
 
 FLAT2, FLAT3 = Layout.flat(2), Layout.flat(3)
@@ -27,15 +28,13 @@ FLAT2, FLAT3 = Layout.flat(2), Layout.flat(3)
 PP_DP_TP = Layout((0, 0, 1, 1, 0, 0, 1, 1), tuple(r in (4, 6) for r in range(8)), 2)
 # rank = dp * 4 + pp * 2 + tp
 DP_PP_TP = Layout((0, 0, 0, 0, 1, 1, 1, 1), tuple(r in (2, 6) for r in range(8)), 2)
-# dp counts backwards
-REVERSED = Layout((2, 1, 0), (True, True, True), 3)
-
-
-Work: TypeAlias = Callable[[Any], Any]
+# two ranks in each of two dp groups, of which the first answers
+TP = Layout((0, 0, 1, 1), (True, False, True, False), 2)
+REVERSED = Layout((2, 1, 0), (True, True, True), 3)  # dp counts backwards
 
 
 @dataclass(frozen=True)
-class Fake:
+class Here:
     """A source of rows that are there already."""
 
     batch: Batch
@@ -56,9 +55,16 @@ def td(rows: int) -> TensorDict:
     return TensorDict({"a": torch.arange(rows)}, batch_size=[rows])
 
 
+def late(rows: int, auto_padding: bool = False) -> DataProtoFuture:
+    return DataProtoFuture([Here(proto(rows))], auto_padding)
+
+
+def here(batch: Any) -> Any:
+    return batch.get() if isinstance(batch, DataProtoFuture) else batch
+
+
 def column(batch: Any) -> list[int]:
-    if isinstance(batch, DataProtoFuture):
-        batch = batch.get()
+    batch = here(batch)
     return (batch.batch if isinstance(batch, DataProto) else batch)["a"].tolist()
 
 
@@ -69,20 +75,18 @@ def same(left: Any, right: Any) -> bool:
     return bool(left.equal(right))
 
 
-def roundtrip(mode: Mode, layout: Layout, batch: Any, work: Work = lambda shard: shard) -> Any:
+def roundtrip(
+    mode: Mode, layout: Layout, batch: Any, work: Callable[[Any], Any] = lambda shard: shard
+) -> Any:
     """Dispatch one argument, run `work` on every rank, collect."""
     plan, calls = mode.dispatch(layout, (batch,), {})
-    outputs = [work(call.args[0]) if call else None for call in calls]
+    outputs = [work(here(call.args[0])) if call else None for call in calls]
     return mode.collect(plan, [outputs[rank] for rank in plan.answers])
-
-
-@pytest.fixture
-def auto_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VERL_AUTO_PADDING", "1")
 
 
 ONE, ALL = dispatch.OneToAll(), dispatch.AllToAll()
 ZERO, EACH = dispatch.RankZero(), dispatch.PerElement()
+makers = pytest.mark.parametrize("make", [proto, td, late])
 
 
 @pytest.mark.parametrize(
@@ -117,46 +121,67 @@ def test_each_rank_gets_the_arguments_that_its_mode_says(
 
 
 @pytest.mark.parametrize(
-    ("mode", "args", "named"),
+    ("mode", "args", "kwargs", "distinct"),
     [
-        (ALL, ([1, 2, 3],), "length 3"),
-        (ALL, ([],), "length 0"),
-        (ALL, (1, [1]), "argument 1"),
-        (ALL, ([1, 2], [1]), "argument 1"),
-        (ONE, (PerRank([1]),), "PerRank needs one value for each of 2 ranks; got 1"),
-        (EACH, ([1, 2, 3],), "length 3"),
-        (EACH, (5,), "int"),
-        (EACH, ("ab",), "str"),
-        (ByRows(), (5,), "int"),
-        (ByRows(), ([1, 2],), "list"),
-        (ByRows(), (proto(3),), "only support equal chunk"),
-        (ByRows(function_first=True), (proto(2),), "function"),
-        (ByRows(function_first=True), (), "function"),
+        (ONE, (), {}, 1),
+        (ONE, ("x",), {"k": Broadcast([1])}, 1),
+        (ONE, ("x", PerRank(range(1_000, 1_008))), {}, 8),
+        (EACH, (["x", "y"],), {}, 2),
+        (ByRows(mesh="m"), (proto(4), Broadcast(1)), {"k": td(4)}, 2),
+    ],
+)
+def test_ranks_that_get_the_same_arguments_share_one_call(
+    mode: Mode, args: Any, kwargs: Any, distinct: int
+) -> None:
+    _, calls = mode.dispatch(PP_DP_TP, args, kwargs)
+    assert len({id(call) for call in calls}) == distinct
+
+
+@pytest.mark.parametrize(
+    ("mode", "args", "kwargs", "named"),
+    [
+        (ALL, ([1, 2, 3],), {}, "length 3"),
+        (ALL, ([],), {}, "length 0"),
+        (ALL, (1, [1]), {}, "argument 1"),
+        (ALL, (), {"x": [1]}, r"argument 'x'.*Broadcast"),
+        (ONE, (PerRank([1]),), {}, "argument 0 needs one value for each of 2 ranks; got 1"),
+        (EACH, ([1, 2, 3],), {}, "length 3"),
+        (EACH, ("ab",), {}, "str"),
+        (ByRows(), (5,), {}, "int"),
+        (ByRows(), ([1, 2],), {}, "list"),
+        (ByRows(), (), {"data": 3}, "argument 'data'"),
+        (ByRows(), (proto(3),), {}, "only support equal chunk"),
+        (ByRows(), (proto(3),), {}, r"3 and chunk 2.*uneven=True.*auto_padding=True"),
+        (ByRows(function_first=True), (proto(2),), {}, "function"),
+        (ByRows(function_first=True), (), {}, "function"),
     ],
 )
 def test_arguments_that_cannot_be_spread_are_refused_by_name(
-    mode: Mode, args: Any, named: str
+    mode: Mode, args: Any, kwargs: Any, named: str
 ) -> None:
     for known in (DispatchError, ValueError, AssertionError):
         with pytest.raises(known, match=named):
-            mode.dispatch(FLAT2, args, {})
+            mode.dispatch(FLAT2, args, kwargs)
 
 
-def test_a_keyword_argument_that_cannot_be_spread_is_named() -> None:
-    with pytest.raises(DispatchError, match="argument 'data'"):
-        ByRows().dispatch(FLAT2, (), {"data": 3})
-    with pytest.raises(DispatchError, match=r"argument 'x'.*Broadcast"):
-        ALL.dispatch(FLAT2, (), {"x": [1]})
-
-
-def test_rows_that_do_not_divide_are_named_with_both_ways_out() -> None:
-    with pytest.raises(DispatchError, match=r"3 and chunk 2.*uneven=True.*auto_padding=True"):
-        ByRows().dispatch(FLAT2, (proto(3),), {})
-
-
-def test_a_direct_rollout_method_cannot_be_called_through_a_group() -> None:
-    with pytest.raises(NotImplementedError, match="Direct rollout call is forbidden"):
-        dispatch.Direct().dispatch(FLAT2, (), {})
+@pytest.mark.parametrize(
+    ("mode", "sent"),
+    [
+        (ONE, lambda bad: bad),
+        (ALL, lambda bad: [proto(1), bad]),
+        (EACH, lambda bad: [bad, bad]),
+        (ByRows(), lambda bad: bad),
+        (ByRows(), lambda bad: PerRank([bad, bad])),
+        (ByRows(), Broadcast),
+    ],
+)
+def test_a_batch_whose_columns_somebody_made_differ_in_rows_is_sent_by_no_mode(
+    mode: Mode, sent: Callable[[DataProto], Any]
+) -> None:
+    bad = proto(2)
+    bad.non_tensor_batch["t"] = bad.non_tensor_batch["t"][:1]
+    with pytest.raises(DispatchError, match="argument 0"):
+        mode.dispatch(FLAT2, (sent(bad),), {})
 
 
 @pytest.mark.parametrize(
@@ -165,7 +190,6 @@ def test_a_direct_rollout_method_cannot_be_called_through_a_group() -> None:
         (ONE, FLAT3, ["a", "b", "c"], (0, 1, 2), ["a", "b", "c"]),
         (ALL, FLAT2, ["a", None], (0, 1), ["a", None]),
         (ZERO, FLAT3, ["a"], (0,), "a"),
-        (EACH, FLAT2, ["a", "b"], (0, 1), ["a", "b"]),
         (EACH, PP_DP_TP, ["e", "g"], (4, 6), ["e", "g"]),
         (ByRows(merge="list"), FLAT2, [1.5, {}], (0, 1), [1.5, {}]),
         (ByRows(merge="list"), DP_PP_TP, ["c", "g"], (2, 6), ["c", "g"]),
@@ -176,11 +200,11 @@ def test_outputs_of_the_ranks_that_answer_become_the_result(
 ) -> None:
     plan = mode.plan(layout)
     assert plan.answers == answers
-    assert mode.collect(plan, outputs) == result
-    assert mode.promise(plan, outputs) == result or mode.batched
+    assert mode.collect(plan, outputs) == mode.promise(plan, outputs) == result
+    assert not mode.batched
 
 
-@pytest.mark.parametrize("make", [proto, td], ids=["DataProto", "TensorDict"])
+@makers
 @pytest.mark.parametrize(
     ("mode", "layout", "rows", "per_rank"),
     [
@@ -194,207 +218,246 @@ def test_outputs_of_the_ranks_that_answer_become_the_result(
         (ByRows(mesh="m"), REVERSED, 3, [[2], [1], [0]]),
     ],
 )
-@pytest.mark.parametrize("future", [False, True], ids=["here", "future"])
 def test_batches_are_split_by_rows_over_the_dp_ranks_and_joined_in_order(
-    make: Any, mode: Mode, layout: Layout, rows: int, per_rank: list[list[int]], future: bool
+    make: Any, mode: Mode, layout: Layout, rows: int, per_rank: list[list[int]]
 ) -> None:
     batch = make(rows)
-    sent = DataProtoFuture([Fake(batch)]) if future else batch
-    _, calls = mode.dispatch(layout, (sent,), {})
-    assert [column(call.args[0]) for call in calls if call] == per_rank
-    assert same(roundtrip(mode, layout, sent, lambda x: x.get() if future else x), batch)
+    _, calls = mode.dispatch(layout, (batch,), {})
+    shards = [call.args[0] for call in calls if call]
+    assert [column(shard) for shard in shards] == per_rank
+    assert len({id(shard) for shard in shards}) == layout.dp_size
+    assert same(roundtrip(mode, layout, batch), here(batch))
 
 
-@pytest.mark.parametrize("make", [proto, td], ids=["DataProto", "TensorDict"])
-@pytest.mark.parametrize("future", [False, True], ids=["here", "future"])
-@pytest.mark.parametrize("layout", [FLAT3, REVERSED, PP_DP_TP], ids=str)
-@pytest.mark.parametrize("rows", [1, 4, 5, 6])
-def test_auto_padding_repeats_the_last_row_and_the_result_has_none_of_it(
-    make: Any, future: bool, layout: Layout, rows: int, auto_padding: None
-) -> None:
-    batch, mode = make(rows), ByRows(mesh="m")
-    before = column(batch)
-    sent = DataProtoFuture([Fake(batch)]) if future else batch
-    _, calls = mode.dispatch(layout, (sent,), {})
-    size = -(-rows // layout.dp_size)
-    padded = before + [rows - 1] * (size * layout.dp_size - rows)
-    assert [column(call.args[0]) for call in calls if call] == [
-        padded[dp * size : (dp + 1) * size] for dp in layout.dp_ranks
-    ]
-    assert same(roundtrip(mode, layout, sent, lambda x: x.get() if future else x), batch)
-    assert column(batch) == before
-
-
-def test_padding_leaves_the_callers_batch_and_its_meta_info_as_they_are() -> None:
-    batch, twin = (proto(5, auto_padding=True) for _ in range(2))
-    assert roundtrip(ByRows(), FLAT3, batch).equal(twin)
-    assert batch.equal(twin)
-
-
-def test_dispatch_leaves_the_callers_dicts_as_they_are() -> None:
-    batch = proto(4)
+def test_dispatch_leaves_the_callers_values_as_they_are() -> None:
+    batch = proto(3, auto_padding=True)
     kwargs = {"data": batch, "flag": Broadcast(1)}
-    _, calls = ByRows().dispatch(FLAT2, (), kwargs)
-    for call in calls:
-        assert call is not None
+    plan, calls = ByRows().dispatch(FLAT2, (), kwargs)
+    assert ByRows().collect(plan, [c.kwargs["data"] for c in calls if c]).equal(batch)
+    for call in filter(None, calls):
         call.kwargs["data"].meta_info["new"] = 1
     assert kwargs == {"data": batch, "flag": Broadcast(1)}
-    assert batch.meta_info == {"step": 1}
+    assert batch.equal(proto(3, auto_padding=True))
 
 
-@pytest.mark.parametrize("uneven", [False, True])
-@pytest.mark.parametrize("make", [proto, td, lambda n: DataProtoFuture([Fake(proto(n))])])
-def test_ranks_of_one_dp_group_get_the_same_shard_object(make: Any, uneven: bool) -> None:
-    _, calls = ByRows(mesh="m", uneven=uneven).dispatch(PP_DP_TP, (make(4),), {})
-    shards = [call.args[0] for call in calls if call]
-    assert len({id(shard) for shard in shards}) == 2
-    assert shards[0] is shards[1] is shards[4] is shards[5]
-
-
-def test_keyword_only_calls_are_split_padded_and_joined_as_positional_ones() -> None:
-    mode, batch = ByRows(), proto(3, auto_padding=True)
-    plan, calls = mode.dispatch(FLAT2, (), {"data": batch, "extra": PerRank("xy")})
-    got = [(c.args, column(c.kwargs["data"]), c.kwargs["extra"]) for c in calls if c]
-    assert got == [((), [0, 1], "x"), ((), [2, 2], "y")]
-    assert mode.collect(plan, [c.kwargs["data"] for c in calls if c]).equal(batch)
-
-
-def test_several_batches_are_split_alike() -> None:
-    _, calls = ByRows(uneven=True).dispatch(FLAT2, (proto(3),), {"other": td(3)})
-    got = [(column(c.args[0]), column(c.kwargs["other"])) for c in calls if c]
-    assert got == [([0, 1], [0, 1]), ([2], [2])]
-
-
-def test_the_function_that_comes_first_goes_whole_to_every_rank() -> None:
+def test_several_batches_and_marks_are_split_each_in_its_way() -> None:
+    _, calls = ByRows(uneven=True).dispatch(FLAT2, (proto(3),), {"k": td(3), "x": PerRank("ab")})
+    got = [(column(c.args[0]), column(c.kwargs["k"]), c.kwargs["x"]) for c in calls if c]
+    assert got == [([0, 1], [0, 1], "a"), ([2], [2], "b")]
     _, calls = ByRows(function_first=True).dispatch(FLAT2, (len, proto(2)), {})
     assert [(c.args[0], column(c.args[1])) for c in calls if c] == [(len, [0]), (len, [1])]
 
 
-def test_a_metric_call_on_a_padded_batch_keeps_every_ranks_result() -> None:
+class Rows(list):  # type: ignore[type-arg]
+    """What is no batch, and can be chunked and concatenated."""
+
+    def chunk(self, parts: int) -> list[Rows]:
+        return [Rows(self[i::parts]) for i in range(parts if self else 1)]
+
+    @staticmethod
+    def concat(parts: Sequence[Rows]) -> Rows:
+        return Rows(value for part in parts for value in part)
+
+
+def test_a_value_with_chunk_and_concat_is_split_and_joined_by_them() -> None:
+    assert roundtrip(ByRows(), FLAT2, Rows([1, 2, 3])) == Rows([1, 3, 2])
+    assert roundtrip(ByRows(), Layout.flat(1), Rows([1, 2])) == Rows([1, 2])
+    with pytest.raises(DispatchError, match=r"chunk\(2\) of Rows gave 1 parts"):
+        ByRows().dispatch(FLAT2, (Rows(),), {})
+    with pytest.raises(DispatchError, match="rank 1 returned list"):
+        ByRows().collect(ByRows().plan(FLAT2), [proto(1), [1]])
+
+
+def test_a_tensordict_without_rows_goes_whole_and_the_first_of_the_outputs_counts() -> None:
+    whole = TensorDict({"a": torch.tensor(3)}, batch_size=[])
+    plan, calls = ByRows().dispatch(FLAT2, (whole, proto(2)), {})
+    assert [call.args[0] is whole for call in calls if call] == [True, True]
+    assert ByRows().collect(plan, [whole, whole])["a"] == 3
+
+
+def test_a_list_of_padded_shards_is_cut_and_of_other_outputs_is_not() -> None:
     mode = ByRows(merge="list")
     plan, calls = mode.dispatch(FLAT3, (proto(4, auto_padding=True),), {})
-    assert [column(c.args[0]) for c in calls if c] == [[0, 1], [2, 3], [3, 3]]
-    assert mode.collect(plan, [{"loss": r} for r in range(3)]) == [{"loss": r} for r in range(3)]
-    shards = mode.collect(plan, [c.args[0] for c in calls if c])
-    assert [column(shard) for shard in shards] == [[0, 1], [2, 3], []]
-    assert [len(b) for b in mode.collect(plan, [proto(1)] * 3)] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("output", [None, 3, [proto(1)], {"a": 1}])
-def test_an_output_that_is_no_batch_is_refused_with_its_rank_and_type(output: Any) -> None:
-    plan = ByRows().plan(FLAT2)
-    with pytest.raises(DispatchError, match=f"rank 1 .*{type(output).__name__}.*_METRIC"):
-        ByRows().collect(plan, [proto(1), output])
+    shards = [c.args[0] for c in calls if c]
+    assert [column(shard) for shard in shards] == [[0, 1], [2, 3], [3, 3]]
+    assert [column(shard) for shard in mode.collect(plan, shards)] == [[0, 1], [2, 3], []]
+    for outputs in ([{"loss": r} for r in range(3)], [proto(1)] * 3):
+        assert mode.collect(plan, outputs) == outputs
 
 
 @pytest.mark.parametrize(
-    "outputs", [[proto(1), td(1)], [proto(1), DataProto.from_dict({"b": torch.ones(1)})]]
+    ("outputs", "message"),
+    [
+        ([proto(1), None], "rank 1 .*NoneType.*_METRIC"),
+        ([proto(1), [proto(1)]], "rank 1 .*list.*_METRIC"),
+        ([{"a": 1}, proto(1)], "rank 0 .*dict.*_METRIC"),
+        ([proto(1), td(1)], "joined"),
+        ([proto(1), DataProto.from_dict({"b": torch.ones(1)})], "joined"),
+    ],
 )
-def test_outputs_that_do_not_go_together_are_a_dispatch_error(outputs: list[Any]) -> None:
-    with pytest.raises(DispatchError, match="joined"):
+def test_outputs_that_are_not_one_batch_are_refused(outputs: list[Any], message: str) -> None:
+    with pytest.raises(DispatchError, match=message):
         ByRows().collect(ByRows().plan(FLAT2), outputs)
+
+
+def promised(batch: Any, work: Callable[[Any], Any] = lambda shard: shard) -> DataProtoFuture:
+    """What a call on two ranks that does not block returns, as another process has it."""
+    plan, calls = ByRows().dispatch(FLAT2, (batch,), {})
+    future = ByRows().promise(plan, [Here(work(here(call.args[0]))) for call in calls if call])
+    return pickle.loads(pickle.dumps(future))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_a_promise_of_a_padded_call_has_no_padding(rows: int) -> None:
+    padded = proto(rows, auto_padding=True)
+    for sent, whole in ((padded, padded), (late(rows, auto_padding=True), proto(rows))):
+        future = promised(sent)
+        assert len(future) == rows
+        assert future.get().equal(whole)
+        assert future.select(["a"]).get().equal(whole.select(["a"], []))
+    padding = ByRows().dispatch(FLAT2, (late(rows, auto_padding=True),), {})[0].padding
+    assert padding is not None
+    assert padding.rows == rows == pickle.loads(pickle.dumps(padding)).batch
 
 
 def test_padding_is_not_guessed_at_where_a_worker_changed_the_number_of_rows() -> None:
     batch = proto(3, auto_padding=True)
     with pytest.raises(DispatchError, match=r"padding cannot be removed.*uneven=True"):
         roundtrip(ByRows(), FLAT2, batch, lambda shard: shard.repeat(2))
-
-
-def promised(batch: Any, work: Work = lambda shard: shard) -> DataProtoFuture:
-    """What a call on two ranks that does not block returns."""
-    mode = ByRows()
-    plan, calls = mode.dispatch(FLAT2, (batch,), {})
-    future = mode.promise(plan, [Fake(work(call.args[0])) for call in calls if call])
-    assert isinstance(future, DataProtoFuture)
-    return future
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4])
-def test_a_promise_of_a_padded_call_has_no_padding_and_can_be_pickled(rows: int) -> None:
-    batch = proto(rows, auto_padding=True)
-    future = promised(batch)
-    assert len(future) == rows
-    assert future.get().equal(batch)
-    assert pickle.loads(pickle.dumps(future)).get().equal(batch)
-
-
-def test_a_promise_does_not_guess_either_where_a_worker_changed_the_number_of_rows() -> None:
-    future = promised(proto(3, auto_padding=True), lambda shard: shard.repeat(2))
     with pytest.raises((DispatchError, BatchError)):
-        future.get()
+        promised(batch, lambda shard: shard.repeat(2)).get()
 
 
-def test_a_promise_of_a_list_mode_is_the_list_of_handles() -> None:
-    mode = ByRows(merge="list")
-    assert mode.promise(mode.plan(FLAT2), ["h0", "h1"]) == ["h0", "h1"]
-    assert (ByRows().batched, mode.batched, ONE.batched) == (True, False, False)
-
-
-@pytest.mark.parametrize(
-    "collects",
-    [(True, False, False, False), (True, True, True, False), (False,) * 4],
-    ids=["missing", "doubled", "none"],
-)
-def test_a_dp_rank_without_exactly_one_collecting_rank_is_refused_before_sending(
-    collects: tuple[bool, ...],
-) -> None:
-    layout = Layout((0, 0, 1, 1), collects, 2)
-    with pytest.raises(DispatchError, match=r"mesh 'm'.*exactly one rank that collects"):
-        ByRows(mesh="m").dispatch(layout, (proto(2),), {})
+@pytest.mark.parametrize("first", [proto(4), td(6), proto(0)])
+@pytest.mark.parametrize("mode", [ByRows(), ByRows(merge="list"), ByRows(mesh="m")])
+def test_padded_batches_that_differ_in_rows_are_refused_by_name(mode: ByRows, first: Any) -> None:
+    rows = f"argument 0 has {batch_rows(first)}, argument 'b' has 3"
+    for layout in (TP, Layout.flat(1)):
+        with pytest.raises(DispatchError, match=f"equally many rows; {rows}.*Broadcast"):
+            mode.dispatch(layout, (first,), {"b": proto(3, auto_padding=True)})
 
 
 @pytest.mark.parametrize(
-    ("layout", "ranks", "dp_ranks", "collects", "dp_size"),
+    ("mode", "args", "shards"),
     [
-        (FLAT3, (2, 0), (0, 1), (True, True), 2),
-        (FLAT3, (1,), (0,), (True,), 1),
-        (PP_DP_TP, (2, 6), (0, 0), (False, True), 1),
-        (PP_DP_TP, (4, 6), (0, 1), (True, True), 2),
-        (PP_DP_TP, (6, 2, 4), (0, 0, 1), (True, False, True), 2),
+        (ByRows(), (proto(4), late(6)), [[2, 3], [2, 3]]),
+        (ByRows(uneven=True), (proto(5), td(4)), [[3, 2], [2, 2]]),
+        (ByRows(uneven=True), (proto(1, auto_padding=True), proto(4)), [[1, 2], [0, 2]]),
+        (ByRows(), (proto(2, auto_padding=True), Broadcast(proto(5))), [[1, 5], [1, 5]]),
+        (ByRows(), (proto(4, auto_padding=True), PerRank([td(1), td(7)])), [[2, 1], [2, 7]]),
     ],
 )
-def test_a_subset_of_ranks_is_a_layout_with_shards_numbered_as_they_come(
-    layout: Layout, ranks: Sequence[int], dp_ranks: Any, collects: Any, dp_size: int
+def test_batches_may_differ_in_rows_without_padding_or_where_they_are_marked(
+    mode: ByRows, args: tuple[Any, ...], shards: list[list[int]]
 ) -> None:
-    assert layout.subset(ranks) == Layout(dp_ranks, collects, dp_size)
+    _, calls = mode.dispatch(FLAT2, args, {})
+    assert [[len(column(v)) for v in call.args] for call in calls if call] == shards
 
 
-def test_collecting_ranks_come_in_the_order_of_their_shards() -> None:
-    layouts = PP_DP_TP, DP_PP_TP, REVERSED
-    assert [one.collecting_ranks() for one in layouts] == [(4, 6), (2, 6), (2, 1, 0)]
+@pytest.mark.parametrize(
+    "batches",
+    [
+        (proto(3), proto(3, auto_padding=True)),
+        (proto(3, auto_padding=True), td(3)),
+        (late(3), proto(3, auto_padding=True)),
+        (proto(3), late(3, auto_padding=True)),
+        (late(3, auto_padding=True), late(3)),
+    ],
+)
+@pytest.mark.parametrize(("mode", "layout"), [(ByRows(), FLAT2), (ByRows(mesh="m"), TP)])
+@pytest.mark.parametrize("returned", [0, 1])
+def test_one_batch_that_may_be_padded_has_all_padded_and_the_result_has_none_of_it(
+    mode: ByRows, layout: Layout, batches: tuple[Any, ...], returned: int
+) -> None:
+    plan, calls = mode.dispatch(layout, batches, {})
+    shards = [[column(value) for value in call.values()] for call in calls if call]
+    assert (shards[0], shards[-1]) == ([[0, 1]] * 2, [[2, 2]] * 2)
+    answers = [calls[rank] for rank in plan.answers]
+    outputs = [here(call.args[returned]) for call in answers if call]
+    assert column(mode.collect(plan, outputs)) == [0, 1, 2]
+    future = mode.promise(plan, [Here(output) for output in outputs])
+    assert column(pickle.loads(pickle.dumps(future))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("first", [proto(4), late(4), late(4, True)])
+def test_a_future_that_differs_in_rows_is_refused_where_it_is_read(first: Any) -> None:
+    for args in ((first, late(6, True)), (late(6, True), first)):
+        _, calls = ByRows().dispatch(FLAT2, args, {})
+        for call in filter(None, calls):
+            with pytest.raises(DispatchError, match=r"rows; argument . has [46], argument . has "):
+                [column(value) for value in pickle.loads(pickle.dumps(call.values()))]
+
+
+def test_one_future_in_two_arguments_is_compared_with_nothing() -> None:
+    both = late(4, auto_padding=True)
+    _, calls = ByRows().dispatch(FLAT2, (both,), {"b": both})
+    assert [call.args[0] is call.kwargs["b"] for call in calls if call] == [True, True]
+
+
+def test_a_dp_rank_without_exactly_one_collecting_rank_is_refused_before_sending() -> None:
+    for collects in ((True, False, False, False), (True, True, True, False), (False,) * 4):
+        layout = Layout((0, 0, 1, 1), collects, 2)
+        with pytest.raises(DispatchError, match=r"mesh 'm'.*exactly one rank that collects"):
+            ByRows(mesh="m").dispatch(layout, (proto(2),), {})
 
 
 @settings(deadline=None, max_examples=60)
 @given(
+    make=st.sampled_from([proto, td]),
     rows=st.integers(0, 17),
     ranks=st.integers(1, 5),
     how=st.sampled_from(["uneven", "padded"]),
     future=st.booleans(),
     replicas=st.integers(1, 2),
+    backwards=st.booleans(),
 )
 def test_what_ranks_return_unchanged_is_the_batch_again(
-    rows: int, ranks: int, how: str, future: bool, replicas: int
+    make: Any, rows: int, ranks: int, how: str, future: bool, replicas: int, backwards: bool
 ) -> None:
-    batch = proto(rows, auto_padding=how == "padded" and not future)
-    layout = Layout(
-        tuple(dp for dp in range(ranks) for _ in range(replicas)),
-        tuple(copy == 0 for _ in range(ranks) for copy in range(replicas)),
-        ranks,
+    batch = make(rows)
+    shards = range(ranks)[::-1] if backwards else range(ranks)
+    layout = Layout.of(
+        [dp for dp in shards for _ in range(replicas)],
+        [copy == 0 for _ in range(ranks) for copy in range(replicas)],
     )
-    sent = DataProtoFuture([Fake(batch)]) if future else batch
+    sent = DataProtoFuture([Here(batch)]) if future else batch
     DataProtoConfig.auto_padding = how == "padded"
     try:
         mode = ByRows(mesh="m", uneven=how == "uneven")
         plan, calls = mode.dispatch(layout, (sent,), {})
-        shards = [call.args[0] for call in calls if call]
-        outputs = [shard.get() if future else shard for shard in shards]
-        sizes = [batch_rows(outputs[rank]) for rank in plan.answers]
-        result = mode.collect(plan, [outputs[rank] for rank in plan.answers])
+        outputs = [here(call.args[0]) for call in calls if call]
+        answers = [outputs[rank] for rank in plan.answers]
+        assert same(mode.collect(plan, answers), make(rows))
     finally:
         DataProtoConfig.auto_padding = None
-    assert result.equal(batch)
+    assert same(batch, make(rows))
+    sizes = [batch_rows(output) for output in answers]
     assert max(sizes) - min(sizes) <= (how == "uneven")
-    whole = concat_batches([outputs[rank] for rank in plan.answers])
     added = -rows % ranks if how == "padded" and rows else 0
-    assert whole.equal(pad_batch(batch, added))
+    assert same(concat_batches(answers), pad_batch(batch, added))
+
+
+@pytest.mark.parametrize(
+    ("mode", "ranks", "as_views"),
+    [(ByRows(), 2, True), (ByRows(), 1, False), (ByRows(merge="list"), 2, False)],
+)
+def test_outputs_that_are_joined_are_copied_once_and_others_are_private(
+    mode: ByRows, ranks: int, as_views: bool
+) -> None:
+    views: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(proto(3), protocol=5, buffer_callback=views.append)
+    buffers = [np.frombuffer(view, np.uint8).copy() for view in views]
+    for buffer in buffers:
+        buffer.flags.writeable = False  # as memory is that others may read too
+
+    def held(batch: DataProto) -> bool:
+        return any(np.shares_memory(batch.batch["a"].numpy(), buffer) for buffer in buffers)
+
+    plan = mode.plan(Layout.flat(ranks))
+    with mode.reading(plan):
+        outputs = [pickle.loads(data, buffers=buffers) for _ in range(ranks)]
+    assert [held(output) for output in outputs] == [as_views] * ranks
+    result = mode.collect(plan, outputs)
+    parts = result if isinstance(result, list) else [result]
+    assert [i for part in parts for i in column(part)] == [0, 1, 2] * ranks
+    assert not any(map(held, parts))

@@ -34,14 +34,6 @@ WHERE: dict[str, Any] = {
 }
 
 
-class TwoArgumentsError(ValueError):
-    """Pickle cannot build it again: `args` are not what the constructor takes."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(f"{code}: {reason}")
-        self.code = code
-
-
 class RuntimeWithTwoError(RuntimeError):
     """Its constructor takes two arguments, and its base is one that WorkerError has too."""
 
@@ -66,14 +58,7 @@ class NoReduceError(ValueError):
         raise TypeError("not me")
 
 
-def json_error() -> Exception:
-    try:
-        json.loads("{")
-    except ValueError as error:
-        return error
-    raise AssertionError
-
-
+JSON = json.JSONDecodeError("Expecting value", "{", 1)  # which has no `args` to make it from
 CAUSES: list[Exception] = [
     ValueError("bad value"),
     KeyError("k"),
@@ -82,8 +67,7 @@ CAUSES: list[Exception] = [
     FileNotFoundError(2, "No such file", "/data/x"),
     TimeoutError("late"),
     UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
-    json_error(),
-    TwoArgumentsError(3, "boom"),
+    JSON,
     RuntimeWithTwoError(3, "boom"),
     KeywordOnlyError(code=3),
     NoReduceError("x"),
@@ -93,6 +77,12 @@ CAUSES: list[Exception] = [
     GroupBrokenError("closed"),
     CallTimeoutError("late", [1, 2]),
 ]
+READ = {
+    FileNotFoundError: ("errno", "filename"),
+    json.JSONDecodeError: ("pos", "doc"),
+    UnicodeDecodeError: ("reason", "start"),
+    RuntimeWithTwoError: ("code",),
+}
 
 
 def wrap(cause: BaseException, **changes: Any) -> WorkerError:
@@ -104,59 +94,31 @@ def name_of(value: object) -> str:
 
 
 @pytest.mark.parametrize("cause", CAUSES, ids=name_of)
-def test_a_worker_error_says_where_and_what_before_and_after_pickling(cause: Exception) -> None:
+def test_a_worker_error_is_of_the_type_that_the_worker_raised_and_says_where_and_what(
+    cause: Exception,
+) -> None:
     for error in (wrap(cause), pickle.loads(pickle.dumps(wrap(cause)))):
         assert isinstance(error, WorkerError)
+        assert isinstance(error, type(cause))
         assert {name: getattr(error, name) for name in WHERE} == WHERE
         assert error.failed_ranks == 1
         head = "actor.update failed on rank 3 (node 10.0.0.7, pid 4711): "
         assert str(error).startswith(head + type(cause).__name__)
         assert str(error).endswith("Traceback on the worker: line 12")
+        for read in READ.get(type(cause), ()):  # by a handler
+            assert getattr(error, read) == getattr(cause, read)
+        assert type(error.__cause__) is type(cause)
 
 
-@pytest.mark.parametrize("cause", CAUSES, ids=name_of)
-def test_a_worker_error_can_be_caught_as_the_type_that_the_worker_raised(cause: Exception) -> None:
-    for error in (wrap(cause), pickle.loads(pickle.dumps(wrap(cause)))):
-        with pytest.raises(type(cause)):
-            raise error
-
-
-@pytest.mark.parametrize(
-    ("cause", "names"),
-    [
-        (FileNotFoundError(2, "No such file", "/data/x"), ["errno", "filename"]),
-        (json_error(), ["pos", "doc"]),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), ["reason", "start"]),
-        (RuntimeWithTwoError(3, "boom"), ["code"]),
-    ],
-    ids=name_of,
-)
-def test_what_a_handler_reads_of_the_workers_exception_is_there(
-    cause: Exception, names: list[str]
-) -> None:
-    error = pickle.loads(pickle.dumps(wrap(cause)))
-    assert [getattr(error, name, None) for name in names] == [getattr(cause, n) for n in names]
-
-
-def test_the_workers_own_exception_is_the_cause() -> None:
-    error = pickle.loads(pickle.dumps(wrap(ValueError("bad", 7))))
-    assert isinstance(error.__cause__, ValueError)
-    assert error.__cause__.args == ("bad", 7)
-
-
-def test_an_exception_class_that_only_the_worker_has_is_a_plain_worker_error() -> None:
+def test_an_exception_that_cannot_be_sent_or_shown_is_a_plain_worker_error() -> None:
     class LocalError(Exception):
         pass
 
-    error = pickle.loads(pickle.dumps(wrap(LocalError("gone"))))
-    assert type(error) is WorkerError
-    assert "LocalError: gone" in str(error)
-
-
-def test_an_exception_that_cannot_even_be_shown_is_reported_all_the_same() -> None:
-    error = wrap(NoTextError("x"))
-    assert isinstance(error, WorkerError)
-    assert "NoTextError" in str(error)
+    for cause in (LocalError("gone"), StopIteration(3), KeyboardInterrupt()):
+        error = pickle.loads(pickle.dumps(wrap(cause)))
+        assert type(error) is WorkerError
+        assert str(error.args[0]).endswith(f"{name_of(cause)}: {cause}".removesuffix(": "))
+    assert "NoTextError" in str(wrap(NoTextError("x")))
 
 
 def test_long_texts_keep_both_ends_and_stay_small_enough_for_control_messages() -> None:
@@ -171,46 +133,34 @@ def test_long_texts_keep_both_ends_and_stay_small_enough_for_control_messages() 
     assert len(pickle.dumps(error)) < 100_000
 
 
-@pytest.mark.parametrize(("failed", "text"), [(2, "1 other rank failed"), (4, "3 other ranks fai")])
-def test_ranks_that_failed_in_the_same_call_are_counted(failed: int, text: str) -> None:
+def test_ranks_that_failed_in_the_same_call_or_waited_for_it_are_told() -> None:
     error = wrap(ValueError("x"))
-    error.failed_ranks = failed
-    assert text in str(error)
+    for failed, text in ((2, "1 other rank failed"), (4, "3 other ranks failed")):
+        error.failed_ranks = failed
+        assert text in str(error)
+    error.stuck = {1: "in all_reduce"}
+    assert str(error).endswith("ended:\n\nrank 1 (most recent call first):\nin all_reduce")
 
 
-def test_a_worker_that_died_is_a_worker_error_and_keeps_its_type() -> None:
-    error = pickle.loads(pickle.dumps(WorkerDiedError("gone", **WHERE)))
-    assert type(error) is WorkerDiedError
-    assert isinstance(error, WorkerError)
-    assert {name: getattr(error, name) for name in WHERE} == WHERE
+def test_a_death_and_a_timeout_keep_their_type_and_what_they_tell_across_processes() -> None:
+    died = WorkerDiedError("gone", **WHERE, exit_code=-9, log_tail="last words")
+    died = pickle.loads(pickle.dumps(died))
+    assert (type(died), died.exit_code) == (WorkerDiedError, -9)
+    assert {name: getattr(died, name) for name in WHERE} == WHERE
+    assert str(died) == "gone\n\nThe last lines that it wrote:\n  last words"
+    late = pickle.loads(pickle.dumps(CallTimeoutError("late", [1, 2], {1: "in sleep"})))
+    assert (late.pending_ranks, late.stacks) == ((1, 2), {1: "in sleep"})
+    assert str(late) == "late\n\nrank 1 (most recent call first):\nin sleep"
 
 
-def test_a_timeout_tells_the_pending_ranks_also_after_pickling() -> None:
-    error = pickle.loads(pickle.dumps(CallTimeoutError("late", [1, 2])))
-    assert isinstance(error, TimeoutError)
-    assert (str(error), error.pending_ranks) == ("late", (1, 2))
-
-
-@pytest.mark.parametrize(
-    ("error", "also"),
-    [
-        (RegistrationError, (TypeError,)),
-        (DispatchError, (ValueError, AssertionError)),
-        (ResourceError, (RuntimeError,)),
-        (WorkerError, (RuntimeError,)),
-        (WorkerDiedError, (WorkerError,)),
-        (CallTimeoutError, (TimeoutError,)),
-        (GroupBrokenError, (RuntimeError,)),
-        (UnknownMethodError, (AttributeError,)),
-        (UnknownRoleError, (ValueError, AssertionError)),
-    ],
-)
-def test_every_error_is_of_this_package_and_of_a_type_that_programs_catch(
-    error: type[Exception], also: tuple[type[Exception], ...]
-) -> None:
-    assert issubclass(error, SingleControllerError)
-    assert all(issubclass(error, base) for base in also)
-
-
-def test_all_errors_can_be_imported_from_the_package() -> None:
-    assert set(errors.__all__) <= set(single_controller.__all__)
+def test_errors_can_be_imported_from_the_package_and_caught_as_what_programs_catch() -> None:
+    raised = {name for name in errors.__all__ if isinstance(getattr(errors, name), type)}
+    assert raised <= set(single_controller.__all__)
+    for caught, kinds in {
+        TypeError: (RegistrationError,),
+        ValueError: (DispatchError, UnknownRoleError),
+        AssertionError: (DispatchError, UnknownRoleError),
+        RuntimeError: (ResourceError, WorkerError, GroupBrokenError),
+        AttributeError: (UnknownMethodError,),
+    }.items():
+        assert all({caught, SingleControllerError} <= {*kind.__mro__} for kind in kinds)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from single_controller.base.rendezvous import Rendezvous
+from single_controller.base.worker import Rendezvous
 from single_controller.errors import ResourceError
 
 HERE = "127.0.0.1"
@@ -29,54 +29,27 @@ def meet() -> Iterator[Callable[..., Rendezvous]]:
 
     yield make
     for one in made:
-        one._socket.close()
+        one.close()
 
 
-@pytest.fixture
-def taken() -> Iterator[int]:
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        yield other.getsockname()[1]
-
-
-def test_the_port_is_held_from_the_moment_it_is_known(meet: Callable[..., Rendezvous]) -> None:
-    held = meet(HERE)
-    assert (held.address, held.port > 0) == (HERE, True)
-    with socket.socket() as rival, pytest.raises(OSError, match="in use"):
-        rival.bind(("", held.port))
-    with pytest.raises(ResourceError):
-        meet(HERE, held.port)
-
-
-def test_two_that_let_the_system_choose_never_get_one_port(
+def test_the_port_is_held_from_the_moment_it_is_known_and_of_a_range_the_first_free_one_is(
     meet: Callable[..., Rendezvous],
 ) -> None:
-    assert len({meet(HERE).port for _ in range(20)}) == 20
-
-
-def test_a_taken_port_is_named(taken: int) -> None:
-    with pytest.raises(ResourceError, match=rf"master_port {taken} cannot be bound on {HERE}"):
-        Rendezvous(HERE, taken)
-
-
-def test_the_first_free_port_of_a_range_is_bound(
-    meet: Callable[..., Rendezvous], taken: int
-) -> None:
-    if taken > 65_500:
-        pytest.skip("the system chose a port at the very end")
-    assert taken < meet(HERE, port_range=[taken, taken + 30]).port <= taken + 30
-
-
-def test_a_range_without_a_free_port_is_named(taken: int) -> None:
-    with pytest.raises(ResourceError, match=rf"master_port_range \[{taken}, {taken}\]"):
-        Rendezvous(HERE, port_range=[taken, taken])
-
-
-@pytest.mark.parametrize("options", [{"port": 70_000}, {"port_range": [70_000, 70_001]}])
-def test_a_number_that_is_no_port_is_named(options: dict[str, Any]) -> None:
-    with pytest.raises((ResourceError, ValueError), match="70000"):
-        Rendezvous(HERE, **options)
+    held = meet(HERE)
+    taken = held.port
+    assert held.address == HERE
+    with socket.socket() as rival, pytest.raises(OSError, match="in use"):
+        rival.bind(("", taken))
+    if taken < 65_500:
+        assert taken < meet(HERE, port_range=[taken, taken + 30]).port <= taken + 30
+    for options, named in (
+        ({"port": taken}, f"master_port {taken} cannot be bound on {HERE}"),
+        ({"port_range": [taken, taken]}, rf"master_port_range \[{taken}, {taken}\]"),
+        ({"port": 70_000}, "70000"),
+        ({"port_range": [70_000, 70_001]}, "70000"),
+    ):
+        with pytest.raises(ResourceError, match=named):
+            meet(HERE, **options)
 
 
 def test_ranks_meet_in_the_store_also_one_that_came_before_it_was_served(
@@ -106,10 +79,10 @@ def test_ranks_meet_in_the_store_also_one_that_came_before_it_was_served(
 
 FIRST = """
 import sys
-from single_controller.base import rendezvous
+from single_controller.base import worker
 
-rendezvous._ALONE_S = 0
-held = rendezvous.Rendezvous("127.0.0.1")
+worker._ALONE_S = 0
+held = worker.Rendezvous("127.0.0.1")
 held.serve()
 print(held.port, "torch" in sys.modules, flush=True)
 """
@@ -140,7 +113,7 @@ def launch(program: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("order", [pytest.param((0, 1), marks=pytest.mark.slow), (1, 0)])
 def test_rank_0_finds_the_store_that_its_process_serves_whoever_comes_first(
     order: tuple[int, int],
 ) -> None:

@@ -63,62 +63,37 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(key, raising=False)
 
 
-def test_the_environment_is_every_key_and_nothing_that_changes_how_children_meet() -> None:
-    assert CONTEXT.environment() == KEYS
-    assert set(Worker.env_keys()) == set(KEYS)
-
-
 def test_a_worker_made_outside_a_group_reads_its_place_from_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for key, value in CONTEXT.environment().items():
+    """Which has every key, and nothing that changes how children meet."""
+    assert CONTEXT.environment() == KEYS
+    assert set(Worker.env_keys()) == set(KEYS)
+    assert place(Worker()) == (0, 1, 0, 1)
+    for key, value in KEYS.items():
         monkeypatch.setenv(key, value)
     worker = Worker()
     assert place(worker) == (5, 8, 0, 4)
     assert worker.get_master_addr_port() == ("10.0.0.1", "29500")
-    assert WorkerContext.from_environment().environment() == CONTEXT.environment()
-
-
-def test_without_any_environment_a_worker_is_alone() -> None:
-    worker = Worker()
-    assert place(worker) == (0, 1, 0, 1)
-    assert worker.fused_worker_dict == {}
+    assert WorkerContext.from_environment().environment() == KEYS
 
 
 def test_a_subclass_without_super_init_knows_its_place_from_the_first_line_on() -> None:
     class Forgetful(Worker):
         def __init__(self, x: int, *, y: int) -> None:
             self.seen = (self.rank, x, y)
-            self._register_dispatch_collect_info("m", 1, True)
-
-    with building(CONTEXT):
-        worker = Forgetful(1, y=2)
-    assert worker.seen == (5, 1, 2)
-    assert place(worker) == (5, 8, 0, 4)
-    assert worker._query_dispatch_info("m") == 1
-
-
-def test_a_worker_that_a_worker_makes_stands_in_the_same_place_with_its_own_meshes() -> None:
-    class Outer(Worker):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Worker()
+            self.inner = Worker()  # stands in the same place, with meshes of its own
             self.inner._register_dispatch_collect_info("m", 1, True)
 
     with building(CONTEXT):
-        outer = Outer()
-    assert place(outer.inner) == place(outer) == (5, 8, 0, 4)
-    assert outer.get_dispatch_collect()["dispatch_dp_rank"] == {}
-
-
-def test_the_context_ends_with_the_block_also_after_an_error() -> None:
-    def fail() -> None:
-        with building(CONTEXT):
-            raise KeyError("constructor")
-
-    with pytest.raises(KeyError):
-        fail()
+        worker = Forgetful(1, y=2)
+    with pytest.raises(KeyError), building(CONTEXT):
+        raise KeyError("constructor")
     assert Worker().world_size == 1
+    assert worker.seen == (5, 1, 2)
+    assert place(worker.inner) == place(worker) == (5, 8, 0, 4)
+    assert worker.get_dispatch_collect()["dispatch_dp_rank"] == {}
+    assert worker.inner._query_dispatch_info("m") == 1
 
 
 def test_roles_of_one_process_see_each_other_by_name() -> None:
@@ -130,11 +105,9 @@ def test_roles_of_one_process_see_each_other_by_name() -> None:
     assert peers["actor"].fused_worker_dict == peers
 
 
-@pytest.mark.parametrize(
-    ("name", "device"), [("cpu", torch.device("cpu")), ("cuda", torch.device("cuda", 2))]
-)
-def test_the_device_is_the_ranks_own(name: str, device: torch.device) -> None:
-    assert here(device_name=name, local_rank=2).device == device
+def test_the_device_is_the_ranks_own() -> None:
+    assert here(device_name="cpu", local_rank=2).device == torch.device("cpu")
+    assert here(device_name="cuda", local_rank=2).device == torch.device("cuda", 2)
 
 
 def test_visible_devices_are_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,13 +118,12 @@ def test_visible_devices_are_what_the_environment_says(monkeypatch: pytest.Monke
     assert Worker("0,1").get_cuda_visible_devices() == "0,1"
 
 
-@pytest.mark.parametrize(
-    "name", ["get_available_master_addr_port", "get_availale_master_addr_port"]
-)
-def test_an_address_for_the_users_own_rendezvous_can_be_bound(name: str) -> None:
-    address, port = getattr(Worker(), name)()
-    with socket.socket() as probe:
-        probe.bind((address, int(port)))
+def test_an_address_for_the_users_own_rendezvous_can_be_bound() -> None:
+    worker = Worker()
+    for ask in (worker.get_available_master_addr_port, worker.get_availale_master_addr_port):
+        address, port = ask()
+        with socket.socket() as probe:
+            probe.bind((address, int(port)))
 
 
 # rank = pp * 4 + dp * 2 + tp
@@ -207,15 +179,12 @@ def test_another_place_in_a_mesh_that_is_registered_is_refused_with_both() -> No
     assert worker._query_dispatch_info("m") == 0
 
 
-@pytest.mark.parametrize(
-    "query", ["_query_dispatch_info", "_query_collect_info", "query_collect_info"]
-)
-def test_an_unknown_mesh_names_the_known_ones_and_is_caught_as_verls_error(query: str) -> None:
+def test_an_unknown_mesh_names_the_known_ones_and_is_caught_as_verls_error() -> None:
     worker = Worker()
     worker._register_dispatch_collect_info("actor", 0, True)
-    for known in (ValueError, AssertionError):
-        with pytest.raises(known, match=r"'critic' is not registered.*Worker.*actor"):
-            getattr(worker, query)("critic")
+    for ask in (worker._query_dispatch_info, worker._query_collect_info, worker.query_collect_info):
+        with pytest.raises(AssertionError, match=r"'critic' is not registered.*Worker.*actor"):
+            ask("critic")
 
 
 def test_a_worker_takes_over_all_meshes_of_the_worker_it_nests() -> None:
@@ -227,10 +196,7 @@ def test_a_worker_takes_over_all_meshes_of_the_worker_it_nests() -> None:
         "dispatch_dp_rank": {"train": 1, "infer": 2},
         "collect_dp_rank": {"train": True, "infer": False},
     }
-
-
-def test_a_nested_workers_only_mesh_is_taken_over_under_the_name_that_is_asked_for() -> None:
-    """veRL's engine workers register "train" and are taken over as "ref" and "actor"."""
+    # veRL's engine workers register one, "train", and are taken over as "ref" and "actor".
     outer = Worker()
     for name, dp_rank in (("ref", 0), ("actor", 1)):
         inner = Worker()
@@ -239,45 +205,21 @@ def test_a_nested_workers_only_mesh_is_taken_over_under_the_name_that_is_asked_f
     assert [outer._query_dispatch_info(name) for name in ("ref", "actor")] == [0, 1]
 
 
-def test_a_mesh_is_taken_over_once() -> None:
-    outer, first, second = Worker(), Worker(), Worker()
-    first._register_dispatch_collect_info("actor", 1, False)
-    second._register_dispatch_collect_info("actor", 0, True)
-    outer.set_dispatch_collect("actor", **first.get_dispatch_collect())
-    for known in (ValueError, AssertionError):
-        with pytest.raises(known, match="actor"):
-            outer.set_dispatch_collect("actor", **second.get_dispatch_collect())
-    assert outer._query_dispatch_info("actor") == 1
-
-
-@pytest.mark.parametrize(
-    ("dp_ranks", "collects"),
-    [({}, {}), ({"train": 0}, {}), ({"a": 0, "b": 1}, {"a": True, "b": True})],
-)
-def test_a_mesh_that_the_nested_worker_lacks_is_named(
-    dp_ranks: dict[str, int], collects: dict[str, bool]
-) -> None:
+def test_a_mesh_that_the_nested_worker_lacks_or_that_is_registered_already_is_named() -> None:
     outer = Worker()
-    with pytest.raises(ValueError, match=r"meshes \['actor'.*nested worker first"):
-        outer.set_dispatch_collect("actor", dp_ranks, collects)
-    assert outer.get_dispatch_collect()["dispatch_dp_rank"] == {}
-
-
-def test_taking_over_does_not_change_what_is_registered_already() -> None:
-    outer, inner = Worker(), Worker()
-    outer._register_dispatch_collect_info("infer", 1, True)
-    inner._register_dispatch_collect_info("actor", 0, True)
-    inner._register_dispatch_collect_info("infer", 0, True)
-    with pytest.raises(ValueError, match="'infer' is registered already"):
-        outer.set_dispatch_collect("actor", **inner.get_dispatch_collect())
+    outer._register_dispatch_collect_info("infer", 1, False)
+    lacks = r"meshes \['actor'.*nested worker first"
+    for taken, dp_ranks, collects, match in (
+        ("actor", {}, {}, lacks),
+        ("actor", {"train": 0}, {}, lacks),
+        ("actor", {"a": 0, "b": 1}, {"a": True, "b": True}, lacks),
+        ("infer", {"infer": 0}, {"infer": True}, "'infer' is registered already"),
+        ("actor", {"actor": 0, "infer": 0}, {"actor": True, "infer": True}, "'infer' is reg"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            outer.set_dispatch_collect(taken, dp_ranks, collects)
+    outer.get_dispatch_collect()["dispatch_dp_rank"]["infer"] = 7
     assert outer._query_dispatch_info("infer") == 1
-
-
-def test_changing_what_get_dispatch_collect_returned_changes_no_worker() -> None:
-    worker = Worker()
-    worker._register_dispatch_collect_info("m", 0, True)
-    worker.get_dispatch_collect()["dispatch_dp_rank"]["m"] = 7
-    assert worker._query_dispatch_info("m") == 0
 
 
 def test_a_function_sent_to_a_worker_runs_with_it_or_on_rank_zero_without() -> None:

@@ -9,39 +9,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
+from single_controller.cli import doctor
+from single_controller.cli.doctor import Node, Probe
 from single_controller.device import CPU
 from single_controller.errors import ResourceError
-from single_controller.ray import RayResourcePool, doctor
-from single_controller.ray.node_checks import NODE_CHECKS, Finding, Node
-from single_controller.ray.node_probe import NodeProbe
+from single_controller.ray import RayResourcePool
+from tests.cli.program import here, run
 
-ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
-SEEN = replace(
-    NodeProbe().look(),
-    shm_total=16 * GIB,
-    shm_free=16 * GIB,
-    devices={},
-    open_files=65_536,
-    disk_total=100 * GIB,
-    disk_free=50 * GIB,
-)
-
-
-def node(resources: dict[str, float] | None = None, **seen: Any) -> Node:
-    offered = {"CPU": 8.0, "object_store_memory": 8.0 * GIB, **(resources or {})}
-    return Node("10.0.0.1", offered, None, replace(SEEN, **seen))
-
-
-def first(check: str, *nodes: Node) -> Finding:
-    return next(NODE_CHECKS[check](nodes))
+OWN = Node("", {}).versions
+CLUSTER = """
+import sys, ray
+context = ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
+print(context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
 
 
 def bare(**variables: str) -> dict[str, str]:
@@ -50,106 +37,84 @@ def bare(**variables: str) -> dict[str, str]:
     return {**env, **variables}
 
 
-def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "single_controller", *arguments],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+def found(offered: dict[str, float], **seen: Any) -> list[doctor.Finding]:
+    node = Node("10.0.0.1", {"CPU": 8.0, "object_store_memory": 8.0 * GIB, **offered})
+    good = {"shm": (16 * GIB, 16 * GIB), "disk": (100 * GIB, 50 * GIB), "open_files": 65_536}
+    vars(node).update({**good, "devices": {"GPU": 0}, "clock_s": 0.0, **seen})
+    return list(doctor.look_at(node, OWN))
 
 
 @pytest.mark.parametrize(
-    ("check", "bad", "state", "detail", "fix"),
+    ("check", "offered", "seen", "state", "detail", "fix"),
     [
-        ("object store", node(shm_total=64 << 20), "fail", "does not fit", "--shm-size=9g"),
-        ("object store", node({"object_store_memory": 1e8}), "warn", "spill", "--object-store-mem"),
-        ("object store", node(shm_free=GIB), "warn", "1.0 GiB are free", "/dev/shm"),
-        ("disk", node(disk_free=4 * GIB), "fail", "4.0 GiB free at .*, 96% used", "--temp-dir"),
-        ("disk", node(disk_free=7 * GIB), "warn", "less than the object store", "--temp-dir"),
-        ("devices", node(devices={"GPU": 4}), "warn", "has 4 GPUs, and Ray offers 0", "num-gpus=4"),
-        ("devices", node({"GPU": 2.0}), "warn", "no such device files", "--gpus all"),
-        ("open files", node(open_files=1024), "warn", "1024 files", "ulimit -n"),
-        (
-            "versions",
-            node(versions={**SEEN.versions, "ray": "2.1.0"}),
-            "fail",
-            "ray .* here, 2.1.0",
-            "same versions",
-        ),
-        (
-            "versions",
-            node(versions={k: v for k, v in SEEN.versions.items() if k != "torch"}),
-            "warn",
-            "torch .* here, None",
-            "same versions",
-        ),
+        ("object store", {}, {"shm": (64 << 20, 0)}, "fail", "does not fit", "--shm-size=9g"),
+        ("object store", {"object_store_memory": 1e8}, {}, "warn", "spill", "--object-store-mem"),
+        ("object store", {}, {"shm": (16 * GIB, GIB)}, "warn", "1.0 GiB are free", "/dev/shm"),
+        ("disk", {}, {"disk": (GIB, 0)}, "fail", r"0.0 GiB free \(100% used", "--temp-dir"),
+        ("disk", {}, {"disk": (100 * GIB, 7 * GIB)}, "warn", "7.0 GiB free", "--temp-dir"),
+        ("devices", {}, {"devices": {"GPU": 4}}, "warn", "has 4 .*, and Ray offers 0", "gpus=4"),
+        ("devices", {"GPU": 2.0}, {}, "warn", "has 0 .* and Ray offers 2", "--gpus all"),
+        ("open files", {}, {"open_files": 1024}, "warn", "1024 files", "ulimit -n"),
+        ("clocks", {}, {"clock_s": -2.0}, "warn", "-2.0 s off", "chrony"),
+        ("versions", {}, {"versions": {**OWN, "ray": "2.1.0"}}, "fail", "here, 2.1.0", "same"),
+        ("versions", {}, {"versions": {**OWN, "torch": "1"}}, "warn", "torch .* here, 1", "same"),
     ],
 )
 def test_what_is_wrong_with_a_node_is_named_with_what_to_do(
-    check: str, bad: Node, state: str, detail: str, fix: str
+    check: str, offered: dict[str, float], seen: Any, state: str, detail: str, fix: str
 ) -> None:
-    finding = first(check, bad)
-    assert (finding.check, finding.state) == (check, state)
+    finding, node = found(offered, **seen)
+    assert (finding.check, finding.state, node.state) == (check, state, "ok")
     assert re.search(detail, finding.detail)
     assert fix in finding.fix
 
 
-@pytest.mark.parametrize("check", ["versions", "devices", "disk", "open files"])
-def test_a_node_as_it_should_be_passes(check: str) -> None:
-    assert first(check, node()).state == "ok"
+def test_a_node_as_it_should_be_is_said_to_be_well_in_a_line() -> None:
+    [finding] = found({})
+    assert (finding.check, finding.state, finding.fix) == ("node", "ok", "")
 
 
 def test_a_port_that_takes_no_connection_is_named() -> None:
-    probe = NodeProbe()
-    port = probe.listen()
-    assert probe.unreachable([("127.0.0.1", port)]) == []
+    probe = Probe()
+    address = ("127.0.0.1", probe.listen())
+    assert probe.unreachable([address]) == []
     probe._socket.close()
-    [(ip, why)] = probe.unreachable([("127.0.0.1", port)])
-    assert ip == "127.0.0.1"
-    assert "refused" in why
+    [why] = probe.unreachable([address])
+    assert re.match(r"127.0.0.1 \(.*refused", why)
 
 
-def test_a_check_that_raises_fails_alone_and_what_is_well_counts_only_if_nothing_is_wrong() -> None:
-    def broken(fix: str) -> Iterator[Finding]:
-        yield Finding("ports", "warn", "one")
-        yield Finding("ports", "ok", "all are well")
-        raise OSError("no such thing")
-
-    found = list(doctor._guarded("ports", "do this", broken, ""))
-    assert [f.state for f in found] == ["warn", "fail"]
-    assert found[1] == Finding("ports", "fail", "OSError: no such thing", "do this")
-
-
-def test_an_all_reduce_whose_devices_others_hold_is_skipped(
+def test_a_check_that_raises_fails_alone_and_one_whose_devices_others_hold_is_skipped(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def broken() -> Iterator[tuple[str, str]]:
+        yield "warn", "one"
+        raise OSError("no such thing")
+
     def held(*_: object, **__: object) -> None:
         raise ResourceError("others hold them")
 
     monkeypatch.setattr(RayResourcePool, "get_placement_groups", held)
-    [finding] = doctor._guarded("all-reduce cpu", "", doctor._reduce, CPU, 1)
-    assert (finding.state, finding.detail) == ("skip", "2 × CPU are not free: others hold them")
+    assert [
+        *doctor.guarded("ports", "do this", broken),
+        *doctor.guarded("all-reduce cpu", "", doctor._reduce, CPU, 1),
+    ] == [
+        ("ports", "warn", "one", ""),
+        ("ports", "fail", "OSError: no such thing", "do this"),
+        ("all-reduce cpu", "skip", "others hold them", ""),
+    ]
 
 
 def test_doctor_checks_a_running_cluster_and_exits_0(cluster: None) -> None:
-    address = str(ray.get_runtime_context().gcs_address)
-    done = run("doctor", "--address", address)
+    done = run("doctor", "--address", here())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"reached {address}" in done.stdout
-    checks = ("nodes", *NODE_CHECKS, "all-reduce cpu")
-    marked = {
-        line[6:21].strip() for line in done.stdout.splitlines() if line[:4] in ("ok  ", "warn")
-    }
-    assert set(checks) <= marked
+    said = re.findall(r"^(?:ok|warn)  +(\S+(?: \S+)*)  +\S", done.stdout, re.MULTILINE)
+    assert {"cluster", "nodes", "node", "ports", "all-reduce cpu"} <= set(said), done.stdout
+    assert f"reached {here()}" in done.stdout
     assert "gloo, 2 ranks" in done.stdout
     assert done.stdout.endswith("all is well\n")
 
 
-@pytest.mark.parametrize("command", [["doctor"], ["ps"], ["stacks", "group"], ["kill", "group"]])
+@pytest.mark.parametrize("command", [["doctor"], ["stacks", "group"]])
 def test_a_cluster_that_is_not_there_is_said_at_once_with_how_to_start_one(
     command: list[str],
 ) -> None:
@@ -163,12 +128,15 @@ def test_a_cluster_that_is_not_there_is_said_at_once_with_how_to_start_one(
     assert "Traceback" not in done.stderr
 
 
-CLUSTER = """
-import sys, ray
-context = ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
-print(context.address_info["gcs_address"], flush=True)
-sys.stdin.read()
-"""
+def test_what_takes_connections_and_is_no_cluster_is_given_up_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "_KNOCK_S", 0.5)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        with pytest.raises(ValueError, match="is no Ray cluster, or one that hangs"):
+            doctor.connect(f"127.0.0.1:{mute.getsockname()[1]}")
 
 
 @pytest.fixture(scope="module")
@@ -191,59 +159,36 @@ def other_cluster() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["doctor", "ps"])
 def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there(
-    command: str, other_cluster: tuple[str, str], tmp_path: Path
+    other_cluster: tuple[str, str], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray._private.authentication", reason="this Ray knows no tokens")
     address, _ = other_cluster
-    for variables, seen in (
-        ({"HOME": str(tmp_path)}, "RAY_AUTH_MODE is not set, and there is no token at"),
-        ({"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}, "is token, and there is no token at"),
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}, "a token in RAY_AUTH_TOKEN"),
-    ):
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}
+    for command, variables in (("doctor", {"HOME": str(tmp_path)}), ("ps", wrong)):
         done = run(command, "--address", address, env=bare(**variables))
         said = done.stdout + done.stderr
         assert done.returncode == (1 if command == "doctor" else 2), said
-        assert f"the cluster at {address} wants its token: here RAY_AUTH_MODE" in said
-        assert seen in said
+        assert f"the cluster at {address} wants its token" in said
         assert "RAY_AUTH_MODE=token, with the cluster's own token" in said
         assert "ray start" not in said
         assert len(said.splitlines()) <= 3, said
 
 
 @pytest.mark.slow
-def test_one_of_several_clusters_of_a_user_needs_no_more_than_its_name(
+def test_one_of_several_clusters_must_be_named_and_needs_no_more_than_its_name(
     cluster: None, other_cluster: tuple[str, str]
 ) -> None:
     address, home = other_cluster
+    for command in (["doctor"], ["kill", "group"]):
+        done = run(*command, env=bare())
+        said = done.stdout + done.stderr
+        assert done.returncode == (1 if command == ["doctor"] else 2), said
+        assert re.search(r"\d clusters run on this machine: .*name one with --address", said, re.S)
+        assert address in said
+        assert here() in said
     for named in (["--address", address], []):
         env = bare(HOME=home, **({} if named else {"RAY_ADDRESS": address}))
         done = run("ps", *named, env=env)
         assert done.stdout == f"reached {address}\nno groups are running\n", done.stderr
         assert done.stderr == ""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [["doctor"], ["ps"], ["stacks", "group"], ["kill", "group"]])
-def test_one_of_several_clusters_must_be_named(
-    command: list[str], cluster: None, other_cluster: tuple[str, str]
-) -> None:
-    done = run(*command, env=bare())
-    said = done.stdout + done.stderr
-    assert done.returncode == (1 if command == ["doctor"] else 2), said
-    assert re.search(r"\d clusters run on this machine: .*name one with --address", said, re.DOTALL)
-    for address in (other_cluster[0], str(ray.get_runtime_context().gcs_address)):
-        assert address in said
-
-
-def test_what_takes_connections_and_is_no_cluster_is_given_up_in_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(doctor, "_KNOCK_S", 2.0)
-    with socket.socket() as mute:
-        mute.bind(("127.0.0.1", 0))
-        mute.listen()
-        finding = doctor.connect(f"127.0.0.1:{mute.getsockname()[1]}")
-    assert finding.state == "fail"
-    assert "is no Ray cluster, or one that hangs" in finding.detail

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 
 from protocol import DataProto
 from single_controller.base.decorator import register
 from single_controller.base.method import BoundMethod
-from single_controller.port import port
+from single_controller.cli.port import ported
 from single_controller.ray import (
-    RayClassWithInitArgs,
     RayResourcePool,
     RayWorkerGroup,
     colocate,
@@ -37,7 +35,7 @@ SAME, ABSENT = (
 
 
 def test_the_program_after_is_what_port_makes_of_the_program_before() -> None:
-    assert port(BEFORE) == (AFTER, [], [])
+    assert ported(BEFORE) == (AFTER, [], [])
 
 
 @pytest.mark.slow
@@ -62,16 +60,16 @@ def test_the_table_of_imports_is_what_port_does() -> None:
     assert len(rows) == 5
     for old, new in rows:
         start = "from {} import {}".format(*old.rsplit(".", 1))
-        ported = port(start)
+        found = ported(start)
         name = new.rpartition(".")
         expected = f"from {name[0]} import {name[2]}" if name[0] else f"import {new}"
-        assert (ported.text, ported.problems) == (expected, [])
+        assert (found.text, found.problems) == (expected, [])
 
 
 @pytest.mark.parametrize("name", re.findall(r"^\| `(verl\.[\w.]+)`", ABSENT, re.MULTILINE))
 def test_a_name_listed_as_absent_is_one_that_port_cannot_map(name: str) -> None:
     program = "from {} import {}".format(*name.rsplit(".", 1))
-    assert port(program) == (program, [(1, f"{name}, left as it was")], [])
+    assert ported(program) == (program, [(1, f"{name}, left as it was")], [])
 
 
 def test_every_name_listed_as_the_same_is_a_public_one() -> None:
@@ -100,26 +98,6 @@ def test_every_name_listed_as_the_same_is_a_public_one() -> None:
 def test_concat_keeps_metrics_that_only_some_shards_have() -> None:
     shards = [DataProto(meta_info={"metrics": m}) for m in ({"a": 1.0}, {"a": 2.0, "b": 3.0})]
     assert DataProto.concat(shards).meta_info["metrics"] == {"a": [1.0, 2.0], "b": [3.0]}
-
-
-def test_several_keys_are_renamed_at_once() -> None:
-    data = DataProto.from_dict({"a": torch.zeros(2), "b": torch.ones(2)}).rename(
-        ["a", "b"], ["c", "d"]
-    )
-    assert {key: value.tolist() for key, value in data.batch.items()} == {
-        "c": [0.0, 0.0],
-        "d": [1.0, 1.0],
-    }
-
-
-def test_a_detached_group_needs_a_detached_pool(cluster: None) -> None:
-    from single_controller import Worker
-
-    with (
-        RayResourcePool([1]) as pool,
-        pytest.raises(ValueError, match="detached=True needs a pool with detached=True"),
-    ):
-        RayWorkerGroup(pool, RayClassWithInitArgs(Worker), detached=True)
 
 
 def options(title: str) -> list[dict[str, str]]:

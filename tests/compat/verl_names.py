@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from single_controller.port import HOMES, MODULES
+from single_controller.verl import HOMES, MODULES, named
 
 PAGE = Path(__file__).parents[2] / "docs/from_verl.md"
 BEGIN, END = "<!-- generated: tests/compat/verl_names.py -->\n", "<!-- end -->\n"
@@ -120,8 +120,9 @@ def here(name: str) -> str | None:
             kept = {m for base in found.__mro__ for m in _members_of(base)}
             return "attribute" if member in kept else None
     else:
-        home = HOMES.get(name) or MODULES.get(owner)
+        home = MODULES.get(owner)
         value = getattr(importlib.import_module(home), member, None) if home else None
+        value = named(HOMES[name]) if name in HOMES else value
     if value is None:
         return None
     value = getattr(value, "__func__", value)

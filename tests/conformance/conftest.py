@@ -10,7 +10,7 @@ import ray
 
 from single_controller import ClassWithInitArgs, ResourcePool, inline
 from single_controller import ray as on_ray
-from tests.conformance.probe import Probe
+from tests.conformance.probe import Engine, Fragile, Member, Probe
 from tests.conformance.team import ARGUMENTS, specs
 
 
@@ -76,21 +76,36 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 @pytest.fixture(scope="package")
-def group(backend: Backend) -> Iterator[Any]:
-    """Two ranks, in the meshes "tp" (one dp rank) and "dp" (two)."""
-    with backend.group(backend.spec(Probe, meshes=True)) as two:
-        yield two
+def in_turn(backend: Backend) -> Iterator[dict[str, Any]]:
+    """By name, groups of roles whose calls run one after another, all in the same two hosts."""
+    roles = {cls.__name__: backend.spec(cls) for cls in (Probe, Engine, Fragile)}
+    with backend.group(backend.module.create_colocated_worker_cls(roles)) as hosts:
+        yield hosts.spawn(roles)
 
 
 @pytest.fixture(scope="package")
-def three(backend: Backend) -> Iterator[Any]:
-    with backend.group(backend.spec(Probe, meshes=False), ranks=3) as group:
-        yield group
+def group(in_turn: dict[str, Any]) -> Any:
+    """Two ranks, in the meshes "tp" (one dp rank) and "dp" (two)."""
+    return in_turn["Probe"]
+
+
+@pytest.fixture(scope="package")
+def four(backend: Backend) -> Iterator[dict[str, Any]]:
+    """Roles on four ranks, by name: in two meshes, and in none."""
+    roles = {"Member": backend.spec(Member), "Probe": backend.spec(Probe, meshes=False)}
+    with backend.group(backend.module.create_colocated_worker_cls(roles), ranks=4) as hosts:
+        yield hosts.spawn(roles)
+
+
+@pytest.fixture(scope="package")
+def wider(four: dict[str, Any]) -> Any:
+    """As `group`, with four ranks."""
+    return four["Probe"]
 
 
 @pytest.fixture(scope="package")
 def hosts(backend: Backend) -> Iterator[Any]:
-    """Three roles on two ranks."""
+    """Three roles on two ranks, one of them with async methods."""
     with backend.group(backend.module.create_colocated_worker_cls(specs(backend))) as all_roles:
         yield all_roles
 

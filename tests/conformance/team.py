@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from protocol import DataProto
+from single_controller import span
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 
@@ -19,7 +20,10 @@ class Actor(Worker):
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     def add(self, data: DataProto) -> DataProto:
-        data.batch["a"] += self.rank * self.scale
+        if data.meta_info.get("fails"):
+            raise LookupError
+        with span("inside", rows=len(data)):
+            data.batch["a"] += self.rank * self.scale
         return data
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -49,7 +53,8 @@ class Critic(Worker):
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
     async def sub(self, data: DataProto) -> DataProto:
-        await asyncio.sleep(0)
+        with span("inside", rows=len(data)):
+            await asyncio.sleep(0)
         data.batch["a"] -= self.config["b"]
         return data
 

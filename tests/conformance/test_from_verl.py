@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +12,8 @@ from tensordict import TensorDict
 
 from protocol import DataProto
 from protocol import tensordict_utils as tu
-from single_controller import DispatchError, Worker
-from single_controller.base.decorator import (
-    Dispatch,
-    make_nd_compute_dataproto_dispatch_fn,
-    register,
-)
+from single_controller import DispatchError
 from tests.conformance.conftest import Backend
-
-MESH = make_nd_compute_dataproto_dispatch_fn("train")
 
 
 @dataclass
@@ -44,50 +36,13 @@ class Stubborn(Keys):
         return [self]
 
 
-class Engine(Worker):
-    def __init__(self) -> None:
-        super().__init__()
-        self._register_dispatch_collect_info("train", dp_rank=self.rank, is_collect=True)
-
-    @register(dispatch_mode=MESH)
-    def update(self, data: Any, settings: Any = None) -> TensorDict:
-        """A TensorDict without rows, of this rank."""
-        got = None if settings is None else tu.get_non_tensor_data(settings, "lr", None)
-        return tu.get_tensordict({}, {"metrics": {"rank": self.rank, "rows": len(data), "lr": got}})
-
-    @register(dispatch_mode=MESH, blocking=False)
-    def update_later(self, data: Any, settings: Any = None) -> TensorDict:
-        return self.update(data, settings)
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
-    def read(self, found: TensorDict) -> TensorDict:
-        return found
-
-    @register(dispatch_mode=MESH)
-    def load(self, keys: Any) -> Any:
-        return Keys([f"{name}@{self.rank}" for name in keys.names])
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
-    def load_each(self, keys: Any) -> Any:
-        return keys
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def places(self) -> tuple[int, int, int, int]:
-        return self._rank, self._world_size, self._local_rank, self._local_world_size
-
-
-@pytest.fixture(scope="module")
-def group(backend: Backend) -> Iterator[Any]:
-    with backend.group(backend.spec(Engine)) as two:
-        yield two
+@pytest.fixture
+def group(in_turn: dict[str, Any]) -> Any:
+    return in_turn["Engine"]
 
 
 def batch(rows: int = 4, **options: Any) -> DataProto:
     return DataProto.from_dict({"x": torch.arange(float(rows))}, **options)
-
-
-def settings() -> TensorDict:
-    return tu.get_tensordict({}, {"lr": 0.5})
 
 
 def metrics(data: TensorDict) -> Any:
@@ -105,20 +60,27 @@ def test_a_group_says_who_is_where_in_a_mesh_as_verls_trainers_ask(group: Any) -
     assert group._collect_info == {"train": [True, True]}
     group._dispatch_info[role] = [1, 0]
     assert metrics(group.update(batch()))["rank"] == 1  # the first shard is rank 1's now
-    group.restart()
-    group.update(batch())
-    assert group._dispatch_info == {"train": [0, 1]}
+    group._dispatch_info[role] = [0, 1]
+    assert [place[:2] for place in group.places()] == [(0, 2), (1, 2)]
+    assert all(place[3] == 2 for place in group.places())
 
 
-def test_a_tensordict_without_rows_goes_whole_and_of_results_the_first_counts(group: Any) -> None:
+def test_a_tensordict_without_rows_goes_whole_and_of_results_the_first_counts(
+    backend: Backend, group: Any
+) -> None:
+    settings = tu.get_tensordict({}, {"lr": 0.5})
     expected = {"rank": 0, "rows": 2, "lr": 0.5}
-    assert metrics(group.update(batch(), settings())) == expected
-    assert metrics(group.update(batch(), settings=settings())) == expected
-    assert metrics(group.update(batch(3, auto_padding=True), settings())) == expected
-    assert tu.get_non_tensor_data(group.read(settings()), "lr", None) == 0.5
-    future = group.update_later(batch(), settings())
+    assert metrics(group.update(batch(), settings)) == expected
+    assert metrics(group.update(batch(), settings=settings)) == expected
+    assert metrics(group.update(batch(3, auto_padding=True), settings)) == expected
+    assert tu.get_non_tensor_data(group.read(settings), "lr", None) == 0.5
+    future = group.update_later(batch(), settings)
     assert metrics(future.get(timeout=60)) == expected
     assert metrics(group.read(future)) == expected
+    assert len(future.futures) == 2
+    if backend.name == "ray":
+        assert len(ray.get(future.futures, timeout=60)) == 2
+        assert len(future.select(["x"]).futures) == 2
 
 
 def test_whatever_can_be_chunked_and_concatenated_goes_by_parts(group: Any) -> None:
@@ -129,18 +91,3 @@ def test_whatever_can_be_chunked_and_concatenated_goes_by_parts(group: Any) -> N
         group.load(Stubborn(["a"]))
     with pytest.raises(DispatchError, match=r"must be a DataProto.*or have chunk"):
         group.load(3)
-
-
-def test_a_future_has_references_that_the_backend_can_wait_for(
-    group: Any, backend: Backend
-) -> None:
-    future = group.update_later(batch())
-    assert len(future.futures) == 2
-    if backend.name == "ray":
-        assert len(ray.get(future.futures, timeout=60)) == 2
-        assert len(future.select(["x"]).futures) == 2
-
-
-def test_a_worker_has_its_place_under_verls_private_names_too(group: Any) -> None:
-    assert [place[:2] for place in group.places()] == [(0, 2), (1, 2)]
-    assert all(place[3] == 2 for place in group.places())

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from protocol import DataProto
 from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
 from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
 from tests.conformance.conftest import Backend
+from tests.conformance.probe import Engine
 
 pytestmark = pytest.mark.slow
 
@@ -45,21 +48,17 @@ class Mortal(Worker):
         return self.state
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def die(self, now: bool) -> None:
-        if now:
+    def fail(self, how: str) -> None:
+        if how == "die":
             sys.exit(3)
-
-
-class Other(Worker):
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def answer(self) -> int:
-        return 42
+        if how == "raise":
+            raise KeyError(how)
 
 
 @pytest.fixture(scope="module")
 def both(backend: Backend) -> Iterator[Any]:
     with backend.module.colocate(
-        backend.pool([2]), on_failure="restart", max_restarts=1, mortal=Mortal, other=Other
+        backend.pool([2]), on_failure="restart", max_restarts=1, mortal=Mortal, engine=Engine
     ) as roles:
         yield roles
 
@@ -67,28 +66,36 @@ def both(backend: Backend) -> Iterator[Any]:
 def test_a_restarted_group_has_all_its_roles_anew_and_former_calls_no_longer_count(
     both: Any,
 ) -> None:
-    former = both.other.answer.submit()
-    assert former.result() == [42, 42]
-    both.other.restart()
+    batch = DataProto.from_dict({"x": torch.zeros(4)})
+    both.engine.update(batch)
+    both.engine._dispatch_info["train"] = [1, 0]
+    former = both.engine.places.submit()
+    assert len(former.result()) == 2
+    with pytest.raises(GroupBrokenError, match="the group was restarted"):
+        both.mortal.look_late()  # planned for the former ranks, it goes to no others
     assert both.mortal.look() == ["restored on 0", "restored on 1"]
-    assert both.other.answer() == [42, 42]
-    assert both.hosts.restarts == 1
+    both.engine.update(batch)
+    assert both.engine._dispatch_info == {"train": [0, 1]}
+    assert both.hosts.restarts == both.engine.restarts == 1
     assert [row.state for row in both.hosts.describe().rows] == ["alive"] * 4
+    assert both.engine.stacks() == {0: "  in no call", 1: "  in no call"}
     with pytest.raises(GroupBrokenError, match="the group was restarted"):
         former.result()
 
 
 def test_a_group_restarts_itself_after_a_death_as_often_as_it_was_told(both: Any) -> None:
-    with pytest.raises(WorkerDiedError):
-        both.mortal.die(PerRank([False, True]))
+    before = both.hosts.restarts
+    with pytest.raises(KeyError):
+        both.mortal.fail(PerRank(["not", "raise"]))
+    assert both.mortal.look() == ["restored on 0", "restored on 1"]
+    assert both.hosts.restarts == before, "all ranks finished, so nothing is restarted"
+    for _ in range(2 - before):
+        with pytest.raises(WorkerDiedError):
+            both.mortal.fail(PerRank(["not", "die"]))
     with pytest.raises(GroupBrokenError, match=r"lost a rank.*restart\(\).*max_restarts=1"):
         both.mortal.look()
-    both.mortal.restart()
+    both.restart()
     assert both.mortal.look() == ["restored on 0", "restored on 1"]
-
-
-def test_stacks_say_of_each_rank_what_it_is_doing(both: Any) -> None:
-    assert both.other.stacks() == {0: "  in no call", 1: "  in no call"}
 
 
 def test_a_restart_that_fails_says_why_and_can_be_tried_again(backend: Backend) -> None:
@@ -102,12 +109,10 @@ def test_a_restart_that_fails_says_why_and_can_be_tried_again(backend: Backend) 
         group.close()
         with pytest.raises(GroupBrokenError, match="a closed group cannot be restarted"):
             group.restart()
-        with pytest.raises(ValueError, match="on_failure must be 'raise' or 'restart'"):
-            backend.group(backend.spec(Mortal), on_failure="retry")
 
 
-def test_a_call_that_was_planned_for_the_former_ranks_goes_to_no_others(backend: Backend) -> None:
-    with backend.group(backend.spec(Mortal)) as group:
-        with pytest.raises(GroupBrokenError, match="the group was restarted"):
-            group.look_late()
-        assert group.look() == ["restored on 0", "restored on 1"]
+def test_a_policy_that_cannot_be_is_refused(backend: Backend) -> None:
+    with pytest.raises(ValueError, match="on_failure must be 'raise' or 'restart'; got 'retry'"):
+        backend.group(backend.spec(Mortal), on_failure="retry")
+    with pytest.raises(ValueError, match="max_restarts must be a count; got -1"):
+        backend.group(backend.spec(Mortal), max_restarts=-1)

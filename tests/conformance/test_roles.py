@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import html
 import inspect
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,40 +16,40 @@ import ray
 import torch
 
 from protocol import DataProto
-from single_controller import RegistrationError, UnknownRoleError, WorkerError, inline
+from single_controller import RegistrationError, UnknownRoleError, inline
 from single_controller import ray as on_ray
-from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from tests.conformance.conftest import Backend
+from tests.conformance.probe import Unreadable, values
 from tests.conformance.team import ARGUMENTS, Actor, specs, zeros
+from tests.waiting import eventually, is_alive
 
 
-def test_role_names_that_are_prefixes_of_others_stay_apart(
+def test_roles_stay_apart_also_where_the_name_of_one_begins_that_of_another(
     roles: dict[str, Any],
 ) -> None:
-    assert roles["actor"].add(zeros()).batch["a"].tolist() == [0] * 5 + [1] * 5
-    assert roles["actor_rollout"].add(zeros()).batch["a"].tolist() == [0] * 5 + [7] * 5
+    assert values(roles["actor"].add(zeros())) == [0] * 5 + [1] * 5
+    assert values(roles["actor_rollout"].add(zeros())) == [0] * 5 + [7] * 5
+    assert [group.name()[0] for group in roles.values()] == ["actor-1", "rollout", "critic"]
     with pytest.raises(AttributeError, match="actor has no method 'generate'"):
         roles["actor"].generate()
 
 
-def test_methods_of_the_same_name_stay_with_their_role(roles: dict[str, Any]) -> None:
-    assert {role: group.name() for role, group in roles.items()} == {
-        "actor": ["actor-1"] * 2,
-        "actor_rollout": ["rollout"] * 2,
-        "critic": ["critic"] * 2,
-    }
-
-
-def test_separate_groups_on_the_same_pool_give_the_same_numbers(
+def test_a_group_of_one_role_gives_the_same_numbers_and_ends_when_it_is_dropped(
     backend: Backend, roles: dict[str, Any]
 ) -> None:
-    with (
-        backend.group(specs(backend)["actor"]) as actor,
-        backend.group(specs(backend)["critic"]) as critic,
-    ):
-        separate = critic.sub(actor.add(zeros()))
-        assert separate.equal(roles["critic"].sub(roles["actor"].add(zeros())))
+    fused = backend.module.create_colocated_worker_cls_fused(specs(backend, "actor"))
+    gc.disable()  # its processes end without the collector
+    try:
+        alone = backend.group(fused).spawn(["actor"])["actor"]
+        separate = roles["critic"].sub(alone.add(zeros()))
+        pids = alone.pid()
+        del alone
+        gone = os.getpid() in pids or eventually(lambda: not any(map(is_alive, pids)))
+    finally:
+        gc.enable()
+    assert gone
+    assert separate.equal(roles["critic"].sub(roles["actor"].add(zeros())))
 
 
 def test_a_dispatched_batch_is_not_changed(roles: dict[str, Any]) -> None:
@@ -59,28 +61,16 @@ def test_a_dispatched_batch_is_not_changed(roles: dict[str, Any]) -> None:
     assert data.equal(before)
 
 
-def test_async_methods_interleave_and_others_keep_their_order(
+def test_async_methods_interleave_and_others_keep_their_order_whatever_fails_among_them(
     backend: Backend, roles: dict[str, Any]
 ) -> None:
     waiting = roles["critic"].wait_for_note()
     for i in range(30):
         roles["critic"].note(f"note {i}")
+    lost = roles["critic"].note(Unreadable())
     roles["critic"].note("go on")
     for log in backend.get(waiting):
         assert log[-31:] == [*(f"note {i}" for i in range(30)), "go on"]
-
-
-class Unreadable:
-    def __reduce__(self) -> Any:
-        return int, ("not a number",)
-
-
-def test_a_call_that_fails_before_it_runs_holds_up_no_later_one(
-    backend: Backend, roles: dict[str, Any]
-) -> None:
-    lost = roles["critic"].note(Unreadable())
-    roles["critic"].note("after")
-    assert roles["critic"].name() == ["critic"] * 2
     with pytest.raises(ValueError, match="invalid literal"):
         backend.get(lost)
 
@@ -91,33 +81,15 @@ def test_threads_may_call_the_same_roles_at_once(roles: dict[str, Any]) -> None:
     assert outputs == [["critic"] * 2] * 40
 
 
-def test_an_unknown_role_is_answered_with_the_known_ones(hosts: Any) -> None:
-    with pytest.raises(UnknownRoleError, match="unknown role 'critc': did you mean 'critic'"):
-        hosts.spawn(["critc"])
-
-
-def test_a_method_called_on_the_hosts_names_the_roles_to_spawn(hosts: Any) -> None:
-    with pytest.raises(AttributeError, match=r"host of roles .*'actor'"):
-        hosts.add(zeros())
-
-
-def test_describe_shows_every_role_on_every_rank(hosts: Any, roles: dict[str, Any]) -> None:
+def test_describe_shows_every_role_on_every_rank_and_the_cluster(
+    backend: Backend, hosts: Any, roles: dict[str, Any]
+) -> None:
     rows = hosts.describe().rows
     assert [(row.rank, row.role) for row in rows] == [(r, s) for r in (0, 1) for s in ARGUMENTS]
-    assert [row.pid for row in roles["actor"].describe().rows] == roles["actor"].pid()
-    assert str(hosts.describe()).splitlines()[0].split() == [
-        "rank",
-        "role",
-        "node",
-        "device",
-        "pid",
-        "state",
-    ]
+    assert [row.pid for row in roles["actor"].describe().rows] == roles["critic"].pid()
+    head, *_, last = str(hosts.describe()).splitlines()
+    assert head.split() == ["rank", "role", "node", "device", "pid", "state"]
     assert {row.state for row in rows} == {"alive"}
-
-
-def test_describe_shows_the_cluster(backend: Backend, hosts: Any) -> None:
-    last = str(hosts.describe()).splitlines()[-1]
     if backend.name == "ray":
         assert last == f"cluster {ray.get_runtime_context().gcs_address}"
     else:
@@ -131,35 +103,34 @@ def test_what_prints_as_a_table_shows_in_a_notebook_as_it_prints(roles: dict[str
     assert "-&gt; DataProto" in actor.explain("add", zeros())._repr_html_()
 
 
-def test_a_class_that_is_no_worker_is_refused_by_name(backend: Backend) -> None:
+def test_what_cannot_be_a_role_or_a_team_is_refused_by_name(backend: Backend, hosts: Any) -> None:
     class Plain:
         pass
 
-    with pytest.raises(RegistrationError, match=r"'Plain' needs a subclass of .*Worker"):
-        backend.group(backend.spec(cls=Plain))
-
-
-def test_roles_that_are_no_specs_are_refused_by_name(backend: Backend) -> None:
-    with pytest.raises(RegistrationError, match="role 'actor' needs RayClassWithInitArgs"):
-        backend.module.create_colocated_worker_cls({"actor": Actor})
-
-
-class Failing(Worker):
-    def __init__(self, bad_rank: int) -> None:
-        if self.rank == bad_rank:
-            raise FileNotFoundError("no such checkpoint: /models/x")
-
-
-def test_a_constructor_that_raises_gives_the_original_error_with_role_and_rank(
-    backend: Backend,
-) -> None:
-    failing = {**specs(backend, "actor"), "critic": backend.spec(Failing, bad_rank=1)}
-    with pytest.raises(FileNotFoundError, match=r"critic\.__init__ failed on rank 1") as caught:
-        backend.group(backend.module.create_colocated_worker_cls(failing))
-    error = caught.value
-    assert isinstance(error, WorkerError)
-    assert (error.role, error.rank, error.method) == ("critic", 1, "__init__")
-    assert "no such checkpoint" in error.remote_traceback
+    pool, colocate = backend.pool([2]), backend.module.colocate
+    colocated, no_role = backend.module.create_colocated_worker_cls, "a role cannot be called"
+    for use, error, match in (
+        (lambda: hosts.spawn(["critc"]), UnknownRoleError, "role 'critc': did you mean 'critic'"),
+        (lambda: hosts.add(zeros()), AttributeError, r"host of roles .*'actor'"),
+        (lambda: backend.group(backend.spec(cls=Plain)), RegistrationError, "'Plain' needs a sub"),
+        (lambda: colocated({"a": Actor}), RegistrationError, "role 'a' needs RayClassWithInitArgs"),
+        (lambda: colocate(pool, close=Actor), ValueError, f"{no_role} 'close': every Colocated"),
+        (lambda: colocate(pool, hosts=Actor), ValueError, f"{no_role} 'hosts': every Colocated"),
+        (lambda: colocate(pool, detached=Actor), ValueError, f"{no_role} 'detached': colocate has"),
+        (
+            lambda: colocate(pool, worker_env=backend.spec(Actor)),
+            ValueError,
+            f"{no_role} 'worker_env': colocate has",
+        ),
+        (lambda: colocate(pool, a=dict), RegistrationError, "role 'a' needs a subclass .* got <cl"),
+        (
+            lambda: colocate(pool, actor=Actor, worker_envs={"A": "1"}),
+            RegistrationError,
+            r"'worker_envs' needs .*did you mean 'worker_env'",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            use()
 
 
 def test_a_fused_worker_calls_its_roles_directly(backend: Backend) -> None:
@@ -175,74 +146,50 @@ def test_a_fused_worker_calls_its_roles_directly(backend: Backend) -> None:
             return [self.get_fused_worker_by_name(n).name() for n in ("actor", "actor_rollout")]
 
     with backend.group(backend.spec(Hybrid)) as group:
-        assert group.both(zeros()).batch["a"].tolist() == [0] * 5 + [8] * 5
+        assert values(group.both(zeros())) == [0] * 5 + [8] * 5
         assert group.names() == [["actor-1", "rollout"]] * 2
         group.fuse(["actor"])
         assert group.actor.name() == ["actor-1"] * 2
 
 
-def test_a_fused_spec_spawns_like_a_colocated_one(backend: Backend) -> None:
-    fused = backend.module.create_colocated_worker_cls_fused(specs(backend, "actor"))
-    with backend.group(fused) as group:
-        assert group.spawn(["actor"])["actor"].name() == ["actor-1"] * 2
+OPTIONS: dict[str, Any] = {
+    "bin_pack": True,
+    "name_prefix": "taken",
+    "detached": False,
+    "device_name": "cpu",
+    "worker_env": {"TAKEN": "yes"},
+    "call_timeout_s": 90.0,
+    "startup_timeout_s": 90.0,
+}
 
 
-def test_colocate_gives_each_role_as_an_attribute(backend: Backend) -> None:
-    pool, colocate = backend.pool([2]), backend.module.colocate
-    with colocate(pool, actor=Actor, critic=specs(backend)["critic"]) as group:
-        assert (
-            group.critic.sub(group.actor.add(zeros())).batch["a"].tolist() == [-10] * 5 + [-9] * 5
-        )
-        assert len(group.describe().rows) == 4
-        with pytest.raises(AttributeError, match=r"no role 'crtic'; the roles are \['actor', 'c"):
-            _ = group.crtic
+@pytest.fixture(scope="module")
+def team(backend: Backend) -> Iterator[Any]:
+    critic = specs(backend)["critic"]
+    with backend.module.colocate(backend.pool([2]), **OPTIONS, actor=Actor, critic=critic) as both:
+        yield both
 
 
-def test_colocate_takes_what_a_group_takes(backend: Backend) -> None:
-    options: dict[str, Any] = {
-        "bin_pack": True,
-        "name_prefix": "taken",
-        "detached": False,
-        "device_name": "cpu",
-        "worker_env": {"TAKEN": "yes"},
-        "call_timeout_s": 90.0,
-        "startup_timeout_s": 90.0,
-    }
-    with backend.module.colocate(backend.pool([2]), **options, actor=Actor, other=Actor) as team:
-        assert team.actor.execute_all_sync("execute_func_rank_zero", os.getenv, "TAKEN") == (
-            ["yes"] * 2
-        )
-        assert all(name.startswith("taken") for name in team.hosts.worker_names)
-        assert team.other.call_timeout_s == 90
+def test_colocate_takes_what_a_group_takes_and_gives_each_role_as_an_attribute(team: Any) -> None:
+    assert values(team.critic.sub(team.actor.add(zeros()))) == [-10] * 5 + [-9] * 5
+    with pytest.raises(AttributeError, match=r"no role 'crtic'; the roles are \['actor', 'c"):
+        _ = team.crtic
+    found = team.actor.execute_all_sync("execute_func_rank_zero", os.getenv, "TAKEN")
+    assert found == ["yes"] * 2
+    assert all(name.startswith("taken") for name in team.hosts.worker_names)
+    assert team.critic.call_timeout_s == 90
 
 
-def test_what_is_asked_of_a_team_is_asked_of_all_its_roles(backend: Backend) -> None:
-    with backend.module.colocate(backend.pool([2]), actor=Actor, other=Actor) as team:
-        team.actor.add(zeros())
-        assert [row.method for row in team.stats()] == ["actor.add"]
-        assert team.stats()["actor.add"].calls == 1
-        assert str(team.explain("other.add", zeros())).startswith("other.add(data: DataProto)")
-        with pytest.raises(UnknownRoleError, match=r"as actor\.update; got 'add', and the roles"):
-            team.explain("add", zeros())
-        assert set(team.stacks()) == {0, 1}
-        team.restart()
-        assert team.other.restarts == 1
-        assert team.actor.name() == ["actor-1"] * 2
-
-
-def test_a_role_that_cannot_be_one_is_refused_by_its_name(backend: Backend) -> None:
-    pool, colocate = backend.pool([2]), backend.module.colocate
-    for name in ("close", "stats", "hosts"):
-        with pytest.raises(ValueError, match=f"a role cannot be called '{name}': every Colocated"):
-            colocate(pool, **{name: Actor})
-    for role in (Actor, backend.spec(Actor)):
-        for name in ("detached", "worker_env"):
-            with pytest.raises(ValueError, match=f"a role cannot be called '{name}': colocate has"):
-                colocate(pool, **{name: role})
-    with pytest.raises(RegistrationError, match=r"role 'actor' needs a subclass of .* got <class"):
-        colocate(pool, actor=dict)
-    with pytest.raises(RegistrationError, match=r"'worker_envs' needs .*did you mean 'worker_env'"):
-        colocate(pool, actor=Actor, worker_envs={"A": "1"})
+def test_what_is_asked_of_a_team_is_asked_of_all_its_roles(team: Any) -> None:
+    calls = team.stats()["actor.add"].calls
+    team.actor.add(zeros())
+    assert team.stats()["actor.add"].calls == calls + 1
+    assert {row.method.partition(".")[0] for row in team.stats()} <= {"actor", "critic"}
+    assert str(team.explain("critic.sub", zeros())).startswith("critic.sub(data: DataProto)")
+    with pytest.raises(UnknownRoleError, match=r"as actor\.update; got 'add', and the roles"):
+        team.explain("add", zeros())
+    assert len(team.describe().rows) == 4
+    assert set(team.stacks()) == {0, 1}
 
 
 def test_all_ways_to_colocate_take_the_options_of_a_group() -> None:

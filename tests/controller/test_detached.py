@@ -35,8 +35,7 @@ print("pids", *(row.pid for row in group.describe().rows), flush=True)
 """
 
 
-@pytest.fixture
-def pids(cluster: None) -> list[int]:
+def left_behind() -> list[int]:
     """The processes of a detached group whose driver has ended."""
     context = ray.get_runtime_context()
     done = subprocess.run(
@@ -60,7 +59,8 @@ def reservations() -> list[str]:
     return [group["state"] for group in groups if group["name"].startswith("lasting_")]
 
 
-def test_the_next_driver_finds_the_group_as_it_was_left(pids: list[int]) -> None:
+def test_the_next_driver_finds_the_group_as_it_was_left(cluster: None) -> None:
+    pids = left_behind()
     spec = RayClassWithInitArgs(Probe)
     group = RayWorkerGroup.from_detached(name_prefix="lasting_", ray_cls_with_init=spec)
     assert [row.pid for row in group.describe().rows] == pids

@@ -10,14 +10,10 @@ import pytest
 from ray._private.thirdparty.pynvml import pynvml
 
 from single_controller import ResourceError, Worker
-from single_controller.ray import (
-    RayClassWithInitArgs,
-    RayResourcePool,
-    RayWorkerGroup,
-    devices,
-    start,
-)
-from single_controller.ray.devices import DeviceIdentity, check_devices
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, process
+from single_controller.ray import start as starting
+from single_controller.ray.process import DeviceIdentity
+from single_controller.ray.start import check_devices
 
 UUIDS = ["GPU-first", "GPU-second", "GPU-far"]
 
@@ -37,25 +33,24 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlDeviceGetP2PStatus", status)
 
 
-def test_peers_are_the_devices_that_the_driver_says_can_be_read(driver: None) -> None:
-    assert devices._peers("first") == {"second"}
-    assert devices._peers("far") == set()
-
-
-def test_a_device_that_the_driver_does_not_list_has_no_peers(driver: None) -> None:
-    assert devices._peers("a slice of one") == set()
+@pytest.mark.parametrize(
+    ("uuid", "peers"), [("first", {"second"}), ("far", set()), ("a slice of one", set())]
+)
+def test_peers_are_the_devices_that_the_driver_says_can_be_read(
+    driver: None, uuid: str, peers: set[str]
+) -> None:
+    assert process._peers(uuid) == peers
 
 
 def test_without_a_driver_nobody_is_read() -> None:
-    assert devices._peers("first") == set()
+    assert process._peers("first") == set()
 
 
 def test_a_rank_reads_its_own_device_and_peers_of_its_node() -> None:
     reader = DeviceIdentity("node", "first", frozenset({"second"}))
-    assert reader.reads(DeviceIdentity("node", "first"))
-    assert reader.reads(DeviceIdentity("node", "second"))
-    assert not reader.reads(DeviceIdentity("node", "far"))
-    assert not reader.reads(DeviceIdentity("another", "second"))
+    others = [("node", "first"), ("node", "second"), ("node", "far"), ("another", "second")]
+    found = [reader.reads(DeviceIdentity(*other)) for other in others]
+    assert found == [True, True, False, False]
 
 
 class Built(Worker):
@@ -70,7 +65,7 @@ def test_ranks_that_share_a_device_by_accident_are_refused_before_their_roles_ar
     def one_for_all(found: Sequence[DeviceIdentity | None], per_process: float) -> None:
         check_devices([DeviceIdentity("node", "the one")] * len(found), per_process)
 
-    monkeypatch.setattr(start, "check_devices", one_for_all)
+    monkeypatch.setattr(starting, "check_devices", one_for_all)
     with pytest.raises(ResourceError, match=r"the one: ranks \[0, 1\].*gpus_per_process=0.5"):
         RayWorkerGroup(pool, RayClassWithInitArgs(Built, tmp_path / "built"))
     assert not (tmp_path / "built").exists()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,47 +85,74 @@ def meet_at(url: str, rank: int, world_size: int) -> bytes:
     return found
 
 
-def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
-    pool: RayResourcePool,
-) -> None:
+@pytest.fixture(scope="module")
+def first(pool: RayResourcePool) -> Iterator[RayWorkerGroup]:
     spec = RayClassWithInitArgs(Member)
-    with (
-        RayWorkerGroup(pool, spec, name_prefix="a_", worker_env={"EXTRA": "1"}) as first,
-        RayWorkerGroup(pool, spec, master_addr="127.0.0.1") as second,
-    ):
-        for rank, env in enumerate(first.environment()):
-            assert env == {
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": "2",
-                "RAY_LOCAL_RANK": str(rank),
-                "RAY_LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": first.master_address,
-                "MASTER_PORT": first.master_port,
-                "WG_PREFIX": "a_",
-                "WG_BACKEND": "ray",
-                "EXTRA": "1",
-            }
-        assert {env["MASTER_ADDR"] for env in second.environment()} == {"127.0.0.1"}
-        assert second.master_address == "127.0.0.1" != first.master_address
-        assert first.worker_names == ["a_Member_0:0", "a_Member_0:1"]
-        assert first.master_port != second.master_port
-        for group in (first, second, first):
-            address = (group.master_address, group.master_port)
-            assert group.all_reduce() == [(3.0, "cpu", address)] * 2
-        with pytest.raises(OSError, match="in use"), socket.socket() as probe:
-            probe.bind(("", int(first.master_port)))
+    with RayWorkerGroup(pool, spec, name_prefix="a_", worker_env={"EXTRA": "1"}) as group:
+        yield group
 
 
-def test_a_rendezvous_of_the_users_own_is_torchs_also_in_a_child(pool: RayResourcePool) -> None:
+@pytest.fixture(scope="module")
+def taken() -> Iterator[int]:
+    """A port that another program has."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def second(pool: RayResourcePool, taken: int) -> Iterator[RayWorkerGroup]:
+    with RayWorkerGroup(
+        pool,
+        RayClassWithInitArgs(Member),
+        name_prefix="b_",
+        master_addr="127.0.0.1",
+        master_port_range=[taken, taken + 50],
+    ) as group:
+        yield group
+
+
+def test_every_worker_finds_its_place_and_torch_meets_without_arguments(
+    first: RayWorkerGroup, second: RayWorkerGroup, taken: int
+) -> None:
+    for rank, env in enumerate(first.environment()):
+        assert env == {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": "2",
+            "RAY_LOCAL_RANK": str(rank),
+            "RAY_LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": first.master_address,
+            "MASTER_PORT": first.master_port,
+            "WG_PREFIX": "a_",
+            "WG_BACKEND": "ray",
+            "EXTRA": "1",
+        }
+    assert {env["MASTER_ADDR"] for env in second.environment()} == {"127.0.0.1"}
+    assert second.master_address == "127.0.0.1" != first.master_address
+    assert first.worker_names == ["a_Member_0:0", "a_Member_0:1"]
+    assert taken < int(second.master_port) <= taken + 50
+    for group in (first, second, first):
+        address = (group.master_address, group.master_port)
+        assert group.all_reduce() == [(3.0, "cpu", address)] * 2
+    with pytest.raises(OSError, match="in use"), socket.socket() as probe:
+        probe.bind(("", int(first.master_port)))
+
+
+def test_a_master_port_that_is_taken_is_named(pool: RayResourcePool, taken: int) -> None:
+    with pytest.raises(ResourceError, match=f"master_port {taken} cannot be bound"):
+        RayWorkerGroup(pool, RayClassWithInitArgs(Member), master_port=taken)
+
+
+def test_a_rendezvous_of_the_users_own_is_torchs_also_in_a_child(first: RayWorkerGroup) -> None:
     """A variable for the group's own meeting would have it wait for a store that nobody serves."""
-    with RayWorkerGroup(pool, RayClassWithInitArgs(Member)) as group:
-        for in_child in (False, True):
-            address, port = group.execute_rank_zero_sync("get_available_master_addr_port")
-            url = f"tcp://{address}:{port}"
-            assert group.own_meeting(url, in_child) == [b"from 0"] * 2
-        assert [row[0] for row in group.all_reduce()] == [3.0] * 2
+    for in_child in (False, True):
+        address, port = first.execute_rank_zero_sync("get_available_master_addr_port")
+        url = f"tcp://{address}:{port}"
+        assert first.own_meeting(url, in_child) == [b"from 0"] * 2
+    assert [row[0] for row in first.all_reduce()] == [3.0] * 2
 
 
 @pytest.mark.parametrize(
@@ -140,18 +168,6 @@ def test_variables_that_the_group_sets_are_refused_by_name(
     spec.update_options({"runtime_env": {"env_vars": env}})
     with pytest.raises(ValueError, match=f"env_vars of runtime_env must not set {names}"):
         RayWorkerGroup(pool, spec)
-
-
-def test_a_master_port_that_is_taken_is_named(pool: RayResourcePool) -> None:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ResourceError, match=f"master_port {port} cannot be bound"):
-            RayWorkerGroup(pool, RayClassWithInitArgs(Member), master_port=port)
-        spec = RayClassWithInitArgs(Member)
-        with RayWorkerGroup(pool, spec, master_port_range=[port, port + 50]) as group:
-            assert port < int(group.master_port) <= port + 50
 
 
 def test_a_worker_that_needs_no_torch_has_none(pool: RayResourcePool) -> None:
@@ -227,41 +243,36 @@ class Environment(Worker):
 
 
 def test_workers_of_several_groups_are_the_ranks_of_one_in_the_order_of_their_handles(
-    pool: RayResourcePool,
+    first: RayWorkerGroup, second: RayWorkerGroup
 ) -> None:
     spec = RayClassWithInitArgs(Member)
-    with (
-        RayWorkerGroup(pool, spec, name_prefix="one_") as one,
-        RayWorkerGroup(pool, spec, name_prefix="two_") as two,
-    ):
-        mixed = [two.workers[1], one.workers[0], two.workers[0]]
-        group = RayWorkerGroup(worker_handles=mixed, ray_cls_with_init=spec)
-        where = [(env["WG_PREFIX"], env["RANK"]) for env in group.environment()]
-        assert where == [("two_", "1"), ("one_", "0"), ("two_", "0")]
-        rows = [(row.rank, row.pid) for row in group.describe().rows]
-        pids = [two.describe().rows[1].pid, one.describe().rows[0].pid, two.describe().rows[0].pid]
-        assert rows == [*enumerate(pids)]
-        assert (group.world_size, group.master_address) == (3, "")
-        with pytest.raises(GroupBrokenError, match="attached to running hosts"):
-            group.restart()
-        for wrong in ([*mixed, mixed[0]], []):
-            with pytest.raises(ValueError, match=r"different workers|needs a resource_pool"):
-                RayWorkerGroup(worker_handles=wrong, ray_cls_with_init=spec)
+    mixed = [second.workers[1], first.workers[0], second.workers[0]]
+    group = RayWorkerGroup(worker_handles=mixed, ray_cls_with_init=spec)
+    where = [(env["WG_PREFIX"], env["RANK"]) for env in group.environment()]
+    assert where == [("b_", "1"), ("a_", "0"), ("b_", "0")]
+    pids = [[row.pid for row in one.describe().rows] for one in (group, first, second)]
+    assert pids[0] == [pids[2][1], pids[1][0], pids[2][0]]
+    assert [row.rank for row in group.describe().rows] == [0, 1, 2]
+    assert (group.world_size, group.master_address) == (3, "")
+    with pytest.raises(GroupBrokenError, match="attached to running hosts"):
+        group.restart()
+    for wrong in ([*mixed, mixed[0]], []):
+        with pytest.raises(ValueError, match=r"different workers|needs a resource_pool"):
+            RayWorkerGroup(worker_handles=wrong, ray_cls_with_init=spec)
 
 
 def test_the_class_that_a_group_is_attached_with_says_which_methods_it_has(
-    pool: RayResourcePool,
+    first: RayWorkerGroup,
 ) -> None:
-    with RayWorkerGroup(pool, RayClassWithInitArgs(Member)) as started:
-        attach = partial(RayWorkerGroup, worker_handles=started.workers)
-        base = attach(ray_cls_with_init=RayClassWithInitArgs(Worker))
-        assert base.execute_func_rank_zero(os.getpid) == started.describe().rows[0].pid
-        with pytest.raises(UnknownMethodError, match="environment"):
-            base.environment()
-        other = attach(ray_cls_with_init=RayClassWithInitArgs(Environment))
-        assert [env["RANK"] for env in other.environment()] == ["0", "1"]
-        with pytest.raises(AttributeError, match="'Member' object has no attribute 'absent'"):
-            other.absent()
+    attach = partial(RayWorkerGroup, worker_handles=first.workers)
+    base = attach(ray_cls_with_init=RayClassWithInitArgs(Worker))
+    assert base.execute_func_rank_zero(os.getpid) == first.describe().rows[0].pid
+    with pytest.raises(UnknownMethodError, match="environment"):
+        base.environment()
+    other = attach(ray_cls_with_init=RayClassWithInitArgs(Environment))
+    assert [env["RANK"] for env in other.environment()] == ["0", "1"]
+    with pytest.raises(AttributeError, match="'Member' object has no attribute 'absent'"):
+        other.absent()
 
 
 def test_different_counts_per_node_start_all_workers(cluster: None) -> None:
@@ -283,7 +294,7 @@ def test_a_constructor_argument_that_cannot_be_sent_is_named_before_any_process_
     pool: RayResourcePool,
 ) -> None:
     spec = RayClassWithInitArgs(Given, rows=[(i for i in [1])])
-    error = r"^Given\.__init__: argument 'rows': \[0\] cannot be sent: cannot pickle 'generator'"
+    error = r"^Given\.__init__: argument 'rows' cannot be sent: cannot pickle 'generator'"
     with pytest.raises(SendError, match=error):
         RayWorkerGroup(pool, spec, name_prefix="unsendable_")
     assert [n for n in ray.util.list_named_actors() if n.startswith("unsendable_")] == []

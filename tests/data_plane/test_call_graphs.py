@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol import DataProtoFuture
-from protocol.shards import balanced_sizes
+from protocol.checks import balanced_sizes
 from single_controller.ray import Colocated, RayWorkerGroup
 from tests.data_plane.stage import batch, xs
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from protocol import DataProto
 from single_controller import SharedMemoryWriteError
-from single_controller.ray.shelf import Kept, Shelf, claimed, in_thread, kept_here
+from single_controller.ray.shelf import Kept, Shelf, in_thread
 from tests.data_plane.stage import batch, xs
 
 
@@ -37,14 +37,6 @@ def test_a_result_goes_with_the_last_publication_in_whatever_order_they_come() -
     assert Kept().keep("no batch", "actor.make") is None
 
 
-def test_a_result_that_is_released_before_it_is_made_is_not_kept() -> None:
-    shelf = Shelf()
-    place = shelf.open("call:0")
-    shelf.release("call:0", 0)
-    place.keep(batch(3), "actor.make")
-    assert len(shelf) == 0
-
-
 def test_what_was_not_made_is_published_as_nothing_and_no_error_that_nobody_reads() -> None:
     failed = Kept()
     failed.fail()
@@ -56,14 +48,10 @@ def test_what_was_not_made_is_published_as_nothing_and_no_error_that_nobody_read
 def test_what_was_claimed_outlives_its_release() -> None:
     shelf = Shelf()
     shelf.open("call:0").keep(batch(3), "actor.make")
-    claims = shelf.claim(["call:0", "call:1"])
+    claims = shelf.claim([("call:0", 1), ("call:1", 1)])
     shelf.release("call:0", 0)
-    with claimed(claims):
-        found = kept_here("call:0")
-        assert found is not None
-        assert xs(found.batch()) == [0, 1, 2]
-        assert kept_here("call:1") is None
-    assert kept_here("call:0") is None
+    assert [*claims] == [("call:0", 1)]
+    assert xs(claims["call:0", 1].batch()) == [0, 1, 2]
 
 
 def test_a_maker_may_write_on_in_the_arrays_that_it_returned() -> None:

@@ -68,15 +68,15 @@ def test_answers_shorter_or_longer_than_the_right_one_earn_what_is_right_of_them
     assert position_rewards(long, targets).sum().item() == pytest.approx(2 / 3)
 
 
-def test_prompts_have_between_two_digits_and_the_most(prompts: DataProto) -> None:
-    lengths = set((make_batch(SETTINGS, TOKENIZER, 1).batch["prompt_mask"].sum(1) - 1).tolist())
+def test_a_step_has_the_same_prompts_of_some_digits_and_noise_whenever_it_is_run(
+    prompts: DataProto,
+) -> None:
+    again, other = (make_batch(SETTINGS, TOKENIZER, step) for step in (0, 1))
+    assert again.equal(prompts)
+    assert not other.equal(prompts)
+    lengths = set((other.batch["prompt_mask"].sum(1) - 1).tolist())
     assert lengths <= {2, 3, 4}
     assert len(lengths) > 1
-
-
-def test_a_step_has_the_same_prompts_and_noise_whenever_it_is_run(prompts: DataProto) -> None:
-    assert make_batch(SETTINGS, TOKENIZER, 0).equal(prompts)
-    assert not make_batch(SETTINGS, TOKENIZER, 1).equal(prompts)
 
 
 def test_sampling_with_a_cache_draws_what_whole_passes_would_draw(

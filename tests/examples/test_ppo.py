@@ -1,8 +1,10 @@
-"""examples/ppo is right: whatever the number of ranks, and after a resume."""
+"""examples/ppo learns, and the same however it is cut, placed and resumed."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,15 @@ from examples.ppo.records import Records
 from examples.ppo.settings import Settings
 from examples.ppo.train import Seconds, make_tokenizer, started, train_step
 from examples.ppo.training import mixed_precision
-from tests.examples.runs import TOLERANCE, finish, largest_difference, trained
+from tests.examples.runs import (
+    TOLERANCE,
+    check_learned,
+    finish,
+    largest_difference,
+    run,
+    trained,
+    until_good,
+)
 
 # 9 rows on 2 ranks, in mini-batches of 4, 4 and 1: the last leaves a rank without rows.
 UNEVEN = Settings(
@@ -36,16 +46,41 @@ def two_ranks(cluster: None) -> Iterator[Any]:
         yield roles
 
 
-@pytest.mark.slow
-def test_two_ranks_learn_what_one_rank_learns_from_the_same_uneven_batches(two_ranks: Any) -> None:
+@pytest.fixture(scope="module")
+def one_rank(cluster: None) -> tuple[Any, Any]:
+    """What one rank begins with, and what it has learned from three uneven batches."""
     settings = replace(UNEVEN, ranks=1)
-    with started(settings, make_tokenizer(settings)) as one_rank:
-        before = trained(settings, one_rank, [])
-        expected = trained(settings, one_rank, range(3))
-    got = trained(UNEVEN, two_ranks, range(3))
+    with started(settings, make_tokenizer(settings)) as roles:
+        return trained(settings, roles, []), trained(settings, roles, range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"micro_rows": 3},
+        pytest.param({"shard": "fsdp2", "micro_rows": 2}, marks=pytest.mark.long),
+        pytest.param({"placement": "separate"}, marks=pytest.mark.long),
+    ],
+)
+def test_two_ranks_learn_what_one_rank_learns_however_they_are_cut_and_placed(
+    other: dict[str, Any], one_rank: tuple[Any, Any]
+) -> None:
+    before, expected = one_rank
+    settings = replace(UNEVEN, **other)
+    with started(settings, make_tokenizer(settings)) as roles:
+        got = trained(settings, roles, range(3))
     for role in ("actor", "critic"):
         assert largest_difference(before[role], expected[role]) > 100 * TOLERANCE
         assert largest_difference(got[role], expected[role]) < TOLERANCE
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options", [["--seed", str(seed)] for seed in range(3)] + [["--algorithm", "grpo"]]
+)
+def test_it_learns_to_sort_from_reward_alone(options: list[str], cluster: None) -> None:
+    check_learned(until_good(Settings.parse(options)))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +94,7 @@ def test_matrix_products_are_as_precise_as_was_asked_for(
         assert (x @ x).dtype == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_all_that_the_next_steps_depend_on(
     two_ranks: Any, tmp_path: Path
 ) -> None:
@@ -78,6 +114,7 @@ def test_a_checkpoint_holds_all_that_the_next_steps_depend_on(
         assert largest_difference(got[role], expected[role]) == 0
 
 
+@pytest.mark.slow
 def test_a_step_says_what_it_did_and_where_its_time_went(two_ranks: Any, tmp_path: Path) -> None:
     settings = replace(UNEVEN, output=str(tmp_path))
     records = Records(settings)
@@ -167,3 +204,28 @@ def test_a_wrong_option_ends_the_program_with_what_was_asked_for(
 def test_a_preset_can_be_changed_in_part() -> None:
     settings = Settings.parse(["--preset", "0.5b", "--layers", "3"])
     assert (settings.hidden_size, settings.layers, settings.kv_heads) == (896, 3, 2)
+
+
+def curves(output: Path) -> list[tuple[Any, ...]]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    keys = ("step", "reward", "kl", "actor/loss", "critic/loss", "actor/grad_norm")
+    return [tuple(line[key] for key in keys) for line in lines]
+
+
+@pytest.mark.long
+def test_a_run_that_ctrl_c_ended_goes_on_as_if_it_had_not(cluster: None, tmp_path: Path) -> None:
+    address = str(ray.get_runtime_context().gcs_address)
+    finish("--steps", "30", output=tmp_path / "whole", address=address)
+
+    with run("--steps", "30", output=tmp_path / "cut") as cut:
+        assert cut.stderr is not None
+        while "reward=" not in cut.stderr.read(80):
+            assert cut.poll() is None
+        os.killpg(cut.pid, signal.SIGINT)
+        errors = cut.communicate(timeout=60)[1]
+        assert cut.returncode == 130, errors
+    assert "--resume goes on" in errors
+    assert 0 < len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) < 30
+
+    finish("--steps", "30", "--resume", output=tmp_path / "cut", address=address)
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")

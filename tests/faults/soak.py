@@ -34,6 +34,9 @@ DEADLINE_S = 1.0
 MOST_S = 60.0
 
 
+Cause: TypeAlias = Callable[[RayWorkerGroup, RayResourcePool], Any]
+
+
 @dataclass(frozen=True)
 class Fault:
     """A way to break a group, and the error that the driver ought to get.
@@ -43,11 +46,8 @@ class Fault:
 
     name: str
     error: type[Exception] | tuple[type[Exception], ...]
-    cause: Callable[[RayWorkerGroup, RayResourcePool], Any]
+    cause: Cause
     given_s: float = 0
-
-
-Cause: TypeAlias = Callable[[RayWorkerGroup, RayResourcePool], Any]
 
 
 def call(*what: str, timeout_s: float = MOST_S) -> Cause:
@@ -126,20 +126,6 @@ def whole(group: RayWorkerGroup) -> bool:
         return group.all_reduce.options(timeout_s=MOST_S)() == [3.0, 3.0]
 
 
-def start_and_restart(ranks: int = 4, rounds: int = 5) -> tuple[float, float]:
-    """Median seconds of starting a group and of restarting it."""
-    started, restarted = [], []
-    with RayResourcePool([ranks], cpus_per_process=0.5) as pool:
-        for _ in range(rounds):
-            began = time.monotonic()
-            with RayWorkerGroup(pool, RayClassWithInitArgs(Victim)) as group:
-                there = time.monotonic()
-                group.restart()
-                started.append(there - began)
-                restarted.append(time.monotonic() - there)
-    return statistics.median(started), statistics.median(restarted)
-
-
 def leaks() -> dict[str, int]:
     """What is left of all groups and pools, once the cluster has had time to notice."""
 
@@ -206,7 +192,6 @@ def main() -> int:
             line = f"{number:>4}  {fault.name:<34}{last.seconds:6.2f} s  {last.got}{marks}"
             print(line, flush=True)
         restarts = group.restarts
-    fresh, again = start_and_restart()
     left = leaks()
     print()
     for fault in FAULTS:
@@ -218,7 +203,6 @@ def main() -> int:
     print(f"survived  {sum(outcome.survived for outcome in done)}, with {restarts} restarts")
     print(f"seconds   {spread(done)}")
     print(f"          {spread([o for o in done if o.fault.name.endswith('at start')])} at start")
-    print(f"4 ranks   start {fresh:.2f} s, restart {again:.2f} s: {again / fresh:.2f} x")
     print("left      " + ", ".join(f"{count} {what}" for what, count in left.items()))
     ray.shutdown()
     good = all(outcome.detected and outcome.survived for outcome in done)

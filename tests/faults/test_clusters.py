@@ -26,6 +26,11 @@ except CallTimeoutError as error:
     assert "in _in_c" in error.stacks[1], error
 group.restart()
 try:
+    group.act.options(timeout_s=60)(PerRank(["sizeable", "raise"]))
+except KeyError as error:
+    say("rank", error.rank, "of", error.failed_ranks)
+group.all_reduce()  # to import torch takes longer than a rank that failed is waited for
+try:
     group.act.options(timeout_s=60)(PerRank(["collective", "raise"]))
 except KeyError as error:
     assert list(error.stuck) == [0], error
@@ -68,31 +73,11 @@ cluster.shutdown()
 def test_ranks_on_another_node_are_seen_and_a_lost_node_is_named_and_replaced() -> None:
     with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp") as folder:  # or others would find it
         output = run(NODES + ELSEWHERE, RAY_TMPDIR=folder)
+    assert "rank 1 of 1" in output, "an output that is on another node is no failure"
     assert "all seen from afar" in output
     assert "lost after" in output
     assert "no restart: the pool's reservation lost a node" in output
     assert "again ['fine', 'fine']" in output
-
-
-OUTPUT_ELSEWHERE = """
-pool = RayResourcePool([2], resources_per_process={"far": 1})
-group = RayWorkerGroup(pool, spec)
-group.look()
-try:
-    group.act.options(timeout_s=60)(PerRank(["sizeable", "raise"]))
-except KeyError as error:
-    say("rank", error.rank, "of", error.failed_ranks)
-group.close()
-pool.close()
-ray.shutdown()
-cluster.shutdown()
-"""
-
-
-def test_an_output_that_is_on_another_node_is_no_failure_of_its_rank() -> None:
-    with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp") as folder:
-        output = run(NODES + OUTPUT_ELSEWHERE, RAY_TMPDIR=folder)
-    assert "rank 1 of 1" in output
 
 
 MEMORY = """
@@ -101,7 +86,7 @@ group = RayWorkerGroup(pool, spec)
 try:
     group.act.options(timeout_s=100)(PerRank(["fine", "hoard"]))
 except WorkerDiedError as error:
-    say(type(error).__name__, error.rank, error.args[0])
+    say(type(error).__name__, error.rank, error)
 group.close()
 pool.close()
 """
@@ -114,7 +99,7 @@ def test_a_rank_that_ray_ends_for_memory_says_so() -> None:
     system = {"memory_usage_threshold": limit, "memory_monitor_refresh_ms": 100}
     output = run(START + MEMORY, f'{{"_system_config": {system}}}')
     assert "WorkerDiedError 1" in output
-    assert "short of memory" in output
+    assert "low on memory" in output or "memory usage" in output
 
 
 FULL = """

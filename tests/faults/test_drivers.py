@@ -45,7 +45,7 @@ group.close()
 def test_ctrl_c_in_a_call_returns_to_the_driver_which_is_told_that_ranks_are_busy() -> None:
     with launch(GROUP + INTERRUPTED) as driver:
         pids = pids_of(driver)
-        assert eventually(lambda: sleeping(pids))
+        assert eventually(lambda: all("ray::Victim.act" in command(pid) for pid in pids))
         driver.send_signal(signal.SIGINT)
         output, _ = driver.communicate(timeout=100)
     assert "interrupted" in output
@@ -54,16 +54,19 @@ def test_ctrl_c_in_a_call_returns_to_the_driver_which_is_told_that_ranks_are_bus
     assert eventually(lambda: gone(pids))
 
 
-def sleeping(pids: list[int]) -> bool:
-    return all("ray::Victim.act" in command(pid) for pid in pids)
-
-
 def command(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/cmdline") as file:
             return file.read()
     except OSError:
         return ""
+
+
+def below(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that it and those below it have started."""
+    import psutil
+
+    return [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
 
 
 STARTING = """
@@ -82,31 +85,15 @@ def test_ctrl_c_while_a_group_starts_leaves_neither_processes_nor_reservations()
     with launch(START + STARTING) as driver:
         assert driver.stdout is not None
         assert any(line.startswith("starting") for line in driver.stdout)
-        session = children(driver.pid)
-        assert eventually(lambda: any("ray::Host.build" in command(pid) for pid in session()))
+        assert eventually(lambda: any("ray::Host.build" in command(pid) for pid in below(driver)))
         driver.send_signal(signal.SIGINT)
         output, _ = driver.communicate(timeout=100)
     assert "interrupted" in output
     assert "{'processes': 0, 'placement groups': 0, 'object-store bytes': 0}" in output
 
 
-def children(pid: int) -> object:
-    """A function that lists the processes below one."""
-
-    def below() -> list[int]:
-        found = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
-        pairs = [tuple(map(int, line.split())) for line in found.splitlines()[1:]]
-        known = {pid}
-        for _ in range(4):
-            known |= {child for child, parent in pairs if parent in known}
-        return sorted(known)
-
-    return below
-
-
-@pytest.mark.parametrize("what", ["fine", "in_c"])
-def test_a_driver_that_is_killed_takes_its_workers_with_it(what: str) -> None:
-    with launch(GROUP + f"group.act.submit({what!r})\nthreading.Event().wait()") as driver:
+def test_a_driver_that_is_killed_takes_its_stuck_workers_with_it() -> None:
+    with launch(GROUP + "group.act.submit('in_c')\nthreading.Event().wait()") as driver:
         pids = pids_of(driver)
         driver.kill()
         assert eventually(lambda: gone(pids), 60)
@@ -226,12 +213,16 @@ def test_nothing_but_the_user_starts_ray_and_what_was_made_before_says_that_it_i
 
 
 @pytest.mark.parametrize("how", ["sys.exit()", "os.kill(os.getpid(), signal.SIGKILL)", "del group"])
-def test_what_workers_have_started_ends_with_them(how: str) -> None:
+def test_workers_and_what_they_have_started_end_with_the_driver_or_group(how: str) -> None:
     wait = "threading.Event().wait()" if how == "del group" else ""
-    program = f'say("pids", *sum(group.act("engines"), []))\n{how}\n{wait}'
+    program = f"""
+pids = [pid for _, pid, *_ in group.look()]
+say("pids", *pids, *sum(group.act("engines"), []))
+{how}
+{wait}"""
     with launch(START + "group = RayWorkerGroup(RayResourcePool([2]), spec)\n" + program) as driver:
         pids = pids_of(driver)
-        assert len(pids) == 6
+        assert len(pids) == 10
         assert eventually(lambda: not any(map(is_alive, pids)))
         driver.kill()
 

@@ -49,6 +49,13 @@ def reader(pool: RayResourcePool) -> Iterator[RayWorkerGroup]:
         yield two
 
 
+def is_whole(group: RayWorkerGroup) -> bool:
+    try:
+        return bool(group.act("fine") == ["fine", "fine"])
+    except GroupBrokenError:  # ranks are still in the call that failed
+        return False
+
+
 def test_futures_from_before_a_restart_say_so_however_far_they_had_come(
     maker: RayWorkerGroup, reader: RayWorkerGroup
 ) -> None:
@@ -101,11 +108,9 @@ def test_the_death_of_a_maker_is_told_to_readers_whose_own_group_stays_whole(
     with pytest.raises(WorkerDiedError) as caught:
         reading.result(timeout=60)
     assert (caught.value.method, caught.value.rank, caught.value.pid) == ("make", 1, pid)
-    assert reader._hosts.settle(60)
-    assert reader.act("fine") == ["fine", "fine"]
-    with pytest.raises(WorkerDiedError, match="was killed by signal SIGKILL") as told:
+    assert eventually(partial(is_whole, reader))
+    with pytest.raises(WorkerDiedError, match=r"make: rank 1 .* died"):
         running.get(timeout=60)
-    assert told.value.exit_code == -9
     with pytest.raises(GroupBrokenError, match="the group lost a rank"):
         maker.look()
     maker.restart()

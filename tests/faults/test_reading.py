@@ -9,7 +9,7 @@ import pytest
 import ray
 
 import single_controller
-from single_controller.ray.stacks import collective, readable
+from single_controller.ray.process import collective, readable
 
 RAY = Path(ray.__file__).parent
 OURS = Path(single_controller.__file__).parent
@@ -22,7 +22,8 @@ SERVES = [
     (RAY / "_private/worker.py", "main_loop"),
     (RAY / "_private/workers/default_worker.py", "<module>"),
 ]
-BACKGROUND = [(PYTHON / "threading.py", "wait"), (RAY / "_private/gc.py", "run")]
+WAIT = (PYTHON / "threading.py", "wait")
+BACKGROUND = [WAIT, (RAY / "_private/gc.py", "run")]
 
 
 def dump(*threads: list[tuple[object, str]]) -> str:
@@ -34,33 +35,23 @@ def dump(*threads: list[tuple[object, str]]) -> str:
     return "\n".join(parts)
 
 
-def names(text: str) -> list[str]:
-    return [line.rpartition(" in ")[2] for line in text.splitlines() if " in " in line]
-
-
-def test_frames_below_the_users_and_threads_that_only_serve_are_left_out() -> None:
-    text = readable(dump(BACKGROUND, [(PYTHON / "threading.py", "wait"), ("/u.py", "f"), *SERVES]))
-    assert names(text) == ["wait", "f"]
-
-
-def test_a_thread_of_the_users_is_shown_after_the_main_one() -> None:
-    other = [("/u.py", "load"), (PYTHON / "threading.py", "run")]
-    text = readable(dump(other, [("/u.py", "f"), *SERVES]))
-    assert names(text) == ["f", "load"]
-
-
-def test_a_process_that_was_asked_twice_is_shown_as_it_was_last() -> None:
-    twice = dump([("/u.py", "f"), *SERVES]) + "\n" + dump([("/u.py", "g"), *SERVES])
-    assert names(readable(twice)) == ["g"]
-
-
-def test_a_call_that_waits_in_our_own_code_is_still_shown() -> None:
-    assert names(readable(dump([(RAY / "_private/worker.py", "get"), *SERVES]))) == ["get"]
-
-
-def test_a_process_between_calls_and_one_without_a_stack_say_so() -> None:
-    assert readable(dump(BACKGROUND, SERVES[2:])) == "  in no call"
-    assert readable("no stack: process 7 has ended") == "no stack: process 7 has ended"
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        (dump(BACKGROUND, [WAIT, ("/u.py", "f"), *SERVES]), ["wait", "f"]),
+        (dump([("/u.py", "load"), WAIT], [("/u.py", "f"), *SERVES]), ["f", "load"]),
+        (dump([("/u.py", "f"), *SERVES]) + "\n" + dump([("/u.py", "g"), *SERVES]), ["g"]),
+        (dump([(RAY / "_private/worker.py", "get"), *SERVES]), ["get"]),
+        (dump(BACKGROUND, SERVES[2:]), ["no call"]),
+        ("no stack: it does not answer in time", ["time"]),
+    ],
+    ids=["serving", "own thread", "asked twice", "in our own code", "between calls", "no stack"],
+)
+def test_only_what_runs_for_the_user_is_shown_and_as_it_was_last(
+    written: str, names: list[str]
+) -> None:
+    lines = [line for line in readable(written).splitlines() if " in " in line]
+    assert [line.rpartition(" in ")[2] for line in lines] == names
 
 
 @pytest.mark.parametrize(

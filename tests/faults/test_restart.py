@@ -1,69 +1,71 @@
-"""Restarting a group: what is new, what stays, and what no longer counts."""
+"""Restarting a group of processes: what is new, what stays, and what no longer counts."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import ray
 
-from single_controller import GroupBrokenError, WorkerDiedError, WorkerError
-from single_controller.base import PerRank, Worker
-from single_controller.base.decorator import Dispatch, register
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, colocate
+from single_controller import GroupBrokenError
+from single_controller.base import PerRank
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from tests.faults.victim import Victim
 from tests.waiting import eventually, is_alive
 
 pytestmark = pytest.mark.slow
 
 
-class Other(Worker):
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def pid(self) -> int:
-        return os.getpid()
-
-
-def test_a_restarted_group_has_new_processes_the_same_ranks_and_all_its_roles(
-    pool: RayResourcePool,
+def test_a_restarted_group_has_new_processes_the_same_ranks_and_names(
+    group: RayWorkerGroup,
 ) -> None:
-    with colocate(pool, victim=Victim, other=Other) as both:
-        before, names = both.victim.look(), both.hosts.worker_names
-        old = both.victim.act.submit(PerRank(["fine", "sleep"]))
-        finished = both.other.pid.options(ranks=[0]).submit()
-        assert finished.result() == [before[0][1]]
-        both.victim.restart()
-        after = both.victim.look()
-        assert [rank for rank, *_ in after] == [0, 1]
-        assert not {pid for _, pid, *_ in before} & {pid for _, pid, *_ in after}
-        left = [f"/proc/{pid}" for _, pid, *_ in before]
-        assert eventually(lambda: not any(map(os.path.exists, left)))
-        assert [state for _, _, state, _ in after] == ["restored on 0", "restored on 1"]
-        assert both.victim.all_reduce() == [3.0, 3.0]
-        assert both.other.pid() == [pid for _, pid, *_ in after]
-        assert both.hosts.worker_names == names
-        assert [row.pid for row in both.other.describe().rows] == both.other.pid()
-        for former in (old, finished):
-            with pytest.raises(GroupBrokenError, match="the group was restarted"):
-                former.result()
-        assert both.other.restarts == 1
+    before, names, restarts = group.look(), group.worker_names, group.restarts
+    finished = group.look.options(ranks=[0]).submit()
+    assert finished.result() == before[:1]
+    old = group.act.submit(PerRank(["fine", "sleep"]))
+    group.restart()
+    after = group.look()
+    assert [rank for rank, *_ in after] == [0, 1]
+    assert not {pid for _, pid, *_ in before} & {pid for _, pid, *_ in after}
+    assert eventually(lambda: not any(is_alive(pid) for _, pid, *_ in before))
+    assert [state for _, _, state, _ in after] == ["restored on 0", "restored on 1"]
+    assert group.all_reduce() == [3.0, 3.0]
+    assert group.worker_names == names
+    assert [row.pid for row in group.describe().rows] == [pid for _, pid, *_ in after]
+    for former in (old, finished):
+        with pytest.raises(GroupBrokenError, match="the group was restarted"):
+            former.result()
+    assert group.restarts == restarts + 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, None])
 def test_what_the_former_processes_have_started_is_gone_when_others_start(
-    pool: RayResourcePool, how: int | None
+    pool: RayResourcePool,
 ) -> None:
     """An engine with a session of its own would still have the device."""
     with RayWorkerGroup(pool, RayClassWithInitArgs(Victim)) as group:
-        engines = [pid for pids in group.act("engines") for pid in pids]
-        assert all(map(is_alive, engines))
-        assert len(engines) == 6
-        for _, pid, *_ in group.look() if how else ():
-            os.kill(pid, how)
-        group.restart()
-        assert not any(map(is_alive, engines))
+        for how in (None, signal.SIGKILL, signal.SIGSTOP):
+            engines = [pid for pids in group.act("engines") for pid in pids]
+            assert all(map(is_alive, engines))
+            assert len(engines) == 8
+            for _, pid, *_ in group.look() if how else ():
+                os.kill(pid, how)
+            group.restart()
+            assert not any(map(is_alive, engines))
         last = [pid for pids in group.act("engines") for pid in pids]
     assert not any(map(is_alive, last))
+
+
+def test_where_tail_cannot_wait_for_a_process_nothing_is_ended(
+    pool: RayResourcePool, tmp_path: Path
+) -> None:
+    (tmp_path / "tail").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "tail").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with RayWorkerGroup(pool, RayClassWithInitArgs(Victim), worker_env=env) as group:
+        assert group.act("moment") == [None, None]
+        assert group.act("fine") == ["fine", "fine"]
 
 
 @ray.remote(num_cpus=0)
@@ -94,54 +96,3 @@ def test_copies_of_a_group_in_other_processes_say_that_it_was_restarted_or_close
         assert ray.get(copy.use.remote()) == "['fine', 'fine']"
     for _ in range(2):
         assert "the group was closed" in ray.get(copy.use.remote())
-
-
-def test_a_group_told_to_restart_does_so_on_the_next_call_within_its_budget(
-    pool: RayResourcePool,
-) -> None:
-    with colocate(pool, on_failure="restart", max_restarts=1, victim=Victim) as both:
-        group = both.victim
-        with pytest.raises(KeyError):
-            group.act(PerRank(["fine", "raise"]))
-        assert group.look()[0][2] == "new on 0", "all ranks finished, so nothing is restarted"
-        with pytest.raises(WorkerDiedError):
-            group.act(PerRank(["fine", "kill"]))
-        assert group.look()[1][2] == "restored on 1"
-        with pytest.raises(WorkerDiedError):
-            group.act(PerRank(["exit3", "fine"]))
-        with pytest.raises(GroupBrokenError, match=r"lost a rank.*max_restarts=1"):
-            group.look()
-        group.restart()
-        assert group.act("fine") == ["fine", "fine"]
-        group.close()
-        with pytest.raises(GroupBrokenError, match="a closed group cannot be restarted"):
-            group.restart()
-
-
-class Forgetful(Victim):
-    def restore(self) -> None:
-        raise FileNotFoundError("no checkpoint")
-
-
-def test_a_restart_that_fails_says_why_and_can_be_tried_again(pool: RayResourcePool) -> None:
-    with RayWorkerGroup(pool, RayClassWithInitArgs(Forgetful)) as group:
-        for _ in range(2):
-            with pytest.raises(FileNotFoundError, match=r"Forgetful.restore failed") as caught:
-                group.restart()
-            assert isinstance(caught.value, WorkerError)
-            with pytest.raises(GroupBrokenError, match=r"restart failed.*no checkpoint"):
-                group.look()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"on_failure": "retry"}, "on_failure must be 'raise' or 'restart'; got 'retry'"),
-        ({"max_restarts": -1}, "max_restarts must be a count; got -1"),
-    ],
-)
-def test_a_policy_that_cannot_be_is_refused(
-    pool: RayResourcePool, options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        RayWorkerGroup(pool, RayClassWithInitArgs(Victim), **options)  # type: ignore[arg-type]

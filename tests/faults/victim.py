@@ -30,6 +30,10 @@ class Victim(Worker):
     def act(self, what: str) -> Any:
         return getattr(self, f"_{what}")()
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, timeout_s=0.2)
+    def hurry(self) -> None:
+        self._moment()
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def look(self) -> tuple[int, int, str, str]:
         return self.rank, os.getpid(), self.state, self.get_master_addr_port()[1]
@@ -62,7 +66,9 @@ class Victim(Worker):
         threading.Event().wait(1)
 
     def _engines(self) -> list[int]:
-        """Processes that outlive their parent: one's child, nobody's child, and a fork."""
+        """Processes that outlive their parent: one's child, nobody's child, a fork, and one that
+        shows nothing of where it comes from.
+        """
         import multiprocessing
         import subprocess
 
@@ -77,7 +83,21 @@ class Victim(Worker):
         fork = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
         fork.start()
         assert fork.pid is not None
-        return [child.pid, int(orphan.stdout), fork.pid]
+        bare = subprocess.Popen(["env", "-i", "sleep", "1000"])
+        return [child.pid, int(orphan.stdout), fork.pid, bare.pid]
+
+    def _spin(self) -> None:
+        """Threads that never stop running Python."""
+        self.spins = True
+        for _ in range(3):
+            threading.Thread(target=self._spin_on, daemon=True).start()
+
+    def _spin_on(self) -> None:
+        while self.spins:
+            exec("def f(n): return n and f(n - 1)\nf(30)", {})
+
+    def _spin_down(self) -> None:
+        self.spins = False
 
     def _in_c(self) -> None:
         """Holds the interpreter's lock in C code for good."""

@@ -10,9 +10,10 @@ from tensordict import TensorDict
 from protocol import DataProto
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
-from single_controller.ray import RayResourcePool
 
 ROWS = 6
+LATER = {"dispatch_mode": Dispatch.DP_COMPUTE_PROTO, "uneven": True, "blocking": False}
+EACH = {"dispatch_mode": Dispatch.DP_COMPUTE_METRIC, "uneven": True}
 
 
 def uuid(tensor: torch.Tensor) -> str:
@@ -42,26 +43,20 @@ class Producer(Worker):
     def to_driver(self, data: DataProto) -> DataProto:
         return self.make(data)
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False)
+    @register(**LATER)
     def by_host(self, data: DataProto) -> DataProto:
         return self.make(data)
 
-    @register(
-        dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False, transport="device"
-    )
+    @register(**LATER, transport="device")
     def by_device(self, data: DataProto) -> DataProto:
         return self.make(data)
 
-    @register(
-        dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False, transport="device"
-    )
+    @register(**LATER, transport="device")
     def tensordict(self, data: DataProto) -> TensorDict:
         x = data.batch["x"].to(self.device)
         return TensorDict({"x": x * 2}, [len(x)], device=self.device)
 
-    @register(
-        dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False, transport="device"
-    )
+    @register(**LATER, transport="device")
     def big(self, data: DataProto) -> DataProto:
         """64 MB a row."""
         x = data.batch["x"].to(self.device)
@@ -75,7 +70,7 @@ class Producer(Worker):
 
 
 class Consumer(Worker):
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, uneven=True)
+    @register(**EACH)
     def look(self, data: Any) -> dict[str, Any]:
         """What came, and where it is."""
         x = data["x"] if isinstance(data, TensorDict) else data.batch["x"]
@@ -91,41 +86,21 @@ class Consumer(Worker):
         x += 1  # its own: nobody else may see this
         return found
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, uneven=True)
+    @register(**EACH)
     def sum(self, data: DataProto) -> tuple[float, str]:
         return float(data.batch["x"][:, 0].sum()), data.batch["x"].device.type
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, uneven=True, reads_only=True)
+    @register(**EACH, reads_only=True)
     def pointer(self, data: DataProto) -> int:
         return data.batch["x"].data_ptr()
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, uneven=True)
+    @register(**EACH)
     def own_pointer(self, data: DataProto) -> tuple[int, str]:
         return data.batch["x"].data_ptr(), data.batch["x"].device.type
 
 
 def rows(count: int = ROWS) -> DataProto:
     return DataProto.from_dict({"x": torch.arange(float(count))})
-
-
-class Actor(Worker):
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
-    def add(self, data: DataProto) -> DataProto:
-        data.batch["a"] = data.batch["a"].to("cuda")
-        data.batch["a"] += self.rank
-        return data
-
-
-class Critic(Worker):
-    def __init__(self, config: dict[str, int]) -> None:
-        super().__init__()
-        self.config = config
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
-    def sub(self, data: DataProto) -> DataProto:
-        data.batch["a"] = data.batch["a"].to("cuda")
-        data.batch["a"] -= self.config["b"]
-        return data
 
 
 def check(found: list[dict[str, Any]], device: str) -> None:
@@ -146,8 +121,3 @@ def check(found: list[dict[str, Any]], device: str) -> None:
     ]
     assert {one["device"] for one in found} == {device}
     assert all(one.get("uuid") == one.get("own") for one in found)
-
-
-def halves() -> RayResourcePool:
-    """Two ranks on one card."""
-    return RayResourcePool([2], cpus_per_process=0.5, gpus_per_process=0.5)

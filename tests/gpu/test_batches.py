@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.staging import _CHUNK, _pinned, to_host
+from protocol.device_memory import _CHUNK, _pinned, to_host
 from single_controller import SingleControllerError
 from single_controller.ray import (
     RayClassWithInitArgs,
@@ -16,7 +16,7 @@ from single_controller.ray import (
     RayWorkerGroup,
     colocate,
 )
-from tests.gpu.cards import ROWS, Consumer, Producer, check, halves, rows
+from tests.gpu.cards import ROWS, Consumer, Producer, check, rows
 from tests.waiting import eventually
 
 ANCHOR = 512  # bytes: what a lender keeps allocated for good
@@ -24,7 +24,8 @@ ANCHOR = 512  # bytes: what a lender keeps allocated for good
 
 @pytest.fixture(scope="module")
 def shared_card(gpus: int) -> Iterator[RayResourcePool]:
-    with halves() as pool:
+    """Two ranks on one card."""
+    with RayResourcePool([2], cpus_per_process=0.5, gpus_per_process=0.5) as pool:
         yield pool
 
 
@@ -92,7 +93,7 @@ def test_a_tensordict_keeps_its_device_on_the_way(team: Any, reader: Any) -> Non
 
 
 def test_between_roles_of_one_process_a_reader_gets_the_very_memory(team: Any) -> None:
-    team.producer._hosts.read_elsewhere.clear()  # the next call would publish what it makes
+    team.producer._hosts.now.read_elsewhere.clear()  # the next call would publish what it makes
     before = team.producer.stats()["by_host"].bytes_between
     future = team.producer.by_host(rows())
     assert team.consumer.pointer(future) == team.consumer.pointer(future)

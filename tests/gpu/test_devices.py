@@ -13,7 +13,6 @@ from ray._private.thirdparty.pynvml import pynvml
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from protocol import DataProto
 from single_controller import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import (
@@ -22,7 +21,7 @@ from single_controller.ray import (
     RayWorkerGroup,
     colocate,
 )
-from tests.gpu.cards import Actor, Critic, halves, uuid
+from tests.gpu.cards import uuid
 from tests.waiting import eventually
 
 WIDTH = 4096
@@ -101,25 +100,14 @@ def memory_back(gib: float = 0.5) -> Iterator[Callable[[], float]]:
     assert eventually(lambda: used() <= before + gib * 2**30)
 
 
-@pytest.fixture
-def shared_card(gpus: int) -> Iterator[RayResourcePool]:
-    with halves() as pool:
-        yield pool
-
-
-def test_ranks_share_a_card_where_they_asked_for_half_of_one(shared_card: RayResourcePool) -> None:
-    with RayWorkerGroup(shared_card, RayClassWithInitArgs(Card)) as group:
+def test_ranks_share_a_card_where_they_asked_for_half_of_one(gpus: int) -> None:
+    with (
+        RayResourcePool([2], cpus_per_process=0.5, gpus_per_process=0.5) as pool,
+        RayWorkerGroup(pool, RayClassWithInitArgs(Card)) as group,
+    ):
         first, second = group.which()
         assert first == second
         assert all(first[:8] in row.device for row in group.describe().rows)
-
-
-def test_the_colocated_actor_and_critic_on_cuda(shared_card: RayResourcePool) -> None:
-    critic = RayClassWithInitArgs(Critic, config={"b": 10})
-    data = DataProto.from_dict({"a": torch.zeros(10)})
-    with colocate(shared_card, actor=Actor, critic=critic) as group:
-        assert group.actor.add(data).batch["a"].tolist() == [0.0] * 5 + [1.0] * 5
-        assert group.critic.sub(data).batch["a"].tolist() == [-10.0] * 10
 
 
 def test_after_close_the_cards_memory_is_back(gpus: int) -> None:

@@ -30,7 +30,7 @@ from single_controller.ray import (
     colocate,
     split_resource_pool,
 )
-from tests.gpu.cards import ROWS, Actor, Consumer, Critic, Producer, check, rows
+from tests.gpu.cards import ROWS, Consumer, Producer, check, rows
 
 NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 MESH = make_nd_compute_dataproto_dispatch_fn("mesh")
@@ -74,6 +74,26 @@ class Meshed(Collective):
         whole = DTensor.from_local(x, self.mesh["tp"])
         y = torch.nn.functional.linear(whole, self.weight).full_tensor()
         return DataProto.from_dict({"y": y, "by": torch.full((len(x),), self.rank)})
+
+
+class Actor(Worker):
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def add(self, data: DataProto) -> DataProto:
+        data.batch["a"] = data.batch["a"].to("cuda")
+        data.batch["a"] += self.rank
+        return data
+
+
+class Critic(Worker):
+    def __init__(self, config: dict[str, int]) -> None:
+        super().__init__()
+        self.config = config
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
+    def sub(self, data: DataProto) -> DataProto:
+        data.batch["a"] = data.batch["a"].to("cuda")
+        data.batch["a"] -= self.config["b"]
+        return data
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from single_controller import ClassWithInitArgs, CollectiveError, ResourcePool, WorkerError
 from single_controller.base import Worker
@@ -34,51 +35,39 @@ class Member(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def collective(self, name: str) -> Any:
-        one, two = torch.ones(1), torch.ones(2)
-        other = (self.rank + 1) % self.world_size
-        return {
-            "all_gather": lambda: dist.all_gather([one, one], one),
-            "all_gather_object": lambda: dist.all_gather_object([None, None], 1),
-            "all_reduce": lambda: dist.all_reduce(one),
-            "all_to_all_single": lambda: dist.all_to_all_single(two, two),
-            "barrier": lambda: dist.barrier(),
-            "broadcast": lambda: dist.broadcast(one, src=0),
-            "ddp": lambda: torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1)),
-            "gather": lambda: dist.gather(one, [one, one] if self.rank == 0 else None),
-            "reduce": lambda: dist.reduce(one, dst=0),
-            "scatter": lambda: dist.scatter(one, [one, one] if self.rank == 0 else None),
-            "recv": lambda: dist.recv(one, src=other),
-            "send": lambda: dist.send(one, dst=other),
-        }[name]()
+        other, parts = (self.rank + 1) % self.world_size, [ONE, ONE] if self.rank == 0 else None
+        return COLLECTIVES[name](other, parts)
 
 
-COLLECTIVES = [
-    "all_gather",
-    "all_gather_object",
-    "all_reduce",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "ddp",
-    "gather",
-    "reduce",
-    "scatter",
-    "recv",
-    "send",
-]
+ONE, TWO = torch.ones(1), torch.ones(2)
+COLLECTIVES: dict[str, Callable[[int, Any], Any]] = {
+    "all_gather": lambda other, parts: dist.all_gather([ONE, ONE], ONE),
+    "all_gather_object": lambda other, parts: dist.all_gather_object([None, None], 1),
+    "all_reduce": lambda other, parts: dist.all_reduce(ONE),
+    "all_to_all_single": lambda other, parts: dist.all_to_all_single(TWO, TWO),
+    "barrier": lambda other, parts: dist.barrier(),
+    "broadcast": lambda other, parts: dist.broadcast(ONE, 0),
+    "ddp": lambda other, parts: DistributedDataParallel(torch.nn.Linear(1, 1)),
+    "gather": lambda other, parts: dist.gather(ONE, parts),
+    "reduce": lambda other, parts: dist.reduce(ONE, 0),
+    "scatter": lambda other, parts: dist.scatter(ONE, parts),
+    "recv": lambda other, parts: dist.recv(ONE, other),
+    "send": lambda other, parts: dist.send(ONE, other),
+}
+
+
+def started(ranks: int) -> Any:
+    return InlineWorkerGroup(ResourcePool([ranks]), ClassWithInitArgs(Member))
 
 
 @pytest.fixture(scope="module")
-def two() -> Any:
-    with InlineWorkerGroup(ResourcePool([2]), ClassWithInitArgs(Member)) as group:
+def two() -> Iterator[Any]:
+    with started(2) as group:
         yield group
 
 
 def test_one_rank_has_a_real_process_group_and_so_has_each_group_of_one() -> None:
-    with (
-        InlineWorkerGroup(None, ClassWithInitArgs(Member)) as first,
-        InlineWorkerGroup(None, ClassWithInitArgs(Member)) as second,
-    ):
+    with started(1) as first, started(1) as second:
         for group in (first, second, first):
             assert group.place() == [(0, 1, "gloo")]
             assert group.total("dp") == [1.0]
@@ -89,6 +78,7 @@ def test_one_rank_has_a_real_process_group_and_so_has_each_group_of_one() -> Non
 def test_several_ranks_know_their_places_and_their_meshes(two: Any) -> None:
     assert [place[:2] for place in two.place()] == [(0, 2), (1, 2)]
     assert two.total("tp") == [1.0, 1.0]
+    assert two.execute_func_rank_zero(two.place) == two.place()  # within a call of its own
     assert not dist.is_initialized()
 
 
@@ -100,27 +90,24 @@ def test_a_collective_of_several_ranks_is_refused_at_once(two: Any, name: str) -
     assert caught.value.failed_ranks == 2
 
 
-def test_closing_a_group_leaves_torch_as_it_was() -> None:
-    c10d = sys.modules["torch.distributed.distributed_c10d"]
-    before = (c10d._world, c10d.rendezvous, c10d._new_process_group_helper, sys.excepthook)  # type: ignore[attr-defined]
+def test_groups_leave_torch_as_it_was_also_where_the_driver_has_a_process_group(
+    tmp_path: Any,
+) -> None:
+    c10d: Any = sys.modules["torch.distributed.distributed_c10d"]
+
+    def state() -> tuple[Any, ...]:
+        return c10d._world, c10d.rendezvous, c10d._new_process_group_helper, sys.excepthook
+
+    before = state()
     for size in (1, 2, 1):
-        with InlineWorkerGroup(ResourcePool([size]), ClassWithInitArgs(Member)) as group:
+        with started(size) as group:
             group.place()
-    assert before == (
-        c10d._world,  # type: ignore[attr-defined]
-        c10d.rendezvous,  # type: ignore[attr-defined]
-        c10d._new_process_group_helper,  # type: ignore[attr-defined]
-        sys.excepthook,
-    )
-
-
-def test_the_drivers_own_process_group_is_not_the_workers(tmp_path: Any) -> None:
+    assert state() == before
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        with InlineWorkerGroup(ResourcePool([2]), ClassWithInitArgs(Member)) as group:
+        with started(2) as group:
             assert [place[:2] for place in group.place()] == [(0, 2), (1, 2)]
             assert dist.get_world_size() == 1
             dist.barrier()
     finally:
         dist.destroy_process_group()
-    assert "RANK" not in os.environ

@@ -1,4 +1,5 @@
-"""What only a group in the driver's own process does: debuggers, private copies, environments."""
+"""What only a group in the driver's own process does: debuggers, private copies, environments,
+and programs for Ray that run so by the environment alone."""
 
 from __future__ import annotations
 
@@ -10,16 +11,19 @@ import sys
 import textwrap
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from protocol import DataProto
 from single_controller import (
     CallTimeoutError,
     ClassWithInitArgs,
+    GroupBrokenError,
     PerRank,
     RegistrationError,
     ResourceError,
@@ -28,7 +32,9 @@ from single_controller import (
 )
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
-from single_controller.inline import InlineReference, InlineWorkerGroup, colocate
+from single_controller.inline import InlineWorkerGroup, colocate
+from single_controller.testing import InlineGroups
+from tests.conformance.team import Actor, Critic, zeros
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,23 +52,6 @@ class Notebook(Worker):
     def look(self, x: Any) -> None:
         self.seen.append(x)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def fail(self) -> None:
-        local = "seen in a debugger"
-        raise LookupError(local)
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def env(self, key: str) -> str | None:
-        return os.environ.get(key)
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def setenv(self, key: str, value: str) -> None:
-        os.environ[key] = value
-
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def thread(self) -> int:
-        return threading.get_ident()
-
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def later(self, x: Any) -> Any:
         return x
@@ -73,8 +62,8 @@ class Notebook(Worker):
         return data
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def call(self, function: Any) -> Any:
-        return function(self)
+    def call(self, function: Any, *args: Any) -> Any:
+        return function(*args)
 
 
 class Sleeper(Worker):
@@ -88,15 +77,19 @@ class Sleeper(Worker):
         return group.nap(0)
 
 
+def started(cls: type[Worker], ranks: int = 2, **options: Any) -> Any:
+    return InlineWorkerGroup(ResourcePool([ranks]), ClassWithInitArgs(cls), **options)
+
+
 @pytest.fixture
-def group() -> Any:
-    with InlineWorkerGroup(ResourcePool([2]), ClassWithInitArgs(Notebook)) as two:
+def group() -> Iterator[Any]:
+    with started(Notebook) as two:
         yield two
 
 
 @pytest.fixture
-def sleepers() -> Any:
-    with InlineWorkerGroup(ResourcePool([2]), ClassWithInitArgs(Sleeper)) as two:
+def sleepers() -> Iterator[Any]:
+    with started(Sleeper) as two:
         yield two
 
 
@@ -108,6 +101,9 @@ def test_what_a_rank_gets_and_returns_is_nobody_elses(group: Any) -> None:
     assert [seen[0][0].tolist() for seen in group.keep(None)] == [[0, 0], [0, 0]]
     assert second[0][1] == {"k": [1]}
     assert group.workers[0].seen[0] is not group.workers[1].seen[0]
+    references = group.later([1])
+    assert [seen[-1] for seen in group.keep(references[0])] == [[1], [1]]
+    assert references[0].result() is not references[0].result()
 
 
 def test_a_batch_that_is_still_with_its_ranks_is_as_it_was_when_they_returned_it(
@@ -121,40 +117,56 @@ def test_a_batch_that_is_still_with_its_ranks_is_as_it_was_when_they_returned_it
     assert future.get().batch["a"].tolist() == [0] * 4
 
 
+def test_ranks_that_only_read_share_the_memory_of_what_they_get(group: Any) -> None:
+    for given in ({"t": torch.zeros(3)}, {"t": torch.zeros(3), "o": Path("pickled")}):
+        group.look(given)
+        first, second = (worker.seen[-1]["t"].data_ptr() for worker in group.workers)
+        assert first == second != given["t"].data_ptr()
+
+
+def fail() -> None:
+    local = "seen in a debugger"
+    raise LookupError(local)
+
+
 def test_the_cause_of_an_error_has_the_very_frames_of_the_worker(group: Any) -> None:
     with pytest.raises(LookupError) as caught:
-        group.fail()
+        group.call(fail)
     cause = caught.value.__cause__
     assert isinstance(caught.value, WorkerError)
     assert isinstance(cause, LookupError)
-    *_, (frame, _) = traceback.walk_tb(cause.__traceback__)
-    assert frame.f_locals["local"] == "seen in a debugger"
-    assert frame.f_locals["self"] is group.workers[0]
+    *_, (outer, _), (inner, _) = traceback.walk_tb(cause.__traceback__)
+    assert inner.f_locals["local"] == "seen in a debugger"
+    assert outer.f_locals["self"] is group.workers[0]
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), WorkerError)
 
+    class OfATestError(Exception):
+        pass
 
-def test_methods_run_in_the_thread_that_calls(group: Any) -> None:
-    assert group.thread() == [threading.get_ident()] * 2
+    def fail_so() -> None:
+        raise OfATestError("seen by its type")
+
+    with pytest.raises(OfATestError, match="seen by its type"):
+        group.call(fail_so)
 
 
-def run(program: str, *, stdin: str = "", **env: str) -> str:
+def run(program: str, *, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     env.setdefault("PYTHONBREAKPOINT", "")  # ray.init() of the tests before has set it
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         input=stdin,
         env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
-def test_breakpoint_in_a_workers_method_opens_the_debugger() -> None:
+def test_breakpoint_in_a_workers_method_opens_the_debugger_in_the_thread_that_calls() -> None:
     shown = run(
         """
+        import threading
         from single_controller import Worker
         from single_controller.base.decorator import register
         from single_controller.inline import colocate
@@ -162,6 +174,7 @@ def test_breakpoint_in_a_workers_method_opens_the_debugger() -> None:
         class Actor(Worker):
             @register()
             def update(self, x):
+                assert threading.current_thread() is threading.main_thread()
                 doubled = 2 * x
                 breakpoint()
                 return doubled
@@ -170,8 +183,8 @@ def test_breakpoint_in_a_workers_method_opens_the_debugger() -> None:
         """,
         stdin="p doubled, self.rank\n!doubled = 43\ncontinue\n",
     )
-    assert "(42, 0)" in shown
-    assert "[43]" in shown
+    assert "(42, 0)" in shown.stdout, shown.stderr
+    assert "[43]" in shown.stdout
 
 
 def test_nothing_of_it_imports_ray_or_needs_torch_before_a_worker_does() -> None:
@@ -196,20 +209,27 @@ def test_nothing_of_it_imports_ray_or_needs_torch_before_a_worker_does() -> None
             print(group.actor.total())
             print(sys.modules["torch"].distributed.is_initialized(), "ray" in sys.modules)
         """
-    assert run(program).splitlines() == ["[]", "[(1.0, 1)]", "False False"]
+    done = run(program)
+    assert done.stdout.splitlines() == ["[]", "[(1.0, 1)]", "False False"], done.stderr
 
 
 def test_each_rank_has_an_environment_of_its_own_and_the_driver_keeps_its(
     group: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def env(of: Any, key: str) -> list[str | None]:
+        return of.call(os.getenv, key)  # type: ignore[no-any-return]
+
+    def put(key: str, value: str) -> None:
+        os.environ[key] = value
+
     monkeypatch.setenv("OUTSIDE", "1")
     before = dict(os.environ)
-    assert group.env("RANK") == ["0", "1"]
-    group.setenv(PerRank(["OWN", "OUTSIDE"]), "2")
-    assert group.env("OWN") == ["2", None]
-    assert group.env("OUTSIDE") == ["1", "2"]
+    assert env(group, "RANK") == ["0", "1"]
+    group.call(put, PerRank(["OWN", "OUTSIDE"]), "2")
+    assert env(group, "OWN") == ["2", None]
+    assert env(group, "OUTSIDE") == ["1", "2"]
     monkeypatch.setenv("OUTSIDE", "3")
-    assert group.env("OUTSIDE") == ["3", "2"]
+    assert env(group, "OUTSIDE") == ["3", "2"]
     assert dict(os.environ) == {**before, "OUTSIDE": "3"}
     with InlineWorkerGroup(
         ResourcePool([1, 2]),
@@ -217,38 +237,29 @@ def test_each_rank_has_an_environment_of_its_own_and_the_driver_keeps_its(
         name_prefix="p_",
         worker_env={"EXTRA": "1"},
     ) as three:
-        assert three.env("EXTRA") == ["1"] * 3
-        assert three.env("WG_PREFIX") == ["p_"] * 3
-        assert three.env("WG_BACKEND") == ["inline"] * 3
-        assert three.env("LOCAL_WORLD_SIZE") == ["1", "2", "2"]
-        assert three.env("RAY_LOCAL_RANK") == ["0", "0", "1"]
-        assert three.env("MASTER_PORT") == [three.master_port] * 3
+        assert env(three, "EXTRA") == ["1"] * 3
+        assert env(three, "WG_PREFIX") == ["p_"] * 3
+        assert env(three, "WG_BACKEND") == ["inline"] * 3
+        assert env(three, "LOCAL_WORLD_SIZE") == ["1", "2", "2"]
+        assert env(three, "RAY_LOCAL_RANK") == ["0", "0", "1"]
+        assert env(three, "MASTER_PORT") == [three.master_port] * 3
         assert three.master_port != group.master_port
         with pytest.raises(ResourceError, match=f"master_port {three.master_port} cannot"):
-            InlineWorkerGroup(None, ClassWithInitArgs(Notebook), master_port=int(three.master_port))
+            started(Notebook, master_port=int(three.master_port))
     with pytest.raises(ValueError, match="must not set RANK"):
-        InlineWorkerGroup(None, ClassWithInitArgs(Notebook), worker_env={"RANK": "3"})
+        started(Notebook, worker_env={"RANK": "3"})
 
-
-def test_a_group_inside_a_worker_leaves_the_outer_ranks_as_they_were(group: Any) -> None:
-    def nested(worker: Worker) -> tuple[list[str], str]:
-        with InlineWorkerGroup(ResourcePool([3]), ClassWithInitArgs(Notebook)) as inner:
-            inner.env("RANK")
-            return inner.env("RANK"), os.environ["RANK"]
+    def nested() -> tuple[list[str | None], str]:
+        with started(Notebook, 3) as inner:
+            return env(inner, "RANK"), os.environ["RANK"]
 
     assert group.call(nested) == [(["0", "1", "2"], "0"), (["0", "1", "2"], "1")]
     assert "RANK" not in os.environ
 
 
-def test_a_reference_given_to_another_call_arrives_as_its_value(group: Any) -> None:
-    references = group.later([1])
-    assert all(isinstance(reference, InlineReference) for reference in references)
-    assert [seen[-1] for seen in group.keep(references[0])] == [[1], [1]]
-    assert references[0].result() is not references[0].result()
-
-
 def test_async_methods_of_all_ranks_wait_side_by_side_each_as_its_rank(sleepers: Any) -> None:
-    assert sleepers.nap(0.01) == [(0, "0"), (1, "1")]
+    expected = [(0, "0"), (1, "1")]
+    assert sleepers.nap(0.01) == expected
     assert "RANK" not in os.environ
 
     async def driver() -> Any:
@@ -256,7 +267,6 @@ def test_async_methods_of_all_ranks_wait_side_by_side_each_as_its_rank(sleepers:
         awaited = await asyncio.gather(*(sleepers.nap.submit(0.01) for _ in range(3)))
         return blocking, awaited
 
-    expected = [(0, "0"), (1, "1")]
     assert asyncio.run(driver()) == (expected, [expected] * 3)
 
 
@@ -274,32 +284,87 @@ def test_a_deadline_of_an_async_method_names_the_ranks_that_wait(sleepers: Any) 
 def test_an_async_method_may_call_another_group_and_cannot_wait_for_its_own(
     sleepers: Any,
 ) -> None:
-    with InlineWorkerGroup(None, ClassWithInitArgs(Sleeper)) as other:
+    with started(Sleeper, 1) as other:
         assert sleepers.ask(other) == [[(0, "0")], [(0, "0")]]
     with pytest.raises(RuntimeError, match="await the other worker's method itself"):
         sleepers.ask(sleepers)
 
 
-def test_what_cannot_be_an_inline_group_is_refused() -> None:
+def test_without_a_pool_there_is_one_rank_and_what_cannot_be_a_group_is_refused() -> None:
+    with colocate(first=Notebook, second=ClassWithInitArgs(Notebook)) as both:
+        assert both.first.world_size == 1
+        assert both.hosts.workers[0].keys() == {"first", "second"}
+        assert both.second.workers == [both.hosts.workers[0]["second"]]
+        assert both.first.call(threading.get_ident) == [threading.get_ident()]
     for wrong in (None, Notebook, 3):
         with pytest.raises(RegistrationError, match="ray_cls_with_init must say what to start"):
             InlineWorkerGroup(None, wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none to attach to"):
         InlineWorkerGroup(worker_names=["a"])
+    with pytest.raises(ValueError, match="none to attach to"):
+        InlineWorkerGroup.from_detached(name_prefix="x")
     with pytest.raises(ValueError, match="at least one node"):
         InlineWorkerGroup(ResourcePool([]), ClassWithInitArgs(Notebook))
 
 
-def test_without_a_pool_there_is_one_rank(group: Any) -> None:
-    with colocate(first=Notebook, second=ClassWithInitArgs(Notebook)) as both:
-        assert both.first.world_size == 1
-        assert both.hosts.workers[0].keys() == {"first", "second"}
-        assert both.second.workers == [both.hosts.workers[0]["second"]]
-        assert len(both.describe().rows) == 2
+def test_a_program_for_ray_runs_inline_without_an_edit_and_without_a_cluster(
+    cluster: None,
+) -> None:
+    program = """
+        import os
+        import ray, torch
+        from protocol import DataProto
+        from single_controller.ray import (
+            RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, ResourcePoolManager, colocate,
+            create_colocated_worker_cls, merge_resource_pool, pin, split_resource_pool,
+        )
+        from single_controller.base import Worker
+        from single_controller.base.decorator import Dispatch, register
+
+        class Actor(Worker):
+            @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True)
+            def add(self, data: DataProto) -> DataProto:
+                data.batch["a"] += self.rank
+                return data
+
+            @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+            def pid(self, *args: int) -> tuple[int, ...]:
+                return os.getpid(), *args
+
+        data = DataProto.from_dict({"a": torch.zeros(5)})
+        manager = ResourcePoolManager({"all": [64]}, {"actor": "all"})
+        manager.create_resource_pool()
+        first, second = split_resource_pool(manager.get_resource_pool("actor"), [4, 60])
+        print(first.world_size, merge_resource_pool(first, second).world_size)
+        spec = RayClassWithInitArgs(ray.remote(Actor))
+        hosts = RayWorkerGroup(first, create_colocated_worker_cls({"actor": spec}), bin_pack=True)
+        actor = hosts.spawn(["actor"])["actor"]
+        print(actor.add(data).batch["a"].tolist())
+        print(actor.add(pin(data)).batch["a"].tolist())
+        options = {"call_timeout_s": 60, "on_failure": "restart", "max_restarts": 1}
+        with colocate(RayResourcePool([2]), **options, actor=Actor) as group:
+            print({reference.result() for reference in group.actor.pid()} == {(os.getpid(),)})
+            print(ray.is_initialized())
+            ray.init(address="ADDRESS", logging_level="ERROR", log_to_driver=False)
+            print([found[1:] for found in ray.get(group.actor.pid(ray.put(1), 2))])
+        """
+    address = str(ray.get_runtime_context().gcs_address)
+    done = run(program.replace("ADDRESS", address), SINGLE_CONTROLLER_BACKEND="inline")
+    rows = "[0.0, 0.0, 1.0, 2.0, 3.0]"
+    shown = ["4 64", rows, rows, "True", "False", "[(1, 2), (1, 2)]"]
+    assert [line for line in done.stdout.splitlines() if line in shown] == shown, done.stderr
+    done = run("import single_controller.ray", SINGLE_CONTROLLER_BACKEND="inlin")
+    assert "SINGLE_CONTROLLER_BACKEND must be ray or inline; got 'inlin'" in done.stderr
 
 
-def test_ranks_that_only_read_share_the_memory_of_what_they_get(group: Any) -> None:
-    for given in ({"t": torch.zeros(3)}, {"t": torch.zeros(3), "o": Path("pickled")}):
-        group.look(given)
-        first, second = (worker.seen[-1]["t"].data_ptr() for worker in group.workers)
-        assert first == second != given["t"].data_ptr()
+def test_the_fixture_makes_groups_and_closes_them(inline_group: InlineGroups) -> None:
+    actor = inline_group(ClassWithInitArgs(Actor, scale=3), ranks=2)
+    assert actor.add(zeros()).batch["a"].tolist() == [0] * 5 + [3] * 5
+    assert actor.workers[1].scale == 3
+    assert inline_group(Actor, [1, 2], name_prefix="p").world_size == 3
+    both: Any = inline_group.colocate(2, a=Actor, c=ClassWithInitArgs(Critic, config={"b": 1}))
+    assert both.c.sub(both.a.add(zeros())).batch["a"].tolist() == [-1] * 5 + [0] * 5
+    inline_group.close()
+    for group in (actor, both.a):
+        with pytest.raises(GroupBrokenError, match="the group is closed"):
+            group.name()

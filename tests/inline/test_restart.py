@@ -35,26 +35,22 @@ class Async(Worker):
         return self.restored
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    async def nap(self, seconds: float) -> None:
+    async def nap(self, seconds: float, leave: bool = False) -> None:
         await asyncio.sleep(seconds)
+        self.leave(leave)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def wait(self, event: type) -> None:
         event.go.wait(60)  # type: ignore[attr-defined]
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def leave(self, now: bool) -> None:
+    def leave(self, now: bool = True) -> None:
         if now:
             sys.exit(3)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    async def nap_and_leave(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        sys.exit(3)
-
     @register(dispatch_mode=Dispatch.RANK_ZERO)
     def make_leave(self, other: Any) -> None:
-        other.leave(True)
+        other.leave()
 
 
 @pytest.fixture
@@ -71,45 +67,57 @@ def test_a_restart_builds_other_workers_and_ends_calls_that_wait(group: Any) -> 
     assert group.nap(0) == [None, None]
     with pytest.raises(GroupBrokenError, match="the group was restarted"):
         waiting.result()
+    waiting = group.nap.submit(60)
+    group.close()
+    with pytest.raises(GroupBrokenError, match="the group is closed"):
+        waiting.result()
 
 
-def test_a_death_is_told_at_once_also_after_a_restart_whatever_else_is_told_raises(
+def test_a_group_that_is_dropped_ends_the_thread_of_its_coroutines() -> None:
+    def loops() -> set[Any]:
+        return {thread for thread in threading.enumerate() if thread.name == "inline-loop"}
+
+    before = loops()
+    group: Any = InlineWorkerGroup(None, ClassWithInitArgs(Async))
+    group.nap(0)
+    assert loops() - before
+    del group
+    assert eventually(lambda: not loops() - before)
+
+
+def test_a_death_is_told_also_after_a_restart_whatever_else_is_told_raises(
     group: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[int] = []
+    failed: list[int] = []
 
     def fail(error: WorkerDiedError) -> None:
+        failed.append(error.rank)
         raise KeyError("from on_death")
 
-    group.start_worker_aliveness_check(0.1, on_death=fail)
-    group.start_worker_aliveness_check(0.1, on_death=lambda error: told.append(error.rank))
-    for rank in (1, 0):
+    group.start_worker_aliveness_check(0.01, on_death=fail)
+    group.start_worker_aliveness_check(0.01, on_death=lambda error: told.append(error.rank))
+    for expected in ([1], [1, 0]):
         with pytest.raises(WorkerDiedError):
-            group.leave(PerRank([rank == 0, rank == 1]))
+            group.leave(PerRank([expected[-1] == 0, expected[-1] == 1]))
+        assert eventually(lambda expected=expected: told == failed == expected)  # type: ignore[misc]
         group.restart()
-    assert told == [1, 0]
     logged = [record.exc_info[0] for record in caplog.records if record.exc_info]
     assert logged == [KeyError, KeyError]
-
-
-@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf")])
-def test_an_interval_at_which_nobody_can_look_is_refused(group: Any, wrong: float) -> None:
-    with pytest.raises(ValueError, match="every_n_seconds must be a finite number above 0; got"):
-        group.start_worker_aliveness_check(wrong)
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="every_n_seconds must be "):
+            group.start_worker_aliveness_check(wrong)
 
 
 def test_of_several_ranks_that_die_all_are_shown_as_dead_and_the_first_is_named(
     group: Any,
 ) -> None:
-    for match in (r"rank 0 ", r"lost a rank: .*rank 0 "):
-        with pytest.raises((WorkerDiedError, GroupBrokenError), match=match):
-            group.leave(True)
-    assert [row.state for row in group.describe().rows] == ["dead", "dead"]
-    group.restart()
-    for match in (r"rank 1 ", r"lost a rank: .*rank 1 "):
-        with pytest.raises((WorkerDiedError, GroupBrokenError), match=match):
-            group.nap_and_leave(PerRank([0.02, 0]))
-    assert [row.state for row in group.describe().rows] == ["dead", "dead"]
+    for first, die in ((0, group.leave), (1, lambda: group.nap(PerRank([0.02, 0]), True))):
+        for match in (f"rank {first} ", f"lost a rank: .*rank {first} "):
+            with pytest.raises((WorkerDiedError, GroupBrokenError), match=match):
+                die()
+        assert [row.state for row in group.describe().rows] == ["dead", "dead"]
+        group.restart()
 
 
 def test_the_death_of_another_groups_rank_breaks_that_group_alone(group: Any) -> None:
@@ -139,8 +147,3 @@ def test_a_stack_is_that_of_the_thread_which_runs_the_rank_or_of_what_it_awaits(
         group.nap.options(timeout_s=0.01)(60)
     assert "in nap" in caught.value.stacks[1]
     assert "in nap" in group.stacks()[0]
-
-
-def test_there_is_nothing_to_attach_to() -> None:
-    with pytest.raises(ValueError, match="has none to attach to"):
-        InlineWorkerGroup.from_detached(name_prefix="x")

@@ -1,24 +1,39 @@
-"""One set of functions for both kinds of batch, and the sizes of shards."""
+"""One set of functions for both kinds of batch, the sizes of shards, and veRL's functions on whole
+batches."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tensordict import TensorDict
 
-from protocol import DataProto
+from protocol import (
+    BatchData,
+    DataProto,
+    collate_fn,
+    deserialize_single_tensor,
+    deserialize_tensordict,
+    fold_batch_dim,
+    pad_dataproto_to_divisor,
+    serialize_single_tensor,
+    serialize_tensordict,
+    unfold_batch_dim,
+    unpad_dataproto,
+)
 from protocol.batches import (
     Batch,
-    balanced_sizes,
     batch_rows,
     concat_batches,
     copy_batch,
-    equal_sizes,
     is_batch,
     lend_rows,
     pad_batch,
@@ -27,6 +42,8 @@ from protocol.batches import (
     split_batch,
     union_batches,
 )
+from protocol.checks import balanced_sizes, equal_sizes, padded_sizes
+from protocol.combine import equal
 from protocol.errors import (
     BatchError,
     BatchTypeError,
@@ -35,9 +52,10 @@ from protocol.errors import (
     MissingKeyError,
     RowCountError,
 )
-from protocol.shards import padded_sizes
 from protocol.tensordict_utils import get, get_tensordict
 from protocol.wire import read_as
+from tests.protocol.conftest import DTYPES, LAYOUTS, make_column
+from tests.protocol.test_future import future
 
 Make = Callable[[int], Batch]
 
@@ -57,7 +75,6 @@ def tensordict(rows: int) -> Batch:
 def ids(batch: Batch) -> list[int]:
     """The row numbers, after checking that tensors and objects still agree about them."""
     if isinstance(batch, DataProto):
-        assert batch.batch is not None
         found, text = batch.batch["ids"].tolist(), list(batch.non_tensor_batch["text"])
     else:
         found, text = batch["ids"].tolist(), get(batch, "text")
@@ -68,38 +85,23 @@ def ids(batch: Batch) -> list[int]:
 both = pytest.mark.parametrize("make", [proto, tensordict])
 
 
-class TestSizes:
-    @given(rows=st.integers(0, 100), parts=st.integers(1, 12))
-    @settings(deadline=None)
-    def test_balanced_sizes_sum_up_and_differ_by_at_most_one(self, rows: int, parts: int) -> None:
-        sizes = balanced_sizes(rows, parts)
-        assert sum(sizes) == rows
-        assert len(sizes) == parts
-        assert sizes == sorted(sizes, reverse=True)
-        assert sizes[0] - sizes[-1] <= 1
-
-    @given(rows=st.integers(0, 100), parts=st.integers(1, 12))
-    @settings(deadline=None)
-    def test_equal_sizes_are_equal_or_refused(self, rows: int, parts: int) -> None:
-        if rows % parts:
-            with pytest.raises(ChunkError, match=f"DataProto {rows} and chunk {parts}"):
-                equal_sizes(rows, parts)
-        else:
-            assert equal_sizes(rows, parts) == [rows // parts] * parts
-
-    @given(rows=st.integers(0, 100), parts=st.integers(1, 12))
-    @settings(deadline=None)
-    def test_padded_sizes_are_equal_and_waste_less_than_one_row_per_part(
-        self, rows: int, parts: int
-    ) -> None:
-        sizes = padded_sizes(rows, parts)
-        assert len(set(sizes)) == 1
-        assert 0 <= sum(sizes) - rows < parts
-
-    @pytest.mark.parametrize("sizes", [equal_sizes, balanced_sizes, padded_sizes])
-    def test_there_must_be_a_part(self, sizes: Callable[[int, int], list[int]]) -> None:
+@given(rows=st.integers(0, 100), parts=st.integers(1, 12))
+def test_shards_have_the_sizes_that_their_names_say(rows: int, parts: int) -> None:
+    sizes = balanced_sizes(rows, parts)
+    assert (sum(sizes), len(sizes)) == (rows, parts)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] <= 1
+    padded = padded_sizes(rows, parts)
+    assert (len(padded), len(set(padded))) == (parts, 1)
+    assert 0 <= sum(padded) - rows < parts
+    if rows % parts:
+        with pytest.raises(ChunkError, match=f"DataProto {rows} and chunk {parts}"):
+            equal_sizes(rows, parts)
+    else:
+        assert equal_sizes(rows, parts) == sizes == padded
+    for function in (equal_sizes, balanced_sizes, padded_sizes):
         with pytest.raises(ChunkError, match="at least one chunk; got 0"):
-            sizes(4, 0)
+            function(rows, 0)
 
 
 def test_only_batches_are_batches() -> None:
@@ -114,35 +116,21 @@ class TestBothKinds:
         assert batch_rows(make(5)) == 5
         assert ids(slice_batch(make(5), 1, 3)) == [1, 2]
         assert ids(slice_batch(make(5), 5, 5)) == []
+        for start, stop in ((-1, 2), (0, 6), (3, 2)):
+            with pytest.raises(RowCountError, match=f"rows {start}:{stop} .* 5 rows"):
+                slice_batch(make(5), start, stop)
 
-    @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 6), (3, 2)])
-    def test_rows_that_are_not_there_are_refused(self, make: Make, start: int, stop: int) -> None:
-        with pytest.raises(RowCountError, match=f"rows {start}:{stop} .* 5 rows"):
-            slice_batch(make(5), start, stop)
-
-    @pytest.mark.parametrize("sizes", [[2, 0, 3], [5], [0, 0, 5]])
-    def test_concatenating_a_split_gives_the_batch(self, make: Make, sizes: list[int]) -> None:
-        parts = split_batch(make(5), sizes)
-        assert [batch_rows(part) for part in parts] == sizes
-        assert ids(concat_batches(parts)) == [0, 1, 2, 3, 4]
-
-    def test_zero_rows_split_and_concatenate(self, make: Make) -> None:
-        assert ids(concat_batches(split_batch(make(0), [0, 0]))) == []
-
-    def test_sizes_must_sum_to_the_rows(self, make: Make) -> None:
+    def test_parts_have_the_sizes_asked_for_and_these_sum_to_the_rows(self, make: Make) -> None:
+        assert [*map(ids, split_batch(make(5), [2, 0, 3]))] == [[0, 1], [], [2, 3, 4]]
         with pytest.raises(RowCountError, match="5 rows"):
             split_batch(make(5), [2, 2])
 
-    def test_padding_repeats_the_last_row_in_a_new_batch(self, make: Make) -> None:
-        batch = make(2)
-        assert ids(pad_batch(batch, 3)) == [0, 1, 1, 1, 1]
-        assert batch_rows(batch) == 2
+    def test_padding_repeats_the_last_row(self, make: Make) -> None:
+        assert ids(pad_batch(make(2), 3)) == [0, 1, 1, 1, 1]
         assert ids(pad_batch(make(0), 0)) == []
-
-    @pytest.mark.parametrize(("rows", "count"), [(0, 1), (2, -1)])
-    def test_padding_needs_a_row_to_repeat(self, make: Make, rows: int, count: int) -> None:
-        with pytest.raises(RowCountError, match=f"{rows} rows cannot be padded by {count}"):
-            pad_batch(make(rows), count)
+        for rows, count in ((0, 1), (2, -1)):
+            with pytest.raises(RowCountError, match=f"{rows} rows cannot be padded by {count}"):
+                pad_batch(make(rows), count)
 
     @pytest.mark.parametrize("key", ["ids", "text"])
     def test_columns_are_selected_by_key(self, make: Make, key: str) -> None:
@@ -153,8 +141,10 @@ class TestBothKinds:
             select_keys(batch, [other])
 
     def test_a_union_has_the_columns_of_both(self, make: Make) -> None:
-        left, right = select_keys(make(2), ["ids"]), select_keys(make(2), ["text"])
+        left, right = select_keys(make(2), ["ids"]), make(2)
         assert ids(union_batches(left, right)) == [0, 1]
+        kept = left.batch if isinstance(left, DataProto) else left
+        assert [*kept.keys()] == ["ids"]
 
     def test_a_union_refuses_differing_values_and_rows(self, make: Make) -> None:
         with pytest.raises(ConflictError, match="ids"):
@@ -163,20 +153,12 @@ class TestBothKinds:
             union_batches(make(2), make(3))
 
 
-def test_missing_keys_of_any_kind_are_named() -> None:
-    keys: list[Any] = ["ids", 1, None]
-    with pytest.raises(MissingKeyError, match=r"keys \[1, None\] not in batch, which has "):
-        select_keys(proto(1), keys)
-
-
 def test_kinds_are_not_mixed() -> None:
-    with pytest.raises(BatchTypeError, match=r"\['DataProto', 'TensorDict'\]"):
-        concat_batches([proto(1), tensordict(1)])
-    with pytest.raises(BatchTypeError, match="DataProto and TensorDict"):
+    for batches in ([proto(1), tensordict(1)], [tensordict(1), proto(1)]):
+        with pytest.raises(BatchTypeError, match=r"\[1\] must be of type .*DataProto"):
+            concat_batches(batches)
+    with pytest.raises(BatchTypeError, match="a union is of two"):
         union_batches(proto(1), tensordict(1))
-
-
-def test_there_must_be_something_to_concatenate() -> None:
     with pytest.raises(BatchError, match="at least one"):
         concat_batches([])
 
@@ -215,21 +197,10 @@ def test_what_is_no_column_of_numbers_is_private_to_who_joins_lent_rows(how: Any
     assert data.diff(lender()) == []
 
 
-@pytest.mark.parametrize("make", [proto, tensordict])
-def test_a_batch_without_rows_decides_nothing_of_the_whole(make: Make) -> None:
-    for empty in (slice_batch(make(2), 0, 0), make(0), select_keys(make(0), ["ids", "none"])):
-        assert ids(concat_batches([empty, make(3), empty])) == [0, 1, 2]
+def test_a_tensordict_without_rows_decides_nothing_of_the_whole() -> None:
     odd = get_tensordict({"other": torch.zeros(0)})
-    assert ids(concat_batches([odd, tensordict(2)])) == [0, 1]
-
-
-@pytest.mark.parametrize("make", [proto, tensordict])
-def test_a_union_of_batches_changes_neither(make: Make) -> None:
-    left, right = select_keys(make(2), ["ids"]), make(2)
-    assert ids(union_batches(left, right)) == [0, 1]
-    kept = left.batch if isinstance(left, DataProto) else left
-    assert kept is not None
-    assert [*kept.keys()] == ["ids"]
+    for empty in (slice_batch(tensordict(2), 0, 0), select_keys(tensordict(0), ["none"]), odd):
+        assert ids(concat_batches([empty, tensordict(3), empty])) == [0, 1, 2]
 
 
 def test_a_copy_of_shared_objects_has_no_graph() -> None:
@@ -239,3 +210,149 @@ def test_a_copy_of_shared_objects_has_no_graph() -> None:
     for copied in (get(twin, "k")[0], get(twin, "s")[0]["x"]):
         assert (copied.is_leaf, copied.tolist()) == (True, [2, 2])
         assert copied.data_ptr() != graph.data_ptr()
+
+
+@both
+def test_what_divides_is_not_copied_and_what_is_not_there_not_removed(make: Make) -> None:
+    batch: Any = make(2)
+    assert pad_dataproto_to_divisor(batch, 2)[0] is unpad_dataproto(batch, 0) is batch
+    with pytest.raises(RowCountError, match="cannot remove 9 rows"):
+        unpad_dataproto(batch, 9)
+    with pytest.raises(BatchError, match="at least 1; got 0"):
+        pad_dataproto_to_divisor(batch, 0)
+
+
+def test_collate_fn_undoes_taking_single_rows(sample: DataProto) -> None:
+    collated = collate_fn(list(sample))
+    assert collated.diff(sample) == ["meta_info['m']: only there"]
+    with pytest.raises(BatchError, match="zero rows"):
+        collate_fn([])
+    with pytest.raises(MissingKeyError, match=r"batch of row 1 lacks \['b'\]"):
+        collate_fn([sample[0], sample.select(["a"])[0]])
+    items = [
+        DataProto.from_dict({"x": torch.zeros(1), "k": torch.zeros(1)})[0],
+        DataProto.from_dict({"x": torch.zeros(1)}, {"k": ["text"]})[0],
+    ]
+    for rows in (items, items[::-1]):  # one key of two kinds
+        with pytest.raises(MissingKeyError, match="batch of row 1 "):
+            collate_fn(rows)
+
+
+def test_unfold_undoes_fold(sample: DataProto) -> None:
+    folded = fold_batch_dim(sample, 3)
+    assert folded.batch["b"].shape == (3, 2, 2)
+    assert folded.non_tensor_batch["s"].tolist() == [["s0", "s1"], ["s2", "s3"], ["s4", "s5"]]
+    assert unfold_batch_dim(folded).diff(sample) == []
+    with pytest.raises(RowCountError, match="new_batch_size=4"):
+        fold_batch_dim(sample, 4)
+    with pytest.raises(RowCountError):
+        unfold_batch_dim(sample)
+
+
+def test_batches_and_futures_can_be_chunked_and_lists_of_them_concatenated() -> None:
+    for data in (proto(4), TensorDict({"ids": torch.arange(4)}, [4]), future(4)):
+        assert BatchData(data).is_chunkable()
+        assert not BatchData(data).is_concatable()
+        parts = BatchData(data).chunk(2)
+        assert isinstance(parts, list)
+        assert [len(part) for part in parts] == [2, 2]
+        assert not BatchData(parts).is_chunkable()
+        assert BatchData(parts).is_concatable()
+        joined = BatchData(tuple(parts)).concat()
+        assert type(joined) is type(data)
+        assert len(joined) == 4
+    for kind in (proto(5), tensordict(5)):
+        with pytest.raises(ChunkError, match="only support equal chunk"):
+            BatchData(kind).chunk(2)
+
+
+@pytest.mark.parametrize("data", [3, None, [], [3], [DataProto(), 3], [DataProto(), future(1)]])
+def test_anything_else_is_neither_chunked_nor_concatenated(data: object) -> None:
+    assert not BatchData(data).is_chunkable()
+    assert not BatchData(data).is_concatable()
+    with pytest.raises(BatchTypeError, match="can be chunked; got"):
+        BatchData(data).chunk(2)
+    with pytest.raises(BatchTypeError, match="can be concatenated; got"):
+        BatchData(data).concat()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_serialized_tensors_come_back_writable(dtype: torch.dtype) -> None:
+    for rows in (0, 3):
+        tensors = {layout: make_column(rows, layout, dtype).detach() for layout in LAYOUTS}
+        data = DataProto.from_dict(tensors)
+        back = DataProto(deserialize_tensordict(serialize_tensordict(data.batch)))
+        assert back.diff(data) == []
+        name, shape, buffer = serialize_single_tensor(tensors["plain"])
+        assert (f"torch.{name}", shape, type(buffer)) == (str(dtype), (rows,), memoryview)
+        deserialize_single_tensor((name, list(shape), bytes(buffer))).fill_(1)
+
+
+def test_serialized_jagged_rows_look_as_in_verl() -> None:
+    column = torch.nested.nested_tensor_from_jagged(torch.arange(5), torch.tensor([0, 2, 5]))
+    size, device, tensors = serialize_tensordict(TensorDict({"j": column}, [2]))
+    kind, rows = tensors["j"]
+    assert (size, device, kind) == ((2,), None, "jagged")
+    assert [row[:2] for row in rows] == [("int64", (2,)), ("int64", (3,))]
+    with pytest.raises(BatchTypeError, match="dense"):
+        serialize_single_tensor(column)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_serialized_strided_rows_look_as_in_verl_and_come_back_strided() -> None:
+    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
+    batch = TensorDict({"n": torch.nested.nested_tensor(rows)}, [3])
+    sent = serialize_tensordict(batch)
+    assert sent[2]["n"][0] == "strided"
+    assert [row[1] for row in sent[2]["n"][1]] == [(2, 3), (3, 4), (1, 5)]
+    back = deserialize_tensordict(sent)
+    assert back["n"].layout is torch.strided
+    assert equal(back, batch)
+
+
+GATHER = """
+import sys, torch, torch.distributed as dist
+from protocol.batches import all_gather_data_proto
+from protocol.data_proto import DataProto
+from protocol.errors import BatchError
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+rows = [3, 1][rank]
+jagged = torch.nested.nested_tensor_from_jagged(torch.arange(2 * rows), torch.arange(rows + 1) * 2)
+data = DataProto.from_dict(
+    {"j": jagged, "a": torch.full((rows, 2), rank)}, {"s": [f"{rank}.{i}" for i in range(rows)]},
+    {"rank": rank},
+)
+all_gather_data_proto(data, dist.group.WORLD)
+assert set(data.batch.keys()) == {"j", "a"}
+assert data.batch["a"][:, 0].tolist() == [0, 0, 0, 1]
+assert data.batch["j"].offsets().tolist() == [0, 2, 4, 6, 8]
+assert data.non_tensor_batch["s"].tolist() == ["0.0", "0.1", "0.2", "1.0"]
+assert data.meta_info == {"rank": rank}
+
+data = DataProto.from_dict({"a": torch.ones(2)}, {"s": ["x", "y"]}) if rank else DataProto()
+all_gather_data_proto(data, dist.group.WORLD)
+assert data.batch["a"].tolist() == [1, 1] and data.non_tensor_batch["s"].tolist() == ["x", "y"]
+
+try:
+    all_gather_data_proto(DataProto.from_dict({"a": torch.zeros(1, 1 + rank)}), dist.group.WORLD)
+except BatchError as error:
+    assert "concatenate" in str(error)
+else:
+    raise SystemExit("not refused")
+dist.destroy_process_group()
+"""
+
+
+def test_all_gather_gives_every_rank_the_rows_of_all(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", GATHER, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr

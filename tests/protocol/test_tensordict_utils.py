@@ -1,14 +1,15 @@
-"""The functions on bare TensorDicts, with every kind of value that one can hold."""
+"""The functions on bare TensorDicts, with every kind of value that one can hold; that they keep the
+rows is in `test_row_model`."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
 from protocol import tensordict_utils as tu
@@ -22,32 +23,28 @@ from protocol.errors import (
     RowIndexError,
 )
 
-LETTERS = "abcdefghij"
-
 
 def jagged(*lengths: int) -> torch.Tensor:
-    return tu.nested_tensor_from_tensor_list([torch.arange(n) for n in lengths] or [torch.ones(1)])
+    return tu.nested_tensor_from_tensor_list([torch.arange(n) for n in lengths])
 
 
 def make(rows: int, start: int = 0) -> TensorDict:
     """Every kind of value; row i holds `start + i` in one form or another."""
+    if not rows:
+        return tu.index_select_tensor_dict(make(1), [])
     ids = range(start, start + rows)
     td = tu.get_tensordict(
         {
             "dense": torch.arange(start, start + rows).float().unsqueeze(1),
-            "text": [LETTERS[i % 10] for i in ids],
+            "text": ["abcdefghij"[i % 10] for i in ids],
             "lists": [[i] * (i % 3) for i in ids],
         },
         {"shared": {"a": [1, 2]}, "flag": True},
     )
-    if rows:
-        td["jagged"] = tu.nested_tensor_from_tensor_list([torch.full((i % 4,), i) for i in ids])
-        td["wide"] = tu.nested_tensor_from_tensor_list(
-            [torch.full((3, i % 4 + 1), i) for i in ids], ragged_idx=2
-        )
-    else:
-        td["jagged"] = tu.index_select_tensor_dict(make(1), [])["jagged"]
-        td["wide"] = tu.index_select_tensor_dict(make(1), [])["wide"]
+    td["jagged"] = tu.nested_tensor_from_tensor_list([torch.full((i % 4,), i) for i in ids])
+    td["wide"] = tu.nested_tensor_from_tensor_list(
+        [torch.full((3, i % 4 + 1), i) for i in ids], ragged_idx=2
+    )
     td["sub"] = TensorDict({"x": torch.arange(start, start + rows)}, batch_size=[rows])
     return td
 
@@ -63,307 +60,277 @@ def values(td: TensorDict) -> dict[str, object]:
     return plain
 
 
-def rows_of(td: TensorDict) -> list[float]:
-    return [float(x) for x in td["dense"].flatten()]
+# Values, in and out
 
 
-class TestReading:
-    def test_get_unwraps_all_but_tensors(self) -> None:
-        td = make(2)
-        assert tu.get(td, "text") == ["a", "b"]
-        assert tu.get(td, "flag") is True
-        assert tu.get(td, "dense") is td.get("dense")
-        assert tu.get(td, "nope") is None
-        assert tu.get(td, "nope", 3) == 3
-
-    def test_get_non_tensor_data_leaves_stacks_as_they_are(self) -> None:
-        td = make(2)
-        assert tu.get_non_tensor_data(td, "flag", None) is True
-        assert isinstance(tu.get_non_tensor_data(td, "text", None), NonTensorStack)
-        assert tu.get_non_tensor_data(td, "nope", 3) == 3
-
-    def test_unwrap_returns_what_is_not_wrapped(self) -> None:
-        assert tu.unwrap_non_tensor_data(NonTensorData([1])) == [1]
-        assert tu.unwrap_non_tensor_data(4) == 4
-
-    def test_get_keys_shares_the_values(self) -> None:
-        td = make(2)
-        part = tu.get_keys(td, iter(["dense", "text"]))
-        assert set(part.keys()) == {"dense", "text"}
-        assert part["dense"] is td["dense"]
-        assert part.batch_size == (2,)
-
-    def test_get_keys_names_the_missing_key(self) -> None:
-        with pytest.raises(MissingKeyError, match=r"key zz not in tensordict.*dense"):
-            tu.get_keys(make(1), ["dense", "zz"])
-
-    def test_pop_returns_what_get_would_and_removes_it(self) -> None:
-        td = make(2)
-        assert tu.pop(td, "text") == ["a", "b"]
-        assert tu.pop(td, "flag") is True
-        assert tu.pop(td, "text", "gone") == "gone"
-        assert not {"text", "flag"} & set(td.keys())
-
-    def test_pop_keys_removes_all_or_nothing(self) -> None:
-        td = make(2)
-        with pytest.raises(KeyError, match="zz"):
-            tu.pop_keys(td, ["dense", "zz"])
-        assert "dense" in td.keys()  # noqa: SIM118
-        popped = tu.pop_keys(td, ["dense", "text", "flag"])
-        assert values(popped) == {"dense": [[0.0], [1.0]], "text": ["a", "b"], "flag": True}
-        assert not {"dense", "text", "flag"} & set(td.keys())
-
-    def test_popping_no_keys_keeps_the_rows(self) -> None:
-        assert tu.pop_keys(make(2), []).batch_size == (2,)
+def test_lists_and_arrays_hold_one_object_per_row_and_non_tensors_are_shared() -> None:
+    tensors = {"a": torch.zeros(2), "s": ["x", {"y": 1}], "n": np.array([[1, 2], [3, 4]])}
+    td = tu.get_tensordict(tensors, {"l": [1, 2], "none": None, "w": NonTensorData(3)})
+    assert td.batch_size == (2,)
+    assert tu.get(td, "s") == ["x", {"y": 1}]
+    assert [row.tolist() for row in tu.get(td, "n")] == [[1, 2], [3, 4]]
+    assert tu.get(td, "l") == tu.get(td[0:1], "l") == [1, 2]
+    assert tu.get(td, "none", default=3) is None
+    assert tu.get(td, "w") == 3
+    assert tensors["s"] == ["x", {"y": 1}]
+    assert tu.get(tu.get_tensordict({"s": NonTensorStack("a", "b")}), "s") == ["a", "b"]
+    assert tu.get_tensordict({}, {"a": 1}).batch_size == ()
 
 
-class TestRows:
-    @given(rows=st.integers(0, 8), data=st.data())
-    @settings(deadline=None, max_examples=30)
-    def test_selected_rows_are_those_of_the_index(self, rows: int, data: st.DataObject) -> None:
-        index = data.draw(st.lists(st.integers(-rows, rows - 1), max_size=10)) if rows else []
-        td = make(rows)
-        picked = tu.index_select_tensor_dict(td, index)
-        expected = [range(rows)[i] for i in index]
-        assert rows_of(picked) == expected
-        assert tu.get(picked, "text") == [LETTERS[i] for i in expected]
-        assert tu.get(picked, "lists") == [[i] * (i % 3) for i in expected]
-        assert [row.tolist() for row in picked["jagged"].unbind()] == [
-            [i] * (i % 4) for i in expected
+def test_zero_rows_are_legal_for_every_kind_of_value() -> None:
+    td = tu.get_tensordict({"a": torch.zeros(0, 3), "text": []}, {"shared": [1, 2]})
+    assert td.batch_size == (0,)
+    assert tu.get(td, "text") == []
+    assert tu.get(td, "shared") == [1, 2]
+    assert tu.get(pickle.loads(pickle.dumps(td)), "text") == []
+
+
+def test_rows_of_dicts_become_jagged_columns_and_stacks_of_objects() -> None:
+    td = tu.list_of_dict_to_tensordict(
+        [
+            {"a": torch.arange(2), "same": torch.ones(2), "n": torch.tensor(1), "s": "x"},
+            {"a": torch.arange(3), "same": torch.ones(2), "n": torch.tensor(2), "s": "y"},
         ]
-        assert [tuple(row.shape) for row in picked["wide"].unbind()] == [
-            (3, i % 4 + 1) for i in expected
-        ]
-        assert picked["sub"]["x"].tolist() == expected
-        assert tu.get(picked, "shared") == {"a": [1, 2]}
-
-    @pytest.mark.parametrize(
-        "mask", [[True, False, True], np.array([True, False, True]), torch.tensor([1, 0, 1]).bool()]
     )
-    def test_a_mask_selects_rows_too(self, mask: object) -> None:
-        assert rows_of(tu.index_select_tensor_dict(make(3), mask)) == [0, 2]  # type: ignore[arg-type]
-
-    def test_a_row_that_is_not_there_is_refused(self) -> None:
-        with pytest.raises(RowIndexError, match="7"):
-            tu.index_select_tensor_dict(make(3), [7])
-
-    @pytest.mark.parametrize("index", [torch.zeros(1, 1).long(), 1, slice(0, 1)])
-    def test_an_index_must_be_one_list(self, index: object) -> None:
-        with pytest.raises(BatchTypeError):
-            tu.index_select_tensor_dict(make(3), index)  # type: ignore[arg-type]
-
-    @given(size=st.integers(0, 3), chunks=st.integers(1, 4))
-    @settings(deadline=None, max_examples=15)
-    def test_concatenating_the_chunks_gives_the_batch(self, size: int, chunks: int) -> None:
-        td = make(size * chunks)
-        parts = tu.chunk_tensordict(td, chunks)
-        assert [part.batch_size for part in parts] == [(size,)] * chunks
-        tu.assert_tensordict_eq(tu.concat_tensordict(parts), td)
-        assert values(tu.concat_tensordict(parts)) == values(make(size * chunks))
-
-    def test_chunks_share_tensors_with_the_batch(self) -> None:
-        td = make(4)
-        tu.chunk_tensordict(td, 2)[1]["dense"][0] = 7.0
-        assert td["dense"][2] == 7.0
-
-    @pytest.mark.parametrize("chunks", [3, 8])
-    def test_rows_that_do_not_divide_are_refused(self, chunks: int) -> None:
-        with pytest.raises(ChunkError, match=rf"only support equal chunk.* 4 and chunk {chunks}"):
-            tu.chunk_tensordict(make(4), chunks)
-
-    def test_less_than_one_chunk_is_refused(self) -> None:
-        with pytest.raises(ChunkError, match="at least one"):
-            tu.chunk_tensordict(make(4), 0)
-
-    def test_without_batch_dim_there_are_no_rows(self) -> None:
-        with pytest.raises(RowCountError, match=r"batch_size=\[\]"):
-            tu.chunk_tensordict(tu.get_tensordict({}, {"a": 1}), 1)
+    want = {"a": [[0, 1], [0, 1, 2]], "same": [[1.0, 1.0]] * 2, "n": [1, 2], "s": ["x", "y"]}
+    assert values(td) == want
+    assert td["same"].is_nested
+    assert not td["n"].is_nested
+    td = tu.list_of_dict_to_tensordict([{"a": torch.zeros(2, 3)}, {"a": torch.zeros(4, 3)}])
+    assert [tuple(row.shape) for row in td["a"].unbind()] == [(2, 3), (4, 3)]
 
 
-class TestConcat:
-    def test_the_first_shared_object_stays(self) -> None:
-        parts = [tu.assign_non_tensor(make(1), flag=value) for value in ("x", "y")]
-        assert tu.get(tu.concat_tensordict(parts), "flag") == "x"
-
-    def test_a_shared_object_joins_a_stack_as_one_per_row(self) -> None:
-        parts = [tu.get_tensordict({"a": torch.zeros(2)}) for _ in range(2)]
-        tu.assign_non_tensor(parts[0], k=["x", "y"])
-        tu.assign_non_tensor(parts[1], k="z")
-        assert tu.get(tu.concat_tensordict(parts), "k") == ["x", "y", "z", "z"]
-
-    @pytest.mark.parametrize("order", [1, -1])
-    def test_zero_rows_add_nothing(self, order: int) -> None:
-        parts = [make(0), make(3)][::order]
-        assert values(tu.concat_tensordict(parts)) == values(make(3))
-
-    def test_one_tensordict_is_copied(self) -> None:
-        td = make(2)
-        joined = tu.concat_tensordict([td])
-        joined["dense"][0] = 7.0
-        assert td["dense"][0] == 0.0
-
-    def test_without_batch_dims_the_first_is_taken(self) -> None:
-        parts = [tu.get_tensordict({}, {"m": value}) for value in (1, 2)]
-        assert tu.get(tu.concat_tensordict(parts), "m") == 1
-        assert tu.get(tu.concat_tensordict_with_none_bsz(parts), "m") == 1
-
-    @pytest.mark.parametrize("concat", [tu.concat_tensordict, tu.concat_tensordict_with_none_bsz])
-    def test_nothing_to_concatenate_is_refused(self, concat: object) -> None:
-        with pytest.raises(BatchError, match="at least one tensordict"):
-            concat([])  # type: ignore[operator]
-
-    def test_a_batch_dim_is_refused_where_there_should_be_none(self) -> None:
-        with pytest.raises(RowCountError, match=r"got \[2\]"):
-            tu.concat_tensordict_with_none_bsz([make(2)])
-
-    def test_a_batch_dim_must_be_in_all_or_none(self) -> None:
-        with pytest.raises(RowCountError, match="no rows"):
-            tu.concat_tensordict([make(2), tu.get_tensordict({})])
-
-    def test_differing_keys_are_named(self) -> None:
-        with pytest.raises(MissingKeyError, match=r"\['flag'\] .* shard 0 and shard 2"):
-            tu.concat_tensordict([make(1), make(1), make(1).exclude("flag")])
-
-    @pytest.mark.parametrize(
-        ("first", "second"),
-        [
-            (jagged(2, 2), torch.zeros(2, 2).long()),
-            (torch.zeros(2), ["a", "b"]),
-            (torch.zeros(2, 2), torch.zeros(2, 3)),
-        ],
-    )
-    def test_values_that_do_not_go_together_are_refused_by_key(
-        self, first: object, second: object
-    ) -> None:
-        parts = [tu.get_tensordict({"a": value}) for value in (first, second)]  # type: ignore[dict-item]
-        with pytest.raises(BatchError, match="key 'a'"):
-            tu.concat_tensordict(parts)
+def test_a_list_is_assigned_per_row_and_anything_else_shared() -> None:
+    td = tu.get_tensordict({"a": torch.zeros(2), "text": ["a", "b"]})
+    assert tu.assign_non_tensor(td, per_row=[[1], 2], shared=(1, 2), stack=td.get("text")) is td
+    assert tu.get(td, "per_row") == [[1], 2]
+    assert tu.get(td, "shared") == (1, 2)
+    assert tu.get(td[0:1], "per_row") == [[1]]
+    assert tu.get(td, "stack") == ["a", "b"]
+    tu.assign_non_tensor_data(td, "k", [1, 2, 3])
+    assert tu.get(td, "k") == [1, 2, 3]
+    whole = tu.get_tensordict({})
+    tu.assign_non_tensor_stack(whole, "k", [1, 2, 3])
+    assert tu.get(whole, "k") == [1, 2, 3]
 
 
-class TestUnion:
-    def test_the_first_gets_the_columns_of_both_and_the_second_keeps_its_own(self) -> None:
-        left, right = make(2).exclude("text"), make(2).exclude("dense")
-        assert tu.union_tensor_dict(left, right) is left
-        assert values(left) == values(make(2))
-        assert "dense" not in right.keys()  # noqa: SIM118
-
-    def test_nan_equals_nan(self) -> None:
-        td = tu.get_tensordict({"a": torch.tensor([float("nan")]), "s": [float("nan")]})
-        tu.union_tensor_dict(td, pickle.loads(pickle.dumps(td)))
-
-    @pytest.mark.parametrize(
-        "other",
-        [
-            {"dense": torch.ones(2, 1)},
-            {"text": ["a", "z"]},
-            {"jagged": jagged(0, 2)},
-        ],
-    )
-    def test_differing_values_are_refused_by_key_with_both(
-        self, other: dict[str, torch.Tensor]
-    ) -> None:
-        with pytest.raises(
-            ConflictError, match=f"^`{next(iter(other))}` in .*not the same object. "
-        ):
-            tu.union_tensor_dict(make(2), tu.get_tensordict(other))
-
-    def test_differing_batch_sizes_are_refused(self) -> None:
-        with pytest.raises(RowCountError, match=r"identical batch size.*\[2\].*\[3\]"):
-            tu.union_tensor_dict(make(2), make(3))
+def test_get_unwraps_all_but_tensors_and_get_non_tensor_data_leaves_stacks() -> None:
+    td = make(2)
+    assert tu.get(td, "text") == ["a", "b"]
+    assert tu.get(td, "flag") is tu.get_non_tensor_data(td, "flag", None) is True
+    assert tu.get(td, "dense") is td.get("dense")
+    assert tu.get(td, "nope") is None
+    assert tu.get(td, "nope", 3) == tu.get_non_tensor_data(td, "nope", 3) == 3
+    assert isinstance(tu.get_non_tensor_data(td, "text", None), NonTensorStack)
+    assert tu.unwrap_non_tensor_data(NonTensorData([1])) == [1]
+    assert tu.unwrap_non_tensor_data(4) == 4
 
 
-class TestEquality:
-    def test_equal_batches_pass(self) -> None:
-        tu.assert_tensordict_eq(make(3), make(3))
-
-    def test_a_differing_key_set_is_named(self) -> None:
-        with pytest.raises(AssertionError, match="key set diffs"):
-            tu.assert_tensordict_eq(make(1), make(1).exclude("flag"))
-
-    @pytest.mark.parametrize(
-        ("key", "value", "match"),
-        [
-            ("dense", torch.ones(2, 1), "values of dense"),
-            ("text", ["a", "z"], "values of text"),
-            ("jagged", jagged(1, 1), "values of jagged"),
-            ("flag", 1, "type of flag"),
-            ("text", torch.zeros(2), "type of text"),
-        ],
-    )
-    def test_the_first_difference_is_named(self, key: str, value: object, match: str) -> None:
-        other = make(2)
-        if isinstance(value, torch.Tensor):
-            other[key] = value
-        else:
-            tu.assign_non_tensor(other, **{key: value})
-        with pytest.raises(AssertionError, match=match):
-            tu.assert_tensordict_eq(make(2), other)
+def test_get_keys_shares_the_values_and_pop_removes_all_or_nothing() -> None:
+    td = make(2)
+    part = tu.get_keys(td, iter(["dense", "text"]))
+    assert (set(part.keys()), part.batch_size) == ({"dense", "text"}, (2,))
+    assert part["dense"] is td["dense"]
+    with pytest.raises(KeyError, match="zz"):
+        tu.pop_keys(td, ["dense", "zz"])
+    popped = tu.pop_keys(td, ["dense", "text", "flag"])
+    assert values(popped) == {"dense": [[0.0], [1.0]], "text": ["a", "b"], "flag": True}
+    assert tu.pop(td, "lists") == [[], [1]]
+    assert tu.pop(td, "text", "gone") == "gone"
+    assert set(td.keys()) == {"shared", "jagged", "wide", "sub"}
+    assert tu.pop_keys(td, []).batch_size == (2,)
 
 
-class TestPadding:
-    def test_rows_from_the_top_are_repeated(self) -> None:
-        padded, pad_size = tu.pad_to_divisor(make(2), 5)
-        assert pad_size == 3
-        assert rows_of(padded) == [0, 1, 0, 1, 0]
-        assert tu.get(padded, "text") == list("ababa")
-
-    @given(rows=st.integers(0, 7), divisor=st.integers(1, 6))
-    @settings(deadline=None, max_examples=20)
-    def test_unpad_undoes_pad(self, rows: int, divisor: int) -> None:
-        td = make(rows)
-        padded, pad_size = tu.pad_to_divisor(td, divisor)
-        assert padded.batch_size[0] % divisor == 0
-        assert values(tu.unpad(padded, pad_size)) == values(td)
-
-    @pytest.mark.parametrize("rows", [0, 4])
-    def test_what_divides_is_returned_as_it_is(self, rows: int) -> None:
-        td = make(rows)
-        padded, pad_size = tu.pad_to_divisor(td, 2)
-        assert padded is td
-        assert pad_size == 0
-        assert tu.unpad(td, 0) is td
-
-    def test_only_a_tensordict_can_be_padded(self) -> None:
-        with pytest.raises(BatchTypeError, match="must be a TensorDict; got dict"):
-            tu.pad_to_divisor({}, 2)  # type: ignore[arg-type]
-
-    def test_a_divisor_below_one_is_refused(self) -> None:
-        with pytest.raises(BatchError, match="at least 1; got 0"):
-            tu.pad_to_divisor(make(2), 0)
-
-    @pytest.mark.parametrize("pad_size", [-1, 3])
-    def test_only_rows_that_are_there_can_be_removed(self, pad_size: int) -> None:
-        with pytest.raises(RowCountError, match=f"between 0 and 2 rows; got {pad_size}"):
-            tu.unpad(make(2), pad_size)
+def test_a_union_changes_the_first_alone_and_nothing_if_values_differ() -> None:
+    left, right = make(2).exclude("text"), make(2).exclude("dense")
+    assert tu.union_tensor_dict(left, right) is left
+    assert values(left) == {**values(left), **values(make(2))}
+    assert "dense" not in right.keys()  # noqa: SIM118
+    nan = tu.get_tensordict({"a": torch.tensor([float("nan")]), "s": [float("nan")]})
+    tu.union_tensor_dict(nan, pickle.loads(pickle.dumps(nan)))
+    td = make(2)
+    for other in ({"dense": torch.ones(2, 1)}, {"text": ["a", "z"]}, {"jagged": jagged(0, 2)}):
+        with pytest.raises(ConflictError, match=f"^`{next(iter(other))}` in .*not the same obj"):
+            tu.union_tensor_dict(td, tu.get_tensordict({"new": torch.ones(2), **other}))  # type: ignore[dict-item]
+        assert "new" not in td.keys()  # noqa: SIM118
+    with pytest.raises(RowCountError, match=r"identical batch size.*\[2\].*\[3\]"):
+        tu.union_tensor_dict(make(2), make(3))
 
 
-class TestContiguous:
-    def test_every_tensor_is_contiguous_and_every_value_kept(self) -> None:
-        td = make(3)
-        td["dense"] = torch.arange(6.0).view(2, 3).T
-        dense = tu.contiguous(td)
-        assert dense["dense"].is_contiguous()
-        assert not td["dense"].is_contiguous()
-        assert values(dense) == values(td)
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("dense", torch.ones(2, 1), "values of dense"),
+        ("text", ["a", "z"], "values of text"),
+        ("jagged", jagged(1, 1), "values of jagged"),
+        ("flag", 1, "type of flag"),
+        ("text", torch.zeros(2), "type of text"),
+        ("new", 1, "key set diffs"),
+    ],
+)
+def test_the_first_difference_is_named(key: str, value: object, match: str) -> None:
+    other = make(2)
+    tu.assert_tensordict_eq(make(2), other)
+    if isinstance(value, torch.Tensor):
+        other[key] = value
+    else:
+        tu.assign_non_tensor(other, **{key: value})
+    with pytest.raises(AssertionError, match=match):
+        tu.assert_tensordict_eq(make(2), other)
 
 
-class TestIterator:
-    def test_rows_keep_their_order_in_every_epoch(self) -> None:
-        batches = list(tu.make_iterator(make(4), mini_batch_size=2, epochs=2))
-        assert [rows_of(batch) for batch in batches] == [[0, 1], [2, 3]] * 2
-        assert tu.get(batches[1], "text") == ["c", "d"]
+def test_every_tensor_is_contiguous_and_every_value_kept() -> None:
+    td = make(3)
+    td["dense"] = torch.arange(6.0).view(2, 3).T
+    dense = tu.contiguous(td)
+    assert dense["dense"].is_contiguous()
+    assert not td["dense"].is_contiguous()
+    assert values(dense) == values(td)
 
-    def test_a_seed_makes_shuffled_rows_repeatable(self) -> None:
-        def shuffled(seed: int) -> list[list[float]]:
-            batches = tu.make_iterator(make(8), 4, 2, seed, {"shuffle": True})
-            return [rows_of(batch) for batch in batches]
 
-        assert shuffled(1) == shuffled(1) != shuffled(2)
-        assert sorted(row for batch in shuffled(1) for row in batch) == sorted([*range(8)] * 2)
+# Rows
 
-    @pytest.mark.parametrize("size", [0, 3])
-    def test_rows_that_do_not_divide_are_refused_at_once(self, size: int) -> None:
-        with pytest.raises(
-            BatchError, match=f"4 % {size} != 0|mini_batch_size must be at least 1; got 0"
-        ):
-            tu.make_iterator(make(4), size, 1)
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_concatenating_the_chunks_gives_every_kind_of_value_back(size: int) -> None:
+    td = make(3 * size)
+    parts = tu.chunk_tensordict(td, 3)
+    assert [part.batch_size for part in parts] == [(size,)] * 3
+    for joined in (tu.concat_tensordict(parts), tu.concat_tensordict([make(0), *parts, make(0)])):
+        tu.assert_tensordict_eq(joined, td)
+        assert values(joined) == values(make(3 * size))
+    if size:
+        parts[0]["dense"][0] = joined["dense"][-1] = 7.0  # a view, and a copy
+        assert td["dense"].flatten().tolist() == [7.0, *map(float, range(1, 3 * size))]
+
+
+def test_the_first_shared_object_stays_and_joins_a_stack_as_one_per_row() -> None:
+    parts = [tu.assign_non_tensor(make(1), flag=value) for value in ("x", "y")]
+    assert tu.get(tu.concat_tensordict(parts), "flag") == "x"
+    parts = [tu.get_tensordict({"a": torch.zeros(2)}) for _ in range(2)]
+    tu.assign_non_tensor(parts[0], k=["x", "y"])
+    tu.assign_non_tensor(parts[1], k="z")
+    assert tu.get(tu.concat_tensordict(parts), "k") == ["x", "y", "z", "z"]
+    whole = [tu.get_tensordict({}, {"m": value}) for value in (1, 2)]
+    assert tu.get(tu.concat_tensordict(whole), "m") == 1
+    assert tu.get(tu.concat_tensordict_with_none_bsz(whole), "m") == 1
+
+
+new, of_rows = tu.get_tensordict, tu.list_of_dict_to_tensordict
+WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (
+        lambda: new({"a": torch.zeros(2), "s": ["x"]}),
+        RowCountError,
+        "tensor s is not .*Expected 2, got 1",
+    ),
+    (lambda: new({"a": torch.tensor(1)}), RowCountError, "a needs rows"),
+    (lambda: new({"a": [torch.ones(1)]}), BatchTypeError, r"a: .* support torch\.T"),
+    (lambda: new({"a": 1}), BatchTypeError, "a -> <class 'int'> isn't of"),  # type: ignore[dict-item]
+    (lambda: new({"a": torch.zeros(1)}, {"a": 1}), ConflictError, "'a'"),
+    (lambda: of_rows([]), BatchError, "at least one dict"),
+    (lambda: of_rows([{"a": 1}, {}]), MissingKeyError, "row 1"),
+    (lambda: of_rows([{"a": 1}, {"a": 1, "b": 2}]), MissingKeyError, "row 1"),
+    (lambda: of_rows([{"a": torch.zeros(2, 3)}, {"a": torch.zeros(2)}]), BatchError, "key 'a'"),
+    (lambda: of_rows([{"x": torch.ones(2, 2)}, {"x": jagged(4, 4)}]), BatchError, "must be dense"),
+    (lambda: tu.assign_non_tensor(make(2), k=[1]), RuntimeError, "k needs one .* 2 rows; got 1"),
+    (lambda: tu.get_keys(make(1), ["dense", "zz"]), MissingKeyError, r"no \['zz'\] in tensordict"),
+    (lambda: tu.get_keys(make(1), "dense"), BatchTypeError, "keys must be a list of keys; got str"),
+    (lambda: tu.index_select_tensor_dict(make(3), [7]), RowIndexError, "7"),
+    (lambda: tu.index_select_tensor_dict(make(3), slice(0, 1)), BatchTypeError, "1D"),  # type: ignore[arg-type]
+    (lambda: tu.chunk_tensordict(make(4), 3), ChunkError, "only support equal chunk.* 4 and chu"),
+    (lambda: tu.chunk_tensordict(make(4), 0), ChunkError, "at least one"),
+    (lambda: tu.chunk_tensordict(new({}, {"a": 1}), 1), RowCountError, "=\\[\\]"),
+    (lambda: tu.concat_tensordict([]), BatchError, "at least one"),
+    (lambda: tu.concat_tensordict_with_none_bsz([]), BatchError, "at least one"),
+    (lambda: tu.concat_tensordict_with_none_bsz([make(2)]), RowCountError, r"got \[2\]"),
+    (lambda: tu.concat_tensordict([make(2), new({})]), RowCountError, "needs rows"),
+    (
+        lambda: tu.concat_tensordict([make(1), make(1), make(1).exclude("flag")]),
+        MissingKeyError,
+        r"\['flag'\] .* shard 0 and batch of shard 2",
+    ),
+    (lambda: tu.make_iterator(make(4), 3, 1), BatchError, "4 % 3 != 0"),
+    (lambda: tu.make_iterator(make(4), 0, 1), BatchError, "mini_batch_size must be at least 1"),
+    (lambda: tu.concat_nested_tensors([]), BatchError, "at least one"),
+    (
+        lambda: tu.concat_nested_tensors([jagged(1), torch.zeros(2, 2)]),
+        BatchTypeError,
+        "tensor 1 must be jagged",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "says"), WRONG)
+def test_what_is_wrong_is_named(call: Callable[[], Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says) as caught:
+        call()
+    assert isinstance(caught.value, BatchError)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (jagged(2, 2), torch.zeros(2, 2).long()),
+        (torch.zeros(2), ["a", "b"]),
+        (torch.zeros(2, 2), torch.zeros(2, 3)),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused_by_key(first: Any, second: Any) -> None:
+    with pytest.raises(BatchError, match=r"batch\['a'\]: "):
+        tu.concat_tensordict([tu.get_tensordict({"a": value}) for value in (first, second)])
+
+
+# Jagged tensors
+
+
+@pytest.mark.parametrize("ragged_idx", [1, 2, None])
+def test_rows_of_one_shape_are_ragged_in_the_dim_asked_for(ragged_idx: int | None) -> None:
+    rows = [torch.ones(3, 4, requires_grad=True) for _ in range(2)]
+    nested = tu.nested_tensor_from_tensor_list(rows, ragged_idx)
+    ragged = [dim for dim, size in enumerate(nested.shape) if not isinstance(size, int)]
+    assert ragged == [ragged_idx or 2]
+    total = nested.values().sum()
+    assert all((grad == 1).all() for grad in torch.autograd.grad(total, rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "ragged_idx", "match"),
+    [
+        ([], None, "at least one tensor"),
+        ([torch.tensor(1)], None, "in .1, 0."),
+        ([torch.zeros(2), torch.zeros(2, 2)], None, "same number of dims"),
+        ([torch.zeros(2)], 2, r"\[1, 1\].* ragged_idx=2"),
+        ([torch.zeros(2, 3), torch.zeros(3, 2)], None, "agree"),
+        ([torch.zeros(2), torch.ones(2).long()], None, "dtype"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows: Any, ragged_idx: int | None, match: str) -> None:
+    with pytest.raises(BatchError, match=match):
+        tu.nested_tensor_from_tensor_list(rows, ragged_idx)
+
+
+def test_concat_joins_rows_and_finds_the_ragged_dim_if_some_do_not_show_it() -> None:
+    joined = tu.concat_nested_tensors([jagged(2, 2), jagged(2), jagged(0, 5)])
+    assert [len(row) for row in joined.unbind()] == [2, 2, 2, 0, 5]
+    first = tu.nested_tensor_from_tensor_list([torch.zeros(3, 3)])
+    second = tu.nested_tensor_from_tensor_list([torch.zeros(2, 3), torch.zeros(4, 3)])
+    joined = tu.concat_nested_tensors([first, second])
+    assert [tuple(row.shape) for row in joined.unbind()] == [(3, 3), (2, 3), (4, 3)]
+
+
+def test_only_a_lost_ragged_dim_of_position_ids_is_restored() -> None:
+    nested: Any = tu.nested_tensor_from_tensor_list([torch.ones(3, n) for n in (2, 4)], 2)
+    lost = torch.nested.nested_tensor_from_jagged(nested.values(), nested.offsets())
+    td = TensorDict({"position_ids": lost}, batch_size=[2])
+    tu.maybe_fix_3d_position_ids(td)
+    assert [tuple(row.shape) for row in td["position_ids"].unbind()] == [(3, 2), (3, 4)]
+    for ids in (
+        torch.zeros(2, 3),
+        jagged(1, 2),
+        tu.nested_tensor_from_tensor_list([torch.ones(3, 1), torch.ones(3, 2)]),
+        tu.nested_tensor_from_tensor_list([torch.ones(2, 3), torch.ones(2, 3)]),
+    ):
+        td = TensorDict({"position_ids": ids}, batch_size=[2])
+        tu.maybe_fix_3d_position_ids(td)
+        assert td["position_ids"].shape == ids.shape
+    tu.maybe_fix_3d_position_ids(tu.get_tensordict({"a": torch.zeros(2)}))

@@ -1,0 +1,353 @@
+"""Dicts of columns, and meta_info: joining those of several batches, comparing and describing them;
+errors name the key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import (
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_tensor_collection,
+)
+
+from protocol import columns
+from protocol.checks import short
+from protocol.columns import Array
+from protocol.errors import (
+    BatchError,
+    BatchTypeError,
+    ConflictError,
+    MissingKeyError,
+    RowCountError,
+)
+
+__all__ = [
+    "METRICS",
+    "PADDING",
+    "added",
+    "cat_columns",
+    "cat_tensordicts",
+    "deciding",
+    "diff",
+    "difference",
+    "equal",
+    "merge_meta",
+    "require_keys",
+    "require_same_keys",
+    "union",
+    "union_numpy_dict",
+    "unwrapped",
+]
+
+METRICS = "metrics"
+"""The one key whose values may differ between shards: they are collected into lists."""
+
+PADDING = "_verl_auto_padding"
+"""The key that says a batch may be padded to a number of rows that divides."""
+
+# Join
+
+
+def require_keys(keys: Iterable[str], part: Any, name: str) -> None:
+    """Raise MissingKeyError unless all keys are in this part of a batch."""
+    if missing := [key for key in keys if key not in part]:
+        inside = [key for key in part if isinstance(key, tuple) and key[0] in missing]
+        raise MissingKeyError(
+            f"no {missing} in {name}, which has the keys {list(part)}"
+            + (f": name each tensor of a nested TensorDict, as {inside[0]}" if inside else "")
+        )
+
+
+def require_same_keys(parts: Sequence[Iterable[Any]], what: str, name: str) -> None:
+    """Raise MissingKeyError unless all parts have the keys of the first."""
+    first = set(parts[0])
+    for i, keys in enumerate(map(set, parts)):
+        if keys != first:
+            lacks, adds = (sorted(map(str, some)) for some in (first - keys, keys - first))
+            raise MissingKeyError(
+                f"{what} must all have the same set of keys; "
+                f"{name} {i} lacks {lacks} and adds {adds}, comparing {name} 0 and {name} {i}"
+            )
+
+
+def deciding(rows: Sequence[int], parts: Sequence[Iterable[Any]]) -> list[int]:
+    """Which of several shards say what columns the whole has: those with rows. If there is none,
+    those with columns; then all.
+    """
+    indices = range(len(rows))
+    return [i for i in indices if rows[i]] or [i for i in indices if [*parts[i]]] or [*indices]
+
+
+def cat_columns(shards: Sequence[Mapping[Any, Any]], name: str) -> dict[Any, Any]:
+    """Concatenate the values of all shards, key by key."""
+    require_same_keys(shards, "batches to concatenate", f"{name} of shard")
+    whole = {}
+    for key in shards[0]:
+        try:
+            whole[key] = _cat([shard[key] for shard in shards])
+        except BatchError as error:
+            raise type(error)(f"{name}[{key!r}]: {error}") from error
+    return columns.combinable(whole, *shards)
+
+
+def _cat(values: list[Any]) -> Any:
+    kinds = {_kind(value) for value in values}
+    if kinds == {"column"}:
+        return columns.cat(values)
+    if kinds == {"shared object"}:
+        first = values[0]
+        size = [sum(map(columns.rows, values)), *first.batch_size[1:]]
+        return NonTensorData(first.data, batch_size=size)
+    if kinds <= {"shared object", "objects"}:
+        return columns.stack([child for value in values for child in _children(value)])
+    if kinds == {"TensorDict"}:
+        return cat_tensordicts(values)
+    raise BatchError(f"must be of the same kind in all shards; got {[*map(_kind, values)]}")
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, NonTensorStack):
+        return list(value.unbind(0))
+    return [NonTensorData(value.data) for _ in range(columns.rows(value))]
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return "column"
+    if isinstance(value, NonTensorStack):
+        return "objects"
+    return "shared object" if isinstance(value, NonTensorData) else "TensorDict"
+
+
+def cat_tensordicts(data: Sequence[TensorDictBase]) -> TensorDict:
+    """All rows of all TensorDicts. Of an object that all rows share, the first one's stays; of a
+    TensorDict without rows nothing does, if others have rows. Without batch dims the first stays.
+    """
+    if not any(td.batch_size for td in data):
+        return columns.map_leaves(data[0], columns.twin)
+    counts = [columns.rows(td, "a TensorDict to concatenate") for td in data]
+    chosen = [data[i] for i in deciding(counts, [td.keys() for td in data])]
+    first, values = chosen[0], [dict(td.items()) for td in chosen]
+    size = [sum(counts), *first.batch_size[1:]]
+    return columns.build(cat_columns(values, "batch"), size, first.device)
+
+
+def union(
+    a: Mapping[Any, Any], b: Mapping[Any, Any], names: str = "tensor_dict1 and tensor_dict2"
+) -> dict[Any, Any]:
+    """The keys of both, in a new dict; ConflictError if both have one, with different values."""
+    for key, value in b.items():
+        if key in a and not equal(a[key], value):
+            raise ConflictError(
+                f"`{key}` in {names} are not the same object. "
+                f"{difference(a[key], value)}; pop or rename one of them"
+            )
+    return {**a, **b}
+
+
+def added(a: TensorDictBase, b: TensorDictBase) -> dict[str, Any]:
+    """What a union of two TensorDicts adds to the first."""
+    if a.batch_size != b.batch_size:
+        raise RowCountError(
+            f"Two tensor dict must have identical batch size. Got {a.batch_size} and {b.batch_size}"
+        )
+    have = unwrapped(a)
+    return {key: b.get(key) for key in union(have, unwrapped(b)) if key not in have}
+
+
+def unwrapped(td: TensorDictBase) -> dict[str, Any]:
+    """The values of a TensorDict as users see them: lists of objects, and shared objects."""
+    objects: dict[str, Any] = {str(key): value for key, value in td.items()}
+    for key, value in objects.items():
+        if isinstance(value, NonTensorStack | NonTensorData):
+            objects[key] = value.tolist() if isinstance(value, NonTensorStack) else value.data
+    return objects
+
+
+def union_numpy_dict(
+    tensor_dict1: dict[str, Array], tensor_dict2: dict[str, Array]
+) -> dict[str, Array]:
+    """`tensor_dict1`, to which the keys of `tensor_dict2` are added in place; ConflictError if both
+    have one, with different values: then nothing is added.
+    """
+    tensor_dict1.update(union(tensor_dict1, tensor_dict2))
+    return tensor_dict1
+
+
+def merge_meta(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The meta_info of concatenated shards, in a new dict.
+
+    Under "metrics", each shard may hold a dict, a list of dicts or None; they become one dict of
+    lists, in shard order. Every other key must have equal values in all shards that have it.
+
+        merge_meta([{"step": 1, "metrics": {"loss": 2.0}}, {"metrics": {"loss": 4.0}}])
+        # {"step": 1, "metrics": {"loss": [2.0, 4.0]}}
+    """
+    merged: dict[str, Any] = {}
+    metrics: dict[str, list[Any]] = {}
+    for shard, meta in enumerate(metas):
+        for key, value in meta.items():
+            if key == METRICS:
+                for record in _records(value, shard):
+                    for name, metric in record.items():
+                        metrics.setdefault(name, []).append(metric)
+                if value is not None:
+                    merged[METRICS] = metrics
+            elif key not in merged:
+                merged[key] = value
+            elif not equal(merged[key], value):
+                raise ConflictError(
+                    f"Conflicting values for meta_info key '{key}': "
+                    f"{short(merged[key])} in {_holders(metas, key, merged[key])}; "
+                    f"{short(value)} in {_holders(metas, key, value)}. Make them "
+                    f"equal, or report values that differ under '{METRICS}', which becomes a dict "
+                    "of lists"
+                )
+    return merged
+
+
+def _records(value: Any, shard: int) -> list[Mapping[str, Any]]:
+    records = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(record, Mapping) for record in records):
+        raise BatchTypeError(
+            f"meta_info '{METRICS}' must be a dict, a list of dicts or None; "
+            f"shard {shard} has {short(value)}"
+        )
+    return records
+
+
+def _holders(metas: Sequence[Mapping[str, Any]], key: str, value: object) -> str:
+    holds = [key in meta and equal(meta[key], value) for meta in metas]
+    return ", ".join(f"shard {shard}" for shard, holding in enumerate(holds) if holding)
+
+
+# Compare
+
+_ATOMS = frozenset({str, bytes, int, bool, type(None)})
+
+
+def equal(a: object, b: object) -> bool:
+    """Deep equality in which NaN equals NaN and cycles end.
+
+    Tensors and arrays are equal if dtype, shape and every element are; devices are ignored. Objects
+    whose class has no `__eq__` are if what pickle would save of them is.
+    """
+    return _equal(a, b, set())
+
+
+def _equal(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
+    if type(a) in _ATOMS and type(a) is type(b):  # most of what object columns hold
+        return bool(a == b)
+    if a is b or (id(a), id(b)) in visiting:
+        return True
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _same_tensor(a, b)
+    visiting.add((id(a), id(b)))
+    try:
+        if isinstance(a, (np.ndarray, Mapping, list, tuple)) or is_tensor_collection(a):
+            return type(a) is type(b) and _same_parts(a, b, visiting)
+        if isinstance(b, np.ndarray):  # whose == gives an array
+            return False
+        try:
+            if bool(a == b) or bool(a != a and b != b):  # only NaN is not itself
+                return True
+        except (TypeError, ValueError, RuntimeError):  # an == that does not give a truth value
+            return _same_state(a, b, visiting)
+        no_eq: Any = object.__eq__
+        return type(a).__eq__ is no_eq and _same_state(a, b, visiting)
+    finally:
+        visiting.discard((id(a), id(b)))
+
+
+def _same_parts(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
+    if isinstance(a, (list, tuple)):
+        pairs = zip(a, b, strict=False)
+        return len(a) == len(b) and all(_equal(x, y, visiting) for x, y in pairs)
+    if not isinstance(a, np.ndarray):
+        form, other = ((getattr(x, "batch_size", None), {*x.keys()}) for x in (a, b))
+        return form == other and all(_equal(a[key], b[key], visiting) for key in form[1])
+    if a.shape != b.shape:
+        return False
+    if isinstance(a, np.ma.MaskedArray):
+        x, y = ([np.ma.getmaskarray(array), array.compressed()] for array in (a, b))
+        return _equal(x, y, visiting)
+    if a.dtype.kind == b.dtype.kind == "O":
+        return _equal([*a.flat], [*b.flat], visiting)
+    if a.dtype != b.dtype and not a.dtype.kind == b.dtype.kind in "US":
+        return False
+    return bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fcmM"))
+
+
+def _same_state(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
+    """Whether pickle would save the same of both."""
+    if type(a) is not type(b):
+        return False
+    try:
+        x, y = (value.__reduce_ex__(4) for value in (a, b))
+    except Exception:  # it cannot be pickled, for reasons of its own
+        return False
+    if isinstance(x, str) or isinstance(y, str):  # the name of a global
+        return bool(x == y)
+    x, y = ([list(s) if isinstance(s, Iterator) else s for s in state] for state in (x, y))
+    return _equal(x, y, visiting)
+
+
+def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.is_nested != b.is_nested or a.dim() != b.dim():
+        return False
+    if columns.is_strided(a) or columns.is_strided(b):
+        return _equal([*a.unbind()], [*b.unbind()], set())
+    if a.is_nested:
+        return _equal(columns.jagged_parts(a), columns.jagged_parts(b), set())
+    if a.layout != b.layout or a.shape != b.shape:
+        return False
+    if a.layout is not torch.strided:
+        return _same_tensor(a.to_dense(), b.to_dense())
+    views = [(x.data_ptr(), x.device, x.stride(), x.is_conj(), x.is_neg()) for x in (a, b)]
+    if views[0] == views[1]:
+        return True
+    a, b = a.detach(), b.detach().to(a.device)
+    if a.element_size() == 1 and a.is_floating_point():  # float8 has no comparison
+        a, b = a.to(torch.float32), b.to(torch.float32)
+    exact = not (a.is_floating_point() or a.is_complex())
+    return torch.equal(a, b) or (not exact and bool(((a == b) | ((a != a) & (b != b))).all()))
+
+
+def diff(part: str, a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[str]:
+    """One line for each key under which two dicts differ."""
+    lines = [f"{part}[{key!r}]: only here" for key in a if key not in b]
+    lines += [f"{part}[{key!r}]: only there" for key in b if key not in a]
+    common = [key for key in a if key in b and not equal(a[key], b[key])]
+    return lines + [f"{part}[{key!r}]: {difference(a[key], b[key])}" for key in common]
+
+
+def difference(a: Any, b: Any) -> str:
+    """How two unequal values differ, in one line: their kinds, or the first row that differs."""
+    if not isinstance(a, (torch.Tensor, np.ndarray)) or not isinstance(b, type(a)):
+        return f"{short(a)} here, {short(b)} there"
+    sparse = isinstance(a, torch.Tensor) and a.layout not in (torch.strided, torch.jagged)
+    if columns.describe(a) != columns.describe(b) or a.ndim == 0 or sparse:
+        return f"{columns.describe(a)} here, {columns.describe(b)} there"
+    pairs = [*zip(columns.unbind(a), columns.unbind(b), strict=True)]
+    differ = [i for i, pair in enumerate(pairs) if not equal(*pair)]
+    if not differ:
+        return f"same rows of {columns.describe(a)}, laid out differently"
+    row, count = differ[0], f"{len(differ)} of {len(pairs)} rows differ"
+    x, y = map(_flat, pairs[row])
+    for i, (here, there) in enumerate(zip(x, y, strict=False)):
+        if not equal(here, there):
+            at = f"row {row}" if len(x) == 1 else f"row {row} element {i}"
+            values = f"{short(here, 40)} here, {short(there, 40)} there"
+            return f"{count}, first {at}: {values}"
+    return f"{count}, first row {row}: {len(x)} elements here, {len(y)} there"
+
+
+def _flat(row: Any) -> list[Any]:
+    """The elements of one row; an object is one element."""
+    return row.ravel().tolist() if isinstance(row, (torch.Tensor, np.ndarray)) else [row]

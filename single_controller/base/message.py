@@ -1,0 +1,363 @@
+"""Message: a value pickled apart from what carries it, its buffers beside the pickle; and the parts
+that the messages of one call have in common, which are stored or copied once.
+
+Carrying them is left to the backends, and what a batch is on the wire to `protocol.wire`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import io
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeAlias
+
+from single_controller.base.plan import Call, PerRank, is_future
+from single_controller.errors import SendError, SingleControllerError
+
+__all__ = [
+    "Message",
+    "Outbox",
+    "Outgoing",
+    "Packer",
+    "Packing",
+    "Part",
+    "arguments",
+    "checked_output",
+    "held",
+    "not_sent",
+    "packed",
+]
+
+# What a value holds and its pickle does not: functions that pickle calls can be told in no way.
+held: ContextVar[Sequence[Any]] = ContextVar("held")
+_TINY = 1_000  # characters
+
+
+def _take(at: int) -> Any:
+    return held.get()[at]
+
+
+class Packing:
+    """Makes a pickler leave `kept` values out of the pickle, and lets `protocol.wire` pack tensors
+    and batches wherever they are.
+
+    That is imported when the first one is met: a worker that has none needs not wait for it.
+    """
+
+    kept: tuple[type, ...] = ()
+
+    def __init__(self, file: io.BytesIO, lends: bool = False) -> None:
+        self.buffers: list[Any] = []
+        self.held: list[Any] = []
+        self.sent: Any = None
+        self._lends = lends
+        super().__init__(file, protocol=5, buffer_callback=self.buffers.append)  # type: ignore[call-arg]
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, self.kept) and value is not _take:
+            self.held.append(value)
+            return _take, (len(self.held) - 1,)
+        kind: Any = type(value)
+        if _is_packed(kind):
+            from protocol import wire
+
+            if self.sent is None:
+                self.sent = wire.Message(self._lends).__enter__()
+            packed = wire.pack_value(value)
+            if packed is not None:
+                return wire.unpack_value, (packed,)
+        further = getattr(super(), "reducer_override", None)
+        return NotImplemented if further is None else further(value)
+
+
+@functools.lru_cache(256)
+def _is_packed(kind: type) -> bool:
+    """Whether it is a kind of tensor or batch. Where their module is not loaded, there is none."""
+    bases = ("torch", "Tensor"), ("tensordict", "TensorDict"), ("protocol.data_proto", "DataProto")
+    found = [getattr(sys.modules[module], name) for module, name in bases if module in sys.modules]
+    return issubclass(kind, tuple(found))
+
+
+Packer: TypeAlias = "Callable[..., Any]"  # a pickler's class that is `Packing`
+
+
+class Message:
+    """A pickled value. `foreign` are the buffers that no batch takes care of, which whoever reads
+    must make private; `held` is what the pickle has not; `lent` are tensors that stay on their
+    device, to be given back some time.
+    """
+
+    __slots__ = ("buffers", "data", "foreign", "held", "lent")
+
+    def __init__(
+        self,
+        data: bytes,
+        buffers: Sequence[Any] = (),
+        foreign: Sequence[int] = (),
+        held: Sequence[Any] = (),
+        lent: Sequence[Any] = (),
+    ) -> None:
+        self.data, self.buffers, self.foreign = data, buffers, foreign
+        self.held, self.lent = held, lent
+
+    @classmethod
+    def of(cls, value: Any, packer: Packer, **options: Any) -> Message:
+        """Raises what pickling the value raises."""
+        with io.BytesIO() as file:
+            pickler = packer(file, **options)
+            try:
+                pickler.dump(value)
+            finally:
+                if pickler.sent is not None:
+                    pickler.sent.__exit__()
+            sent, buffers = pickler.sent, pickler.buffers
+            foreign = [i for i, b in enumerate(buffers) if sent is None or not sent.holds(b)]
+            lent = () if sent is None else sent.lent
+            return cls(file.getvalue(), buffers, foreign, pickler.held, lent)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        buffers = tuple(map(pickle.PickleBuffer, self.buffers))
+        return Message, (self.data, buffers, tuple(self.foreign), tuple(self.held))
+
+    @property
+    def size(self) -> int:
+        """The bytes that leave with it."""
+        return len(self.data) + sum(memoryview(buffer).nbytes for buffer in self.buffers)
+
+    def read(self) -> Any:
+        """The value, in memory of the reader's own, or as it asked (`protocol.wire.read_as`).
+
+        Raises:
+            What reading it raises.
+        """
+        buffers = self.buffers
+        if self.foreign and _reading() != "view":
+            buffers = list(buffers)
+            for i in self.foreign:
+                buffers[i] = bytearray(memoryview(buffers[i]))
+        token = held.set(self.held)
+        try:
+            return pickle.loads(self.data, buffers=buffers)
+        finally:
+            held.reset(token)
+
+
+def _reading() -> str:
+    """As a reader asked; without batches in this process, nobody could."""
+    wire: Any = sys.modules.get("protocol.wire")
+    return "own" if wire is None else str(wire.reading())
+
+
+class Part(NamedTuple):
+    """Stands in a message for value number `at` of its part number `part`."""
+
+    part: int
+    at: int
+
+
+class _Body(NamedTuple):
+    """A call's values; the last go by `names`. `lacking` are those which are batches, in which
+    `Part`s stand for what all rows share.
+    """
+
+    values: tuple[Any, ...]
+    names: tuple[str, ...]
+    lacking: tuple[int, ...]
+
+
+class Outgoing(NamedTuple):
+    """What the ranks that are called alike get: a message, its parts, and futures to go too. `size`
+    are the bytes of the message's own values.
+    """
+
+    message: Message
+    size: int
+    parts: list[Any]
+    futures: list[Any]
+
+
+class Outbox:
+    """The messages of one call: `by_rank`, one and the same for ranks that get the same values.
+
+    Values that several ranks get, and what their batches share, are pickled once, together where
+    they go to the same ranks. `share(message, ranks)` says what goes in place of such a part, or
+    None to have it within each message; `stored` are the ids of those that it took. Futures stay
+    apart: how they are pickled depends on who reads what.
+
+    Raises:
+        SendError: a value cannot be pickled.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call | None],
+        packer: Packer,
+        share: Callable[[Message, int], Any],
+    ) -> None:
+        self._packer = packer
+        self.stored: dict[int, tuple[Any, int]] = {}  # by id: the part, and the number in it
+        groups: dict[Any, int] = {}
+        at = [None if c is None else groups.setdefault(_key(c), len(groups)) for c in calls]
+        different: list[Call] = []
+        counts = [0] * len(groups)
+        for call, group in zip(calls, at, strict=True):
+            if call is not None and group is not None:
+                if group == len(different):
+                    different.append(call)
+                counts[group] += 1
+        self._share(different, counts, share)
+        packed = [self._packed_call(call) for call in different]
+        self.by_rank = [None if group is None else packed[group] for group in at]
+
+    def _share(
+        self, calls: Sequence[Call], counts: Sequence[int], share: Callable[[Message, int], Any]
+    ) -> None:
+        readers: dict[int, list[int]] = {}  # by id of a value: calls that have it
+        values: dict[int, Any] = {}
+        for number, call in enumerate(calls):
+            for value in call.values():
+                for item in (value, *_shared_values(value).values()):
+                    if not (_is_tiny(item) or is_future(item)):
+                        values[id(item)] = item
+                        of = readers.setdefault(id(item), [])
+                        if of[-1:] != [number]:
+                            of.append(number)
+        together: dict[tuple[int, ...], list[Any]] = {}
+        for key, of in readers.items():
+            if len(of) > 1 or counts[of[0]] > 1:
+                together.setdefault(tuple(of), []).append(values[key])
+        for calls_of, found in together.items():
+            within = {id(item) for value in found for item in _shared_values(value).values()}
+            found = [value for value in found if id(value) not in within]
+            message = packed(tuple(found), self._packer)
+            part = share(message, sum(counts[number] for number in calls_of))
+            if part is not None:
+                self.stored.update({id(value): (part, i) for i, value in enumerate(found)})
+
+    def _packed_call(self, call: Call) -> Outgoing:
+        parts: dict[int, Any] = {}
+        futures: list[Any] = []
+
+        def place(value: Any) -> Any:
+            if is_future(value):
+                futures.append(value)
+                return Part(-1, len(futures) - 1)
+            if id(value) not in self.stored:
+                return value
+            part, at = self.stored[id(value)]
+            parts.setdefault(id(part), part)
+            return Part(list(parts).index(id(part)), at)
+
+        values, lacking = [place(value) for value in call.values()], []
+        for i, value in enumerate(values):
+            shared = _shared_values(value) if self.stored else {}
+            found = {k: place(item) for k, item in shared.items() if id(item) in self.stored}
+            if found:
+                values[i] = _with_shared(copy.copy(value), found)
+                lacking.append(i)
+        body = _Body(tuple(values), tuple(call.kwargs), tuple(lacking))
+        message = packed(body, self._packer)
+        size = 0 if all(type(value) is Part for value in values) else message.size
+        return Outgoing(message, size, list(parts.values()), futures)
+
+
+def _key(call: Call) -> Any:
+    return (len(call.args), *call.kwargs, *map(id, call.values()))
+
+
+def packed(value: Any, packer: Packer, **options: Any) -> Message:
+    """A message of arguments.
+
+    Raises:
+        SendError: they cannot be pickled.
+    """
+    try:
+        return Message.of(value, packer, **options)
+    except SingleControllerError:
+        raise
+    except Exception as error:
+        raise SendError(f"its arguments cannot be sent: {error}") from error
+
+
+def arguments(
+    message: Message, parts: Sequence[Any]
+) -> tuple[list[Any], tuple[str, ...], list[Any]]:
+    """A call's values, the names by which the last go, and the futures among them. `parts` are
+    those of its message, read.
+
+    Raises:
+        What reading it raises.
+    """
+    body: _Body = message.read()
+    values = [parts[v.part][v.at] if type(v) is Part else v for v in body.values]
+    for i in body.lacking:
+        shared = _shared_values(values[i])
+        found = {k: parts[v.part][v.at] for k, v in shared.items() if type(v) is Part}
+        _with_shared(values[i], found)
+    return values, body.names, [value for value in values if is_future(value)]
+
+
+def _shared_values(value: Any) -> dict[str, Any]:
+    """What all rows of a batch share, by key; nothing for any other value."""
+    batches = sys.modules.get("protocol.batches")  # where it is not loaded, there are none
+    return batches.shared_values(value) if batches and batches.is_batch(value) else {}
+
+
+def _with_shared(batch: Any, values: Mapping[str, Any]) -> Any:
+    from protocol.batches import set_shared_values
+
+    set_shared_values(batch, values)
+    return batch
+
+
+def _is_tiny(value: Any) -> bool:
+    if isinstance(value, str | bytes):
+        return len(value) < _TINY
+    return value is None or isinstance(value, int | float)
+
+
+def not_sent(title: str, named: Iterable[tuple[str, Any]], packer: Packer) -> SendError | None:
+    """The error for the first of these values that cannot be pickled, and for a batch its column;
+    None if all can.
+    """
+    for name, value in named:
+        try:
+            Message.of(value, packer)
+        except Exception as error:
+            for where, part in _parts_of(value):
+                found = not_sent(title, [(f"{name}: {where}", part)], packer)
+                if found is not None:
+                    return found
+            made = SendError(
+                f"{title}: {name} cannot be sent: {str(error) or type(error).__name__}"
+            )
+            made.__cause__ = error
+            return made
+    return None
+
+
+def checked_output(output: Any) -> Any:
+    """What a method returned. Raises TypeError where it is no value that could be sent."""
+    if inspect.iscoroutine(output):
+        output.close()
+        raise TypeError(
+            "the method returned a coroutine: it is async under a decorator that hides it; let the "
+            "decorator's own function be `async def`"
+        )
+    if inspect.isgenerator(output) or inspect.isasyncgen(output):
+        raise TypeError("the method returned a generator, which cannot be sent; return a list")
+    return output
+
+
+def _parts_of(value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, PerRank):
+        return [(f"rank {rank}", part) for rank, part in enumerate(value.values)]
+    if hasattr(value, "non_tensor_batch"):
+        columns = ((f"non_tensor_batch[{k!r}]", v) for k, v in value.non_tensor_batch.items())
+        return [*columns, *((f"meta_info[{k!r}]", v) for k, v in value.meta_info.items())]
+    return [(f"[{key!r}]", part) for key, part in _shared_values(value).items()]

@@ -1,0 +1,143 @@
+"""`ps`, `stacks` and `kill`: which groups run on a cluster, what they do, and ending them.
+
+The driver that started a group need not be this one, nor alive. No host is asked, so that nothing
+is added to what it does: Ray's table of actors and the processes themselves say enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from single_controller.base.explain import aligned
+from single_controller.cli.doctor import connect
+from single_controller.ray.placement import (
+    await_death,
+    give_back,
+    living_actors,
+    remove,
+    reservations,
+)
+from single_controller.ray.process import ProcessInfo, beside, read_stacks, readable
+
+__all__ = ["kill", "ps", "stacks"]
+
+_HOSTS = ("Host", "AsyncHost")
+_NAME = re.compile(r"(.+)_(\d+):(\d+)")  # as hosts are named: group, placement group, bundle
+_LOOK_S = 15.0
+_END_S = 30.0
+
+
+def _groups() -> dict[tuple[str, str], list[Any]]:
+    """By name and namespace, the hosts of each group by rank, as Ray's table has them."""
+    groups: dict[tuple[str, str], dict[tuple[int, int], Any]] = {}
+    for actor in living_actors():
+        match = _NAME.fullmatch(actor.name)
+        if actor.class_name in _HOSTS and match:
+            ranks = groups.setdefault((match[1], actor.ray_namespace), {})
+            ranks[int(match[2]), int(match[3])] = actor
+    return {key: [ranks[at] for at in sorted(ranks)] for key, ranks in sorted(groups.items())}
+
+
+def _seen(hosts: Sequence[Any], function: Callable[..., list[str]]) -> list[str]:
+    """Of each host, what `function(processes)` sees on its node."""
+    there = [host for host in hosts if host.pid]
+    places = [(h.node_id.hex(), h.address.ip_address, h.pid) for h in there]
+    found = beside(function, [ProcessInfo(*place) for place in places], _LOOK_S)
+    seen = {h.actor_id: text for h, text in zip(there, found, strict=True)}
+    return [seen.get(h.actor_id, "starting") or "node does not answer" for h in hosts]
+
+
+def _titles(processes: Sequence[ProcessInfo]) -> list[str]:
+    """What processes say of themselves, which is the method that they run."""
+    found = ["ended" for _ in processes]
+    for i, process in enumerate(processes):
+        with contextlib.suppress(OSError):
+            title = Path(f"/proc/{process.pid}/cmdline").read_text().strip("\0")
+            found[i] = title or found[i]
+    return found
+
+
+def _age(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def ps(address: str | None) -> int:
+    """Print a line for each rank of each group, and for what is reserved and not used."""
+    sys.stdout.write(f"{connect(address or 'auto')}\n")
+    ranks = [(key[0], *item) for key, hosts in _groups().items() for item in enumerate(hosts)]
+    rows: list[Sequence[object]] = [("group", "rank", "node", "pid", "runs", "age")]
+    titles = _seen([host for *_, host in ranks], _titles)
+    for (name, rank, host), title in zip(ranks, titles, strict=True):
+        title = title.removeprefix("ray::")
+        age = _age(time.time() - (host.start_time or host.timestamp) / 1_000)
+        runs = "idle" if title in _HOSTS else title
+        rows.append((name, rank, host.address.ip_address, host.pid, runs, age))
+    sys.stdout.write(f"{aligned(rows)}\n" if ranks else "no groups are running\n")
+    unused: list[Sequence[object]] = [("reservation", "bundles", "state", "creator")]
+    for one in reservations():
+        if not one.used:  # its creator's end gives back none but his own before the job ends
+            creator = "detached" if one.is_detached else "ended" if one.ended else "alive"
+            unused.append((one.name, one.bundles, one.state, creator))
+    if unused[1:]:
+        table = aligned(unused)
+        sys.stdout.write(f"\nreserved without a group (`kill` gives them back):\n{table}\n")
+    return 0
+
+
+def stacks(address: str | None, name: str, namespace: str | None) -> int:
+    """Print the Python stacks of a group's hosts, now, also of busy and stuck ones."""
+    sys.stdout.write(f"{connect(address or 'auto')}\n")
+    for rank, dump in enumerate(_seen(_hosts_of(name, namespace), read_stacks)):
+        sys.stdout.write(f"rank {rank}\n{readable(dump)}\n")
+    return 0
+
+
+def kill(address: str | None, name: str, namespace: str | None) -> int:
+    """End all hosts of a group, with whatever they are doing, and wait until they are gone.
+
+    A detached reservation that no other actor runs in goes with them; any other stays with the
+    driver that made it. A reservation's own name gives it back, with what runs in it.
+    """
+    sys.stdout.write(f"{connect(address or 'auto')}\n")
+    if found := [one.group for one in reservations() if one.name == name]:
+        remove(found)
+        sys.stdout.write(f"gave {name} back\n")
+        return 0
+    hosts = _hosts_of(name, namespace)
+    ids = [host.actor_id.hex() for host in hosts]
+    for host in hosts:
+        ray.kill(ray.get_actor(host.name, host.ray_namespace))
+    if left := await_death(ids, _END_S):
+        sys.stderr.write(
+            f"ranks {[ids.index(key) for key in left]} of {name!r} are not gone after {_END_S:g} s:"
+            " end their processes on their nodes\n"
+        )
+        return 1
+    give_back(ids)
+    sys.stdout.write(f"ended the {len(ids)} hosts of {name}\n")
+    return 0
+
+
+def _hosts_of(name: str, namespace: str | None) -> list[Any]:
+    groups = _groups()
+    spaces = [space for key, space in groups if key == name and namespace in (None, space)]
+    if len(spaces) == 1:
+        return groups[name, spaces[0]]
+    if spaces:
+        several = f"{len(spaces)} groups are called {name!r}"
+        raise ValueError(f"{several}: name a --namespace of {spaces}")
+    names = sorted({key for key, _ in groups})
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f": did you mean {close[0]!r}?" if close else "."
+    raise ValueError(f"no group {name!r} runs here{hint} Running: {', '.join(names) or '-'}")

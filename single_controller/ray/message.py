@@ -1,0 +1,182 @@
+"""A call as it travels to a host: a head, the message of its values, and parts that others get too;
+and what comes back. Each rank's is one argument of one Ray task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray
+from ray import cloudpickle
+from ray.actor import ActorHandle
+
+from single_controller.base.explain import Carrier
+from single_controller.base.message import Message, Outbox, Packing, arguments
+from single_controller.base.plan import Call, is_future
+from single_controller.base.trace import CallMark
+from single_controller.errors import SendError
+
+__all__ = [
+    "LARGE",
+    "SMALL",
+    "Head",
+    "Opened",
+    "Packer",
+    "RayCarrier",
+    "opened",
+    "packed_value",
+    "read",
+    "sealed",
+]
+
+SMALL = 16_384  # bytes that are sent several times sooner than stored once and fetched
+LARGE = 100_000  # bytes that Ray stores anyway, rather than send them within a task
+
+_BARE = (int, float, bool, type(None))
+
+
+class Packer(Packing, cloudpickle.Pickler):
+    """Leaves to Ray the references that it counts where it pickles them itself. A batch that stays
+    in a worker goes with what `offers` has for its key: a reference to where it is published.
+    """
+
+    kept = (ray.ObjectRef, ActorHandle)
+
+    def __init__(
+        self, file: io.BytesIO, lends: bool = False, offers: Mapping[Any, Any] | None = None
+    ) -> None:
+        super().__init__(file, lends)
+        self._offers = offers
+
+    def reducer_override(self, value: Any) -> Any:
+        if self._offers is not None and hasattr(type(value), "offered"):
+            return value.offered(self._offers)
+        return super().reducer_override(value)
+
+
+class Head(NamedTuple):
+    """What a call is, besides its values.
+
+    `answers`: the caller wants the output; `opens`: as a reference that anyone may ask Ray for.
+    `turn` (caller, number) orders the calls of one caller where Ray itself keeps no order. `keeps`:
+    the token under which the output stays in the host, if it does; `claims`: the keys of results
+    in this host that the arguments read. `mark`: what a trace knows the call by. `padding`: whether
+    the caller pads its batches, where that was set.
+    """
+
+    role: str
+    method: str
+    materialize: bool = True
+    reads_only: bool = False
+    answers: bool = True
+    opens: bool = False
+    turn: tuple[str, int] | None = None
+    keeps: str | None = None
+    claims: tuple[tuple[str, int], ...] = ()
+    mark: CallMark | None = None
+    padding: str | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.role}.{self.method}"
+
+
+def sealed(head: Head, message: Any, parts: Sequence[Any]) -> Any:
+    """A task's one argument: bytes where that can be, which Ray carries quickest, as they are.
+
+    `message` and `parts` are messages, or references to stored ones.
+    """
+    if parts or not isinstance(message, Message) or message.buffers or message.held:
+        return head, message, parts
+    return pickle.dumps((head, message.data), 5)
+
+
+def opened(arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
+    """What was sealed."""
+    if not isinstance(arrived, bytes):
+        return arrived  # type: ignore[no-any-return]
+    head, data = pickle.loads(arrived)
+    return head, Message(data), ()
+
+
+def read(
+    head: Head, message: Any, parts: Sequence[Any], kept: Mapping[tuple[str, int], Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """A call's arguments, all here; `kept` are the results in this process that they read.
+
+    Raises:
+        What reading them raises.
+    """
+    with _reading("view") if head.reads_only else contextlib.nullcontext():
+        refs = [item for item in (message, *parts) if isinstance(item, ray.ObjectRef)]
+        found = dict(zip(refs, ray.get(refs), strict=True)) if refs else {}
+        message = found.get(message, message) if refs else message
+        read_parts = [(found.get(part, part) if refs else part).read() for part in parts]
+        values, names, futures = arguments(message, read_parts)
+        for future in futures:
+            for origin in future.origins():
+                if hasattr(origin, "key"):
+                    origin.kept = kept.get(origin.key)
+        for i, value in enumerate(values):
+            if isinstance(value, ray.ObjectRef):
+                values[i] = ray.get(value)
+            elif head.materialize and is_future(value):
+                values[i] = value.get()
+    split = len(values) - len(names)
+    return values[:split], dict(zip(names, values[split:], strict=True))
+
+
+@contextmanager
+def _reading(how: Any) -> Generator[None]:
+    from protocol.wire import read_as
+
+    with read_as(how):
+        yield
+
+
+class Opened:
+    """A message that arrives as its value, wherever Ray reads it."""
+
+    def __init__(self, message: Message) -> None:
+        self._message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open, self._message.__reduce__()[1]
+
+
+def _open(*fields: Any) -> Any:
+    return Message(*fields).read()
+
+
+def packed_value(output: Any, opens: bool = False) -> Any:
+    """What goes back for an output: itself where pickling it apart would gain nothing."""
+    if isinstance(output, _BARE):
+        return output
+    message = Message.of(output, Packer)
+    return Opened(message) if opens else message
+
+
+class RayCarrier(Carrier):
+    """How the arguments of a call would travel."""
+
+    def __init__(self, calls: Sequence[Call | None]) -> None:
+        self._alone: frozenset[int] = frozenset()
+        with contextlib.suppress(SendError):  # there is no telling, and it will not leave
+            outbox = Outbox(calls, Packer, lambda m, _: m if m.size >= SMALL else None)
+            self._alone = frozenset(outbox.stored)
+
+    def way(self, value: Any) -> str:
+        if isinstance(value, ray.ObjectRef) or is_future(value):
+            return "fetched by the rank"
+        return "by reference, stored once" if id(value) in self._alone else "by value"
+
+    def size(self, value: Any) -> int | None:
+        try:
+            return None if isinstance(value, ray.ObjectRef) else Message.of(value, Packer).size
+        except Exception:
+            return None

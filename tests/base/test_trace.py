@@ -1,0 +1,260 @@
+"""What one process notes, the file that becomes of several processes' notes, and sums of calls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from single_controller import span, trace
+from single_controller.__main__ import main
+from single_controller.base.trace import (
+    CallMark,
+    Event,
+    MethodStats,
+    Recorder,
+    mark,
+    note,
+    now_ns,
+    running,
+)
+from tests.slices import slices
+
+MS = 1_000_000
+
+
+class Hosts:
+    """Other processes, which noted these events."""
+
+    def __init__(self, *noted: Sequence[Event], missing: tuple[str, ...] = ()) -> None:
+        self.noted, self.missing = noted, missing
+
+    def harvest(self) -> tuple[dict[str, Sequence[Event]], tuple[str, ...]]:
+        return {f"a rank {i} on 10.0.0.1": e for i, e in enumerate(self.noted)}, self.missing
+
+
+def recorded(path: Path, driver: list[Event], hosts: Hosts) -> trace:
+    with trace(path) as made:
+        for event in driver:
+            note(event)
+        mark(1, hosts)
+    return made
+
+
+def test_only_spans_within_a_trace_are_noted_also_where_its_body_raises(tmp_path: Path) -> None:
+    assert span("forward") is span("backward", tokens=3)
+    with pytest.raises(KeyError), span("before"), trace(tmp_path / "t.json") as made, span("load"):
+        raise KeyError
+    with span("after"):
+        pass
+    assert [e["name"] for e in slices(made)] == ["load"]
+
+
+def test_a_full_buffer_keeps_the_newest_and_the_file_says_so(tmp_path: Path) -> None:
+    with trace(tmp_path / "t.json", capacity=3) as made:
+        for i in range(5):
+            with span(f"step {i}", i=i, path=made.path):
+                pass
+    assert [(e["name"], e["part"], e["args"]) for e in slices(made)] == [
+        (f"step {i}", "user", {"i": i, "path": str(made.path)}) for i in (2, 3, 4)
+    ]
+    [full] = made.content["otherData"]["full"]
+    assert full.startswith("driver")
+
+
+def test_a_second_trace_a_capacity_and_a_folder_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with (
+        trace(tmp_path / "one.json"),
+        pytest.raises(ValueError, match=r"already, to .*one\.json"),
+        trace(tmp_path / "two.json"),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"capacity must be .*, at least 1; got 0"):
+        trace(tmp_path / "x.json", capacity=0)
+    with pytest.raises(FileNotFoundError, match=r"no/x\.json"), trace(tmp_path / "no" / "x.json"):
+        pass
+    assert span("forward") is span("backward")
+
+
+def test_a_call_is_a_row_of_each_process_with_its_parts_and_the_users_spans_in_them(
+    tmp_path: Path,
+) -> None:
+    driver = [Event("dispatch", "a.f", 10 * MS, 12 * MS, 1, {"bytes_out": 5})]
+    rank = [
+        Event("queue", "a.f", 12 * MS, 13 * MS, 1),
+        Event("user", "forward", 13 * MS, 14 * MS, 1, {"rows": 4}),
+        Event("run", "a.f", 13 * MS, 16 * MS, 1),
+        Event("serialise", "", 15 * MS, 18 * MS, 1),  # which the run did not let end
+    ]
+    made = recorded(tmp_path / "t.json", driver, Hosts(rank))
+    found = [e for e in json.loads(made.path.read_text())["traceEvents"] if e["ph"] in "be"]
+    assert [(e["pid"], e["ph"], e["name"], e["ts"] / 1_000) for e in found] == [
+        (0, "b", "a.f", 0), (0, "b", "dispatch", 0), (0, "e", "dispatch", 2), (0, "e", "a.f", 2),
+        (1, "b", "a.f", 2), (1, "b", "queue", 2), (1, "e", "queue", 3),
+        (1, "b", "run", 3), (1, "b", "forward", 3), (1, "e", "forward", 4),
+        (1, "b", "serialise", 5), (1, "e", "serialise", 6), (1, "e", "run", 6), (1, "e", "a.f", 8),
+    ]  # fmt: skip
+    assert len({(e["pid"], e["id"], e["cat"]) for e in found}) == 2
+    assert found[1]["args"] == {"bytes_out": 5, "call": 1}
+    assert found[8]["args"] == {"rows": 4, "call": 1}
+
+
+def test_spans_of_threads_and_of_tasks_that_overlap_have_rows_of_their_own(tmp_path: Path) -> None:
+    buffer, begun = deque[Event](), threading.Barrier(2)
+
+    async def part(name: str, other: asyncio.Event, own: asyncio.Event) -> None:
+        with span(name), span(f"in {name}"):
+            own.set()
+            await other.wait()
+
+    async def call() -> None:
+        events = asyncio.Event(), asyncio.Event()
+        with running(CallMark(1, now_ns(), 100), "a.f", None, buffer), span("own"):
+            await asyncio.gather(part("x", *events), part("y", *events[::-1]))
+
+    def load() -> None:
+        with span("load"):
+            begun.wait(30)
+            begun.wait(30)
+
+    with trace(tmp_path / "t.json") as made, span("main"):
+        loader = threading.Thread(target=load)
+        loader.start()
+        begun.wait(30)
+        mark(1, Hosts(buffer))
+        asyncio.run(call())
+        begun.wait(30)
+        loader.join()
+    rows: dict[str, list[str]] = {}
+    for event in made.content["traceEvents"]:
+        if event["ph"] == "b":
+            rows.setdefault(event["id"], []).append(event["name"])
+    assert sorted(rows.values()) == [
+        ["a.f", "queue", "run", "own"], ["load"], ["main"], ["x", "in x"], ["y", "in y"],
+    ]  # fmt: skip
+
+
+def test_a_clock_that_is_behind_makes_no_time_negative() -> None:
+    buffer = deque[Event]()
+    sent = now_ns() + 5_000 * MS
+    with running(CallMark(1, sent, 10), "a.f", (sent - 7 * MS, sent - 6 * MS), buffer):
+        pass
+    queue, read, *_ = buffer
+    assert queue.start_ns == queue.end_ns == read.start_ns == sent - 7 * MS
+
+
+def test_the_summary_says_per_method_where_the_time_went_and_what_is_no_trace_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver = [
+        Event("dispatch", "a.f", 0, 2 * MS, 1, {"bytes_out": 3_000_000}),
+        Event("wait", "a.f", 2 * MS, 9 * MS, 1),
+    ]
+    ranks = [
+        [
+            Event("run", "a.f", 3 * MS, (4 + rank) * MS, 1),
+            Event("serialise", "", 5 * MS, 5 * MS + MS // 2, 1),
+            Event("user", "forward", 3 * MS, 3 * MS + MS // 2, 1),
+        ]
+        for rank in range(2)
+    ]
+    died = "a rank 2 on 10.0.0.1: it died"
+    made = recorded(tmp_path / "trace.json", driver, Hosts(*ranks, missing=(died,)))
+    assert main(["timeline", str(made.path)]) == 0
+    head, row, _, _, forward, missing = capsys.readouterr().out.splitlines()
+    names = head.replace(" ms", "_ms").replace(" MB", "_MB").split()
+    told = dict(zip(names, row.split(), strict=False))
+    assert (told["method"], told["out_MB"]) == ("a.f", "3.00")
+    assert (told["dispatch_ms"], told["run_ms"], told["serialise_ms"]) == ("2.00", "1.50", "0.50")
+    assert row.endswith("a rank 1")
+    assert forward.split() == ["forward", "2", "0.50", "1.00"]
+    assert missing == f"missing: {died}"
+    (tmp_path / "other.json").write_text("[]")
+    assert main(["timeline", str(tmp_path / "other.json")]) == 2
+    assert "other.json is no trace" in capsys.readouterr().err
+
+
+def test_counts_and_times_of_a_method_add_up_and_print_as_a_table() -> None:
+    recorder = Recorder()
+    for size in (10, 1_234_567):
+        record = recorder.call("actor", "update")
+        record.count("bytes_out", size)
+        with record.span("wait"):
+            pass
+    recorder.call("actor", "load")
+    table = recorder.stats()
+    assert [row.method for row in table] == ["update", "load"]
+    assert (table["update"].calls, table["update"].bytes_out) == (2, 1_234_577)
+    assert table["update"].wait_s > 0
+    assert table["never called"] == MethodStats("never called")
+    assert (table.driver_bytes, table.moved_bytes) == (1_234_577, 1_234_577)
+    head, row, _ = str(table).splitlines()
+    assert head.split()[:3] == ["method", "calls", "bytes_out"]
+    assert "1 234 577" in row
+
+
+class Known:
+    """An amount, and the memory that it holds."""
+
+    def __init__(self, ready: bool) -> None:
+        self.ready, self.asked = ready, 0
+
+    def __call__(self) -> int | None:
+        self.asked += 1
+        return 1 if self.ready else None
+
+
+def test_what_is_known_later_counts_once_is_not_asked_again_and_again_and_not_kept() -> None:
+    recorder, amounts = Recorder(), [Known(False) for _ in range(3_000)]
+    for amount in (*amounts, Known(True)):
+        recorder.call("actor", "make").count_later("bytes_between", amount)
+    assert sum(amount.asked for amount in amounts) < 2 * len(amounts)
+    assert recorder.stats()["make"].bytes_between == 1
+    kept = weakref.WeakSet(amounts)
+    for amount in amounts:
+        amount.ready = True
+    del amount, amounts
+    assert len(kept) == 3_000
+    recorder.call("actor", "make").count_later("bytes_between", Known(True))
+    assert len(kept) == 0
+    assert [recorder.stats()["make"].bytes_between for _ in range(2)] == [3_002, 3_002]
+    assert (recorder.stats().driver_bytes, recorder.stats().moved_bytes) == (0, 3_002)
+
+
+def test_a_trace_gets_each_part_of_a_call_with_the_bytes_that_went_in_it(tmp_path: Path) -> None:
+    recorder = Recorder()
+    untraced = recorder.call("actor", "update")
+    with trace(tmp_path / "t.json") as recorded:
+        record = recorder.call("actor", "update")
+        with record.span("dispatch"), untraced.span("dispatch"):
+            for size in (300, 200):
+                record.count("bytes_out", size)
+        with record.span("wait"):
+            record.count("bytes_in", 70)
+    dispatch, wait = slices(recorded)
+    assert (dispatch["part"], wait["part"]) == ("dispatch", "wait")
+    assert dispatch["args"] == {"call": record.number, "bytes_out": 500}
+    assert wait["args"] == {"call": record.number, "bytes_in": 70}
+
+
+def test_no_count_is_lost_between_threads_and_another_process_counts_anew() -> None:
+    recorder = Recorder()
+
+    def count() -> None:
+        for _ in range(2_000):
+            recorder.call("actor", "m").count("bytes_in", 1)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (recorder.stats()["m"].calls, recorder.stats()["m"].bytes_in) == (8_000, 8_000)
+    assert list(pickle.loads(pickle.dumps(recorder)).stats()) == []
