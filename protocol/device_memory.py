@@ -43,7 +43,8 @@ class LentTensor:
         """The tensor on the current device. A loan ends with the call that reads it, so only who
         copies at once ("join") gets a view of it.
         """
-        return self.view() if how == "join" else self.view().clone()
+        seen = self.view()  # from another device it is a copy already
+        return seen.clone() if how != "join" and seen is self._mapped else seen
 
     def view(self) -> torch.Tensor:
         """The lender's memory as a tensor of the current device, after all that the lender had

@@ -20,6 +20,7 @@ from single_controller.base.plan import Call, PerRank, is_future
 from single_controller.errors import SendError, SingleControllerError
 
 __all__ = [
+    "NOTHING",
     "Message",
     "Outbox",
     "Outgoing",
@@ -170,6 +171,9 @@ class _Body(NamedTuple):
     lacking: tuple[int, ...]
 
 
+NOTHING = Message(pickle.dumps(_Body((), (), ())))  # of a call without values
+
+
 class Outgoing(NamedTuple):
     """What the ranks that are called alike get: a message, its parts, and futures to go too. `size`
     are the bytes of the message's own values.
@@ -261,7 +265,7 @@ class Outbox:
                 values[i] = _with_shared(copy.copy(value), found)
                 lacking.append(i)
         body = _Body(tuple(values), tuple(call.kwargs), tuple(lacking))
-        message = packed(body, self._packer)
+        message = packed(body, self._packer) if values else NOTHING
         size = 0 if all(type(value) is Part for value in values) else message.size
         return Outgoing(message, size, list(parts.values()), futures)
 

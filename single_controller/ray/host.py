@@ -168,7 +168,7 @@ class Host:
             identity=self._identity,
         )
 
-    def call(self, arrived: Any) -> Any:
+    def call(self, arrived: Any = None) -> Any:
         """Run one method of one role."""
         head, message, parts = self._opened(arrived)
         place = self._shelf.open(head.keeps) if head.keeps is not None else None
@@ -295,7 +295,7 @@ class AsyncHost(Host):
         self._dropped: set[tuple[str, int]] = set()
         self._awaiting: set[Coroutine[Any, Any, Any]] = set()
 
-    async def call(self, arrived: Any) -> Any:
+    async def call(self, arrived: Any = None) -> Any:
         head, message, parts = self._opened(arrived)
         place = self._shelf.open(head.keeps) if head.keeps is not None else None
         interleaves, run = False, None

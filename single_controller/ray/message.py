@@ -16,7 +16,7 @@ from ray import cloudpickle
 from ray.actor import ActorHandle
 
 from single_controller.base.explain import Carrier
-from single_controller.base.message import Message, Outbox, Packing, arguments
+from single_controller.base.message import NOTHING, Message, Outbox, Packing, arguments
 from single_controller.base.plan import Call, is_future
 from single_controller.base.trace import CallMark
 from single_controller.errors import SendError
@@ -86,18 +86,24 @@ class Head(NamedTuple):
         return f"{self.role}.{self.method}"
 
 
-def sealed(head: Head, message: Any, parts: Sequence[Any]) -> Any:
-    """A task's one argument: bytes where that can be, which Ray carries quickest, as they are.
+def sealed(head: Head, message: Any, parts: Sequence[Any]) -> tuple[Any, ...]:
+    """A task's one argument: bytes where that can be, which Ray carries quickest, as they are. None
+    where the title of the task says it all: any takes a sixth of the time of a call without.
 
     `message` and `parts` are messages, or references to stored ones.
     """
+    if message is NOTHING and head == Head(head.role, head.method):
+        return ()
     if parts or not isinstance(message, Message) or message.buffers or message.held:
-        return head, message, parts
-    return pickle.dumps((head, message.data), 5)
+        return ((head, message, parts),)
+    return (pickle.dumps((head, message.data), 5),)
 
 
 def opened(arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
-    """What was sealed."""
+    """What was sealed; within a task, whose title is that of the method."""
+    if arrived is None:
+        role, _, method = (ray.get_runtime_context().get_task_name() or "").rpartition(".")
+        return Head(role, method), NOTHING, ()
     if not isinstance(arrived, bytes):
         return arrived  # type: ignore[no-any-return]
     head, data = pickle.loads(arrived)

@@ -113,7 +113,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
             if key not in alike:
                 alike[key] = sealed(head, *letters[id(outgoing)])
             count(outgoing.size)
-            refs.append(callables[rank].remote(alike[key]))
+            refs.append(callables[rank].remote(*alike[key]))
             made.sent(sites[rank], refs[-1], head.turn)
     routes.sent(made)
     made.publish_ahead()
