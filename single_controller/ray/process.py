@@ -219,9 +219,11 @@ def _written(file: Path, deadline: float) -> str:
     """What came, once no more comes."""
     text, changed = "", time.monotonic()
     with contextlib.suppress(OSError):  # it may end meanwhile
-        while (now := time.monotonic()) <= deadline and not (text and now - changed > _QUIET_S):
-            before, text = text, file.read_text(errors="replace")
+        while True:  # once at least: others may have taken the time
+            before, text, now = text, file.read_text(errors="replace"), time.monotonic()
             changed = changed if text == before else now
+            if now > deadline or (text and now - changed > _QUIET_S):
+                break
             time.sleep(_POLL_S)
     return text.strip() and text
 
