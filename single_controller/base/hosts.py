@@ -38,10 +38,11 @@ class Generation(abc.ABC):
         self.replaced = False
 
     def check_usable(self) -> None:
-        """Raise GroupBrokenError where a call could not be trusted, or would wait for ever."""
+        """Raise GroupBrokenError where a call could not be trusted, or would wait for ever; these
+        hosts are there.
+        """
         if self.ended is not None:
             raise GroupBrokenError(self.ended)
-        self.check_there()
         if self.broken is None:
             self.look()
         if self.broken is not None:

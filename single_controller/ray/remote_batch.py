@@ -156,6 +156,11 @@ class RemoteCall(Pending):
     def _ranks(self) -> list[int]:
         return [site.rank for site in self.sites]
 
+    def _answers(self) -> list[int]:
+        """Which of the called ranks answer, in order."""
+        at = {rank: i for i, rank in enumerate(self._ranks())}
+        return [at[rank] for rank in self.request.answers]
+
     def _left(self, timeout_s: float | None) -> float | None:
         """The seconds asked for, or else what is left of the call's own time."""
         if timeout_s is not None or self._deadline is None:
@@ -164,10 +169,7 @@ class RemoteCall(Pending):
 
     def wait(self, timeout_s: float | None) -> list[Any]:
         outputs = self._outputs(timeout_s)
-        at = {site.rank: i for i, site in enumerate(self.sites)}
-        return [
-            self._read(outputs[at[rank]], self.sites[at[rank]]) for rank in self.request.answers
-        ]
+        return [self._read(outputs[i], self.sites[i]) for i in self._answers()]
 
     def _outputs(self, timeout_s: float | None) -> list[Any]:
         hosts = self.hosts
@@ -215,13 +217,9 @@ class RemoteCall(Pending):
         return self.hosts.cancel(self._turns)
 
     def handles(self, batched: bool) -> list[Any]:
-        at = {site.rank: i for i, site in enumerate(self.sites)}
         if not batched:
-            return [self.refs[at[rank]] for rank in self.request.answers]
-        return [
-            RemoteBatch(self.token, self.sites[at[rank]], self, at[rank])
-            for rank in self.request.answers
-        ]
+            return [self.refs[i] for i in self._answers()]
+        return [RemoteBatch(self.token, self.sites[i], self, i) for i in self._answers()]
 
     def rows(self, timeout_s: float | None) -> tuple[int | None, ...]:
         """Wait for all ranks, also those whose output is not needed; the rows that each keeps, None
