@@ -205,20 +205,20 @@ def on_one_device(batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def select_keys(x: Batch, keys: Iterable[str]) -> Batch:
+def select_keys(x: Batch, keys: Iterable[str], strict: bool = True) -> Batch:
     """Only these columns, shared with `x`; meta_info stays whole.
 
-    MissingKeyError for a key that the batch lacks, unless it has no rows: then others decide which
-    columns there are.
+    MissingKeyError for a key that the batch lacks, unless it need not be there (`strict`), or there
+    are no rows: then others decide which columns there are.
     """
     keys, batch = checks.key_list("keys", keys), x
     if isinstance(batch, TensorDict):
-        if not has_rows(batch) or len(batch):
+        if strict and (not has_rows(batch) or len(batch)):
             combine.require_keys(keys, batch.keys(), "batch")
         some = {key: batch.get(key) for key in keys if key in batch.keys()}  # noqa: SIM118
         return columns.build(some, batch.batch_size, batch.device)
     tensors = batch._tensors()
-    if len(batch):
+    if strict and len(batch):
         combine.require_keys(keys, {**tensors, **batch.non_tensor_batch}, "batch")
     return DataProto.select(batch, [key for key in keys if key in tensors], keys)
 

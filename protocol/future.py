@@ -10,8 +10,8 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -24,7 +24,7 @@ from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, ChunkError, RowCountError
 from protocol.wire import read_as, reading
 
-__all__ = ["DataProtoFuture", "How", "Source"]
+__all__ = ["DataProtoFuture", "How", "Source", "origins"]
 
 How: TypeAlias = Literal["equal", "balanced", "padded"]
 
@@ -44,8 +44,8 @@ class Source(Protocol):
 
     It may have more: `title`, for messages; `reference`, for `DataProtoFuture.futures`; `async
     arrive(whole)`, which waits on the event loop for its rows to be known, or for the `whole`
-    batch, and returns whether they came; `select(keys)`, a source of these columns only; and, if
-    it is made of others, `origins()` and `needed(start, stop)`: all, and those with these rows.
+    batch, and returns whether they came; and `select(keys, strict)`, which fetches these columns
+    only, or without `strict` those of them that there are.
     """
 
     def rows(self, timeout: float | None) -> int:  # pyright: ignore[reportReturnType]
@@ -74,20 +74,45 @@ class _View:
     def rows(self, timeout: float | None) -> int:
         return int(self._sources[0].rows(timeout))
 
-    def origins(self) -> Iterator[Source]:
-        """The sources at the bottom, which futures of futures are made of. Waits for nothing."""
-        for source in self._sources:
-            yield from source.origins() if hasattr(source, "origins") else (source,)
+    def narrowed(self, start: int, stop: int) -> Source:
+        """Rows `start:stop`, made of nothing that has none of them. Waits for all producers."""
+        return self._of([_narrowed(source, start, stop) for source in self._sources])
 
-    def needed(self, start: int, stop: int) -> Iterator[Source]:
-        """Those of them that `fetch` of rows `start:stop` asks. Waits for all producers."""
-        for source, first, last in self._parts(start, stop, _deadline(None)):
-            made: Any = source
-            yield from made.needed(first, last) if hasattr(made, "needed") else (made,)
+    def some(self, keys: Sequence[str], strict: bool) -> Source:
+        """The same without other columns than these, where the sources can leave them out."""
+        return self._of([_some(source, keys, strict) for source in self._sources])
 
-    def _parts(self, start: int, stop: int, left: _Left) -> _Parts:
-        """The sources that rows `start:stop` come from, each with its own rows."""
-        return [(source, start, stop) for source in self._sources]
+    def _of(self, sources: Sequence[Source]) -> Source:
+        """The same view of other sources."""
+        made: Any = self
+        return replace(made, _sources=tuple(sources))  # type: ignore[no-any-return]
+
+
+def origins(sources: Iterable[Source]) -> Iterator[Source]:
+    """The sources at the bottom, each once, which futures of futures are made of. Waits for
+    nothing.
+    """
+    seen, left = set[int](), [*sources][::-1]
+    while left:
+        source = left.pop()
+        if id(source) not in seen:
+            seen.add(id(source))
+            if isinstance(source, _View):
+                left += source._sources[::-1]
+            else:
+                yield source
+
+
+def _narrowed(source: Source, start: int, stop: int) -> Source:
+    if isinstance(source, _View):
+        return source.narrowed(start, stop)
+    return source if (start, stop) == (0, source.rows(None)) else _Rows((source,), (start, stop, 0))
+
+
+def _some(source: Any, keys: Sequence[str], strict: bool) -> Source:
+    if isinstance(source, _View):
+        return source.some(keys, strict)
+    return source.select(keys, strict) if hasattr(source, "select") else source  # type: ignore[no-any-return]
 
 
 class DataProtoFuture(_View):
@@ -170,8 +195,8 @@ class DataProtoFuture(_View):
         """A reference per rank that makes rows, as the backend has them: `ray.get(future.futures)`
         waits until all have finished. What that gives is no batch; those stay where they are.
         """
-        origins: list[Any] = list(self.origins())
-        return [origin.reference for origin in origins if hasattr(origin, "reference")]
+        made: Iterator[Any] = origins([self])
+        return [origin.reference for origin in made if hasattr(origin, "reference")]
 
     def __await__(self) -> Generator[Any, None, Batch]:
         """What `get` gives, while the event loop runs on. An `await` that is cancelled, as by
@@ -182,8 +207,8 @@ class DataProtoFuture(_View):
     async def _arrived(self) -> Batch:
         """`get`, in a thread if something went wrong, or a source cannot be awaited."""
         for whole in (False, True):
-            sources = dict.fromkeys(self.needed(0, self.rows()) if whole else self.origins())
-            waits = [getattr(source, "arrive", None) for source in sources]
+            made = self.narrowed(0, self.rows()) if whole else self
+            waits = [getattr(source, "arrive", None) for source in origins([made])]
             if not all(waits) or not all(await asyncio.gather(*(w(whole) for w in waits if w))):
                 return await asyncio.to_thread(self.get)
         return self.get()
@@ -208,9 +233,24 @@ class DataProtoFuture(_View):
             try:
                 return batches.concat_batches(batches.on_one_device(found))
             except BatchError as error:
-                titles = sorted({getattr(o, "title", "") for o in self.origins()} - {""})
+                titles = sorted({getattr(o, "title", "") for o in origins([self])} - {""})
                 made = f"{', '.join(titles)}: the ranks' outputs cannot be joined: "
                 raise type(error)(f"{made if titles else ''}{error}") from None
+
+    def narrowed(self, start: int, stop: int) -> DataProtoFuture:
+        """A future of rows `start:stop`, made of nothing that has none of them. Waits for all
+        producers.
+        """
+        return self._of([_narrowed(*part) for part in self._parts(start, stop, _deadline(None))])
+
+    def settled(self) -> DataProtoFuture:
+        """The same rows, made of nothing that has none of them; if there is no telling, a future
+        that raises why. Waits for all producers.
+        """
+        try:
+            return self.narrowed(0, self.rows())
+        except Exception as error:
+            return self._of([_Failed(error)])
 
     def _parts(self, start: int, stop: int, left: _Left) -> _Parts:
         rows, parts = self.rows(left()), []
@@ -236,7 +276,7 @@ class DataProtoFuture(_View):
             ChunkError: `chunks` is less than one.
         """
         shards = self.shards(chunks, "balanced" if self.auto_padding else "equal")
-        return [self._derived([shard]) for shard in shards]
+        return [self._of([shard]) for shard in shards]
 
     def shards(self, parts: int, how: How, advice: str = "") -> list[DataProtoFuture]:
         """`parts` futures of consecutive rows. Fetches and waits for nothing.
@@ -257,7 +297,7 @@ class DataProtoFuture(_View):
         """The first `count(rows, …)` rows; it gets the rows of the `others` too, and what it raises
         whoever reads this gets. Fetches and waits for nothing.
         """
-        return self._derived([_Rows((self, *others), partial(_first, count))])
+        return self._of([_Rows((self, *others), partial(_first, count))])
 
     @staticmethod
     def concat(data: Sequence[DataProtoFuture]) -> DataProtoFuture:
@@ -270,12 +310,13 @@ class DataProtoFuture(_View):
         return DataProtoFuture(data, padding, data[0].map_location if data else None)
 
     def select(self, keys: Iterable[str]) -> DataProtoFuture:
-        """Only these columns, which are all that whoever fetches rows keeps. Fetches nothing.
+        """Only these columns: no others leave the worker that made them. Fetches nothing now.
 
         A key that is not there raises MissingKeyError when rows are fetched.
         """
         names = (keys,) if isinstance(keys, str) else tuple(keys)
-        return self._derived([_selected(source, names) for source in self._sources])
+        chosen = [_some(source, names, strict=True) for source in self._sources]
+        return self._of([_Columns((source,), names) for source in chosen])
 
     def union(self, other: Source) -> DataProtoFuture:
         """The columns of both. Fetches nothing now; later the same rows from either.
@@ -291,11 +332,11 @@ class DataProtoFuture(_View):
                 f"other must be a DataProtoFuture; got {type(other).__name__}: make it one by "
                 "pin(other), or join batches, future.get().union(other)"
             )
-        joined = self._derived([_Union((self, other))])
+        joined = self._of([_Union((self, other))])
         joined.auto_padding |= getattr(other, "auto_padding", False)
         return joined
 
-    def _derived(self, sources: Sequence[Source]) -> DataProtoFuture:
+    def _of(self, sources: Sequence[Source]) -> DataProtoFuture:
         return DataProtoFuture(sources, self.auto_padding, self.map_location)
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
@@ -312,14 +353,19 @@ def _deadline(timeout: float | None) -> _Left:
     return lambda: max(0.0, end - time.monotonic())
 
 
+@lru_cache(maxsize=64)
+def _ends(how: How, rows: int, parts: int) -> tuple[int, ...]:
+    """Where each part ends, after the start of the first."""
+    return tuple(accumulate(_SIZES[how](rows, parts), initial=0))
+
+
 def _shard(part: int, parts: int, how: How, advice: str, rows: int) -> _Span:
     """Part number `part` of so many rows."""
     try:
-        sizes = _SIZES[how](rows, parts)
+        start, stop = _ends(how, rows, parts)[part : part + 2]
     except ChunkError as error:
         raise ChunkError(f"{error}{advice}") from None
-    start = sum(sizes[:part])
-    return _within((0, rows, 0), start, start + sizes[part])
+    return _within((0, rows, 0), start, stop)
 
 
 def _first(count: Callable[..., int], *rows: int) -> _Span:
@@ -356,26 +402,22 @@ class _Rows(_View):
         batch = self._sources[0].fetch(first, last, left())
         return batches.pad_batch(batch, padding) if padding else batch
 
-    def select(self, keys: tuple[str, ...]) -> Source:
+    def some(self, keys: Sequence[str], strict: bool) -> Source:
         source, *others = self._sources
-        return _Rows((_selected(source, keys), *others), self.span)
+        return self._of([_some(source, keys, strict), *others])
 
-    def _parts(self, start: int, stop: int, left: _Left) -> _Parts:
-        first, last, _ = _within(self._known(left()), start, stop)
-        return [(self._sources[0], first, last)]
+    def narrowed(self, start: int, stop: int) -> Source:
+        first, last, padding = _within(self._known(None), start, stop)
+        source = _narrowed(self._sources[0], first, last)
+        return _Rows((source,), (0, last - first, padding)) if padding else source
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Of a future, only what has these rows goes to other processes: n shards of n sources
-        would else carry n * n.
-        """
+        """Once the rows are known, only what has these goes to other processes."""
         sources, span = self._sources, self.span
-        known = [s for s in sources if isinstance(s, DataProtoFuture) and s._ends]
-        if len(known) == len(sources):
+        if all(getattr(source, "_ends", ()) for source in sources):
             with suppress(ValueError):  # it is for who reads the rows
-                first, last, padding = self._known(None)
-                parts = known[0]._parts(first, last, _deadline(None))
-                sources = (DataProtoFuture([_Rows((p,), (a, b, 0)) for p, a, b in parts]),)
-                span = 0, last - first, padding
+                rows = self.rows(None)
+                sources, span = (self.narrowed(0, rows),), (0, rows, 0)
         return _Rows, (sources, span)
 
 
@@ -386,6 +428,13 @@ class _Columns(_View):
     _sources: tuple[Source]
     keys: tuple[str, ...]
 
+    def some(self, keys: Sequence[str], strict: bool) -> Source:
+        """Those of them that are chosen; if one is not there, it is for the reader to say so."""
+        chosen = tuple(key for key in self.keys if key in keys)
+        if strict and not set(keys) <= set(chosen):
+            return self
+        return _Columns((_some(self._sources[0], chosen, strict),), chosen)
+
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
         how = reading()
         with read_as("join" if how == "own" else how):  # the other columns are not copied
@@ -393,15 +442,15 @@ class _Columns(_View):
         return batches.copy_batch(batch) if how == "own" else batch
 
 
-def _selected(source: Any, keys: tuple[str, ...]) -> Source:
-    return source.select(keys) if hasattr(source, "select") else _Columns((source,), keys)
-
-
 @dataclass(frozen=True)
 class _Union(_View):
     """The columns of two batches of equally many rows."""
 
     _sources: tuple[Source, Source]
+
+    def some(self, keys: Sequence[str], strict: bool) -> Source:
+        """Which of the two has a column, is not known."""
+        return super().some(keys, strict=False)
 
     def rows(self, timeout: float | None) -> int:
         left = _deadline(timeout)
@@ -414,3 +463,16 @@ class _Union(_View):
         left = _deadline(timeout)
         found = [source.fetch(start, stop, left()) for source in self._sources]
         return batches.union_batches(*batches.on_one_device(found))
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """Rows that there will not be, and why."""
+
+    error: Exception
+
+    def rows(self, timeout: float | None) -> int:
+        raise self.error
+
+    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
+        raise self.error

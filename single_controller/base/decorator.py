@@ -614,7 +614,8 @@ def register(
         execute_mode: whether all ranks run the method or only rank 0.
         blocking: whether a call waits for its result. Otherwise it returns a `DataProtoFuture`
             (modes that join batches) or Ray references in the shape of the result.
-        materialize_futures: whether the worker gets the batch behind a `DataProtoFuture`.
+        materialize_futures: whether the worker gets the batch behind a `DataProtoFuture`, or a
+            future that is done.
         uneven: let shards differ by one row, so that any batch fits any number of ranks.
         reads_only: the method never writes into the tensors and arrays that it gets, so they may
             be views of memory that others read too, and no byte is copied for it. numpy refuses

@@ -33,7 +33,7 @@ from single_controller.base.worker import (
 from single_controller.device import DeviceKind, Turns, get_torch_device
 from single_controller.errors import WorkerDiedError, WorkerError
 from single_controller.ray.failure import CallDroppedError
-from single_controller.ray.message import Head, opened, packed_value, read
+from single_controller.ray.message import Head, Packer, opened, packed_value, read
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, identify, log_tail
 from single_controller.ray.shelf import Kept, Shelf, Untouched, in_thread
 
@@ -192,15 +192,22 @@ class Host:
 
     @ray.method(num_returns=2)
     def publish(
-        self, key: tuple[str, int], wanted: Message | None = None, lends: bool = False
+        self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
     ) -> tuple[Message | None, int]:
-        """The batch of a call, for shared memory, and how many bytes that takes.
-
-        `wanted`: futures that other hosts will read; nothing is published if none needs this.
-        `lends`: memory on a device is lent to them instead, until the release.
+        """The batch of a call, or some columns of it, for shared memory, and how many bytes that
+        takes. `wanted` refers to whether anyone needs it, `None` says so. `lends`: memory on a
+        device is lent instead, until the release.
         """
-        kept = self._shelf.publication(key[0])
-        return kept.published(lends) if _is_needed(key, wanted) else (None, 0)
+        kept = self._shelf.publication(token)
+        return kept.published(columns, lends) if _is_needed(wanted) else (None, 0)
+
+    def weigh(self, message: Message) -> Any:
+        """By batch, whether any rank but the one that made it reads rows of it."""
+        return _each(_read_elsewhere(message))
+
+    def settle(self, message: Message) -> Any:
+        """By list of futures, the same made of nothing that is not read."""
+        return _each(_settled(message))
 
     def release(self, token: str, publications: int, turn: Any) -> None:
         """Let go of a result; calls that were sent before this have read it."""
@@ -345,12 +352,18 @@ class AsyncHost(Host):
 
     @ray.method(num_returns=2)
     async def publish(
-        self, key: tuple[str, int], wanted: Message | None = None, lends: bool = False
+        self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
     ) -> tuple[Message | None, int]:
-        kept = self._shelf.publication(key[0])
+        kept = self._shelf.publication(token)
         await kept.made.wait()
-        needed = wanted is None or await in_thread(_is_needed, key, wanted)
-        return kept.published(lends) if needed else (None, 0)
+        needed = wanted is None or await in_thread(_is_needed, wanted)
+        return kept.published(columns, lends) if needed else (None, 0)
+
+    async def weigh(self, message: Message) -> Any:
+        return _each(await in_thread(_read_elsewhere, message))
+
+    async def settle(self, message: Message) -> Any:
+        return _each(await in_thread(_settled, message))
 
     async def release(self, token: str, publications: int, turn: Any) -> None:  # type: ignore[override]
         await self._turn(turn)
@@ -418,15 +431,36 @@ def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched 
     return sent
 
 
-def _is_needed(key: tuple[str, int], wanted: Message | None) -> bool:
-    """Whether one of these futures reads rows of this result; waits until the rows are known. If
-    they never are, whoever reads it runs into the same, and says so.
+def _is_needed(wanted: list[Any] | None) -> bool:
+    """Whether it turns out to be; if that cannot be told, whoever reads it runs into the same, and
+    says so.
     """
-    for future in wanted.read() if wanted is not None else ():
-        with contextlib.suppress(Exception):
-            if any(getattr(o, "key", None) == key for o in future.needed(0, future.rows())):
-                return True
-    return wanted is None
+    with contextlib.suppress(Exception):
+        return wanted is None or bool(ray.get(wanted[0]))
+    return False
+
+
+def _read_elsewhere(message: Message) -> list[bool]:
+    from protocol.future import origins
+
+    readers, keys = message.read()
+    needed = set()
+    for ranks, futures in readers:
+        for origin in origins(future.settled() for future in futures):
+            key = getattr(origin, "key", None)
+            if key is not None and ranks != [key[1]]:
+                needed.add(key)
+    return [key in needed for key in keys]
+
+
+def _settled(message: Message) -> list[Message]:
+    lists = message.read()
+    return [Message.of([future.settled() for future in futures], Packer) for futures in lists]
+
+
+def _each(found: list[Any]) -> Any:
+    """As Ray wants what a task returns one by one."""
+    return found if len(found) > 1 else found[0]
 
 
 def _node_ip() -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -124,10 +124,9 @@ def read(
         message = found.get(message, message) if refs else message
         read_parts = [(found.get(part, part) if refs else part).read() for part in parts]
         values, names, futures = arguments(message, read_parts)
-        for future in futures:
-            for origin in future.origins():
-                if hasattr(origin, "key"):
-                    origin.kept = kept.get(origin.key)
+        for origin in _origins(futures):
+            if hasattr(origin, "home"):
+                origin.kept = kept.get(origin.home)
         for i, value in enumerate(values):
             if isinstance(value, ray.ObjectRef):
                 values[i] = ray.get(value)
@@ -135,6 +134,14 @@ def read(
                 values[i] = value.get()
     split = len(values) - len(names)
     return values[:split], dict(zip(names, values[split:], strict=True))
+
+
+def _origins(futures: Sequence[Any]) -> Iterable[Any]:
+    if not futures:
+        return ()
+    from protocol.future import origins
+
+    return origins(futures)
 
 
 @contextmanager

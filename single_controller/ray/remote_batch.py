@@ -4,10 +4,13 @@ them, when they go.
 A result without blocking stays with its host (`shelf`), and the driver gets a `RemoteBatch` for it.
 A call on the same process takes it there; before a call goes to other processes, and when the
 driver itself or a pickler asks, the driver puts `publish` into the queue of the host that has it.
-If readers are both here and elsewhere, it depends on the rows who reads what. A caller who waits
-anyway waits for the rows first; for others the task itself finds out whether anyone elsewhere needs
-these rows, and otherwise publishes nothing. A publication waits behind what its host was told
-before, so that of a method whose last result was read elsewhere is sent right behind the call.
+A publication waits behind what its host was told before, so that of a method whose last result was
+read elsewhere is sent right behind the call.
+
+Each rank is told only of the batches that it reads. Who reads what depends on how many rows there
+are. A caller who waits anyway waits for these first. For others the first rank called, which has
+to wait as well, sorts it out for all of them: `settle` tells each its own, and if batches may be
+read in their own process as well as elsewhere, `weigh` tells their hosts which to publish.
 
 No order of calls can dead-lock. Put all tasks (calls and publications) in the order in which the
 driver sent them. A task waits for earlier tasks in its host's queue, for earlier calls whose rows
@@ -25,9 +28,9 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 from ray.exceptions import GetTimeoutError
@@ -58,6 +61,8 @@ if TYPE_CHECKING:
     from protocol import DataProtoFuture
     from protocol.batches import Batch
 
+Columns: TypeAlias = "tuple[tuple[str, ...], bool] | None"  # which, and whether all must be there
+
 __all__ = ["RemoteBatch", "RemoteCall", "pin", "send"]
 
 
@@ -84,9 +89,12 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
         return ray.put(message) if late else message
 
     outbox = Outbox(calls, Packer, share)
-    routes = _Routes(outbox.by_rank, hosts, request, began)
+    ranks: dict[int, list[int]] = {}  # of each of the different ones
+    for rank, out in enumerate(outbox.by_rank):
+        ranks.setdefault(id(out), []).append(rank)
     different = {id(out): out for out in outbox.by_rank if out is not None}
     # Before any is sent: ranks whose peers get no call would wait for them.
+    routes = _Routes([(out, ranks[key]) for key, out in different.items()], hosts, request, began)
     letters = {key: (placed(out.message), routes.parts(out)) for key, out in different.items()}
     made = RemoteCall(hosts, request, began)
     padding, answering = padding_setting(), frozenset(request.answers)
@@ -229,7 +237,9 @@ class RemoteCall(Pending):
             self.known = tuple(self._outputs(timeout_s))
         return self.known
 
-    def publish(self, rank: int, lends: bool = False, ahead: bool = False) -> Any:
+    def publish(
+        self, rank: int, columns: Columns = None, lends: bool = False, ahead: bool = False
+    ) -> Any:
         """A reference to a rank's batch in shared memory, or with `lends` to claims on it. `ahead`:
         nobody has asked for it yet.
         """
@@ -237,28 +247,31 @@ class RemoteCall(Pending):
         with self._lock:
             if not ahead:
                 hold.unread = False
-                self.hosts.read_elsewhere[hold.habit] = lends
-            if (rank, lends) not in hold.published:
-                hold.published[rank, lends] = self._publication(rank, None, lends)
-            return hold.published[rank, lends]
+                self.hosts.read_elsewhere[hold.habit] = columns, lends
+            key = rank, columns, lends
+            if key not in hold.published:
+                hold.published[key] = self._publication(*key)
+            return hold.published[key]
 
-    def publish_for(self, rank: int, futures: Sequence[Any], lends: bool) -> Any:
-        """The same; to None where it turns out that no row of these futures is in it."""
-        hold = self._checked_hold()
-        if (rank, lends) in hold.published:
-            return self.publish(rank, lends)
-        unpublished = dict.fromkeys(o.key for f in futures for o in f.origins() if _remote(o))
-        wanted = Message.of(list(futures), Packer, offers=unpublished)
+    def publish_if(self, wanted: Any, rank: int, columns: Columns, lends: bool) -> Any:
+        """The same; to None unless `wanted`, a reference, turns out to be true."""
+        self._checked_hold()
         with self._lock:
-            return self._publication(rank, wanted, lends)
+            return self._publication(rank, columns, lends, [wanted])
+
+    @property
+    def published(self) -> Mapping[tuple[int, Columns, bool], Any]:
+        """What is, whether a reader needs it or not."""
+        return self._checked_hold().published
 
     def publish_ahead(self) -> None:
         """Publish what the last call's readers would have had to wait for behind later calls."""
         hold, habits = self._hold, self.hosts.read_elsewhere
         if hold is not None and hold.habit in habits:
             hold.unread = True
+            columns, lends = habits[hold.habit]
             for rank in self.request.answers:
-                self.publish(rank, habits[hold.habit], ahead=True)
+                self.publish(rank, columns, lends, ahead=True)
 
     def _checked_hold(self) -> _Hold:
         self.hosts.check_current()
@@ -270,18 +283,21 @@ class RemoteCall(Pending):
         assert self._hold is not None
         return self._hold
 
-    def _publication(self, rank: int, wanted: Message | None, lends: bool) -> Any:
+    def _publication(
+        self, rank: int, columns: Columns, lends: bool, wanted: list[Any] | None = None
+    ) -> Any:
         hosts, hold = self.hosts, self._hold
         assert hold is not None
         hold.publications[rank] += 1
-        batch, size = hosts.handles[rank].publish.remote((hold.token, rank), wanted, lends)
+        publish = hosts.handles[rank].publish
+        batch, size = publish.remote(hold.token, columns, lends, wanted)
         self.record.count_later("bytes_between", lambda: 0 if hosts.gone else _if_ready(size))
         return batch
 
     def can_lend(self, rank: int, hosts: RayHosts, readers: Iterable[int]) -> bool:
         """Whether all these ranks of some hosts can map device memory of a rank's batch."""
         device = self.hosts.infos[rank].identity
-        ids = [hosts.infos[reader].identity for reader in readers]
+        ids = (hosts.infos[reader].identity for reader in readers)
         lends = self.request.transport == "device" and device is not None
         return lends and all(i and i.reads(device) for i in ids)
 
@@ -310,7 +326,7 @@ class _Hold:
         self._hosts, self.token = hosts, token
         self.habit = request.role, request.method
         self.publications = dict.fromkeys(request.answers, 0)  # by rank: how many tasks were sent
-        self.published: dict[tuple[int, bool], Any] = {}
+        self.published: dict[tuple[int, Columns, bool], Any] = {}
         self.borrowers: list[Any] = []
         self.unread = False  # published ahead, and nobody asked
 
@@ -382,9 +398,10 @@ class RemoteBatch:
         at: int,
         rows: int | None = None,
         offer: Any = None,
+        columns: Columns = None,
     ) -> None:
         self.token, self.site, self.made, self.at = token, site, made, at
-        self._rows, self.offer = rows, offer
+        self._rows, self.offer, self.columns = rows, offer, columns
         self.kept: Kept | None = None
         self.session: Any = None  # in which it was pinned
 
@@ -394,8 +411,21 @@ class RemoteBatch:
         return self.made if isinstance(self.made, RemoteCall) else None
 
     @property
-    def key(self) -> tuple[str, int]:
+    def home(self) -> tuple[str, int]:
+        """By what its process finds it."""
         return self.token, self.site.rank
+
+    @property
+    def key(self) -> tuple[str, int, Columns]:
+        """What is published."""
+        return *self.home, self.columns
+
+    def select(self, keys: Sequence[str], strict: bool) -> RemoteBatch:
+        """Only these columns of it."""
+        where = self.token, self.site, self.made, self.at, self._rows, self.offer
+        made = RemoteBatch(*where, (tuple(keys), strict))
+        made.kept, made.session = self.kept, self.session
+        return made
 
     @property
     def title(self) -> str:
@@ -422,18 +452,22 @@ class RemoteBatch:
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
         """Rows `start` to `stop` of the batch."""
-        from protocol.batches import lend_rows
+        from protocol.batches import lend_rows, select_keys
 
         if self.kept is not None:
-            return lend_rows(self.kept.batch(), start, stop)
-        call, ref, rows = self.call, self.offer, self.rows(timeout)
-        if call is not None:
-            ref = call.publish(self.site.rank)
-            timeout = call.limit if timeout is None else timeout
-        whole = start == 0 and stop == rows
-        message = self._published(ref, timeout)
-        assert message is not None, f"{self.key} is neither here nor published"
-        batch = self._read(message, whole)
+            batch, whole = self.kept.batch(), False
+        else:
+            call, ref, whole = self.call, self.offer, (start, stop) == (0, self.rows(timeout))
+            if call is not None:
+                ref = call.publish(self.site.rank, self.columns)
+                timeout = call.limit if timeout is None else timeout
+            message = self._published(ref, timeout)
+            assert message is not None, f"{self.key} is neither here nor published"
+            batch = self._read(message, whole)
+            if isinstance(batch, Exception):
+                raise translate(batch, self.site)
+        if self.columns is not None:
+            batch = select_keys(batch, *self.columns)
         return batch if whole else lend_rows(batch, start, stop)
 
     def _check_there(self) -> None:
@@ -481,7 +515,7 @@ class RemoteBatch:
         if call is not None:
             call.hosts.check_current()
         if whole and self.kept is None:
-            ref = self.offer if call is None else call.publish(self.site.rank)
+            ref = self.offer if call is None else call.publish(self.site.rank, self.columns)
             limit = call.limit if call else None
             return await all_arrived([ref], limit, f"rows of {self.title}", [self.site.rank])
         if made is None or made.known is not None:
@@ -493,81 +527,109 @@ class RemoteBatch:
     def __reduce__(self) -> tuple[Any, ...]:
         return self.offered({})
 
-    def offered(self, offers: Mapping[tuple[str, int], Any]) -> tuple[Any, ...]:
+    def offered(self, offers: Mapping[Any, Any]) -> tuple[Any, ...]:
         """As it is pickled, with what is offered of it, else with all of it published."""
         offer, call = self.offer, self.call
         self._check_there()
         if self.key in offers:
             offer = offers[self.key]
         elif call is not None:
-            offer = call.publish(self.site.rank)
-        if self.known:
-            rows = self._rows if self.made is None else self.made.known[self.at]  # type: ignore[index]
-            return RemoteBatch, (self.token, self.site, None, self.at, rows, offer)
-        return RemoteBatch, (self.token, self.site, self.made, self.at, None, offer)
+            offer = call.publish(self.site.rank, self.columns)
+        made, rows = (None, self.rows(0)) if self.known else (self.made, None)
+        return RemoteBatch, (self.token, self.site, made, self.at, rows, offer, self.columns)
 
 
-def _remote(origin: Any) -> bool:
-    return isinstance(origin, RemoteBatch)
+def _remote(sources: Iterable[Any]) -> list[RemoteBatch]:
+    from protocol.future import origins
+
+    return [origin for origin in origins(sources) if isinstance(origin, RemoteBatch)]
 
 
 class _Routes:
     """How the futures among a call's values reach its ranks: what must be published for whom is
-    sent before these calls are, and nothing else.
+    sent before these calls are, and nothing else. `called`: what is sent, and to which ranks.
 
     Where a future itself is the argument (`materialize=False`), the worker may keep it for later:
-    then all of it is published.
+    then all that it reads is published.
     """
 
     def __init__(
         self,
-        by_rank: Sequence[Outgoing | None],
+        called: Sequence[tuple[Outgoing, list[int]]],
         hosts: RayHosts,
         request: Request,
         began: float,
     ) -> None:
-        self.claims: dict[
-            int, tuple[tuple[str, int], ...]
-        ] = {}  # by rank: what is in its own process
-        self._offers: dict[tuple[str, int], Any] = {}  # by key: a reference to where it is
+        self.claims: dict[int, tuple[tuple[str, int], ...]] = {}  # by rank: what it has itself
         self._loans: list[tuple[RemoteCall, list[int]]] = []  # to which ranks
-        batches: dict[tuple[str, int], RemoteBatch] = {}
-        readers: dict[tuple[str, int], list[tuple[int, Any]]] = {}
-        futures = {id(f): f for out in by_rank if out is not None for f in out.futures}
-        if not futures:
-            return
-        _learn_rows(futures.values(), request, began)
-        needed = {key: _needed(future, request) for key, future in futures.items()}
-        for rank, out in enumerate(by_rank):
-            for future in out.futures if out is not None else ():
-                for origin in needed[id(future)]:
-                    batches[origin.key] = origin
-                    readers.setdefault(origin.key, []).append((rank, future))
+        self._parts: dict[int, Any] = {}  # by id of what is sent: its futures
+        self._called = [(out, ranks) for out, ranks in called if out.futures]
+        self._hosts, self._request = hosts, request
+        if self._called:
+            self._plan(began)
+
+    def _plan(self, began: float) -> None:
+        futures = {id(future): future for out, _ in self._called for future in out.futures}
+        known = _learn_rows(futures.values(), self._request, began)
+        if known:
+            futures = {key: future.settled() for key, future in futures.items()}
+        lists = [[futures[id(future)] for future in out.futures] for out, _ in self._called]
+        batches = {batch.key: batch for batch in _remote(futures.values())}
+        readers: dict[Any, Any] = {key: [] if known else range(len(lists)) for key in batches}
+        for i, read in enumerate(lists if known else ()):
+            for batch in _remote(read):
+                readers[batch.key].append(i)
+        offers, perhaps = self._offers(batches, readers, known)
+        first = self._hosts.handles[self._called[0][1][0]]
+        if perhaps:
+            reading = [(ranks, read) for (_, ranks), read in zip(self._called, lists, strict=True)]
+            asked = reading, [batch.key for batch, _ in perhaps]
+            told = packed(asked, Packer, offers=dict.fromkeys(batches))
+            wanted = _several(first.weigh, told, perhaps)
+            for (batch, lends), flag in zip(perhaps, wanted, strict=True):
+                where = batch.site.rank, batch.columns, lends
+                offers[batch.key] = batch.call.publish_if(flag, *where)
+        if known:
+            parts = [packed(read, Packer, offers=offers) for read in lists]
+        else:
+            parts = _several(first.settle, packed(lists, Packer, offers=offers), lists)
+        self._parts = {id(out): part for (out, _), part in zip(self._called, parts, strict=True)}
+
+    def _offers(
+        self, batches: Mapping[Any, RemoteBatch], readers: Mapping[Any, Any], known: bool
+    ) -> tuple[dict[Any, Any], list[tuple[Any, bool]]]:
+        """By key, where a batch is published; and those of which the rows decide whether any rank
+        but their own reads them, with whether they are lent.
+        """
+        hosts, keeps = self._hosts, not self._request.materialize
+        number = {rank: i for i, (_, ranks) in enumerate(self._called) for rank in ranks}
+        offers, perhaps = {}, []
         for key, batch in batches.items():
-            call = batch.call
-            at = batch.site.rank if call is not None and call.hosts is hosts else None
-            here = [rank for rank, _ in readers[key] if rank == at]
-            elsewhere = [(rank, future) for rank, future in readers[key] if rank != at]
-            for rank in here:
-                self.claims[rank] = (*self.claims.get(rank, ()), key)
-            self._offers[key] = batch.offer
-            if call is None or (request.materialize and not elsewhere):
+            call, rank, offers[key] = batch.call, batch.site.rank, batch.offer
+            if call is None:
                 continue
-            others = list(dict.fromkeys(rank for rank, _ in elsewhere))
-            lends = request.materialize and call.can_lend(batch.site.rank, hosts, others)
-            if lends:
-                self._loans.append((call, others))
-            unknown = [future for _, future in elsewhere if not _known(future)]
-            if request.materialize and here and len(unknown) == len(elsewhere):
-                self._offers[key] = call.publish_for(batch.site.rank, unknown, lends)
+            here = call.hosts is hosts and number.get(rank) in readers[key]
+            if here:
+                self.claims[rank] = (*self.claims.get(rank, ()), batch.home)
+            others = partial(self._others, readers[key], rank if here else None)
+            if next(others(), None) is None and not keeps:
+                continue
+            if lends := not keeps and call.can_lend(rank, hosts, others()):
+                self._loans.append((call, [*others()]))
+            where = rank, batch.columns, lends
+            if here and not (known or keeps or where in call.published):
+                perhaps.append((batch, lends))
             else:
-                self._offers[key] = call.publish(batch.site.rank, lends)
+                offers[key] = call.publish(*where)
+        return offers, perhaps
+
+    def _others(self, numbers: Iterable[int], rank: int | None) -> Iterator[int]:
+        return (other for i in numbers for other in self._called[i][1] if other != rank)
 
     def parts(self, outgoing: Outgoing) -> list[Any]:
-        """The parts of a message, of which its futures are the last."""
-        if not outgoing.futures:
-            return outgoing.parts
-        return [*outgoing.parts, packed(outgoing.futures, Packer, offers=self._offers)]
+        """The parts of what is sent, of which its futures are the last."""
+        found = self._parts.get(id(outgoing))
+        return outgoing.parts if found is None else [*outgoing.parts, found]
 
     def sent(self, made: RemoteCall) -> None:
         """Note the calls that read what is lent to their ranks."""
@@ -576,12 +638,18 @@ class _Routes:
             call.lent_to(refs[rank] for rank in ranks)
 
 
-def _learn_rows(futures: Iterable[Any], request: Request, began: float) -> None:
+def _several(method: Any, message: Message, of: Sequence[Any]) -> list[Any]:
+    """References to what a host's method returns for each of these."""
+    refs = method.options(num_returns=len(of)).remote(message)
+    return [refs] if len(of) == 1 else refs
+
+
+def _learn_rows(futures: Iterable[Any], request: Request, began: float) -> bool:
     """Wait for the rows of what is to be read, where the caller waits anyway: what goes wrong is
     raised. For others, look whether they are known by now.
     """
-    origins = {o.key: o for future in futures for o in future.origins() if _remote(o)}
-    calls = {id(o.call): o.call for o in origins.values() if o.call is not None}
+    found = _remote(futures)
+    calls = {id(batch.call): batch.call for batch in found if batch.call is not None}
     for call in calls.values():
         call.hosts.check_current()
     for call in calls.values():
@@ -591,21 +659,7 @@ def _learn_rows(futures: Iterable[Any], request: Request, began: float) -> None:
         elif call.known is None and call.done():
             with contextlib.suppress(Exception):  # which whoever reads it runs into
                 call.rows(0)
-
-
-def _known(future: Any) -> bool:
-    return all(origin.known for origin in future.origins() if _remote(origin))
-
-
-def _needed(future: Any, request: Request) -> list[RemoteBatch]:
-    """The batches that whoever reads a future has to have; more, where the rows are not known."""
-    origins = future.origins()
-    if request.materialize and _known(future):
-        try:
-            origins = future.needed(0, future.rows())
-        except Exception:  # which whoever reads it runs into
-            origins = []
-    return list(dict.fromkeys(filter(_remote, origins)))
+    return all(batch.known for batch in found)
 
 
 def pin(data: Batch) -> DataProtoFuture:

@@ -49,14 +49,23 @@ class Kept:
         """Note that there will be no batch; who waits for one learns why from the call itself."""
         self.made.set()
 
-    def published(self, lends: bool) -> tuple[Message | None, int]:
-        """The batch for others, and the bytes it takes; with `lends`, device memory stays here.
+    def published(self, columns: Any, lends: bool) -> tuple[Message | None, int]:
+        """The batch for others, or some columns of it, and the bytes that takes; with `lends`,
+        device memory stays here.
 
         None if there is no batch: whoever reads it has learned why, from the call itself.
         """
+        from protocol import MissingKeyError
+        from protocol.batches import select_keys
+
         if self._batch is None:
             return None, 0
-        message = Message.of(self.batch(), Packer, lends=lends)
+        found = self.batch()
+        try:
+            found = found if columns is None else select_keys(found, *columns)
+        except MissingKeyError as error:
+            found = error  # for who reads it, if anyone does
+        message = Message.of(found, Packer, lends=lends)
         self._lent += message.lent
         return message, message.size
 

@@ -41,6 +41,11 @@ class Stage(Worker):
         return data.slice(0, max(len(data) - (self.rank == 1), 0))
 
     @register(**ROWS, blocking=False)
+    def widen(self, data: DataProto) -> DataProto:
+        hidden = torch.zeros(len(data), 200_000)
+        return data.union(DataProto.from_dict({"hidden": hidden}))
+
+    @register(**ROWS, blocking=False)
     def fail(self, data: DataProto) -> DataProto:
         raise KeyError("no such thing")
 

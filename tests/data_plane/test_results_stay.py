@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import ray
 
+from protocol import DataProtoFuture, MissingKeyError
+from protocol.future import origins
 from single_controller import (
     CallTimeoutError,
     GroupBrokenError,
@@ -23,6 +25,7 @@ from single_controller.ray import (
     RayResourcePool,
     RayWorkerGroup,
     pin,
+    remote_batch,
 )
 from single_controller.ray.remote_batch import RemoteCall
 from tests.data_plane.stage import Stage, batch, xs
@@ -83,15 +86,15 @@ def test_a_call_that_is_waited_for_has_only_what_it_reads_elsewhere_published(
 ) -> None:
     send, sent = RemoteCall._publication, []
 
-    def noted(call: RemoteCall, rank: int, wanted: Any, lends: bool) -> Any:
-        sent.append((rank, wanted))
-        return send(call, rank, wanted, lends)
+    def noted(call: RemoteCall, rank: int, *how: Any) -> Any:
+        sent.append((rank, *how))
+        return send(call, rank, *how)
 
     monkeypatch.setattr(RemoteCall, "_publication", noted)
     assert sum(both.two.total(both.one.step(batch(6)))) == 36
     assert sent == []
     assert sum(both.two.total(both.one.thin(batch(5)))) == 0 + 1 + 2 + 3
-    assert sent == [(0, None)]  # rank 0 made three rows of the four, rank 1 reads two
+    assert sent == [(0, None, False)]  # rank 0 made three rows of the four, rank 1 reads two
 
 
 def test_a_future_whose_rows_are_known_may_hold_what_only_the_driver_can_import(
@@ -175,9 +178,10 @@ def test_a_call_that_is_not_waited_for_has_its_deadline_too(both: Colocated) -> 
 
 def test_what_was_made_in_time_can_be_read_after_the_deadline(both: Colocated) -> None:
     made = both.one.step.options(timeout_s=60)(batch(2))
-    (origin, _) = made.origins()
-    assert eventually(origin.call.done)  # type: ignore[attr-defined]
-    origin.call._deadline = 0  # type: ignore[attr-defined]
+    origin: Any
+    (origin, _) = origins([made])
+    assert eventually(origin.call.done)
+    origin.call._deadline = 0
     assert xs(made.get()) == [1, 3]
 
 
@@ -285,3 +289,35 @@ def test_results_end_with_their_group(cluster: None) -> None:
         made.get()
     with pytest.raises(GroupBrokenError, match="the group is closed"):
         late.get()
+
+
+def test_only_the_columns_that_are_selected_move(both: Colocated, three: RayWorkerGroup) -> None:
+    made = both.one.widen(batch(6))
+    before = moved(both.one, both.two, three)
+    assert xs(made.select(["x"]).get()) == list(range(6))
+    assert sum(three.total(made.select("x"))) == sum(both.two.total(made.select("x"))) == 15
+    assert xs(made.union(made).select("x").get()) == list(range(6))
+    chained = both.two.step(both.one.widen(batch(6)).select(["x", "s"]))
+    assert sum(three.total(chained.select("x"))) == sum(2 * x + 1 for x in range(6))
+    spread = DataProtoFuture.concat([made, both.one.thin(batch(5))])
+    assert sum(both.two.total(spread.chunk(2)[0].select("x"))) == 0 + 1 + 2 + 3 + 4
+    assert moved(both.one, both.two, three) - before < 100_000
+    missing = r"no \['nope'\] in batch, which has the keys \['x', 'hidden', 's'\]"
+    for read in (DataProtoFuture.get, both.two.total, three.total):
+        with pytest.raises(MissingKeyError, match=missing):
+            read(both.one.widen(batch(6)).select("nope"))
+
+
+def test_a_rank_is_told_only_of_what_it_reads_though_no_rows_are_known(
+    both: Colocated, three: RayWorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal, parts = remote_batch.sealed, []
+    monkeypatch.setattr(remote_batch, "sealed", lambda *a: parts.append(a[2]) or seal(*a))
+    slow = three.slow(batch(6))
+    last = three.step(three.step(slow))
+    wide = both.one.step(both.one.step(both.two.slow(batch(6))))
+    parts.clear()
+    both.one.step(last), three.step(wide)
+    found = [ray.get(part).read() for [part] in parts]
+    assert [len(list(origins(futures))) for futures in found] == [2, 2, 1, 2, 1]
+    assert [len(future) for [future] in found] == [3, 3, 2, 2, 2]

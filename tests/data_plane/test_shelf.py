@@ -40,7 +40,7 @@ def test_a_result_goes_with_the_last_publication_in_whatever_order_they_come() -
 def test_what_was_not_made_is_published_as_nothing_and_no_error_that_nobody_reads() -> None:
     failed = Kept()
     failed.fail()
-    assert failed.published(lends=False) == (None, 0)
+    assert failed.published(None, lends=False) == (None, 0)
     with pytest.raises(RuntimeError, match="failed or was dropped"):
         failed.batch()
 

@@ -25,7 +25,7 @@ from protocol.errors import (
     MissingKeyError,
     RowCountError,
 )
-from protocol.future import How, Source
+from protocol.future import How, Source, origins
 
 
 @dataclass
@@ -71,6 +71,10 @@ def tensors(batch: Batch) -> TensorDict:
 
 def ids(batch: Batch) -> list[int]:
     return list(tensors(batch)["ids"].tolist())
+
+
+def sources(lazy: Source) -> set[int]:
+    return {id(source) for source in origins([lazy])}
 
 
 def copied(lazy: DataProtoFuture) -> DataProtoFuture:
@@ -291,14 +295,22 @@ class TestViews:
 
     def test_a_source_that_can_select_is_asked_for_these_columns_only(self) -> None:
         class Selecting(Producer):
-            def select(self, keys: tuple[str, ...]) -> Source:
-                asked.append(keys)
+            def select(self, keys: tuple[str, ...], strict: bool) -> Source:
+                asked.append((*keys, strict))
                 return self
 
-        asked: list[tuple[str, ...]] = []
+        asked: list[tuple[str | bool, ...]] = []
         lazy = DataProtoFuture([Selecting(producer.batch) for producer in produce(2, 2)])
         assert ids(lazy.shards(2, "balanced")[1].select("ids").get()) == [2, 3]
-        assert asked == [("ids",), ("ids",)]
+        assert asked == [("ids", True)] * 2
+        asked.clear()
+        assert ids(lazy.union(lazy).select(["ids"]).get()) == [0, 1, 2, 3]
+        assert asked == [("ids", False)] * 4  # who knows which of the two has it
+        asked.clear()
+        assert ids(lazy.select(["ids", "twice"]).select("ids").get()) == [0, 1, 2, 3]
+        assert asked == [("ids", "twice", True)] * 2 + [("ids", True)] * 2
+        with pytest.raises(MissingKeyError, match="keys \\['ids'\\]"):
+            lazy.select("ids").select("twice").get()
 
 
 class TestOrigins:
@@ -307,23 +319,49 @@ class TestOrigins:
         whole = DataProtoFuture([a, b, c])
         second, other = whole.chunk(3)[1], DataProtoFuture([c])
         for lazy in (second, second.select("ids"), second.union(second.select("twice"))):
-            assert {id(source) for source in lazy.origins()} == {id(a), id(b), id(c)}
-            assert {id(source) for source in lazy.needed(0, 2)} == {id(b)}
+            assert sources(lazy) == {id(a), id(b), id(c)}
+            assert sources(lazy.settled()) == sources(lazy.narrowed(0, 2)) == {id(b)}
+            assert ids(lazy.settled().get()) == ids(lazy.get()) == [2, 3]
         both = DataProtoFuture.concat([whole, other])
-        assert {id(source) for source in both.needed(6, 7)} == {id(c)}
+        assert sources(both.narrowed(6, 7)) == {id(c)}
         padded = whole.shards(4, "padded")[3]
-        assert {id(source) for source in padded.needed(0, 2)} == {id(c)}
+        for source in (a, b, c):
+            source.fetched.clear()
+        assert sources(padded.settled()) == {id(c)}
         assert not any(source.fetched for source in (a, b, c))
-        assert ids(padded.get()) == [5, 5]
+        assert ids(padded.settled().get()) == ids(padded.get()) == [5, 5]
+
+    def test_what_cannot_be_settled_says_why_when_it_is_read(self) -> None:
+        settled = copied(future(2, 3).chunk(2)[0].settled())
+        for read in (len, DataProtoFuture.get):
+            with pytest.raises(ChunkError, match="only support equal chunk"):
+                read(settled)
+
+    def test_settling_a_shard_costs_the_same_however_many_there_are(self) -> None:
+        asked: list[int] = []
+
+        class Counted(Producer):
+            def rows(self, timeout: float | None) -> int:
+                asked.append(1)
+                return 2
+
+        for parts in (4, 64):
+            asked.clear()
+            made = [Counted(producer.batch) for producer in produce(*[2] * parts)]
+            whole = DataProtoFuture(made)
+            for lazy in (whole, whole.select("ids"), whole.union(whole.select("ids"))):
+                for shard in lazy.shards(parts, "balanced"):
+                    assert len(list(origins([shard.settled()]))) <= 2
+            assert len(asked) <= 10 * parts
 
     def test_a_shard_whose_rows_are_known_takes_along_only_the_sources_that_have_them(self) -> None:
         whole = DataProtoFuture([future(2, 3, 1), future(2), *produce(0)])
         shards = [*whole.shards(4, "balanced"), *whole.select("ids").shards(4, "balanced")]
-        assert {len(list(copied(shard).origins())) for shard in shards} == {5}
+        assert {len(list(origins([copied(shard)]))) for shard in shards} == {5}
         assert len(whole) == len(shards[-1]) * 4
-        for shard, origins in zip(shards, [1, 1, 2, 1] * 2, strict=True):
+        for shard, count in zip(shards, [1, 1, 2, 1] * 2, strict=True):
             expected = ids(shard.get())
-            assert len(list(copied(shard).origins())) == origins
+            assert len(list(origins([copied(shard)]))) == count
             assert ids(copied(shard).get()) == expected
         chunks = whole.chunk(3)
         with pytest.raises(ChunkError, match="only support equal chunk"):
