@@ -12,13 +12,14 @@ are. A caller who waits anyway waits for these first. For others the first rank 
 to wait as well, sorts it out for all of them: `settle` tells each its own, and if batches may be
 read in their own process as well as elsewhere, `weigh` tells their hosts which to publish.
 
-No order of calls can dead-lock. Put all tasks (calls and publications) in the order in which the
-driver sent them. A task waits for earlier tasks in its host's queue, for earlier calls whose rows
-it needs to know, and for publications of their results. These were sent before it: a publication is
-sent no later than the call that reads it, and after the call that makes the batch. So the first
-unfinished task waits for nothing. A host on an event loop runs more than its first task at a time,
-and waits for no more: a call's turn comes after earlier calls have started, reading arguments
-happens in threads of their own, and a publication has no turn. A release waits for its turn only.
+No order of calls can dead-lock. Put all tasks (calls, publications, and those that sort out who
+reads what) in the order in which the driver sent them. A task waits for earlier tasks in its host's
+queue, for earlier calls whose rows it needs to know, and for what else it reads. All of these were
+sent before it: for a call, first the task that weighs, then publications, then the one that
+settles; and all after the calls that make the batches. So the first unfinished task waits for
+nothing. A host on an event loop runs more than its first task at a time, and waits for no more: a
+call's turn comes after earlier calls have started, what waits for others does so in threads of
+their own, and only calls and releases have a turn.
 """
 
 from __future__ import annotations
