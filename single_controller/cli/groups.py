@@ -20,6 +20,7 @@ import ray
 from single_controller.base.explain import aligned
 from single_controller.cli.doctor import connect
 from single_controller.ray.placement import (
+    at_once,
     await_death,
     give_back,
     living_actors,
@@ -116,8 +117,7 @@ def kill(address: str | None, name: str, namespace: str | None) -> int:
         return 0
     hosts = _hosts_of(name, namespace)
     ids = [host.actor_id.hex() for host in hosts]
-    for host in hosts:
-        ray.kill(ray.get_actor(host.name, host.ray_namespace))
+    at_once(lambda host: ray.kill(ray.get_actor(host.name, host.ray_namespace)), hosts)
     if left := await_death(ids, _END_S):
         sys.stderr.write(
             f"ranks {[ids.index(key) for key in left]} of {name!r} are not gone after {_END_S:g} s:"
