@@ -162,11 +162,7 @@ def _pending(refs: Sequence[Any], timeout_s: float) -> set[Any]:
 
 
 def standing(refs: Sequence[Any], what: str, ranks: Sequence[int]) -> str:
-    """How things stand where `ranks`, whose references these are, do `what`.
-
-    Raises:
-        GroupBrokenError: Ray was shut down.
-    """
+    """How things stand where `ranks`, whose references these are, do `what`."""
     if not ray.is_initialized():
         raise GroupBrokenError(GONE)
     pending = _pending(refs, 0)

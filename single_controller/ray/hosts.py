@@ -39,7 +39,7 @@ from single_controller.ray.failure import (
     stuck_ranks,
 )
 from single_controller.ray.host import HostInfo
-from single_controller.ray.placement import actor_info, dead, give_back, was_killed
+from single_controller.ray.placement import actor_info, dead, give_back
 from single_controller.ray.process import ProcessInfo, beside, end, readable
 
 __all__ = ["RayHosts", "end_processes", "end_when_dropped", "later"]
@@ -335,7 +335,8 @@ class RayHosts(Generation):
         """
         key = self._ids[rank]
         found = actor_info(key)
-        if not was_killed(found):
+        context = found.death_cause.actor_died_error_context
+        if context.reason != type(context).RAY_KILL:  # by which groups are ended
             return None
         with contextlib.suppress(ValueError):  # there is nobody of that name
             if ray.get_actor(found.name)._actor_id.hex() != key:

@@ -22,8 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._private.state import available_resources_per_node, state
@@ -58,10 +59,7 @@ __all__ = [
     "remove",
     "reservations",
     "sort_placement_group_by_node_ip",
-    "was_killed",
 ]
-
-T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ _REMOVAL_S = 10.0
 _DEATH_S = 10.0
 _RECLAIM_S = 1.0  # how long a reservation waits before others are looked at again
 _LOOK_S, _MOST_S = 0.25, 5.0  # between looks whether a dropped reservation is empty: first, at most
-_POLL_S, _MOST_POLL_S = 0.005, 0.5  # between looks at the state of reservations: first, at most
+_POLL_S, _MOST_POLL_S = 0.005, 0.5  # the same for what is waited for
 _SHOWN = 10
 _NAME = re.compile(r".+_([0-9a-f]{12})_[0-9a-f]{6}_\d+")  # <prefix>_<creator>_<random>_<node>
 _pb: Any = gcs_pb2
@@ -299,11 +297,10 @@ class RayResourcePool(ResourcePool):
                 f"the pool was reserved without {kind.resource}: its bundles are "
                 f"{groups[0].bundle_specs[0]}, and device_name={device_name!r} was asked for"
             )
-        deadline = time.monotonic() + self.placement_timeout_s
         table, addresses = _table(), _node_addresses()
         lost = [g for g in groups if _state(table.get(g.id.binary())) == "RESCHEDULING"]
         if lost:  # Ray replaces what they have lost with a node
-            if _await(lost, "CREATED", deadline):
+            if _left(lambda: _not_yet("CREATED", lost), self.placement_timeout_s):
                 raise ResourceError(
                     "the pool's reservation lost a node, and no other could take its place within "
                     f"placement_timeout_s={self.placement_timeout_s:g}: "
@@ -335,23 +332,26 @@ class RayResourcePool(ResourcePool):
         named = f"{name or f'{self.name_prefix}single_controller'}_{creator}_{uuid.uuid4().hex[:6]}"
         lifetime: Any = "detached" if self.detached else None
         groups: list[PlacementGroup] = []
-        began = time.monotonic()
-        deadline = began + self.placement_timeout_s
+        patience_s = min(_RECLAIM_S, self.placement_timeout_s)
 
         def ask(node: int) -> None:
             asked = [dict(request.bundle)] * request.counts[node]
             groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
 
+        def missing() -> list[str]:
+            return _not_yet("CREATED", groups)
+
         def standing() -> str:
-            there = len(groups) - len(_await(groups, "CREATED", 0))
-            return f"waiting for resources: {there} of {len(groups)} placement groups"
+            return f"waiting for resources: {len(missing())} of {len(groups)} placement groups"
 
         try:
-            at_once(ask, range(len(request.counts)))
+            largest_first = sorted(range(len(request.counts)), key=lambda i: -request.counts[i])
+            for _, alike in groupby(largest_first, request.counts.__getitem__):
+                at_once(ask, alike)  # Ray places one after another: small ones leave no room
             with Wait(standing):
-                if left := _await(groups, "CREATED", min(deadline, began + _RECLAIM_S)):
+                if left := _left(missing, patience_s):
                     _reclaim()  # of those who have ended meanwhile
-                    left = _await(groups, "CREATED", deadline)
+                    left = _left(missing, self.placement_timeout_s - patience_s)
             if left:
                 raise ResourceError(
                     f"the pool was not free within placement_timeout_s="
@@ -566,24 +566,25 @@ def remove(groups: Sequence[PlacementGroup]) -> None:
     still has after 10 s is logged.
     """
     at_once(remove_placement_group, groups)
-    if left := _await(groups, "REMOVED", time.monotonic() + _REMOVAL_S):
+    if left := _left(lambda: _not_yet("REMOVED", groups), _REMOVAL_S):
         names = ", ".join(left)
         _logger.warning("placement groups are still there %g s after: %s", _REMOVAL_S, names)
 
 
-def _await(groups: Sequence[PlacementGroup], state: str, deadline: float) -> list[str]:
-    """Wait for the state of placement groups; those that are in another one when the time is up."""
-    pause = _POLL_S
-    while True:
-        table = _table()
-        found = [table.get(group.id.binary()) for group in groups]
-        left = [
-            f"{one.name if one else '?'} ({_state(one)})" for one in found if _state(one) != state
-        ]
-        if not left or time.monotonic() > deadline:
-            return left
+def _not_yet(state: str, groups: Sequence[PlacementGroup]) -> list[str]:
+    """Those that are in another state, and in which one."""
+    table = _table()
+    found = [table.get(group.id.binary()) for group in groups]
+    return [f"{one.name if one else '?'} ({now})" for one in found if (now := _state(one)) != state]
+
+
+def _left(look: Callable[[], list[str]], timeout_s: float) -> list[str]:
+    """What `look` still finds when the time is up."""
+    deadline, pause = time.monotonic() + timeout_s, _POLL_S
+    while (found := look()) and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(pause * 1.5, _MOST_POLL_S)
+    return found
 
 
 def give_back(ended: Collection[str]) -> None:
@@ -608,19 +609,12 @@ def give_back(ended: Collection[str]) -> None:
 
 def await_death(ended: Collection[str], timeout_s: float) -> list[str]:
     """Wait for the end of actors; the ids of those that are not dead in time."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        living = {actor.actor_id.hex() for actor in living_actors()}
-        left = [key for key in ended if key in living]
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.05)
 
+    def living() -> list[str]:
+        found = {actor.actor_id.hex() for actor in living_actors()}
+        return [key for key in ended if key in found]
 
-def was_killed(actor: Any) -> bool:
-    """Whether `ray.kill` ended an actor, of which this is the table's row: so groups end theirs."""
-    context = actor.death_cause.actor_died_error_context
-    return bool(context.reason == type(context).RAY_KILL)
+    return _left(living, timeout_s)
 
 
 def _group(key: bytes) -> PlacementGroup:
@@ -667,7 +661,7 @@ def living_actors() -> list[Any]:
     return [actor for actor in _actors().values() if actor.state != _pb.ActorTableData.DEAD]
 
 
-def at_once(function: Callable[..., T], values: Iterable[Any]) -> list[T]:
+def at_once(function: Callable[..., Any], values: Iterable[Any]) -> list[Any]:
     """What a function that asks the cluster returns for each value. Threads call it: one by one,
     each call would wait for the answer to the one before.
     """

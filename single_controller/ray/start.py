@@ -42,13 +42,7 @@ from single_controller.ray.failure import (
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import RayHosts, end_processes
 from single_controller.ray.message import Packer
-from single_controller.ray.placement import (
-    Bundle,
-    RayResourcePool,
-    at_once,
-    check_started,
-    crowded,
-)
+from single_controller.ray.placement import Bundle, RayResourcePool, at_once, check_started, crowded
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, readable
 from single_controller.ray.spec import ActorSpec
 
