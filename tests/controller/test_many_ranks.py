@@ -20,7 +20,7 @@ from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWork
 from single_controller.ray import start as starting
 from single_controller.ray.failure import CallSite, diagnose
 from single_controller.ray.hosts import RayHosts
-from single_controller.ray.process import ProcessInfo
+from single_controller.ray.process import ProcessInfo, end
 
 INFO: Any = SimpleNamespace(roles=("actor",), node_ip="n", pid=1)
 
@@ -176,7 +176,24 @@ def given_back(ranks: int) -> int:
     return Ref.work
 
 
-@pytest.mark.parametrize("work", [late, failed, explained, given_back])
+class Gone(ProcessInfo):
+    """A process that is not there."""
+
+    def __eq__(self, other: object) -> bool:
+        Ref.work += 1
+        return super().__eq__(other)
+
+    __hash__ = ProcessInfo.__hash__
+
+
+def ended(ranks: int) -> int:
+    """The work for processes that are to end, beyond what each takes."""
+    Ref.work = 0
+    assert all(end([Gone("node", "ip", 10**9 + rank, 1) for rank in range(ranks)]))
+    return Ref.work
+
+
+@pytest.mark.parametrize("work", [late, failed, explained, given_back, ended])
 def test_four_times_the_ranks_are_four_times_the_work(
     stand_ins: None, work: Callable[[int], int]
 ) -> None:
