@@ -28,6 +28,8 @@ __all__ = [
     "explain_arguments",
 ]
 
+_MOST_NAMED = 8
+
 RankState: TypeAlias = Literal["alive", "dead", "broken"]
 
 
@@ -104,8 +106,8 @@ class RankArgument:
     """One argument as one rank gets it.
 
     `rows`, of which `padding` are copies of the last one, and `keys` are None where it is no
-    batch, or one that is still in the workers; `bytes` where they cannot be told. `shared_with`
-    are the other ranks that get the same object.
+    batch, or one that is still in the workers; `bytes` where they cannot be told. `receivers` are
+    the ranks that get the same object, which all of these have in one tuple.
     """
 
     rank: int
@@ -116,9 +118,16 @@ class RankArgument:
     keys: tuple[str, ...] | None
     bytes: int | None
     travels: str
-    shared_with: tuple[int, ...]
+    receivers: tuple[int, ...]
+
+    @property
+    def shared_with(self) -> tuple[int, ...]:
+        """The other ranks that get the same object."""
+        return tuple(rank for rank in self.receivers if rank != self.rank)
 
     def cells(self) -> tuple[object, ...]:
+        peers = len(self.receivers)
+        named = _ranks(self.receivers) if peers <= _MOST_NAMED else f"{peers} ranks"
         rows = "-" if self.rows is None else f"{self.rows - self.padding}"
         return (
             self.rank,
@@ -126,7 +135,7 @@ class RankArgument:
             f"{rows} + {self.padding} padding" if self.padding else rows,
             "-" if self.keys is None else ", ".join(self.keys) or "none",
             "?" if self.bytes is None else f"{self.bytes:,}",
-            self.travels + (f", shared with {_ranks(s)}" if (s := self.shared_with) else ""),
+            self.travels + (f", shared by {named}" if peers > 1 else ""),
         )
 
 
@@ -175,9 +184,10 @@ def explain_arguments(
     late = {key for key, value in values.items() if is_future(value)}
     padding = None if late else plan.padding
     sizes = {key: None if key in late else carrier.size(v) for key, v in values.items()}
-    receivers: dict[int, dict[int, None]] = {}
+    ranks_of: dict[int, dict[int, None]] = {}
     for rank, _, _, value in sent:
-        receivers.setdefault(id(value), {})[rank] = None
+        ranks_of.setdefault(id(value), {})[rank] = None
+    receivers = {key: tuple(found) for key, found in ranks_of.items()}
 
     def argument(rank: int, shard: int, name: str, value: Any) -> RankArgument:
         rows, keys = _contents(value)
@@ -186,9 +196,9 @@ def explain_arguments(
             padded = rows - padding.real_rows(shard, rows)
         # Small values that are one object by chance are not shared.
         chance = isinstance(value, int | float | bool | str | bytes | type(None))
-        others = () if chance else tuple(r for r in receivers[id(value)] if r != rank)
+        same = (rank,) if chance else receivers[id(value)]
         size, way, kind = sizes[id(value)], carrier.way(value), type(value).__name__
-        return RankArgument(rank, name, kind, rows, padded, keys, size, way, others)
+        return RankArgument(rank, name, kind, rows, padded, keys, size, way, same)
 
     return tuple(argument(*one) for one in sent)
 

@@ -20,6 +20,7 @@ import ray
 from single_controller.base.explain import aligned
 from single_controller.cli.doctor import connect
 from single_controller.ray.placement import (
+    at_once,
     await_death,
     give_back,
     living_actors,
@@ -116,12 +117,12 @@ def kill(address: str | None, name: str, namespace: str | None) -> int:
         return 0
     hosts = _hosts_of(name, namespace)
     ids = [host.actor_id.hex() for host in hosts]
-    for host in hosts:
-        ray.kill(ray.get_actor(host.name, host.ray_namespace))
-    if left := await_death(ids, _END_S):
+    at_once(lambda host: ray.kill(ray.get_actor(host.name, host.ray_namespace)), hosts)
+    if left := set(await_death(ids, _END_S)):
+        ranks = [rank for rank, key in enumerate(ids) if key in left]
         sys.stderr.write(
-            f"ranks {[ids.index(key) for key in left]} of {name!r} are not gone after {_END_S:g} s:"
-            " end their processes on their nodes\n"
+            f"ranks {ranks} of {name!r} are not gone after {_END_S:g} s: end their processes on "
+            "their nodes\n"
         )
         return 1
     give_back(ids)

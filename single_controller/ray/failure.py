@@ -57,6 +57,7 @@ __all__ = [
     "raised",
     "session",
     "shown_seconds",
+    "standing",
     "stuck_ranks",
     "translate",
 ]
@@ -113,7 +114,7 @@ def get_all(
     if not ray.is_initialized():
         raise GroupBrokenError(GONE)
     counted = None if timeout_s is None or timeout_s > _LONGEST_S else timeout_s
-    with Wait(lambda: _standing(refs, what, ranks)):
+    with Wait(lambda: standing(refs, what, ranks)):
         return list(ray.get(refs, timeout=counted))
 
 
@@ -140,7 +141,7 @@ async def all_arrived(
     for ref in refs:
         ref.future().add_done_callback(tell)
     deadline = time.monotonic() + (_LONGEST_S if timeout_s is None else timeout_s)
-    with Wait(lambda: _standing(list(refs), what, ranks)):
+    with Wait(lambda: standing(refs, what, ranks)):
         while not well.done() and ray.is_initialized():
             seconds = deadline - time.monotonic()
             if seconds <= 0:
@@ -149,12 +150,10 @@ async def all_arrived(
     return well.done() and well.result()
 
 
-def not_ready(refs: Sequence[Any], timeout_s: float, what: str) -> list[int]:
-    """The ranks, whose references these are in order, that are not ready within `timeout_s`."""
-    refs = list(refs)
-    with Wait(lambda: _standing(refs, what, range(len(refs)))):
-        left = _pending(refs, timeout_s)
-    return [rank for rank, ref in enumerate(refs) if ref in left]
+def not_ready(refs: Sequence[Any], timeout_s: float) -> list[int]:
+    """Which of the references, by their places, are not ready within `timeout_s`."""
+    left = _pending(refs, timeout_s)
+    return [i for i, ref in enumerate(refs) if ref in left]
 
 
 def _pending(refs: Sequence[Any], timeout_s: float) -> set[Any]:
@@ -162,7 +161,8 @@ def _pending(refs: Sequence[Any], timeout_s: float) -> set[Any]:
     return set(left)
 
 
-def _standing(refs: Sequence[Any], what: str, ranks: Sequence[int]) -> str:
+def standing(refs: Sequence[Any], what: str, ranks: Sequence[int]) -> str:
+    """How things stand where `ranks`, whose references these are, do `what`."""
     if not ray.is_initialized():
         raise GroupBrokenError(GONE)
     pending = _pending(refs, 0)

@@ -18,7 +18,6 @@ from typing import Any
 from weakref import finalize
 
 import ray
-from ray._private.state import actors
 from ray.exceptions import GetTimeoutError
 
 from single_controller.base.explain import RankState
@@ -40,7 +39,7 @@ from single_controller.ray.failure import (
     stuck_ranks,
 )
 from single_controller.ray.host import HostInfo
-from single_controller.ray.placement import give_back, was_killed
+from single_controller.ray.placement import actor_info, dead, give_back
 from single_controller.ray.process import ProcessInfo, beside, end, readable
 
 __all__ = ["RayHosts", "end_processes", "end_when_dropped", "later"]
@@ -92,7 +91,7 @@ class RayHosts(Generation):
         try:
             found = get_all(refs, timeout_s, "attaching", range(len(refs)))
         except GetTimeoutError:
-            late = not_ready(refs, 0, "attaching")
+            late = not_ready(refs, 0)
             which = [names[i] for i in late] if names else f"number {late} of worker_handles"
             raise CallTimeoutError(
                 f"workers {which} had not answered after startup_timeout_s="
@@ -187,28 +186,29 @@ class RayHosts(Generation):
 
     def find_dead(self) -> WorkerDiedError | None:
         """A rank whose process has ended, if there is one; the group is broken from then on."""
-        if self.ended or self.gone:
+        if self.ended or self.gone or not (ranks := self._dead()) or self.ended:
             return None
-        for rank, (handle, info) in enumerate(zip(self.handles, self.infos, strict=True)):
-            found = actors(handle._actor_id.hex())
-            if found["State"] == "DEAD" and not self.ended:
-                site = self.sites("+".join(self.roles), "no call")[rank]
-                death = died(site, str(found["DeathCause"]))
-                death = explain_death(death, info.process)
-                self._break(
-                    self._ended_elsewhere(rank) or f"the group lost a rank: {death.args[0]}"
-                )
-                return death
-        return None
+        rank = ranks[0]
+        site = self.sites("+".join(self.roles), "no call")[rank]
+        death = died(site, str(actor_info(self._ids[rank]).death_cause))
+        death = explain_death(death, self.infos[rank].process)
+        self._break(self._ended_elsewhere(rank) or f"the group lost a rank: {death.args[0]}")
+        return death
 
     def states(self) -> list[RankState]:
         """How each rank is; a rank whose group takes no calls is broken, or dead."""
-        ended = bool(self.ended) or self.gone
-        dead = [ended or self._is_dead(rank) for rank in range(len(self.infos))]
-        return ["dead" if gone else "broken" if self.broken else "alive" for gone in dead]
+        ranks = range(len(self.infos))
+        gone = set(ranks if self.ended or self.gone else self._dead())
+        rest: RankState = "broken" if self.broken else "alive"
+        return ["dead" if rank in gone else rest for rank in ranks]
 
-    def _is_dead(self, rank: int) -> bool:
-        return bool(actors(self.handles[rank]._actor_id.hex())["State"] == "DEAD")
+    def _dead(self) -> list[int]:
+        gone = dead(self._ids)
+        return [rank for rank, key in enumerate(self._ids) if key in gone]
+
+    @property
+    def _ids(self) -> list[str]:
+        return [handle._actor_id.hex() for handle in self.handles]
 
     def sites(self, role: str, method: str) -> Sequence[CallSite]:
         """Where a method runs, by rank."""
@@ -333,11 +333,13 @@ class RayHosts(Generation):
         """What became of a group that another process closed, restarted or killed; None where the
         rank ended by itself.
         """
-        key = self.handles[rank]._actor_id.hex()
-        if not was_killed(key):
+        key = self._ids[rank]
+        found = actor_info(key)
+        context = found.death_cause.actor_died_error_context
+        if context.reason != type(context).RAY_KILL:  # by which groups are ended
             return None
         with contextlib.suppress(ValueError):  # there is nobody of that name
-            if ray.get_actor(str(actors(key)["Name"]))._actor_id.hex() != key:
+            if ray.get_actor(found.name)._actor_id.hex() != key:
                 return (
                     "the group was restarted by another process, and these are its former "
                     "processes: take its new ones from there, or by from_detached"
@@ -363,15 +365,14 @@ class RayHosts(Generation):
         self, refs: Sequence[Any], sites: Sequence[CallSite], timeout_s: float, give_up: bool
     ) -> CallTimeoutError:
         """The error to raise for ranks still running; with `give_up`, note them for later calls."""
-        _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=0, fetch_local=False)
-        running = [(s.rank, ref) for ref, s in zip(refs, sites, strict=True) if ref in pending]
+        title = f"{sites[0].role}.{sites[0].method}"
+        late = not_ready(refs, 0)
+        ranks = [sites[i].rank for i in late]
         if give_up:
-            title = f"{sites[0].role}.{sites[0].method}"
             why = f"was given up after {shown_seconds(timeout_s)} s ({title})"
-            self._note_running(running, why)
-        ranks = [rank for rank, _ in running]
+            self._note_running([(sites[i].rank, refs[i]) for i in late], why)
         return CallTimeoutError(
-            f"{sites[0].role}.{sites[0].method}: ranks {ranks} of {len(self.handles)} had not "
+            f"{title}: ranks {ranks} of {len(self.handles)} had not "
             f"finished after {shown_seconds(timeout_s)} s",
             ranks,
             self.stacks(ranks),
@@ -396,7 +397,7 @@ class RayHosts(Generation):
             _read([ref for _, ref, _ in self._running])
             if self.attached and not self.replaced:
                 # Detached placement groups that nothing else runs in go with them.
-                give_back([handle._actor_id.hex() for handle in self.handles])
+                give_back(self._ids)
         with self._noting:
             self._running = ()
 

@@ -19,9 +19,10 @@ import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -46,25 +47,29 @@ __all__ = [
     "RayResourcePool",
     "Reservation",
     "SubRayResourcePool",
+    "actor_info",
+    "at_once",
     "await_death",
     "check_started",
     "cluster_nodes",
     "crowded",
+    "dead",
     "give_back",
     "living_actors",
     "remove",
     "reservations",
     "sort_placement_group_by_node_ip",
-    "was_killed",
 ]
 
 _logger = logging.getLogger(__name__)
 
+_AT_ONCE = 16  # round trips to the cluster
 _DEVICES = {kind.resource for kind in DEVICE_KINDS}
 _REMOVAL_S = 10.0
 _DEATH_S = 10.0
 _RECLAIM_S = 1.0  # how long a reservation waits before others are looked at again
 _LOOK_S, _MOST_S = 0.25, 5.0  # between looks whether a dropped reservation is empty: first, at most
+_POLL_S, _MOST_POLL_S = 0.005, 0.5  # the same for what is waited for
 _SHOWN = 10
 _NAME = re.compile(r".+_([0-9a-f]{12})_[0-9a-f]{6}_\d+")  # <prefix>_<creator>_<random>_<node>
 _pb: Any = gcs_pb2
@@ -292,17 +297,15 @@ class RayResourcePool(ResourcePool):
                 f"the pool was reserved without {kind.resource}: its bundles are "
                 f"{groups[0].bundle_specs[0]}, and device_name={device_name!r} was asked for"
             )
-        deadline = time.monotonic() + self.placement_timeout_s
         table, addresses = _table(), _node_addresses()
         lost = [g for g in groups if _state(table.get(g.id.binary())) == "RESCHEDULING"]
-        for group in lost:  # Ray replaces what they have lost with a node
-            if not group.wait(max(0.01, deadline - time.monotonic())):
+        if lost:  # Ray replaces what they have lost with a node
+            if _left(lambda: _not_yet("CREATED", lost), self.placement_timeout_s):
                 raise ResourceError(
                     "the pool's reservation lost a node, and no other could take its place within "
                     f"placement_timeout_s={self.placement_timeout_s:g}: "
                     f"{self.request(self.device()).explain(cluster_nodes())}"
                 )
-        if lost:
             table, addresses = _table(), _node_addresses()
         bundles = []
         for group in groups:
@@ -329,23 +332,32 @@ class RayResourcePool(ResourcePool):
         named = f"{name or f'{self.name_prefix}single_controller'}_{creator}_{uuid.uuid4().hex[:6]}"
         lifetime: Any = "detached" if self.detached else None
         groups: list[PlacementGroup] = []
-        deadline = time.monotonic() + self.placement_timeout_s
+        patience_s = min(_RECLAIM_S, self.placement_timeout_s)
+
+        def ask(node: int) -> None:
+            asked = [dict(request.bundle)] * request.counts[node]
+            groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
+
+        def missing() -> list[str]:
+            return _not_yet("CREATED", groups)
+
+        def standing() -> str:
+            return f"waiting for resources: {len(missing())} of {len(groups)} placement groups"
+
         try:
-            for node, count in enumerate(request.counts):
-                asked = [dict(request.bundle)] * count
-                groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
-            for number, group in enumerate(groups):
-                if not group.wait(min(_RECLAIM_S, self.placement_timeout_s)):
+            largest_first = sorted(range(len(request.counts)), key=lambda i: -request.counts[i])
+            for _, alike in groupby(largest_first, request.counts.__getitem__):
+                at_once(ask, alike)  # Ray places one after another: small ones leave no room
+            with Wait(standing):
+                if left := _left(missing, patience_s):
                     _reclaim()  # of those who have ended meanwhile
-                standing = f"waiting for resources: {number} of {len(groups)} placement groups"
-                with Wait(partial(str, standing)):
-                    there = group.wait(max(0.01, deadline - time.monotonic()))
-                if not there:
-                    raise ResourceError(
-                        f"the pool was not free within placement_timeout_s="
-                        f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}\n"
-                        f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
-                    )
+                    left = _left(missing, self.placement_timeout_s - patience_s)
+            if left:
+                raise ResourceError(
+                    f"the pool was not free within placement_timeout_s="
+                    f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}\n"
+                    f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
+                )
         except BaseException:
             remove(groups)
             raise
@@ -553,23 +565,26 @@ def remove(groups: Sequence[PlacementGroup]) -> None:
     """Remove placement groups and return when they are gone; workers in them end. What the cluster
     still has after 10 s is logged.
     """
-    for group in groups:
-        remove_placement_group(group)
-    deadline = time.monotonic() + _REMOVAL_S
-    while True:
-        table = _table()
-        found = [table[key] for group in groups if (key := group.id.binary()) in table]
-        left = [
-            f"{group.name} ({state})" for group in found if (state := _state(group)) != "REMOVED"
-        ]
-        if not left:
-            return
-        if time.monotonic() > deadline:
-            _logger.warning(
-                "placement groups are still there %g s after: %s", _REMOVAL_S, ", ".join(left)
-            )
-            return
-        time.sleep(0.01)
+    at_once(remove_placement_group, groups)
+    if left := _left(lambda: _not_yet("REMOVED", groups), _REMOVAL_S):
+        names = ", ".join(left)
+        _logger.warning("placement groups are still there %g s after: %s", _REMOVAL_S, names)
+
+
+def _not_yet(state: str, groups: Sequence[PlacementGroup]) -> list[str]:
+    """Those that are in another state, and in which one."""
+    table = _table()
+    found = [table.get(group.id.binary()) for group in groups]
+    return [f"{one.name if one else '?'} ({now})" for one in found if (now := _state(one)) != state]
+
+
+def _left(look: Callable[[], list[str]], timeout_s: float) -> list[str]:
+    """What `look` still finds when the time is up."""
+    deadline, pause = time.monotonic() + timeout_s, _POLL_S
+    while (found := look()) and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(pause * 1.5, _MOST_POLL_S)
+    return found
 
 
 def give_back(ended: Collection[str]) -> None:
@@ -582,6 +597,7 @@ def give_back(ended: Collection[str]) -> None:
             actors of a placement group, each then sees the others' end or is seen.
     """
     actors, table = _actors(), _table()
+    ended = frozenset(ended)
     held = {actors[key].placement_group_id for key in ended if key in actors} & table.keys()
     held = {key for key in held if table[key].is_detached}
     if not held:
@@ -593,22 +609,12 @@ def give_back(ended: Collection[str]) -> None:
 
 def await_death(ended: Collection[str], timeout_s: float) -> list[str]:
     """Wait for the end of actors; the ids of those that are not dead in time."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        living = {actor.actor_id.hex() for actor in living_actors()}
-        left = [key for key in ended if key in living]
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.05)
 
+    def living() -> list[str]:
+        found = {actor.actor_id.hex() for actor in living_actors()}
+        return [key for key in ended if key in found]
 
-def was_killed(actor_id: str) -> bool:
-    """Whether an actor was ended by `ray.kill`, as groups end theirs."""
-    found = _actors().get(actor_id)
-    if found is None or found.state != _pb.ActorTableData.DEAD:
-        return False
-    context = found.death_cause.actor_died_error_context
-    return bool(context.reason == type(context).RAY_KILL)
+    return _left(living, timeout_s)
 
 
 def _group(key: bytes) -> PlacementGroup:
@@ -633,15 +639,34 @@ def _table() -> dict[bytes, Any]:
     return {group.placement_group_id: group for group in found}
 
 
-def _actors() -> dict[str, Any]:
-    """All actors by their ids, in one call."""
-    found = map(_pb.ActorTableData.FromString, _tables().get_actor_table(None, None))
+def _actors(state: str | None = None) -> dict[str, Any]:
+    """All actors, or those in a state, by their ids, in one call."""
+    found = map(_pb.ActorTableData.FromString, _tables().get_actor_table(None, state))
     return {actor.actor_id.hex(): actor for actor in found}
+
+
+def dead(actor_ids: Iterable[str]) -> set[str]:
+    """Those of actors, which have all started, that have ended."""
+    return set(actor_ids) - _actors("ALIVE").keys()
+
+
+def actor_info(actor_id: str) -> Any:
+    """What the cluster's table knows of one actor; nothing of one that ended long ago."""
+    found = _tables().get_actor_info(ray.ActorID.from_hex(actor_id))
+    return _pb.ActorTableData.FromString(found or b"")
 
 
 def living_actors() -> list[Any]:
     """What the cluster's table knows of each actor that has not ended."""
     return [actor for actor in _actors().values() if actor.state != _pb.ActorTableData.DEAD]
+
+
+def at_once(function: Callable[..., Any], values: Iterable[Any]) -> list[Any]:
+    """What a function that asks the cluster returns for each value. Threads call it: one by one,
+    each call would wait for the answer to the one before.
+    """
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        return list(threads.map(function, values))
 
 
 def _tables() -> Any:

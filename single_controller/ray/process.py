@@ -15,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -324,7 +324,7 @@ def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0, wait_s: float = 
     """
     _await_end(processes, grace_s)
     _kill([process for process in processes if is_running(process)], wait_s)
-    gone = [process for process in processes if not is_running(process)]
+    gone = {process for process in processes if not is_running(process)}
     for _ in range(_PASSES):
         if not (heirs := _heirs(gone)):
             break
@@ -345,7 +345,7 @@ def _await_end(processes: Sequence[ProcessInfo], seconds: float) -> None:
         time.sleep(_POLL_S)
 
 
-def _heirs(ended: Sequence[ProcessInfo]) -> list[ProcessInfo]:
+def _heirs(ended: Collection[ProcessInfo]) -> list[ProcessInfo]:
     """What processes that have ended left behind: their groups, and whatever has their mark."""
     marks = {f"{_MARK}={process.pid}:{process.started}".encode() for process in ended}
     # But not the group of another process that has got the number of one.

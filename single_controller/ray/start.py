@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,16 +31,18 @@ from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray.failure import (
     CallSite,
+    Wait,
     diagnose,
     dumps,
     explain_death,
     get_all,
     not_ready,
+    standing,
 )
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import RayHosts, end_processes
 from single_controller.ray.message import Packer
-from single_controller.ray.placement import Bundle, RayResourcePool, check_started, crowded
+from single_controller.ray.placement import Bundle, RayResourcePool, at_once, check_started, crowded
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, readable
 from single_controller.ray.spec import ActorSpec
 
@@ -47,6 +50,7 @@ __all__ = ["Recipe", "check_devices", "running_names"]
 
 _ASYNC_CALLS_IN_FLIGHT = 10_000
 _END_S = 1.0
+_LOOK_S = 0.5  # at least, between looks at what keeps processes from starting
 
 
 @dataclass(frozen=True)
@@ -149,20 +153,24 @@ class _Starting:
         self.recipe, self.bundles = recipe, bundles
         self.title = "+".join(recipe.spec.roles)
         self.wait_s = recipe.pool.placement_timeout_s
-        self.handles: list[Any] = []
+        self.handles: list[Any] = [None] * len(bundles)
         self.processes: dict[int, ProcessInfo] = {}
 
     def launch(self, actor: Any, names: Sequence[str], options: Mapping[str, Any]) -> None:
-        for name, bundle in zip(names, self.bundles, strict=True):
+        def one(rank: int) -> None:
+            bundle = self.bundles[rank]
             # Ray's classes with options are in cycles: what they held would be back only after a
             # garbage collection, once the pool is dropped.
             group = PlacementGroup(bundle.group.id, bundle.group.bundle_specs)
             place = PlacementGroupSchedulingStrategy(group, bundle.index)
-            own = {**options, "name": name, "scheduling_strategy": place}
+            own = {**options, "name": names[rank], "scheduling_strategy": place}
             try:
-                self.handles.append(actor.options(**own).remote())
+                self.handles[rank] = actor.options(**own).remote()
             except ValueError as error:
                 raise ResourceError(f"Ray cannot start a host with {own}: {error}") from error
+
+        one(0)  # which sends the class to the cluster, once
+        at_once(one, range(1, len(names)))
 
     def meet(self) -> tuple[str, int]:
         """Wait for all processes, and bind the rendezvous in rank 0's; its address."""
@@ -171,17 +179,20 @@ class _Starting:
         bound = self.handles[0].bind.remote(
             recipe.master_port or 0, recipe.master_port_range, recipe.master_addr
         )
-        ranks = not_ready(arrived, self.wait_s, what)
-        if ranks:
-            self._check_room(ranks)
-            ranks = not_ready(arrived, max(0.0, recipe.startup_timeout_s - self.wait_s), what)
-        if ranks:
-            raise self._not_started(ranks)
+        pause, ends = self.wait_s, time.monotonic() + max(self.wait_s, recipe.startup_timeout_s)
+        with Wait(lambda: standing(arrived, what, range(len(arrived)))):
+            while ranks := not_ready(arrived, max(0.0, min(pause, ends - time.monotonic()))):
+                self._check_room(ranks)
+                if time.monotonic() > ends:
+                    raise self._not_started(ranks)
+                pause = max(self.wait_s, _LOOK_S)
         self.processes = dict(enumerate(self._get(arrived, "arrive")))
         address: tuple[str, int] = self._get([bound], "bind")[0]
         return address
 
     def _check_room(self, ranks: Sequence[int]) -> None:
+        recipe = self.recipe  # a node may have left: then Ray has moved their bundles, or cannot
+        self.bundles = recipe.pool.bundles(recipe.strategy, recipe.device_name)
         full = crowded([self.bundles[rank] for rank in ranks])
         if any(full):
             raise ResourceError(
@@ -204,13 +215,12 @@ class _Starting:
 
     def set_up(self, kind: DeviceKind, address: tuple[str, int]) -> list[DeviceIdentity | None]:
         """Tell all processes who they are; their devices."""
-        on_node = Counter(bundle.node_id for bundle in self.bundles)
-        seen: Counter[str] = Counter()
+        nodes = [self.processes[rank].node_id for rank in range(len(self.handles))]
+        on_node, seen = Counter(nodes), Counter[str]()
         refs = []
-        for rank, (handle, bundle) in enumerate(zip(self.handles, self.bundles, strict=True)):
-            node_rank, there = seen[bundle.node_id], on_node[bundle.node_id]
-            place = HostPlace(rank, len(self.handles), node_rank, there, self.recipe.prefix)
-            seen[bundle.node_id] += 1
+        for rank, (handle, node) in enumerate(zip(self.handles, nodes, strict=True)):
+            place = HostPlace(rank, len(nodes), seen[node], on_node[node], self.recipe.prefix)
+            seen[node] += 1
             refs.append(handle.setup.remote(place, kind, address))
         return self._get(refs, "setup")
 
@@ -228,7 +238,7 @@ class _Starting:
         try:
             return get_all(refs, timeout_s, f"{step} of {self.title}", range(len(refs)))
         except GetTimeoutError:
-            ranks = not_ready(refs, 0, step)
+            ranks = not_ready(refs, 0)
             processes = {rank: self.processes[rank] for rank in ranks if rank in self.processes}
             done = "restored" if step == "restore" else "built"
             raise CallTimeoutError(
@@ -238,8 +248,11 @@ class _Starting:
                 {rank: readable(dump) for rank, dump in dumps(processes).items()},
             ) from None
         except Exception as error:
-            method, nowhere = "__init__" if step == "build" else step, ProcessInfo("", "?", 0)
-            found = [self.processes.get(rank, nowhere) for rank in range(len(refs))]
+            method = "__init__" if step == "build" else step
+            found = [
+                self.processes.get(rank) or ProcessInfo("", bundle.node_ip, 0)
+                for rank, bundle in enumerate(self.bundles[: len(refs)])
+            ]
             sites = [CallSite(self.title, method, r, p.node_ip, p.pid) for r, p in enumerate(found)]
             first = diagnose(error, refs, sites, self.processes).error
             if isinstance(first, WorkerDiedError) and first.rank in self.processes:

@@ -23,7 +23,7 @@ from single_controller.device import CPU
 from single_controller.errors import RegistrationError
 from single_controller.ray.hosts import RayHosts, end_when_dropped
 from single_controller.ray.message import Packer, RayCarrier
-from single_controller.ray.placement import RayResourcePool, check_started
+from single_controller.ray.placement import RayResourcePool, at_once, check_started
 from single_controller.ray.remote_batch import send
 from single_controller.ray.spec import RayClassWithInitArgs, create_colocated_worker_cls
 from single_controller.ray.start import Recipe, running_names
@@ -204,7 +204,7 @@ def _attach(
             "a group needs a resource_pool to start on, or worker_names or worker_handles of "
             "running hosts; none was found"
         )
-    handles = handles or [ray.get_actor(name) for name in names or ()]
+    handles = handles or at_once(ray.get_actor, names or ())
     return RayHosts.attach(handles, names or [], timeout_s)
 
 

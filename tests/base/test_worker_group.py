@@ -273,7 +273,7 @@ def test_padding_and_shards_that_peers_share_are_told(group: Any) -> None:
     assert title == "Actor.mesh_tag(data: DataProto) -> DataProto [mesh 'm']"
     assert head.split() == ["rank", "argument", "rows", "keys", "bytes", "travels"]
     assert [row.split()[:2] for row in rows] == [[str(rank), "data:"] for rank in range(4)]
-    assert [row.split("shared with ")[1] for row in rows] == [f"rank {r}" for r in (1, 0, 3, 2)]
+    assert [row.split("shared by ranks ")[1] for row in rows] == ["0, 1", "0, 1", "2, 3", "2, 3"]
     assert "1 + 1 padding" in rows[3]
     assert last == "calls ranks 0 … 3; returns one batch, the rows of ranks 0, 2, less the padding"
     assert set(sent) <= {("mesh", rank) for rank in range(4)}

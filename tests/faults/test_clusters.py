@@ -80,6 +80,46 @@ def test_ranks_on_another_node_are_seen_and_a_lost_node_is_named_and_replaced() 
     assert "again ['fine', 'fine']" in output
 
 
+# Ray notices within seconds, and not a quarter of a minute, that a node is no more.
+LEFT = (
+    NODES.replace(
+        "'num_cpus': 1",
+        "'num_cpus': 1, '_system_config': "
+        "{'health_check_period_ms': 1_000, 'health_check_failure_threshold': 2}",
+    )
+    + """
+pool = RayResourcePool([2], resources_per_process={"far": 1}, placement_timeout_s=4)
+pool.get_placement_groups()
+cluster.remove_node(other, allow_graceful=False)
+def refused():
+    try:
+        RayWorkerGroup(pool, spec, name_prefix="late_", startup_timeout_s=20)
+    except WorkerDiedError as error:  # Ray was about to start it there
+        say("died:", error.args[0])
+    except ResourceError as error:
+        say("refused:", error)
+        return True
+while not refused():
+    pass
+assert not ray.util.list_named_actors()
+cluster.add_node(num_cpus=2, resources={"far": 2})
+pool.placement_timeout_s = 60
+with RayWorkerGroup(pool, spec, name_prefix="late_") as group:
+    say("then", group.act("fine"))
+pool.close()
+ray.shutdown()
+cluster.shutdown()
+"""
+)
+
+
+def test_a_node_that_leaves_between_reservation_and_start_is_what_the_start_says() -> None:
+    with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp") as folder:
+        output = run(LEFT, RAY_TMPDIR=folder)
+    assert "refused: the pool's reservation lost a node" in output
+    assert "then ['fine', 'fine']" in output
+
+
 MEMORY = """
 pool = RayResourcePool([2], cpus_per_process=0.5)
 group = RayWorkerGroup(pool, spec)
