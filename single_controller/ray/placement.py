@@ -105,6 +105,14 @@ class PoolRequest:
                     return False
         return sum(self.counts) <= sum(room)
 
+    def standing(self, there: int) -> str:
+        """What is waited for, where `there` placement groups are reserved."""
+        found = f"waiting for resources: {there} of {len(self.counts)} placement groups"
+        nodes = cluster_nodes()
+        room = [self._capacity(node.total) for node in nodes]
+        lacking = f"; {[*self.counts]} do not fit onto nodes that hold {room}, until more join"
+        return found if self.fits(nodes) else found + lacking
+
     def _capacity(self, resources: Mapping[str, float]) -> int:
         """How many bundles these resources hold."""
         asked = [(name, need) for name, need in self.bundle.items() if need > 0]
@@ -134,7 +142,7 @@ class PoolRequest:
         if self.fits(nodes):
             return "close what holds the resources, or raise placement_timeout_s"
         if fewer := self._fewer(nodes):
-            return f"process_on_nodes={fewer}, or more nodes"
+            return f"process_on_nodes={fewer}, or more or larger nodes"
         for name, need in self.bundle.items():
             kind, _, of_type = name.partition(":")
             if name == "CPU" or any(node.total.get(name, 0) >= need for node in nodes):
@@ -149,20 +157,22 @@ class PoolRequest:
         return "more nodes: none has all that one process asks for"
 
     def _fewer(self, nodes: Sequence[NodeResources]) -> list[int]:
-        """Counts that fit: these, the largest first, cut to what there is room for."""
-        kept = list(self.counts)
+        """Counts that fit: these, the largest first, cut into what there is room for."""
         if self.strategy != "STRICT_PACK":
+            kept = list(self.counts)
             while kept and not replace(self, counts=tuple(kept)).fits(nodes):
                 kept[kept.index(max(kept))] -= 1
                 kept = [count for count in kept if count]
             return kept
         room = [0, *(self._capacity(node.total) for node in nodes)]
-        for i in sorted(range(len(kept)), key=lambda i: -kept[i]):
-            large = [capacity for capacity in room if capacity >= kept[i]]
-            place = room.index(min(large, default=max(room)))
-            kept[i] = min(kept[i], room[place])
-            room[place] -= kept[i]
-        return [count for count in kept if count]
+        parts: list[list[int]] = [[] for _ in self.counts]
+        for i in sorted(range(len(parts)), key=lambda i: -self.counts[i]):
+            while (left := self.counts[i] - sum(parts[i])) and max(room):
+                large = [capacity for capacity in room if capacity >= left]
+                place = room.index(min(large, default=max(room)))
+                parts[i].append(min(left, room[place]))
+                room[place] -= parts[i][-1]
+        return [part for split in parts for part in split]
 
 
 def _shown(bundle: Mapping[str, float]) -> str:
@@ -198,6 +208,8 @@ class RayResourcePool(ResourcePool):
         resources_per_process: custom resources of each bundle, such as `{"fast_disk": 1}`. What
             `RayClassWithInitArgs.set_additional_resource` asks for must be among them.
         placement_timeout_s: how long to wait for resources that others hold now.
+        waits_for_nodes: wait as long for nodes that have yet to join, where those there could not
+            hold the pool, instead of refusing it at once.
     """
 
     def __init__(
@@ -213,6 +225,7 @@ class RayResourcePool(ResourcePool):
         gpus_per_process: float = 1,
         resources_per_process: Mapping[str, float] | None = None,
         placement_timeout_s: float = 60,
+        waits_for_nodes: bool = False,
     ) -> None:
         super().__init__(process_on_nodes, max_colocate_count)
         check_seconds("placement_timeout_s", placement_timeout_s, optional=False)
@@ -235,6 +248,7 @@ class RayResourcePool(ResourcePool):
         self.gpus_per_process = gpus_per_process
         self.resources_per_process = custom
         self.placement_timeout_s = placement_timeout_s
+        self.waits_for_nodes = waits_for_nodes
         self.pgs: list[PlacementGroup] | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -313,7 +327,8 @@ class RayResourcePool(ResourcePool):
                     "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
                     "was removed. close() the pool to reserve it again"
                 )
-            bundles += [Bundle(group, i, node, addresses[node]) for i, node in enumerate(nodes)]
+            own = [Bundle(group, i, node, addresses[node]) for i, node in enumerate(nodes)]
+            bundles += sorted(own, key=lambda one: _node_order(one.node_ip, one.node_id))
         return tuple(bundles)
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
@@ -323,7 +338,8 @@ class RayResourcePool(ResourcePool):
         if not self.store:
             raise ValueError("process_on_nodes must name the processes of at least one node")
         request = self.request(kind, strategy)
-        request.check("this pool")
+        if not self.waits_for_nodes:
+            request.check("this pool")
         _reclaim()
         creator = ray.get_runtime_context().get_worker_id()[:12]  # Ray knows none but actors
         named = f"{name or f'{self.name_prefix}single_controller'}_{creator}_{uuid.uuid4().hex[:6]}"
@@ -331,14 +347,14 @@ class RayResourcePool(ResourcePool):
         groups: list[PlacementGroup] = []
         deadline = time.monotonic() + self.placement_timeout_s
         try:
-            for node, count in enumerate(request.counts):
+            # Ray places one after another, each as if it were the last: small ones may fragment.
+            for node, count in sorted(enumerate(request.counts), key=lambda each: -each[1]):
                 asked = [dict(request.bundle)] * count
                 groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
             for number, group in enumerate(groups):
                 if not group.wait(min(_RECLAIM_S, self.placement_timeout_s)):
                     _reclaim()  # of those who have ended meanwhile
-                standing = f"waiting for resources: {number} of {len(groups)} placement groups"
-                with Wait(partial(str, standing)):
+                with Wait(partial(request.standing, number)):
                     there = group.wait(max(0.01, deadline - time.monotonic()))
                 if not there:
                     raise ResourceError(
@@ -350,6 +366,7 @@ class RayResourcePool(ResourcePool):
             remove(groups)
             raise
         self.pgs = sort_placement_group_by_node_ip(groups)
+        self._store = [group.bundle_count for group in self.pgs]
         for group in () if self.detached else groups:
             weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
         return self.pgs
@@ -413,26 +430,35 @@ def check_started() -> None:
 
 
 def cluster_nodes() -> list[NodeResources]:
-    """What each living node has, and what of it is free."""
+    """What each living node has, and what of it is free, in the order of their addresses."""
     free = available_resources_per_node()
-    return [
+    found = [
         NodeResources(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
         for node in ray.nodes()
         if node["Alive"]
     ]
+    return sorted(found, key=lambda node: _node_order(node.ip))
 
 
 def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[PlacementGroup]:
-    """Placement groups by the address of their first bundle's node, numerically (10.0.0.9 comes
-    before 10.0.0.10); those on one node in the order of their ids.
+    """Placement groups by the lowest address of their nodes, as a number (10.0.0.9 comes before
+    10.0.0.10); nodes of one address by their ids, and groups on one node by theirs.
     """
     addresses, table = _node_addresses(), _table()
 
-    def key(group: PlacementGroup) -> tuple[int, int, str]:
-        address = ipaddress.ip_address(addresses[_nodes(table[group.id.binary()])[0]])
-        return address.version, int(address), group.id.hex()
+    def key(group: PlacementGroup) -> tuple[tuple[int, int, str], str]:
+        nodes = _nodes(table[group.id.binary()])
+        return min(_node_order(addresses[node], node) for node in nodes), group.id.hex()
 
     return sorted(pgs, key=key)
+
+
+def _node_order(address: str, node_id: str = "") -> tuple[int, int, str]:
+    try:
+        number = ipaddress.ip_address(address)
+    except ValueError:  # Ray takes a name, too
+        return 9, 0, re.sub(r"\d+", lambda digits: digits[0].zfill(9), address) + node_id
+    return number.version, int(number), node_id
 
 
 def _node_addresses() -> dict[str, str]:
