@@ -105,9 +105,9 @@ class PoolRequest:
                     return False
         return sum(self.counts) <= sum(room)
 
-    def standing(self, there: int) -> str:
-        """What is waited for, where `there` placement groups are reserved."""
-        found = f"waiting for resources: {there} of {len(self.counts)} placement groups"
+    def standing(self, there: str) -> str:
+        """What is waited for, where `there`, such as "1 of 2" placement groups, are reserved."""
+        found = f"waiting for resources: {there} placement groups"
         nodes = cluster_nodes()
         room = [self._capacity(node.total) for node in nodes]
         lacking = f"; {[*self.counts]} do not fit onto nodes that hold {room}, until more join"
@@ -192,7 +192,8 @@ class Bundle:
 class RayResourcePool(ResourcePool):
     """Processes per node, each with CPUs and, where the cluster has them, accelerators.
 
-    Reserved on first use, once; given back by `close`, or when neither the pool nor a group on it
+    Its parts, and the ranks of each, go by the addresses of their nodes; once it is reserved,
+    `store` does too. Reserved on first use, once; given back by `close`, or when neither the pool nor a group on it
     is held any more and what runs in it has ended. Several groups may share the pool: each worker
     takes 1/max_colocate_count of its bundle.
 
@@ -306,17 +307,10 @@ class RayResourcePool(ResourcePool):
                 f"the pool was reserved without {kind.resource}: its bundles are "
                 f"{groups[0].bundle_specs[0]}, and device_name={device_name!r} was asked for"
             )
-        deadline = time.monotonic() + self.placement_timeout_s
         table, addresses = _table(), _node_addresses()
-        lost = [g for g in groups if _state(table.get(g.id.binary())) == "RESCHEDULING"]
-        for group in lost:  # Ray replaces what they have lost with a node
-            if not group.wait(max(0.01, deadline - time.monotonic())):
-                raise ResourceError(
-                    "the pool's reservation lost a node, and no other could take its place within "
-                    f"placement_timeout_s={self.placement_timeout_s:g}: "
-                    f"{self.request(self.device()).explain(cluster_nodes())}"
-                )
-        if lost:
+        if "RESCHEDULING" in {_state(table.get(group.id.binary())) for group in groups}:
+            lost = "the pool's reservation lost a node, and no other could take its place"
+            self._await(groups, self.request(kind, strategy), lost)  # Ray replaces the node
             table, addresses = _table(), _node_addresses()
         bundles = []
         for group in groups:
@@ -345,23 +339,12 @@ class RayResourcePool(ResourcePool):
         named = f"{name or f'{self.name_prefix}single_controller'}_{creator}_{uuid.uuid4().hex[:6]}"
         lifetime: Any = "detached" if self.detached else None
         groups: list[PlacementGroup] = []
-        deadline = time.monotonic() + self.placement_timeout_s
         try:
             # Ray places one after another, each as if it were the last: small ones may fragment.
             for node, count in sorted(enumerate(request.counts), key=lambda each: -each[1]):
                 asked = [dict(request.bundle)] * count
                 groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
-            for number, group in enumerate(groups):
-                if not group.wait(min(_RECLAIM_S, self.placement_timeout_s)):
-                    _reclaim()  # of those who have ended meanwhile
-                with Wait(partial(request.standing, number)):
-                    there = group.wait(max(0.01, deadline - time.monotonic()))
-                if not there:
-                    raise ResourceError(
-                        f"the pool was not free within placement_timeout_s="
-                        f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}\n"
-                        f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
-                    )
+            self._await(groups, request, "the pool was not free")
         except BaseException:
             remove(groups)
             raise
@@ -370,6 +353,20 @@ class RayResourcePool(ResourcePool):
         for group in () if self.detached else groups:
             weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
         return self.pgs
+
+    def _await(self, groups: Sequence[PlacementGroup], request: PoolRequest, late: str) -> None:
+        deadline = time.monotonic() + self.placement_timeout_s
+        for number, group in enumerate(groups):
+            if not group.wait(min(_RECLAIM_S, self.placement_timeout_s)):
+                _reclaim()  # of those who have ended meanwhile
+            with Wait(partial(request.standing, f"{number} of {len(groups)}")):
+                there = group.wait(max(0.01, deadline - time.monotonic()))
+            if not there:
+                raise ResourceError(
+                    f"{late} within placement_timeout_s={self.placement_timeout_s:g}: "
+                    f"{request.explain(cluster_nodes())}\n"
+                    f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
+                )
 
     def close(self) -> None:
         """Give the reservation back and return when it is, or after 10 s with a warning in the log;
