@@ -70,8 +70,9 @@ _ENVIRONMENT = {  # variable → field of the context
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """Where a worker stands. `local_rank` is the index of its device among those it sees;
-    `peers` are the roles of the same process by name, filled as they are built.
+    """Where a worker stands. `local_rank` is the index of its device among those it sees; `node_ip`
+    is empty where no backend knows it; `peers` are the roles of the same process by name, filled as
+    they are built.
     """
 
     rank: int = 0
@@ -84,6 +85,7 @@ class WorkerContext:
     device_name: str = "cpu"
     prefix: str = ""
     backend: str = ""
+    node_ip: str = ""
     peers: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -203,7 +205,7 @@ class Worker:
         """
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return _node_ip(), str(probe.getsockname()[1])
+            return self._context.node_ip or _node_ip(), str(probe.getsockname()[1])
 
     get_availale_master_addr_port = get_available_master_addr_port  # veRL's spelling
 

@@ -115,6 +115,7 @@ class Host:
             device_name=kind.name,
             prefix=place.prefix,
             backend="ray",
+            node_ip=self._process.node_ip,
         )
         os.environ.pop(AGENT_STORE, None)  # where torchrun has started Ray
         os.environ.update(self._context.environment())

@@ -110,6 +110,14 @@ class PoolRequest:
                     return False
         return sum(self.counts) <= sum(room)
 
+    def standing(self, there: str) -> str:
+        """What is waited for, where `there`, such as "1 of 2" placement groups, are reserved."""
+        found = f"waiting for resources: {there} placement groups"
+        nodes = cluster_nodes()
+        room = [self._capacity(node.total) for node in nodes]
+        lacking = f"; {[*self.counts]} do not fit onto nodes that hold {room}, until more join"
+        return found if self.fits(nodes) else found + lacking
+
     def _capacity(self, resources: Mapping[str, float]) -> int:
         """How many bundles these resources hold."""
         asked = [(name, need) for name, need in self.bundle.items() if need > 0]
@@ -139,7 +147,7 @@ class PoolRequest:
         if self.fits(nodes):
             return "close what holds the resources, or raise placement_timeout_s"
         if fewer := self._fewer(nodes):
-            return f"process_on_nodes={fewer}, or more nodes"
+            return f"process_on_nodes={fewer}, or more or larger nodes"
         for name, need in self.bundle.items():
             kind, _, of_type = name.partition(":")
             if name == "CPU" or any(node.total.get(name, 0) >= need for node in nodes):
@@ -154,20 +162,22 @@ class PoolRequest:
         return "more nodes: none has all that one process asks for"
 
     def _fewer(self, nodes: Sequence[NodeResources]) -> list[int]:
-        """Counts that fit: these, the largest first, cut to what there is room for."""
-        kept = list(self.counts)
+        """Counts that fit: these, the largest first, cut into what there is room for."""
         if self.strategy != "STRICT_PACK":
+            kept = list(self.counts)
             while kept and not replace(self, counts=tuple(kept)).fits(nodes):
                 kept[kept.index(max(kept))] -= 1
                 kept = [count for count in kept if count]
             return kept
         room = [0, *(self._capacity(node.total) for node in nodes)]
-        for i in sorted(range(len(kept)), key=lambda i: -kept[i]):
-            large = [capacity for capacity in room if capacity >= kept[i]]
-            place = room.index(min(large, default=max(room)))
-            kept[i] = min(kept[i], room[place])
-            room[place] -= kept[i]
-        return [count for count in kept if count]
+        parts: list[list[int]] = [[] for _ in self.counts]
+        for i in sorted(range(len(parts)), key=lambda i: -self.counts[i]):
+            while (left := self.counts[i] - sum(parts[i])) and max(room):
+                large = [capacity for capacity in room if capacity >= left]
+                place = room.index(min(large, default=max(room)))
+                parts[i].append(min(left, room[place]))
+                room[place] -= parts[i][-1]
+        return [part for split in parts for part in split]
 
 
 def _shown(bundle: Mapping[str, float]) -> str:
@@ -187,9 +197,10 @@ class Bundle:
 class RayResourcePool(ResourcePool):
     """Processes per node, each with CPUs and, where the cluster has them, accelerators.
 
-    Reserved on first use, once; given back by `close`, or when neither the pool nor a group on it
-    is held any more and what runs in it has ended. Several groups may share the pool: each worker
-    takes 1/max_colocate_count of its bundle.
+    Its parts, and the ranks of each, go by the addresses of their nodes; once it is reserved,
+    `store` does too. Reserved on first use, once; given back by `close`, or when neither the pool
+    nor a group on it is held any more and what runs in it has ended. Several groups may share the
+    pool: each worker takes 1/max_colocate_count of its bundle.
 
     Args:
         process_on_nodes: processes per node; `[2, 4]` makes placement groups of 2 and 4 bundles.
@@ -203,6 +214,8 @@ class RayResourcePool(ResourcePool):
         resources_per_process: custom resources of each bundle, such as `{"fast_disk": 1}`. What
             `RayClassWithInitArgs.set_additional_resource` asks for must be among them.
         placement_timeout_s: how long to wait for resources that others hold now.
+        waits_for_nodes: wait as long for nodes that have yet to join, where those there could not
+            hold the pool, instead of refusing it at once.
     """
 
     def __init__(
@@ -218,6 +231,7 @@ class RayResourcePool(ResourcePool):
         gpus_per_process: float = 1,
         resources_per_process: Mapping[str, float] | None = None,
         placement_timeout_s: float = 60,
+        waits_for_nodes: bool = False,
     ) -> None:
         super().__init__(process_on_nodes, max_colocate_count)
         check_seconds("placement_timeout_s", placement_timeout_s, optional=False)
@@ -240,6 +254,7 @@ class RayResourcePool(ResourcePool):
         self.gpus_per_process = gpus_per_process
         self.resources_per_process = custom
         self.placement_timeout_s = placement_timeout_s
+        self.waits_for_nodes = waits_for_nodes
         self.pgs: list[PlacementGroup] | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -300,12 +315,8 @@ class RayResourcePool(ResourcePool):
         table, addresses = _table(), _node_addresses()
         lost = [g for g in groups if _state(table.get(g.id.binary())) == "RESCHEDULING"]
         if lost:  # Ray replaces what they have lost with a node
-            if _left(lambda: _not_yet("CREATED", lost), self.placement_timeout_s):
-                raise ResourceError(
-                    "the pool's reservation lost a node, and no other could take its place within "
-                    f"placement_timeout_s={self.placement_timeout_s:g}: "
-                    f"{self.request(self.device()).explain(cluster_nodes())}"
-                )
+            late = "the pool's reservation lost a node, and no other could take its place"
+            self._await(lost, self.request(kind, strategy), late)
             table, addresses = _table(), _node_addresses()
         bundles = []
         for group in groups:
@@ -316,7 +327,8 @@ class RayResourcePool(ResourcePool):
                     "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
                     "was removed. close() the pool to reserve it again"
                 )
-            bundles += [Bundle(group, i, node, addresses[node]) for i, node in enumerate(nodes)]
+            own = [Bundle(group, i, node, addresses[node]) for i, node in enumerate(nodes)]
+            bundles += sorted(own, key=lambda one: _node_order(one.node_ip, one.node_id))
         return tuple(bundles)
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
@@ -326,45 +338,51 @@ class RayResourcePool(ResourcePool):
         if not self.store:
             raise ValueError("process_on_nodes must name the processes of at least one node")
         request = self.request(kind, strategy)
-        request.check("this pool")
+        if not self.waits_for_nodes:
+            request.check("this pool")
         _reclaim()
         creator = ray.get_runtime_context().get_worker_id()[:12]  # Ray knows none but actors
         named = f"{name or f'{self.name_prefix}single_controller'}_{creator}_{uuid.uuid4().hex[:6]}"
         lifetime: Any = "detached" if self.detached else None
         groups: list[PlacementGroup] = []
-        patience_s = min(_RECLAIM_S, self.placement_timeout_s)
 
         def ask(node: int) -> None:
             asked = [dict(request.bundle)] * request.counts[node]
             groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
 
-        def missing() -> list[str]:
-            return _not_yet("CREATED", groups)
-
-        def standing() -> str:
-            return f"waiting for resources: {len(missing())} of {len(groups)} placement groups"
-
         try:
             largest_first = sorted(range(len(request.counts)), key=lambda i: -request.counts[i])
             for _, alike in groupby(largest_first, request.counts.__getitem__):
                 at_once(ask, alike)  # Ray places one after another: small ones leave no room
-            with Wait(standing):
-                if left := _left(missing, patience_s):
-                    _reclaim()  # of those who have ended meanwhile
-                    left = _left(missing, self.placement_timeout_s - patience_s)
-            if left:
-                raise ResourceError(
-                    f"the pool was not free within placement_timeout_s="
-                    f"{self.placement_timeout_s:g}: {request.explain(cluster_nodes())}\n"
-                    f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
-                )
+            self._await(groups, request, "the pool was not free")
         except BaseException:
             remove(groups)
             raise
         self.pgs = sort_placement_group_by_node_ip(groups)
+        self._store = [group.bundle_count for group in self.pgs]
         for group in () if self.detached else groups:
             weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
         return self.pgs
+
+    def _await(self, groups: Sequence[PlacementGroup], request: PoolRequest, late: str) -> None:
+        patience_s = min(_RECLAIM_S, self.placement_timeout_s)
+
+        def missing() -> list[str]:
+            return _not_yet("CREATED", groups)
+
+        def standing() -> str:
+            return request.standing(f"{len(groups) - len(missing())} of {len(groups)}")
+
+        with Wait(standing):
+            if left := _left(missing, patience_s):
+                _reclaim()  # of those who have ended meanwhile
+                left = _left(missing, self.placement_timeout_s - patience_s)
+        if left:
+            raise ResourceError(
+                f"{late} within placement_timeout_s={self.placement_timeout_s:g}: "
+                f"{request.explain(cluster_nodes())}\n"
+                f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
+            )
 
     def close(self) -> None:
         """Give the reservation back and return when it is, or after 10 s with a warning in the log;
@@ -425,26 +443,35 @@ def check_started() -> None:
 
 
 def cluster_nodes() -> list[NodeResources]:
-    """What each living node has, and what of it is free."""
+    """What each living node has, and what of it is free, in the order of their addresses."""
     free = available_resources_per_node()
-    return [
+    found = [
         NodeResources(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
         for node in ray.nodes()
         if node["Alive"]
     ]
+    return sorted(found, key=lambda node: _node_order(node.ip))
 
 
 def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[PlacementGroup]:
-    """Placement groups by the address of their first bundle's node, numerically (10.0.0.9 comes
-    before 10.0.0.10); those on one node in the order of their ids.
+    """Placement groups by the lowest address of their nodes, as a number (10.0.0.9 comes before
+    10.0.0.10); nodes of one address by their ids, and groups on one node by theirs.
     """
     addresses, table = _node_addresses(), _table()
 
-    def key(group: PlacementGroup) -> tuple[int, int, str]:
-        address = ipaddress.ip_address(addresses[_nodes(table[group.id.binary()])[0]])
-        return address.version, int(address), group.id.hex()
+    def key(group: PlacementGroup) -> tuple[tuple[int, int, str], str]:
+        nodes = _nodes(table[group.id.binary()])
+        return min(_node_order(addresses[node], node) for node in nodes), group.id.hex()
 
     return sorted(pgs, key=key)
+
+
+def _node_order(address: str, node_id: str = "") -> tuple[int, int, str]:
+    try:
+        number = ipaddress.ip_address(address)
+    except ValueError:  # Ray takes a name, too
+        return 9, 0, re.sub(r"\d+", lambda digits: digits[0].zfill(9), address) + node_id
+    return number.version, int(number), node_id
 
 
 def _node_addresses() -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -151,15 +151,13 @@ class ResourcePoolManager:
         Raises:
             ResourceError: it cannot.
         """
+        all_nodes = [count for counts in self.resource_pool_spec.values() for count in counts]
+        together = RayResourcePool(all_nodes)
+        together.request(together.device()).check("these pools together")
         for name, counts in self.resource_pool_spec.items():
             self.resource_pool_dict[name] = RayResourcePool(
                 counts, name_prefix=name, max_colocate_count=self.max_colocate_count
             )
-        pools = list(self.resource_pool_dict.values())
-        if pools:
-            together = tuple(count for pool in pools for count in pool.store)
-            one = pools[0].request(pools[0].device())
-            replace(one, counts=together).check("these pools together")
 
     def get_resource_pool(self, role: Any) -> RayResourcePool:
         """The pool that a role runs on.

@@ -78,7 +78,7 @@ def test_the_explanation_has_asked_total_and_free_per_resource_and_per_node() ->
     ]
     assert lines[4].split()[:6] == ["node", "10.0.0.1", "holds", "1", "processes,", "0"]
     assert lines[5].split()[:6] == ["node", "10.0.0.2", "holds", "0", "processes,", "0"]
-    assert lines[6] == "What fits: process_on_nodes=[1], or more nodes"
+    assert lines[6] == "What fits: process_on_nodes=[1], or more or larger nodes"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,8 @@ def test_the_explanation_has_asked_total_and_free_per_resource_and_per_node() ->
         ([4, 4], ONE_CPU, cpus(4, 2), "process_on_nodes=[4, 2]"),
         ([2, 4], ONE_CPU, cpus(4, 1), "process_on_nodes=[1, 4]"),
         ([3, 3, 3], ONE_CPU, cpus(6, 1), "process_on_nodes=[3, 3, 1]"),
+        ([2, 4], ONE_CPU, cpus(3, 3), "process_on_nodes=[2, 3, 1]"),
+        ([5, 1], ONE_CPU, cpus(2, 2, 2), "process_on_nodes=[2, 2, 1, 1]"),
         ([8] * 16, ONE_CPU, cpus(*[8] * 15), f"process_on_nodes={[8] * 15}"),
     ],
 )

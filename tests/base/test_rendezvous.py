@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from single_controller.base.worker import Rendezvous
 from single_controller.errors import ResourceError
 
 HERE = "127.0.0.1"
+_V6 = Path("/proc/net/if_inet6")
+NO_V6 = pytest.mark.skipif(not (_V6.exists() and _V6.read_text()), reason="no IPv6 here")
 
 
 @pytest.fixture
@@ -52,16 +55,17 @@ def test_the_port_is_held_from_the_moment_it_is_known_and_of_a_range_the_first_f
             meet(HERE, **options)
 
 
+@pytest.mark.parametrize("here", [HERE, pytest.param("::1", marks=NO_V6)])
 def test_ranks_meet_in_the_store_also_one_that_came_before_it_was_served(
-    meet: Callable[..., Rendezvous],
+    meet: Callable[..., Rendezvous], here: str
 ) -> None:
     from torch.distributed import TCPStore
 
-    held = meet(HERE)
+    held = meet(here)
     read: list[bytes] = []
 
     def join(write: bool) -> None:
-        store = TCPStore(HERE, held.port, is_master=False, timeout=timedelta(seconds=10))
+        store = TCPStore(here, held.port, is_master=False, timeout=timedelta(seconds=10))
         if write:
             store.set("key", "value")
         else:
@@ -74,7 +78,7 @@ def test_ranks_meet_in_the_store_also_one_that_came_before_it_was_served(
     early.join(timeout=10)
     assert read == [b"value"]
     with pytest.raises(ResourceError):
-        Rendezvous(HERE, held.port)
+        Rendezvous(here, held.port)
 
 
 FIRST = """

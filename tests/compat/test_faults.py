@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,39 +125,6 @@ def test_every_process_of_two_and_four_per_node_has_a_bundle(cluster: None) -> N
         assert pool.world_size == 6
         assert len(set(pool.bundles())) == 6
         assert pool.local_rank_list() == [0, 1, 0, 1, 2, 3]
-
-
-ORDER = """
-import ray
-from ray.cluster_utils import Cluster
-from ray.util.placement_group import placement_group_table
-from single_controller.ray import RayResourcePool, sort_placement_group_by_node_ip
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-for _ in range(2):
-    cluster.add_node(num_cpus=1)
-ray.init(cluster.address, logging_level="ERROR")
-nodes = ray.nodes()
-addresses = dict(zip([n["NodeID"] for n in nodes], ["fe80::2", "10.0.0.10", "10.0.0.9"]))
-ray.nodes = lambda: [{**n, "NodeManagerAddress": addresses[n["NodeID"]]} for n in nodes]
-pool = RayResourcePool([1] * 3, use_gpu=False)
-first, later = pool.get_placement_groups(), pool.get_placement_groups()
-for groups in first, later, sort_placement_group_by_node_ip(first[::-1]):
-    print([addresses[placement_group_table(g)["bundles_to_node_id"][0]] for g in groups])
-"""
-
-
-@pytest.mark.slow
-def test_the_first_and_later_calls_order_nodes_by_their_addresses_as_numbers() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ORDER],
-        cwd=Path(__file__).parents[2],
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.stdout == "['10.0.0.9', '10.0.0.10', 'fe80::2']\n" * 3, done.stderr
 
 
 def test_a_role_does_not_capture_those_whose_names_begin_with_its_own(
