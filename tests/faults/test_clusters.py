@@ -1,84 +1,12 @@
-"""Faults that need a cluster of their own: nodes, memory, the object store."""
+"""Faults that need a cluster of their own: memory, the object store."""
 
 from __future__ import annotations
-
-import tempfile
 
 import pytest
 
 from tests.faults.drivers import START, run
 
 pytestmark = pytest.mark.long
-
-TWO_NODES = """
-import ray.cluster_utils
-cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={'num_cpus': 1})
-other = cluster.add_node(num_cpus=2, resources={'far': 2})
-"""
-NODES = TWO_NODES + START.replace('"local", num_cpus=4, include_dashboard=False', "cluster.address")
-ELSEWHERE = """
-pool = RayResourcePool([2], resources_per_process={"far": 1})
-group = RayWorkerGroup(pool, spec)
-group.look()
-try:
-    group.act.options(timeout_s=5)(PerRank(["fine", "in_c"]))
-except CallTimeoutError as error:
-    assert "in _in_c" in error.stacks[1], error
-group.restart()
-try:
-    group.act.options(timeout_s=60)(PerRank(["sizeable", "raise"]))
-except KeyError as error:
-    say("rank", error.rank, "of", error.failed_ranks)
-group.all_reduce()  # to import torch takes longer than a rank that failed is waited for
-try:
-    group.act.options(timeout_s=60)(PerRank(["collective", "raise"]))
-except KeyError as error:
-    assert list(error.stuck) == [0], error
-group.restart()
-try:
-    group.act.options(timeout_s=60)(PerRank(["fine", "kill"]))
-except WorkerDiedError as error:
-    assert "last words" in str(error), error
-group.restart()
-say("all seen from afar")
-call = group.act.submit(PerRank(["sleep", "sleep"]))
-assert eventually(lambda: "in _sleep" in group.stacks()[0])
-cluster.remove_node(other, allow_graceful=False)
-began = time.monotonic()
-try:
-    call.result(timeout=100)
-except WorkerDiedError as error:
-    say("lost after", round(time.monotonic() - began, 1), "s:", error.args[0])
-pool.placement_timeout_s = 2
-def refused():
-    try:
-        group.restart()
-    except WorkerDiedError:  # Ray has not noticed yet
-        return False
-    except ResourceError as error:
-        say("no restart:", str(error)[:80])
-        return True
-assert eventually(refused, 60)
-cluster.add_node(num_cpus=2, resources={"far": 2})
-pool.placement_timeout_s = 60
-group.restart()
-say("again", group.act("fine"))
-group.close()
-pool.close()
-ray.shutdown()
-cluster.shutdown()
-"""
-
-
-def test_ranks_on_another_node_are_seen_and_a_lost_node_is_named_and_replaced() -> None:
-    with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp") as folder:  # or others would find it
-        output = run(NODES + ELSEWHERE, RAY_TMPDIR=folder)
-    assert "rank 1 of 1" in output, "an output that is on another node is no failure"
-    assert "all seen from afar" in output
-    assert "lost after" in output
-    assert "no restart: the pool's reservation lost a node" in output
-    assert "again ['fine', 'fine']" in output
-
 
 MEMORY = """
 pool = RayResourcePool([2], cpus_per_process=0.5)
