@@ -131,9 +131,11 @@ class WorkerError(SingleControllerError, RuntimeError):
         return f"\n\n{self.remote_traceback.rstrip()}" if self.remote_traceback else ""
 
     def __reduce__(self) -> tuple[Any, ...]:
+        learnt = {name: getattr(self, name) for name in ("log_tail", "failed_ranks", "stuck")}
+        where = {**self._where, **learnt}
         if self._pickled_cause:
-            return _rebuilt, (self.args[0], self._where, self._pickled_cause)
-        return functools.partial(type(self), **self._where), (self.args[0],)
+            return _rebuilt, (self.args[0], where, self._pickled_cause)
+        return functools.partial(type(self), **where), (self.args[0],)
 
     @staticmethod
     def wrap(

@@ -6,7 +6,6 @@ import contextlib
 import glob
 import logging
 import os
-import platform
 import re
 import resource
 import shutil
@@ -16,7 +15,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import ray
@@ -27,6 +25,7 @@ from single_controller.base import Worker
 from single_controller.device import CPU, DEVICE_KINDS, DeviceKind
 from single_controller.errors import ResourceError
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from single_controller.ray.process import versions
 
 __all__ = ["Finding", "Node", "Probe", "connect", "doctor", "guarded", "look_at"]
 
@@ -66,10 +65,7 @@ class Node:
 
     def __init__(self, ip: str, resources: Mapping[str, float]) -> None:
         self.ip, self.resources = ip, defaultdict(float, resources)
-        self.versions = {"python": platform.python_version()}
-        for name in ("ray", "torch", "tensordict", "numpy", "safetensors"):
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                self.versions[name] = metadata.version(name)
+        self.versions = versions()
         own = _own_node()
         self.session = own.get_session_dir_path() if own else "/tmp"  # where Ray writes to
         self.disk: Any = shutil.disk_usage(self.session)[::2]  # all, and what is free

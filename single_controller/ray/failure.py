@@ -298,7 +298,7 @@ def explain_death(error: WorkerDiedError, process: ProcessInfo) -> WorkerDiedErr
         gone, log = found
         how = "died" if gone else "cannot be reached"
         error.args = (error.args[0].replace("died or cannot be reached", how),)
-        error._where["log_tail"] = error.log_tail = log.rstrip()
+        error.log_tail = log.rstrip()
     return error
 
 

@@ -87,10 +87,10 @@ class Host:
         self._padding = os.environ.get(AUTO_PADDING)
         self._ending: WorkerDiedError | None = None  # why this process is about to end
 
-    def arrive(self) -> ProcessInfo:
-        """Say where this process is, and let others see its stacks from now on."""
-        self._process = arrive(ray.get_runtime_context().get_node_id(), _node_ip())
-        return self._process
+    def arrive(self) -> tuple[ProcessInfo, Mapping[str, str]]:
+        """Say where this process is, and what versions it has found; let others see its stacks."""
+        self._process, found = arrive(ray.get_runtime_context().get_node_id(), _node_ip())
+        return self._process, found
 
     def bind(self, port: int, port_range: Sequence[int] | None, address: str) -> tuple[str, int]:
         """Bind the rendezvous of the group to this node (or the given address)."""

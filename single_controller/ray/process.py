@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import logging
 import os
+import platform
 import re
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,12 +28,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from single_controller.device import DeviceKind
+from single_controller.errors import ResourceError
 
 __all__ = [
     "DeviceIdentity",
     "ProcessInfo",
     "arrive",
     "beside",
+    "check_versions",
     "collective",
     "end",
     "identify",
@@ -38,7 +44,10 @@ __all__ = [
     "read_ends",
     "read_stacks",
     "readable",
+    "versions",
 ]
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -78,8 +87,8 @@ class ProcessInfo:
     log: str = ""
 
 
-def arrive(node_id: str, node_ip: str) -> ProcessInfo:
-    """Let this process write all threads' stacks when it is asked to; who it is.
+def arrive(node_id: str, node_ip: str) -> tuple[ProcessInfo, dict[str, str]]:
+    """Let this process write all threads' stacks when asked to; who it is, with what versions.
 
     A thread does, which needs the GIL: nothing else runs Python meanwhile. Only while another one
     holds the GIL for good, a signal is needed, in whose handler C code writes; where threads ran
@@ -98,7 +107,7 @@ def arrive(node_id: str, node_ip: str) -> ProcessInfo:
         log = os.readlink("/proc/self/fd/2")
     process = ProcessInfo(node_id, node_ip, os.getpid(), found.started if found else 0, log)
     _have_heirs_ended(process)
-    return process
+    return process, versions()
 
 
 def _answer(asked: int, descriptor: int) -> None:
@@ -127,6 +136,42 @@ def _have_heirs_ended(process: ProcessInfo) -> None:
             timeout=5,
             check=False,
         )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of packages as they are installed; none is imported."""
+    found = {"python": platform.python_version()}
+    for name in ("ray", "single-controller", "torch", "tensordict", "numpy", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def check_versions(found: Sequence[Mapping[str, str]], processes: Sequence[ProcessInfo]) -> None:
+    """Log which of the versions that ranks found are not this process's.
+
+    Raises:
+        ResourceError: what one pickles, another may not read, or ranks may not meet.
+    """
+    own, others = {**found[0], **versions()}, defaultdict(list)
+    for rank, theirs in enumerate(found):
+        for name, version in theirs.items() - own.items():
+            others[name, version].append(rank)
+    told, fatal = [], len({_minor(theirs.get("torch", "")) for theirs in found}) > 1
+    for (name, version), ranks in sorted(others.items()):
+        nodes = ", ".join(sorted({processes[rank].node_ip for rank in ranks}))
+        told.append(f"{name} {version} instead of {own[name]} on {nodes} (ranks {ranks})")
+        fatal |= name in ("ray", "single-controller")
+        fatal |= name == "python" and _minor(version) != _minor(own[name])
+    text = f"ranks have other versions than the driver: {'; '.join(told)}"
+    if fatal:
+        raise ResourceError(f"{text}. Install the same ones: calls travel by pickle")
+    if told:
+        _logger.warning(text)
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:2])
 
 
 class _Stat(NamedTuple):
@@ -177,7 +222,7 @@ def beside(
             with contextlib.suppress(Exception):  # the node is gone
                 results.update(zip(tasks[ref], ray.get(ref), strict=True))
         for ref in late:
-            ray.cancel(ref, force=True)
+            ray.cancel(ref)  # not by force: the next look needs that process
     return [results.get(process) for process in processes]
 
 

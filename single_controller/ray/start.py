@@ -43,7 +43,7 @@ from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import RayHosts, end_processes
 from single_controller.ray.message import Packer
 from single_controller.ray.placement import Bundle, RayResourcePool, at_once, check_started, crowded
-from single_controller.ray.process import DeviceIdentity, ProcessInfo, readable
+from single_controller.ray.process import DeviceIdentity, ProcessInfo, check_versions, readable
 from single_controller.ray.spec import ActorSpec
 
 __all__ = ["Recipe", "check_devices", "running_names"]
@@ -186,7 +186,9 @@ class _Starting:
                 if time.monotonic() > ends:
                     raise self._not_started(ranks)
                 pause = max(self.wait_s, _LOOK_S)
-        self.processes = dict(enumerate(self._get(arrived, "arrive")))
+        processes, found = zip(*self._get(arrived, "arrive"), strict=True)
+        self.processes = dict(enumerate(processes))
+        check_versions(found, processes)
         address: tuple[str, int] = self._get([bound], "bind")[0]
         return address
 

@@ -133,13 +133,15 @@ def test_long_texts_keep_both_ends_and_stay_small_enough_for_control_messages() 
     assert len(pickle.dumps(error)) < 100_000
 
 
-def test_ranks_that_failed_in_the_same_call_or_waited_for_it_are_told() -> None:
+def test_ranks_that_failed_in_the_same_call_or_waited_for_it_are_told_also_elsewhere() -> None:
     error = wrap(ValueError("x"))
     for failed, text in ((2, "1 other rank failed"), (4, "3 other ranks failed")):
         error.failed_ranks = failed
         assert text in str(error)
     error.stuck = {1: "in all_reduce"}
     assert str(error).endswith("ended:\n\nrank 1 (most recent call first):\nin all_reduce")
+    for told in (error, WorkerDiedError("gone", **WHERE, failed_ranks=4, stuck=error.stuck)):
+        assert str(pickle.loads(pickle.dumps(told))) == str(told)
 
 
 def test_a_death_and_a_timeout_keep_their_type_and_what_they_tell_across_processes() -> None:
