@@ -46,7 +46,6 @@ _OFF = contextlib.nullcontext()
 _logger = logging.getLogger(__name__)
 
 now_ns = time.time_ns  # the clock that processes of several machines share, more or less
-_EVER = 2**63
 
 
 class CallMark(NamedTuple):
@@ -180,8 +179,8 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
         self.path, self.capacity = Path(path), capacity
         self.content: dict[str, Any] = {}
         self._hosts: dict[int, Any] = {}
-        # What each process noted, and how far ahead its clock may be: at least, at most.
-        self._found: dict[str, tuple[Sequence[Event], int, int]] = {}
+        # Of each process what its clock is ahead, in ns, at least and at most, and what it noted.
+        self._found: dict[str, tuple[int, int, Sequence[Event]]] = {}
         self._missing: list[str] = []
 
     def __enter__(self) -> Self:
@@ -199,9 +198,8 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
             found, missing = hosts.harvest()
             answered = now_ns()
             for name, (told, events) in found.items():
-                before, least, most = self._found.get(name, ((), -_EVER, _EVER))
-                bounds = max(least, told - answered), min(most, told - asked)
-                self._found[name] = (*before, *events), *bounds
+                *_, before = self._found.get(name, ((),))
+                self._found[name] = told - answered, told - asked, [*before, *events]
             self._missing += missing
             for what in missing:
                 _logger.warning("the trace lacks %s", what)
@@ -214,10 +212,9 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
             self._take(hosts)
         processes, clocks = {f"driver, pid {os.getpid()}": noted}, dict[str, float]()
         collected = {event.call: event.start_ns for event in noted if event.part == "collect"}
-        for name, (events, least, most) in self._found.items():
-            if ahead := _ahead(events, collected, least, most):
-                clocks[name], events = ahead / 1e6, [*_set_back(events, ahead)]
-            processes[name] = events
+        for name, (least, most, events) in self._found.items():
+            processes[name], ahead = _by_driver(events, least, most, collected)
+            clocks[name] = ahead / 1e6
         full = [name for name, events in processes.items() if len(events) >= self.capacity]
         self.content = {
             "traceEvents": list(_chrome_events(processes)),
@@ -250,24 +247,25 @@ def left(hosts: Any) -> None:
         trace._take(hosts)
 
 
-def _ahead(noted: Sequence[Event], collected: Mapping[int, int], least: int, most: int) -> int:
-    """How far ahead, in ns, the clock of these events is: a call was sent before it was read, and
-    had ended when the driver collected it. 0 where that may be: then nobody can tell.
+def _by_driver(
+    noted: Sequence[Event], least: int, most: int, collected: Mapping[int, int]
+) -> tuple[Sequence[Event], int]:
+    """A process's events by the driver's clock, and how far ahead its own is: a call was sent
+    before it was read, and had ended when it was `collected`. 0 where that may be.
     """
     for event in noted:
         if event.part == "queue":
             most = min(most, event.end_ns - event.start_ns)
-        elif event.part in ("run", "serialise"):
-            least = max(least, event.end_ns - collected.get(event.call, _EVER))
-    return 0 if least <= 0 <= most else (least + most) // 2
-
-
-def _set_back(noted: Sequence[Event], ahead: int) -> Iterator[Event]:
+        elif event.part in ("run", "serialise") and event.call in collected:
+            least = max(least, event.end_ns - collected[event.call])
+    if least <= 0 <= most:
+        return noted, 0
+    ahead, moved = (least + most) // 2, list[Event]()
     for event in noted:
         start, end = event.start_ns, event.end_ns - ahead
-        if event.part != "queue":  # which began when the driver sent it
-            start -= ahead
-        yield event._replace(start_ns=min(start, end), end_ns=end)
+        start -= ahead if event.part != "queue" else 0  # that began by the driver's
+        moved.append(event._replace(start_ns=min(start, end), end_ns=end))
+    return moved, ahead
 
 
 def _chrome_events(processes: Mapping[str, Sequence[Event]]) -> Iterator[dict[str, Any]]:

@@ -37,7 +37,7 @@ def summed_up(path: str | Path) -> str:
         events = [event for event in content["traceEvents"] if "part" in event]
         named = [e for e in content["traceEvents"] if e["name"] == "process_name"]
         notes = [f"missing: {what}" for what in content["otherData"]["missing"]]
-        clocks: dict[str, float] = content["otherData"].get("clocks_ahead_ms", {})
+        clocks = content["otherData"]["clocks_ahead_ms"]
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no trace of single_controller.trace: {why}") from None
@@ -56,9 +56,9 @@ def summed_up(path: str | Path) -> str:
         for name, took in sorted(spans.items(), key=lambda item: -sum(item[1])):
             rows.append((name, len(took), f"{statistics.mean(took):.2f}", f"{sum(took):.2f}"))
         lines += ["", aligned(rows)]
-    if clocks:
-        far = max(clocks, key=lambda name: abs(clocks[name]))
-        notes.append(f"clocks: {len(clocks)} set to the driver's; {clocks[far]:+.3f} ms: {far}")
+    far = max(clocks, key=lambda name: abs(clocks[name]), default="")
+    if clocks.get(far):
+        notes.append(f"the clock of {far} was {clocks[far]:+.3f} ms ahead: set right")
     return "\n".join([*lines, *notes])
 
 
