@@ -82,11 +82,11 @@ def note(event: Event) -> None:
         buffer.append(event)
 
 
-def harvest() -> Sequence[Event]:
-    """What this process noted; it notes no more until the next traced call."""
+def harvest() -> tuple[int, Sequence[Event]]:
+    """The time of this process, and what it noted; it notes no more until the next traced call."""
     global _buffer
     buffer, _buffer = _buffer, None
-    return tuple(buffer or ())
+    return now_ns(), tuple(buffer or ())
 
 
 def _flow() -> int:
@@ -141,8 +141,7 @@ def running(
         buffer = _buffer = deque(maxlen=mark.capacity) if _buffer is None else _buffer
     began, number = now_ns(), mark.number
     read, ready = read_ns or (began, began)
-    # By another machine's clock it may have been read before it was sent.
-    buffer.append(Event("queue", title, min(mark.sent_ns, read), read, number))
+    buffer.append(Event("queue", title, mark.sent_ns, read, number))  # the caller's clock, and this
     if read_ns is not None:
         buffer.append(Event("deserialise", title, read, ready, number))
         buffer.append(Event("prepare", title, ready, began, number))  # its turn, or what it reads
@@ -158,11 +157,11 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
     """Record what driver and workers do within this context, and write it to a file.
 
     Perfetto (ui.perfetto.dev) and chrome://tracing open it;
-    `python -m single_controller timeline trace.json` sums it up. Each process tells the time by its
-    machine's clock, so those of several machines are as close as their clocks. Spans stay in their
-    workers, the last `capacity` in each, until the context or the worker's group ends; the file
-    names those that were full, and those that are missing: a worker that dies takes its spans with
-    it.
+    `python -m single_controller timeline trace.json` sums it up. Times are by the driver's clock: a
+    process whose own one would have it read a call before that was sent, or end it after it was
+    collected, is set right, and the file says by how much. Spans stay in their workers, the last
+    `capacity` in each, until the context or the worker's group ends; the file names those that were
+    full, and those that are missing: a worker that dies takes its spans with it.
 
     Args:
         path: of the file, JSON.
@@ -180,7 +179,8 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
         self.path, self.capacity = Path(path), capacity
         self.content: dict[str, Any] = {}
         self._hosts: dict[int, Any] = {}
-        self._found: dict[str, list[Event]] = {}
+        # Of each process what its clock is ahead, in ns, at least and at most, and what it noted.
+        self._found: dict[str, tuple[int, int, Sequence[Event]]] = {}
         self._missing: list[str] = []
 
     def __enter__(self) -> Self:
@@ -194,9 +194,12 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
 
     def _take(self, hosts: Any) -> None:
         if self._hosts.pop(id(hosts), None) is not None:
+            asked = now_ns()
             found, missing = hosts.harvest()
-            for name, events in found.items():
-                self._found[name] = [*self._found.get(name, ()), *events]
+            answered = now_ns()
+            for name, (told, events) in found.items():
+                *_, before = self._found.get(name, ((),))
+                self._found[name] = told - answered, told - asked, [*before, *events]
             self._missing += missing
             for what in missing:
                 _logger.warning("the trace lacks %s", what)
@@ -204,15 +207,19 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
     def __exit__(self, *_: object) -> None:
         global _current
         _current = None
-        processes: dict[str, Sequence[Event]] = {f"driver, pid {os.getpid()}": harvest()}
+        noted = harvest()[1]
         for hosts in list(self._hosts.values()):
             self._take(hosts)
-        processes.update(self._found)
+        processes, clocks = {f"driver, pid {os.getpid()}": noted}, dict[str, float]()
+        collected = {event.call: event.start_ns for event in noted if event.part == "collect"}
+        for name, (least, most, events) in self._found.items():
+            processes[name], ahead = _by_driver(events, least, most, collected)
+            clocks[name] = ahead / 1e6
         full = [name for name, events in processes.items() if len(events) >= self.capacity]
         self.content = {
             "traceEvents": list(_chrome_events(processes)),
             "displayTimeUnit": "ms",
-            "otherData": {"missing": self._missing, "full": full},
+            "otherData": {"missing": self._missing, "full": full, "clocks_ahead_ms": clocks},
         }
         self.path.write_text(json.dumps(self.content, default=str), encoding="utf-8")
 
@@ -225,8 +232,8 @@ _numbers = itertools.count(1)  # of traced calls
 def mark(call: int, hosts: Any) -> CallMark | None:
     """What call number `call` carries to these hosts.
 
-    The trace will ask them for their spans: `hosts.harvest()` is to give those of each process by
-    its name, and for each that does not answer what is missing, in words.
+    The trace will ask them for their spans: `hosts.harvest()` is to give by each process's name its
+    time and those, and for each that does not answer what is missing, in words.
     """
     if not call or (trace := _current) is None:
         return None
@@ -238,6 +245,27 @@ def left(hosts: Any) -> None:
     """Ask hosts for their spans now, because they are about to end."""
     if (trace := _current) is not None:
         trace._take(hosts)
+
+
+def _by_driver(
+    noted: Sequence[Event], least: int, most: int, collected: Mapping[int, int]
+) -> tuple[Sequence[Event], int]:
+    """A process's events by the driver's clock, and how far ahead its own is: a call was sent
+    before it was read, and had ended when it was `collected`. 0 where that may be.
+    """
+    for event in noted:
+        if event.part == "queue":
+            most = min(most, event.end_ns - event.start_ns)
+        elif event.part in ("run", "serialise") and event.call in collected:
+            least = max(least, event.end_ns - collected[event.call])
+    if least <= 0 <= most:
+        return noted, 0
+    ahead, moved = (least + most) // 2, list[Event]()
+    for event in noted:
+        start, end = event.start_ns, event.end_ns - ahead
+        start -= ahead if event.part != "queue" else 0  # that began by the driver's
+        moved.append(event._replace(start_ns=min(start, end), end_ns=end))
+    return moved, ahead
 
 
 def _chrome_events(processes: Mapping[str, Sequence[Event]]) -> Iterator[dict[str, Any]]:

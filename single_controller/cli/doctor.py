@@ -15,10 +15,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import ray
 from ray._private.services import find_gcs_addresses
+from ray._private.utils import estimate_available_memory
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from single_controller.base import Worker
@@ -40,6 +42,8 @@ _TOKEN = (
     "RAY_AUTH_TOKEN or in the file at RAY_AUTH_TOKEN_PATH"
 )
 _LOGS = "look into `ray status` and the newest logs under /tmp/ray/session_latest/logs"
+_SILENT = "see whether Ray still runs there, and install this package there, for its Python"
+_OPEN = "one token and RAY_AUTH_MODE=token on all nodes, or a network that nobody else reaches"
 _PORTS = "open the nodes' ports to each other, or give groups a master_port_range of open ones"
 _REDUCE = (
     "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME (worker_env=...) chooses the interface that the "
@@ -70,6 +74,8 @@ class Node:
         self.session = own.get_session_dir_path() if own else "/tmp"  # where Ray writes to
         self.disk: Any = shutil.disk_usage(self.session)[::2]  # all, and what is free
         self.shm: Any = shutil.disk_usage("/dev/shm")[::2] if os.path.isdir("/dev/shm") else (0, 0)
+        self.memory = estimate_available_memory()
+        self.asks_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
         self.devices = {k.resource: len(glob.glob(k.files)) for k in DEVICE_KINDS if k.files}
         self.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.clock_s = time.time()
@@ -89,13 +95,16 @@ class Probe:
 
     def unreachable(self, addresses: Sequence[tuple[str, int]], batch: Any = None) -> list[str]:
         """Those that take no connection from here, each with why; the batch has to arrive, too."""
-        failed = []
-        for address in addresses:
+
+        def why(address: tuple[str, int]) -> str:
             try:
                 socket.create_connection(address, timeout=3).close()
             except OSError as error:
-                failed.append(f"{address[0]} ({error})")
-        return failed
+                return f"{address[0]} ({error})"
+            return ""
+
+        with ThreadPoolExecutor(64) as threads:
+            return [*filter(None, threads.map(why, addresses))]
 
 
 def doctor(address: str | None) -> int:
@@ -178,47 +187,59 @@ def _knock(address: str) -> None:
     if (match := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)) is None:
         return
     knock = [sys.executable, "-c", _CLIENT, address]
-    why, fix = "", _START
     try:
         socket.create_connection((match[1], int(match[2])), timeout=5).close()
         subprocess.run(knock, capture_output=True, text=True, timeout=_KNOCK_S, check=True)
     except OSError as error:
-        why = f"nothing takes connections at {address}: {error}"
+        raise ValueError(f"nothing takes connections at {address}: {error}\n{_START}") from None
     except subprocess.TimeoutExpired:
-        why = f"what takes connections at {address} is no Ray cluster, or one that hangs"
+        hangs = f"what takes connections at {address} is no Ray cluster, or one that hangs"
+        raise ValueError(f"{hangs}\n{_START}") from None
     except subprocess.CalledProcessError as error:  # what else there is to say, Ray says
         if re.search("(?i)authenticat", error.stderr):
-            why, fix = f"the cluster at {address} wants its token", _TOKEN
-    if why:
-        raise ValueError(f"{why}\n{fix}")
+            raise ValueError(f"the cluster at {address} wants its token\n{_TOKEN}") from None
 
 
 def _nodes(nodes: dict[Node, Any]) -> Iterator[Sequence[str]]:
     """Put those that live where they are wanted, each with its probe."""
     actor: Any = ray.remote(num_cpus=0)(Probe)
     table = ray.nodes()
-    living = [node for node in table if node["Alive"]]
-    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in living]
-    probes = [actor.options(scheduling_strategy=place).remote() for place in places]
-    for node, probe in zip(living, probes, strict=True):
-        ip, resources = node["NodeManagerAddress"], node["Resources"]
-        try:
-            ray.get(probe.look.remote(ip, resources), timeout=_WAIT_S)  # until it has started
-            began = time.time()
-            seen: Node = ray.get(probe.look.remote(ip, resources), timeout=_WAIT_S)
-        except Exception as error:
-            why = f"no process could be started on {ip}: {type(error).__name__}: {error}"
-            yield "fail", why, f"install this package where Ray runs on {ip}, for its Python"
+    living = {n["NodeID"]: (n["NodeManagerAddress"], n["Resources"]) for n in table if n["Alive"]}
+    places = {i: NodeAffinitySchedulingStrategy(i, soft=False) for i in living}
+    probes = {i: actor.options(scheduling_strategy=place).remote() for i, place in places.items()}
+    ports = _answers({i: probe.listen.remote() for i, probe in probes.items()})
+    started = [i for i, port in ports.items() if isinstance(port, int)]
+    began = time.time()
+    seen = _answers({i: probes[i].look.remote(*living[i]) for i in started})
+    ended = time.time()
+    for i, node in {**ports, **seen}.items():
+        if isinstance(node, Exception):
+            why = f"no process answers on {living[i][0]}: {type(node).__name__}: {node}"
+            yield "fail", why, _SILENT
         else:
-            seen.clock_s -= (began + time.time()) / 2
-            nodes[seen] = probe
+            node.clock_s -= min(max(node.clock_s, began), ended)  # it has looked in between
+            nodes[node] = probes[i], ports[i]
     total, free = ray.cluster_resources(), ray.available_resources()
     kinds = [k for k in dict.fromkeys(k.resource for k in reversed(DEVICE_KINDS)) if k in total]
     amounts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}" for kind in kinds)
-    yield "ok", f"{len(nodes)} alive, {amounts} free"
+    yield "ok", f"{len(living)} alive, {amounts} free"
+    if takers := [node.ip for node in nodes if not node.asks_token]:
+        yield "warn", f"no token: whoever reaches Ray on {', '.join(takers)} runs code there", _OPEN
     if dead := [node["NodeManagerAddress"] for node in table if not node["Alive"]]:
         fix = "`ray start --address=…` there, if they are still meant to take part"
         yield "warn", f"the cluster has lost {', '.join(dead)}", fix
+
+
+def _answers(asked: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What each reference comes to, or the exception, within a time that all share."""
+    ray.wait([*asked.values()], num_returns=len(asked), timeout=_WAIT_S)
+    answers: dict[Any, Any] = {}
+    for key, ref in asked.items():
+        try:
+            answers[key] = ray.get(ref, timeout=0)
+        except Exception as error:
+            answers[key] = error
+    return answers
 
 
 def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
@@ -226,6 +247,7 @@ def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
     the node's clock is ahead of this one's.
     """
     store, (shm, room), (disk, free) = node.resources["object_store_memory"], node.shm, node.disk
+    offered = node.resources["memory"]
     sizes = f"object store {store / _GIB:.1f} GiB, /dev/shm {shm / _GIB:.1f} GiB"
     spills = f"{sizes}, of which {room / _GIB:.1f} GiB are free: batches spill to disk"
     devices = [f"{has} {name}s" for name, has in node.devices.items() if has] or ["no device"]
@@ -245,6 +267,9 @@ def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
         (full or free < store, "disk", "fail" if full else "warn",  # what spilling may take
          f"{free / _GIB:.1f} GiB free ({1 - free / disk:.0%} used): {node.session}",
          "remove old sessions there, or `ray start --temp-dir=…` on a larger disk"),
+        (node.memory < offered * 0.2, "memory", "warn", f"{node.memory / _GIB:.1f} GiB free, and "
+         f"Ray offers {offered / _GIB:.1f}: from 95% used on it ends workers",
+         "end what else runs there, or raise RAY_memory_usage_threshold before `ray start`"),
         (node.open_files < 4_096, "open files", "warn",
          f"a process there may open {node.open_files} files only",
          "`ulimit -n 65536` before `ray start`"),
@@ -264,12 +289,12 @@ def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _ports(nodes: Mapping[Node, Any]) -> Iterator[Sequence[str]]:
-    ports = ray.get([probe.listen.remote() for probe in nodes.values()], timeout=_WAIT_S)
-    addresses = [(node.ip, port) for node, port in zip(nodes, ports, strict=True)]
-    batch = ray.put(bytearray(64 << 20))
-    tries = [probe.unreachable.remote(addresses, batch) for probe in nodes.values()]
-    found = zip(nodes, ray.get(tries, timeout=_WAIT_S), strict=True)
-    failed = [f"{node.ip} → {missed}" for node, all_ in found for missed in all_]
+    addresses = [(node.ip, port) for node, (_, port) in nodes.items()]
+    batch, failed = ray.put(bytearray(64 << 20)), list[str]()
+    tries = {n: probe.unreachable.remote(addresses, batch) for n, (probe, _) in nodes.items()}
+    for node, found in _answers(tries).items():
+        missed = [f"a batch ({found})"] if isinstance(found, Exception) else found
+        failed += [f"{node.ip} → {what}" for what in missed]
     if failed:
         yield "fail", f"no connection: {'; '.join(failed[:5])}", _PORTS
     else:

@@ -26,7 +26,8 @@ def timeline(file: str) -> int:
 
 def summed_up(path: str | Path) -> str:
     """Of each method its calls, the mean ms of each part (over ranks, too), the MB that moved and
-    the process in which it ran longest on average; of each span of the user's its mean and total.
+    the process in which it ran longest on average; of each span of the user's its mean and total;
+    what is missing, and which clock was furthest from the driver's.
 
     Raises:
         OSError: the file cannot be read. ValueError: it is no trace.
@@ -35,7 +36,8 @@ def summed_up(path: str | Path) -> str:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         events = [event for event in content["traceEvents"] if "part" in event]
         named = [e for e in content["traceEvents"] if e["name"] == "process_name"]
-        missing = [f"missing: {what}" for what in content["otherData"]["missing"]]
+        notes = [f"missing: {what}" for what in content["otherData"]["missing"]]
+        clocks = content["otherData"]["clocks_ahead_ms"]
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no trace of single_controller.trace: {why}") from None
@@ -54,7 +56,10 @@ def summed_up(path: str | Path) -> str:
         for name, took in sorted(spans.items(), key=lambda item: -sum(item[1])):
             rows.append((name, len(took), f"{statistics.mean(took):.2f}", f"{sum(took):.2f}"))
         lines += ["", aligned(rows)]
-    return "\n".join([*lines, *missing])
+    far = max(clocks, key=lambda name: abs(clocks[name]), default="")
+    if clocks.get(far):
+        notes.append(f"the clock of {far} was {clocks[far]:+.3f} ms ahead: set right")
+    return "\n".join([*lines, *notes])
 
 
 def _row(title: str, events: Sequence[Any], processes: dict[int, str]) -> tuple[object, ...]:

@@ -256,11 +256,11 @@ class Ranks(Generation, Handle):
     def stacks(self) -> dict[int, str]:
         return {rank.rank: rank.stack() for rank in self.infos}
 
-    def harvest(self) -> tuple[dict[str, Sequence[Event]], list[str]]:
+    def harvest(self) -> tuple[dict[str, tuple[int, Sequence[Event]]], list[str]]:
         """What each rank noted for a trace, as if it were a process of its own."""
-        roles, found = "+".join(self.roles), dict[str, Sequence[Event]]()
+        roles, found = "+".join(self.roles), dict[str, tuple[int, Sequence[Event]]]()
         for at in self.infos:
-            found[f"{roles} rank {at.rank} on {at.node_ip}"] = tuple(at.noted or ())
+            found[f"{roles} rank {at.rank} on {at.node_ip}"] = now_ns(), tuple(at.noted or ())
             at.noted = None
         return found, []
 

@@ -276,8 +276,8 @@ class Host:
         this.leave.remote(code)
         return self._ending
 
-    def trace_harvest(self) -> Sequence[Event]:
-        """What this process noted for a trace."""
+    def trace_harvest(self) -> tuple[int, Sequence[Event]]:
+        """The time of this process, and what it noted for a trace."""
         return harvest()
 
     def leave(self, code: int) -> None:

@@ -253,15 +253,15 @@ class RayHosts(Generation):
                 found[refs[ref]] = ray.get(ref)
         return found
 
-    def harvest(self) -> tuple[dict[str, Sequence[Event]], list[str]]:
-        """What each process noted for a trace, by name, and whose notes are missing, and why."""
+    def harvest(self) -> tuple[dict[str, tuple[int, Sequence[Event]]], list[str]]:
+        """By name, each process's time and its notes for a trace; whose are missing, and why."""
         roles = "+".join(self.roles)
         names = [f"{roles} rank {i.rank} on {i.node_ip}, pid {i.pid}" for i in self.infos]
         if self.gone:
             return {}, [f"{name}: Ray was shut down before it was asked" for name in names]
         refs = [handle.trace_harvest.remote() for handle in self.handles]
         ray.wait(refs, num_returns=len(refs), timeout=_HARVEST_S)
-        found: dict[str, Sequence[Event]] = {}
+        found: dict[str, tuple[int, Sequence[Event]]] = {}
         missing = []
         for name, ref in zip(names, refs, strict=True):
             try:

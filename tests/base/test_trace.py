@@ -31,13 +31,17 @@ MS = 1_000_000
 
 
 class Hosts:
-    """Other processes, which noted these events."""
+    """Other processes, which noted these events, and whose clocks are ahead."""
 
-    def __init__(self, *noted: Sequence[Event], missing: tuple[str, ...] = ()) -> None:
-        self.noted, self.missing = noted, missing
+    def __init__(
+        self, *noted: Sequence[Event], missing: tuple[str, ...] = (), ahead: int = 0
+    ) -> None:
+        self.noted, self.missing, self.ahead = noted, missing, ahead
 
-    def harvest(self) -> tuple[dict[str, Sequence[Event]], tuple[str, ...]]:
-        return {f"a rank {i} on 10.0.0.1": e for i, e in enumerate(self.noted)}, self.missing
+    def harvest(self) -> tuple[dict[str, tuple[int, Sequence[Event]]], tuple[str, ...]]:
+        told = now_ns() + self.ahead
+        names = (f"a rank {i} on 10.0.0.1" for i in range(len(self.noted)))
+        return {name: (told, e) for name, e in zip(names, self.noted, strict=True)}, self.missing
 
 
 def recorded(path: Path, driver: list[Event], hosts: Hosts) -> trace:
@@ -141,13 +145,57 @@ def test_spans_of_threads_and_of_tasks_that_overlap_have_rows_of_their_own(tmp_p
     ]  # fmt: skip
 
 
-def test_a_clock_that_is_behind_makes_no_time_negative() -> None:
-    buffer = deque[Event]()
-    sent = now_ns() + 5_000 * MS
-    with running(CallMark(1, sent, 10), "a.f", (sent - 7 * MS, sent - 6 * MS), buffer):
-        pass
-    queue, read, *_ = buffer
-    assert queue.start_ns == queue.end_ns == read.start_ns == sent - 7 * MS
+def called(sent: int, ahead: int, call: int = 1) -> list[Event]:
+    """A call of 10 ms, as a process notes it whose clock is ahead."""
+    own = sent + ahead
+    return [
+        Event("queue", "a.f", sent, own + MS, call),
+        Event("run", "a.f", own + MS, own + 9 * MS, call),
+        Event("user", "forward", own + 2 * MS, own + 3 * MS, call),
+    ]
+
+
+@pytest.mark.parametrize("ahead_s", [0, 3_600, -3_600])
+def test_a_process_whose_clock_is_another_is_shown_by_the_drivers_and_the_file_says_so(
+    tmp_path: Path, ahead_s: int
+) -> None:
+    ahead, sent = ahead_s * 1_000 * MS, now_ns()
+    driver = [
+        Event("dispatch", "a.f", sent - MS, sent, 1),
+        Event("wait", "a.f", sent, sent + 10 * MS, 1),
+        Event("collect", "a.f", sent + 10 * MS, sent + 12 * MS, 1),
+    ]
+    made = recorded(tmp_path / "t.json", driver, Hosts(called(sent, ahead), ahead=ahead))
+    told = {e["part"]: (e["ts"] / 1_000, (e["ts"] + e["dur"]) / 1_000) for e in slices(made)}
+    exact = {"dispatch": (0, 1), "wait": (1, 11), "collect": (11, 13)}
+    assert {part: told[part] for part in exact} == exact
+    assert told["queue"][0] == 1
+    assert told["queue"][0] <= told["queue"][1] == told["run"][0]
+    assert told["run"] == pytest.approx((2, 10), abs=1.01)  # at most from queue to collect
+    assert told["user"][0] - told["run"][0] == pytest.approx(1)
+    clocks = {"a rank 0 on 10.0.0.1": pytest.approx(ahead_s * 1e3, abs=1.01 * bool(ahead_s))}
+    assert made.content["otherData"]["clocks_ahead_ms"] == clocks
+
+
+def test_a_clock_is_known_also_of_a_process_whose_calls_are_never_collected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent, hour = now_ns(), 3_600_000 * MS
+    hosts = Hosts(called(sent - 50 * MS, hour), called(sent - 50 * MS, hour), ahead=hour)
+    made = recorded(tmp_path / "t.json", [Event("dispatch", "a.f", sent, sent, 1)], hosts)
+    clocks = made.content["otherData"]["clocks_ahead_ms"]
+    assert all(3_500_000 < ms < 3_700_000 for ms in clocks.values())
+    assert max(e["ts"] for e in slices(made)) < 1e9
+    assert main(["timeline", str(made.path)]) == 0
+    assert "the clock of a rank 0 on 10.0.0.1 was +3" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_clock_that_is_set_during_a_trace_makes_no_time_negative(tmp_path: Path) -> None:
+    sent = now_ns()
+    noted = [*called(sent, 5_000 * MS), *called(sent + 20 * MS, -5_000 * MS, call=2)]
+    made = recorded(tmp_path / "t.json", [], Hosts(noted))
+    assert len(slices(made)) == 6
+    assert all(e["dur"] >= 0 for e in slices(made))
 
 
 def test_the_summary_says_per_method_where_the_time_went_and_what_is_no_trace_is_named(

@@ -19,7 +19,7 @@ from single_controller.cli.doctor import Node, Probe
 from single_controller.device import CPU
 from single_controller.errors import ResourceError
 from single_controller.ray import RayResourcePool
-from tests.cli.program import here, run
+from tests.cli.program import ROOT, here, run
 
 GIB = 1 << 30
 OWN = Node("", {}).versions
@@ -28,6 +28,31 @@ import sys, ray
 context = ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
+"""
+# A node with another tensordict and a clock that is an hour ahead; one that does not answer.
+NODES = """
+import json, os, signal, sys, ray.cluster_utils
+cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+odd = cluster.add_node(
+    num_cpus=1, node_ip_address="127.0.0.3", env_vars={"PYTHONPATH": os.pathsep.join(sys.argv[1:])}
+)
+[raylet] = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.4").all_processes["raylet"]
+os.kill(raylet.process.pid, signal.SIGSTOP)
+print(cluster.address, flush=True)
+sys.stdin.read()
+os.kill(raylet.process.pid, signal.SIGCONT)
+cluster.shutdown()
+"""
+CLOCK = """
+import time
+now = time.time
+time.time = lambda: now() + 3_600
+"""
+IMPATIENT = """
+import sys
+from single_controller.cli import doctor
+doctor._WAIT_S = 5
+sys.exit(doctor.doctor(sys.argv[1]))
 """
 
 
@@ -38,9 +63,11 @@ def bare(**variables: str) -> dict[str, str]:
 
 
 def found(offered: dict[str, float], **seen: Any) -> list[doctor.Finding]:
-    node = Node("10.0.0.1", {"CPU": 8.0, "object_store_memory": 8.0 * GIB, **offered})
+    sizes = {"object_store_memory": 8.0 * GIB, "memory": 20.0 * GIB}
+    node = Node("10.0.0.1", {"CPU": 8.0, **sizes, **offered})
     good = {"shm": (16 * GIB, 16 * GIB), "disk": (100 * GIB, 50 * GIB), "open_files": 65_536}
-    vars(node).update({**good, "devices": {"GPU": 0}, "clock_s": 0.0, **seen})
+    usual = {"devices": {"GPU": 0}, "clock_s": 0.0, "memory": 16 * GIB, "asks_token": True}
+    vars(node).update({**good, **usual, **seen})
     return list(doctor.look_at(node, OWN))
 
 
@@ -54,6 +81,14 @@ def found(offered: dict[str, float], **seen: Any) -> list[doctor.Finding]:
         ("disk", {}, {"disk": (100 * GIB, 7 * GIB)}, "warn", "7.0 GiB free", "--temp-dir"),
         ("devices", {}, {"devices": {"GPU": 4}}, "warn", "has 4 .*, and Ray offers 0", "gpus=4"),
         ("devices", {"GPU": 2.0}, {}, "warn", "has 0 .* and Ray offers 2", "--gpus all"),
+        (
+            "memory",
+            {},
+            {"memory": 3 * GIB},
+            "warn",
+            "3.0 GiB free, and Ray offers 20.0",
+            "end what",
+        ),
         ("open files", {}, {"open_files": 1024}, "warn", "1024 files", "ulimit -n"),
         ("clocks", {}, {"clock_s": -2.0}, "warn", "-2.0 s off", "chrony"),
         ("versions", {}, {"versions": {**OWN, "ray": "2.1.0"}}, "fail", "here, 2.1.0", "same"),
@@ -137,6 +172,41 @@ def test_what_takes_connections_and_is_no_cluster_is_given_up_in_time(
         mute.listen()
         with pytest.raises(ValueError, match="is no Ray cluster, or one that hangs"):
             doctor.connect(f"127.0.0.1:{mute.getsockname()[1]}")
+
+
+@pytest.mark.slow
+def test_nodes_that_differ_and_those_that_do_not_answer_are_named(tmp_path: Path) -> None:
+    other = tmp_path / "tensordict-9.9.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: tensordict\nVersion: 9.9\n")
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)  # Python runs it before all else
+    with tempfile.TemporaryDirectory(prefix="sc", dir="/tmp") as home:
+        env = bare(HOME=home, RAY_TMPDIR=home)
+        with subprocess.Popen(
+            [sys.executable, "-c", NODES, str(tmp_path), str(ROOT)],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as nodes:
+            assert nodes.stdin is not None
+            assert nodes.stdout is not None
+            address = nodes.stdout.readline().strip()
+            command = [sys.executable, "-c", IMPATIENT, address]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+            nodes.stdin.close()
+    said = done.stdout
+    assert done.returncode == 1, said + done.stderr
+    assert re.search(r"FAIL +nodes +no process answers on 127\.0\.0\.4: ", said), said
+    here = OWN["tensordict"]
+    assert re.findall(r"warn +versions +(.+)", said) == [
+        f"127.0.0.3: differs from this process: tensordict {here} here, 9.9"
+    ]
+    [clock] = re.findall(r"warn +clocks +(.+) s off", said)
+    assert re.fullmatch(r"127\.0\.0\.3: \+3(599|600)\.\d", clock)
+    [takers] = re.findall(r"no token: whoever reaches Ray on (.+) runs code there", said)
+    assert re.fullmatch(r"[\d.]+, 127\.0\.0\.3", takers)
+    assert "any of 2 nodes reaches a new port of any other" in said
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ def test_a_trace_has_each_part_of_a_call_and_the_users_spans_in_every_rank(
         getattr(roles[role], method)(zeros())
     roles[role].name()
     found, names = slices(recorded), processes(recorded)
+    assert {*recorded.content["otherData"]["clocks_ahead_ms"].values()} == {0}, "of one machine"
     calls = [e for e in recorded.content["traceEvents"] if e.get("part") == "call"]
     assert [(e["pid"], e["name"]) for e in calls] == [(i, f"{role}.{method}") for i in range(3)]
     assert len({e["args"]["call"] for e in found + calls}) == 1
