@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import cycle, islice
 from queue import SimpleQueue
 from typing import Any
 
@@ -185,21 +186,24 @@ class Handle:
     def __getattr__(self, name: str) -> Method:
         if name.startswith("_"):
             raise AttributeError(name)
-        return Method(self._ranks, self._rank, name, name)
+        return Method(self._ranks, self._rank, name)
 
 
 class Method:
-    """Stands for an actor's method."""
+    """Stands for an actor's method. `returns`: how many references its tasks give."""
 
-    def __init__(self, ranks: Ranks, rank: int, name: str, title: str) -> None:
-        self._ranks, self._rank, self._name, self._title = ranks, rank, name, title
+    def __init__(
+        self, ranks: Ranks, rank: int, name: str, title: str = "", returns: int = 0
+    ) -> None:
+        self._ranks, self._rank, self._name, self._title = ranks, rank, name, title or name
+        self._returns = returns or getattr(getattr(Host, name), "__ray_num_returns__", 1)
 
-    def options(self, name: str | None = None, **_: Any) -> Method:
-        return Method(self._ranks, self._rank, self._name, name or self._title)
+    def options(self, name: str = "", num_returns: int = 0) -> Method:
+        return Method(self._ranks, self._rank, self._name, name, num_returns)
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         DOORS.submit(self._title, (*args, *kwargs.values()))
-        return self._ranks.answer(self._title, self._rank)
+        return self._ranks.answer(self._title, self._rank, self._returns)
 
 
 class Ranks:
@@ -219,12 +223,13 @@ class Ranks:
         self.group = RayWorkerGroup(None, spec, worker_handles=self.handles)
         return self.group
 
-    def answer(self, title: str, rank: int) -> Any:
-        if title not in self.answers:
-            returns = getattr(getattr(Host, title, None), "__ray_num_returns__", 1)
-            several = [[ref] * returns for ref in self._nothing]
-            self.answers[title] = self._nothing if returns == 1 else several
-        return self.answers[title][rank]
+    def answer(self, title: str, rank: int, returns: int) -> Any:
+        """What the rank's task returns: what was said, or else nothing."""
+        if title in self.answers:
+            return self.answers[title][rank]
+        if returns == 1:
+            return self._nothing[rank]
+        return list(islice(cycle(self._nothing), returns))
 
     def let_go(self) -> None:
         for handle in self.handles:
