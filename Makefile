@@ -5,7 +5,7 @@ READY := .venv/.ready
 VERL := .venv-verl/.ready
 
 .PHONY: demo ppo verl test test-slow test-oldest test-examples test-faults test-verl test-gpu soak lint types \
-	check docs bench bench-ppo bench-gpu \
+	check docs bench bench-ppo bench-scale bench-gpu \
 	bench-verl chart clean
 
 demo: $(READY)
@@ -68,6 +68,10 @@ bench: $(READY)
 
 bench-ppo: $(READY)
 	PYTHONPATH=. $(BIN)/python benchmarks/ppo.py $(ARGS)
+
+# What a driver does for up to 4,096 ranks, without their processes; ARGS="--processes 4 24": with.
+bench-scale: $(READY)
+	$(BIN)/python benchmarks/scale.py $(ARGS)
 
 bench-verl: $(READY) $(VERL)
 	$(BIN)/python benchmarks/data_proto.py --verl-python $(VERL:.ready=bin/python) $(ARGS)

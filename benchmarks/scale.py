@@ -1,0 +1,288 @@
+"""Times what a driver does for 8 to 4,096 ranks, without their processes; or for some, with them.
+
+    python benchmarks/scale.py --json docs/scaling.json --chart docs/scaling.png
+    python benchmarks/scale.py --processes 4 24 --json docs/scaling.json
+
+How ranks are stood in for is said in `scale_cases`. Figures are medians over the rounds of one run.
+A line that takes longer than `--enough` seconds a round is not tried with more ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from scale_cases import CASES, ROWS, Cluster, Member, batch, measured
+
+from protocol import DataProto
+from single_controller.base.plan import Broadcast
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+SIZES = (8, 16, 64, 256, 1024, 4096)
+SMALL, LARGE = 64, 1024  # cost per rank is compared between these
+PANELS = {
+    "values and rows": ("no-op", "int", "1 MB", "6 columns"),
+    "results that stay": ("future.get", "chain", "union"),
+    "failures, and questions": ("one rank", "alive", "describe", "stats", "attach", "close"),
+}
+
+Figures = dict[str, dict[str, dict[str, float]]]  # line, ranks
+
+
+def figure(part: dict[str, float], size: int, bare_us: float) -> dict[str, float]:
+    """What one line shows of a part: ms in all; per rank the µs in all, those of CPU that are the
+    driver's own and those at Ray's doors, the tasks, and what bare Ray takes to submit as many.
+    """
+    tasks = part["tasks"] / size
+    return {
+        "ms": part["seconds"] * 1e3,
+        "us": part["seconds"] / size * 1e6,
+        "own_us": part["own_s"] / size * 1e6,
+        "doors_us": part["ray_seconds"] / size * 1e6,
+        "tasks": tasks,
+        "bare_us": tasks * bare_us,
+        "kb": part["bytes"] / size / 1e3,
+        "references": part["references"] / size,
+        "waits": part["waits"] / size,
+        "lookups": part["lookups"],
+        "skew_ms": part["skew_s"] * 1e3,
+        "skew_with_ray_ms": (part["skew_s"] + (bare_us * size / 1e6 if part["skew_s"] else 0))
+        * 1e3,
+    }
+
+
+COLUMNS = {
+    "ms": "ms in all",
+    "us": "µs/rank",
+    "own_us": "own",
+    "doors_us": "in Ray",
+    "bare_us": "submit",
+    "tasks": "tasks",
+    "kb": "kB",
+    "references": "refs",
+    "waits": "waits",
+    "lookups": "look-ups",
+    "skew_ms": "skew ms",
+    "skew_with_ray_ms": "+submit",
+}
+
+
+def row(line: str, size: int, found: dict[str, float]) -> str:
+    cells = "".join(f"{found[key]:>10,.{1 if found[key] < 100 else 0}f}" for key in COLUMNS)
+    return f"{line:42}{size:>6}{cells}"
+
+
+def with_stand_ins(
+    sizes: Iterable[int], only: list[str], rounds: int, enough_s: float
+) -> tuple[Figures, dict[str, dict[str, float]]]:
+    """Each line for each number of ranks; and what bare Ray takes for a task, by that number."""
+    cluster = Cluster()
+    figures: Figures = {}
+    bare: dict[str, dict[str, float]] = {}
+    cluster.bare(64)
+    for size in sizes:
+        took = [cluster.bare(size) for _ in range(rounds)]
+        submit, get = (statistics.median(times) / size * 1e6 for times in zip(*took, strict=True))
+        bare[str(size)] = {"submit_us": submit, "get_us": get}
+    print(f"{'per rank':42}{'ranks':>6}" + "".join(f"{title:>10}" for title in COLUMNS.values()))
+    for name in only:
+        for size in sizes:
+            bare_us = bare[str(size)]["submit_us"]
+            parts = measured(cluster, CASES[name], size, rounds, enough_s)
+            if len(parts) > 1:
+                parts["in all"] = total(list(parts.values()))
+            for part, values in parts.items():
+                line = f"{name}: {part}" if part else name
+                figures.setdefault(line, {})[str(size)] = figure(values, size, bare_us)
+                print(row(line, size, figures[line][str(size)]), flush=True)
+            if sum(values["seconds"] for values in parts.values()) > enough_s:
+                break
+    ray.shutdown()
+    return figures, bare
+
+
+def total(parts: list[dict[str, float]]) -> dict[str, float]:
+    summed = {key: sum(part[key] for part in parts) for key in parts[0]}
+    return {**summed, "skew_s": max(part["skew_s"] for part in parts)}
+
+
+def summary(figures: Figures, sizes: Iterable[int]) -> str:
+    """µs per rank by number of ranks, and how much that grows."""
+    head = [*(f"{size:,}" for size in sizes), f"{LARGE:,}/{SMALL}"]
+    lines = [f"{'µs per rank':42}" + "".join(f"{title:>9}" for title in head)]
+    for line, by_size in figures.items():
+        cells = [f"{by_size[str(s)]['us']:,.0f}" if str(s) in by_size else "-" for s in sizes]
+        grows = growth(by_size)
+        cells.append("-" if grows is None else f"{grows:.2f}")
+        lines.append(f"{line:42}" + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join(lines)
+
+
+def growth(by_size: dict[str, dict[str, float]]) -> float | None:
+    if not {str(SMALL), str(LARGE)} <= by_size.keys():
+        return None
+    return by_size[str(LARGE)]["us"] / by_size[str(SMALL)]["us"]
+
+
+def draw(figures: Figures, bare: dict[str, dict[str, float]], path: Path) -> None:
+    """µs per rank over ranks, both logarithmic: what is linear is flat."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chart, panels = pyplot.subplots(1, len(PANELS), figsize=(15, 5.2), sharey=True)
+    for axes, (title, starts) in zip(panels, PANELS.items(), strict=True):
+        for line, by_size in figures.items():
+            if line.startswith(starts):
+                values = [found["us"] for found in by_size.values()]
+                axes.plot(list(map(int, by_size)), values, marker="o", ms=3, label=line)
+        submit = [found["submit_us"] for found in bare.values()]
+        axes.plot(list(map(int, bare)), submit, "k--", lw=1, label="bare Ray: submitting a task")
+        axes.set(title=title, xscale="log", yscale="log", xlabel="ranks")
+        axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES], fontsize=8)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_ylabel("µs per rank (flat: linear in ranks)")
+    chart.tight_layout()
+    chart.savefig(path, dpi=130)
+
+
+class Plain:
+    """A bare actor that does as `Member`."""
+
+    imported = (torch.Tensor, DataProto)
+
+    def take(self) -> None: ...
+
+    def update(self, columns: dict[str, Any]) -> dict[str, Any]:
+        return columns
+
+    def make(self, rows: int) -> dict[str, Any]:
+        return {key: column.numpy() for key, column in batch(rows).batch.items()}
+
+    def use(self, columns: dict[str, Any]) -> int:
+        return len(columns["ids"])
+
+
+def with_processes(sizes: Iterable[int], rounds: int) -> Figures:
+    """The same calls on real ranks and on bare actors, turn by turn."""
+    figures: Figures = {}
+    print(f"{'µs per rank':42}{'ranks':>6}{'here':>10}{'bare Ray':>10}")
+    for size in sizes:
+        ray.init(
+            address="local",
+            num_cpus=10_000,  # logical
+            num_gpus=0,
+            include_dashboard=False,
+            logging_level="ERROR",
+            object_store_memory=1 << 30,
+        )
+        for line, found in _on_processes(size, rounds).items():
+            figures.setdefault(line, {})[str(size)] = found
+            cells = "".join(f"{found[key]:>10,.0f}" for key in ("us", "bare_us"))
+            print(f"{line:42}{size:>6}{cells}", flush=True)
+        ray.shutdown()
+    return figures
+
+
+def _on_processes(size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Groups and bare actors are there one after the other: memory is for one of them."""
+    data, half = batch(ROWS * size), size // 2
+    columns = [{k: v.numpy() for k, v in part.batch.items()} for part in data.chunk(size)]
+    spec = RayClassWithInitArgs(ray.remote(Member))
+    found: dict[str, dict[str, float]] = {}
+
+    def note(key: str, calls: dict[str, Callable[[], object]]) -> None:
+        for line, call in calls.items():
+            call()
+            times = [timed(call) for _ in range(rounds)]
+            found.setdefault(line, {})[key] = statistics.median(times) / size * 1e6
+
+    with RayResourcePool([size], use_gpu=False) as pool, RayWorkerGroup(pool, spec) as group:
+        note("us", {"no-op": group.take, "6 columns": lambda: group.update(data)})
+    with (
+        RayResourcePool([half], use_gpu=False) as pool,
+        RayResourcePool([half], use_gpu=False) as another,
+        RayWorkerGroup(pool, spec) as group,
+        RayWorkerGroup(another, spec) as readers,
+    ):
+        note("us", {"chain of two halves": lambda: readers.use(group.make(Broadcast(2 * ROWS)))})
+
+    actor: Any = ray.remote(num_cpus=0)(Plain)
+    actors = [actor.remote() for _ in range(size)]
+    ray.get([one.take.remote() for one in actors])
+
+    def chained() -> object:
+        made = [one.make.remote(2 * ROWS) for one in actors[:half]]
+        pairs = zip(actors[half:], made, strict=True)
+        return ray.get([reader.use.remote(ref) for reader, ref in pairs])
+
+    note(
+        "bare_us",
+        {
+            "no-op": lambda: ray.get([one.take.remote() for one in actors]),
+            "6 columns": lambda: ray.get(
+                [one.update.remote(part) for one, part in zip(actors, columns, strict=True)]
+            ),
+            "chain of two halves": chained,
+        },
+    )
+    for one in actors:
+        ray.kill(one)
+    return found
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--only", nargs="*", help="names of lines, or how they begin")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--enough", type=float, default=20.0, help="seconds of a line and size")
+    parser.add_argument("--processes", type=int, nargs="+", help="real ranks, so many, instead")
+    parser.add_argument("--json", type=Path, help="write the figures here, beside those of others")
+    parser.add_argument("--chart", type=Path, help="draw them here, as PNG")
+    options = parser.parse_args()
+    only = [n for n in CASES if not options.only or n.startswith(tuple(options.only))]
+    if not only:
+        parser.error(f"no lines begin with {options.only}; there are {list(CASES)}")
+
+    report: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        report = json.loads(options.json.read_text())
+    report["machine"] = {"cpus": os.cpu_count(), "platform": platform.platform()}
+    report["versions"] = {name: sys.modules[name].__version__ for name in ("ray", "torch")}
+    if options.processes:
+        report["processes"] = with_processes(options.processes, options.rounds)
+    else:
+        figures, bare = with_stand_ins(options.ranks, only, options.rounds, options.enough)
+        report["bare"] = bare
+        report["figures"] = report.get("figures", {}) | figures
+        print(summary(figures, options.ranks))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.chart:
+        draw(report["figures"], report["bare"], options.chart)
+
+
+if __name__ == "__main__":
+    main()
