@@ -1,4 +1,4 @@
-"""Times a PPO step of examples/ppo by role, and how much of it no worker was at work.
+"""Times a PPO step of examples/ppo by role, how much of it no worker was at work, and counts bytes.
 
 PYTHONPATH=. python benchmarks/ppo.py --steps 30 -- --preset 0.5b --mini-batch 64
 """
@@ -37,6 +37,8 @@ def main() -> None:
     print(f"{settings.rows} rows, {updates} updates of each model per step")
     pace = median(one["tokens_per_second"] for one in metrics)
     print(f"answer tokens per second, median: {pace:.0f}")
+    moved = median(one["driver_bytes"] for one in metrics)
+    print(f"kilobytes through the driver per step, median: {moved / 1000:.0f}")
 
 
 if __name__ == "__main__":

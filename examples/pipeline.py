@@ -42,7 +42,7 @@ class Rollout(Actor):
     def roll_out(self, prompts: DataProto) -> DataProto:
         """The prompts with answers, rewards and advantages; and when it was at work."""
         began = time.time()
-        batch = prompts.union(self.generate(prompts).select(meta_info_keys=[]))
+        batch = self.generate(prompts).select(meta_info_keys=[])
         rewards = position_rewards(batch.batch["responses"], batch.batch["targets"])
         rewards = rewards * batch.batch["response_mask"]
         # The rollout is its own reference here: KL is 0 at the first update of each step.

@@ -89,9 +89,7 @@ class _View:
 
 
 def origins(sources: Iterable[Source]) -> Iterator[Source]:
-    """The sources at the bottom, each once, which futures of futures are made of. Waits for
-    nothing.
-    """
+    """The sources at the bottom of futures of futures, each once. Waits for nothing."""
     seen, left = set[int](), [*sources][::-1]
     while left:
         source = left.pop()
@@ -238,15 +236,11 @@ class DataProtoFuture(_View):
                 raise type(error)(f"{made if titles else ''}{error}") from None
 
     def narrowed(self, start: int, stop: int) -> DataProtoFuture:
-        """A future of rows `start:stop`, made of nothing that has none of them. Waits for all
-        producers.
-        """
+        """Rows `start:stop`, made of nothing that has none of them. Waits for all producers."""
         return self._of([_narrowed(*part) for part in self._parts(start, stop, _deadline(None))])
 
     def settled(self) -> DataProtoFuture:
-        """The same rows, made of nothing that has none of them; if there is no telling, a future
-        that raises why. Waits for all producers.
-        """
+        """All rows `narrowed`; if that fails, a future that raises why. Waits for all producers."""
         try:
             return self.narrowed(0, self.rows())
         except Exception as error:
@@ -254,8 +248,7 @@ class DataProtoFuture(_View):
 
     def _parts(self, start: int, stop: int, left: _Left) -> _Parts:
         rows, parts = self.rows(left()), []
-        if not 0 <= start <= stop <= rows:
-            raise RowCountError(f"rows {start}:{stop} are not in a batch of {rows} rows")
+        _inside(start, stop, rows)
         whole = (start, stop) == (0, rows)
         at = 0 if whole else bisect_right(self._ends, start)
         while (whole and at < len(self._ends)) or start < stop:
@@ -265,6 +258,12 @@ class DataProtoFuture(_View):
             start, at = end, at + 1
         filled = bisect_right(self._ends, 0) % len(self._ends)
         return parts or [(self._sources[filled], 0, 0)]
+
+    def slice(self, start: int, stop: int) -> DataProtoFuture:
+        """Rows `start:stop`. Fetches and waits for nothing; if they are not all there, that is a
+        RowCountError once rows are known.
+        """
+        return self._of([_Rows((self,), partial(_inside, start, stop))])
 
     def chunk(self, chunks: int) -> list[DataProtoFuture]:
         """`chunks` futures of equally many consecutive rows. Fetches and waits for nothing.
@@ -315,8 +314,7 @@ class DataProtoFuture(_View):
         A key that is not there raises MissingKeyError when rows are fetched.
         """
         names = (keys,) if isinstance(keys, str) else tuple(keys)
-        chosen = [_some(source, names, strict=True) for source in self._sources]
-        return self._of([_Columns((source,), names) for source in chosen])
+        return self._of([_Columns((_some(s, names, strict=True),), names) for s in self._sources])
 
     def union(self, other: Source) -> DataProtoFuture:
         """The columns of both. Fetches nothing now; later the same rows from either.
@@ -366,6 +364,13 @@ def _shard(part: int, parts: int, how: How, advice: str, rows: int) -> _Span:
     except ChunkError as error:
         raise ChunkError(f"{error}{advice}") from None
     return _within((0, rows, 0), start, stop)
+
+
+def _inside(start: int, stop: int, rows: int) -> _Span:
+    """Rows `start:stop`, which must be there."""
+    if not 0 <= start <= stop <= rows:
+        raise RowCountError(f"rows {start}:{stop} are not in a batch of {rows} rows")
+    return start, stop, 0
 
 
 def _first(count: Callable[..., int], *rows: int) -> _Span:

@@ -57,6 +57,8 @@ def report(records: Records) -> None:
     pace = median(line["tokens_per_second"] for line in history)
     print(f"\nreward {first:.3f} → {last:.3f} in {len(history)} steps, {total:.0f} s")
     print(f"answer tokens per second, median: {pace:.0f}")
+    moved = median(line["driver_bytes"] for line in history)
+    print(f"kilobytes through the driver per step, median: {moved / 1000:.0f}")
     print(f"metrics, picture and checkpoint: {records.folder}/")
 
 

@@ -107,7 +107,7 @@ def generate(
     keyword = "cache" if "cache" in taken else "past_key_values"  # its older name
     rows, length = noise.shape
     responses = torch.full((rows, length), pad, device=prompts.device)
-    response_mask = torch.zeros_like(responses)
+    response_mask = torch.zeros_like(responses, dtype=torch.bool)
     going = torch.ones(rows, dtype=torch.bool, device=prompts.device)
     cache = DynamicCache()
     tokens, positions = prompts, (mask.cumsum(1) - 1).clamp(min=0)

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,13 +24,14 @@ from examples.ppo.core_algos import (
 from examples.ppo.settings import Settings
 from examples.ppo.task import CharTokenizer, Tokenizer, make_prompts
 from examples.ppo.workers import Actor, Critic, Reference, Reward
-from protocol import DataProto
+from protocol import DataProto, DataProtoFuture
 from single_controller.base import Worker
 from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
     RayWorkerGroup,
     colocate,
+    pin,
 )
 
 __all__ = [
@@ -46,14 +47,18 @@ __all__ = [
 ]
 
 Roles = Mapping[str, RayWorkerGroup]
+B = TypeVar("B", DataProto, DataProtoFuture)
 
-_ANSWERED = ["prompts", "prompt_mask", "responses", "response_mask"]
+_TOKENS = ["prompts", "prompt_mask", "responses"]
 READS = {
-    "reward": [*_ANSWERED, "targets"],
-    "critic": [*_ANSWERED, "weights", "returns"],
-    "actor": [*_ANSWERED, "weights", "log_probs", "ref_log_probs", "advantages"],
+    "reference": _TOKENS,
+    "reward": ["responses", "response_mask", "targets"],
+    "values": _TOKENS,
+    "critic": [*_TOKENS, "weights", "returns"],
+    "actor": [*_TOKENS, "weights", "log_probs", "ref_log_probs", "advantages"],
+    "driver": ["response_mask", "log_probs"],
 }
-"""The columns that a role is sent."""
+"""The columns that are read: in a phase, by a role that learns, by the driver."""
 
 
 def make_tokenizer(settings: Settings) -> Tokenizer:
@@ -107,7 +112,8 @@ class Seconds:
         self.in_driver += time.perf_counter() - began
 
     def batch(self, phase: str, batch: DataProto) -> DataProto:
-        self.worked[phase] = batch.meta_info.pop("metrics")["worked"]
+        worked = batch.meta_info.pop("metrics")["worked"]
+        self.worked[phase] = worked if isinstance(worked, list) else [worked]  # of one rank
         return batch
 
     def metrics(self, phase: str, shares: list[dict[str, Any]]) -> dict[str, float]:
@@ -147,67 +153,75 @@ def make_batch(settings: Settings, tokenizer: Tokenizer, step: int) -> DataProto
     Both depend on seed and step alone, so that a resumed run sees what it would have seen.
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    prompts = make_prompts(
-        settings.task, tokenizer, settings.prompts, settings.digits, generator
-    ).repeat(settings.answers, interleave=True)
+    prompts = make_prompts(settings.task, tokenizer, settings.prompts, settings.digits, generator)
     noise = torch.rand(settings.rows, settings.answer_tokens, generator=generator)
-    groups = torch.arange(settings.prompts).repeat_interleave(settings.answers)
-    extra = {"noise": noise, "groups": groups}
-    return prompts.union(DataProto.from_dict(extra, meta_info={"rows": settings.rows}))
+    # Shuffled before anyone answers, so that consecutive rows make a mini-batch in every pass:
+    # answers need not come to the driver to be put into one.
+    groups = torch.randperm(settings.rows, generator=generator) % settings.prompts
+    extra = DataProto.from_dict({"noise": noise, "groups": groups})
+    return prompts.select_idxs(groups).union(extra)
 
 
 def advantages(settings: Settings, batch: DataProto) -> DataProto:
-    """advantages, and for PPO returns, of each token: (rows, tokens)."""
+    """advantages, weights in mini-batches, and for PPO returns, of each token: (rows, tokens)."""
     columns, mask = batch.batch, batch.batch["response_mask"].float()
+    parts = [token_weights(part, settings.algorithm) for part in mask.split(settings.mini_batch)]
+    found = {"weights": torch.cat(parts)}
     if settings.algorithm == "grpo":
         scores = columns["rewards"].sum(1)
         of_rows = group_advantages(scores, columns["groups"])
-        return DataProto.from_dict({"advantages": of_rows.unsqueeze(1) * mask})
+        return DataProto.from_dict({**found, "advantages": of_rows.unsqueeze(1) * mask})
     rewards = penalized_rewards(
         columns["rewards"], columns["log_probs"], columns["ref_log_probs"], settings.kl
     )
     estimates, returns = gae(rewards, columns["values"], mask, settings.gamma, settings.lam)
-    return DataProto.from_dict({"advantages": whiten(estimates, mask), "returns": returns})
+    return DataProto.from_dict({**found, "advantages": whiten(estimates, mask), "returns": returns})
 
 
-def mini_batches(settings: Settings, batch: DataProto, step: int) -> Iterator[DataProto]:
-    """Shuffled mini-batches, the last of a pass with what is left, with their tokens' weights."""
-    for mini in batch.make_iterator(
-        settings.mini_batch,
-        settings.epochs,
-        seed=settings.seed * 1_000_003 + step,
-        dataloader_kwargs={"shuffle": True, "drop_last": False},
-    ):
-        mini.batch["weights"] = token_weights(mini.batch["response_mask"], settings.algorithm)
-        mini.meta_info["rows"] = len(mini)
-        yield mini
+def mini_batches(settings: Settings, batch: B, step: int) -> list[B]:
+    """A step's rows, cut into mini-batches, the last with what is left; each pass has an order of
+    its own.
+    """
+    rows, size = settings.rows, settings.mini_batch
+    minis = [batch.slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    passes = [torch.randperm(len(minis), generator=generator) for _ in range(settings.epochs)]
+    return [minis[i] for i in torch.cat(passes).tolist()]
+
+
+def driver_bytes(roles: Roles) -> int:
+    """Bytes that came to the driver or left it so far, but for what it has pinned."""
+    return sum(group.stats().driver_bytes for group in roles.values())
 
 
 def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-    """One step of the algorithm; returns its metrics."""
-    seconds = Seconds()
+    """One step of the algorithm; returns its metrics.
+
+    Prompts and answers stay with the ranks that answer: `batch` is a future, of which each role
+    is sent the columns that it reads, and the driver what it computes with.
+    """
+    seconds, bytes_before = Seconds(), driver_bytes(roles)
     with seconds.driver():
         prompts = make_batch(settings, tokenizer, step)
-    batch = prompts.union(seconds.batch("generate", roles["actor"].generate(prompts)))
+    batch = roles["actor"].generate(prompts)
 
     # None of these needs another's result: all are on their way before the first is waited for.
-    answered = batch.select(READS["reward"])
-    parts = {
-        "reference": roles["reference"].log_probs.submit(answered),
-        "reward": roles["reward"].score.submit(answered),
-    }
+    calls = {"reference": roles["reference"].log_probs, "reward": roles["reward"].score}
     if "critic" in roles:
-        parts["values"] = roles["critic"].values.submit(answered)
+        calls["values"] = roles["critic"].values
+    parts = {phase: call.submit(batch.select(READS[phase])) for phase, call in calls.items()}
+    seen = seconds.batch("generate", batch.select(READS["driver"]).get())
     for phase, future in parts.items():
-        batch = batch.union(seconds.batch(phase, future.result()))
+        seen = seen.union(seconds.batch(phase, future.result()))
 
     with seconds.driver():
-        batch = batch.union(advantages(settings, batch))
-        minis = list(mini_batches(settings, batch, step))
+        found = advantages(settings, seen.union(prompts.select(["groups"])))
+        found = found.union(seen.select(["ref_log_probs"]))
 
     # One call takes all mini-batches, each of them split by rows over the ranks.
+    batch = batch.union(pin(found))
     updates = {
-        role: roles[role].update.submit(*(mini.select(READS[role]) for mini in minis))
+        role: roles[role].update.submit(*mini_batches(settings, batch.select(READS[role]), step))
         for role in ("critic", "actor")
         if role in roles
     }
@@ -216,7 +230,7 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
     }
 
     with seconds.driver():
-        columns, mask = batch.batch, batch.batch["response_mask"]
+        columns, mask = seen.batch, seen.batch["response_mask"]
         kl = kl_estimate(columns["log_probs"], columns["ref_log_probs"])
         metrics = {
             "step": step,
@@ -226,6 +240,7 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
         }
     for role, shares in learned.items():
         metrics.update({f"{role}/{key}": value for key, value in shares.items()})
+    metrics["driver_bytes"] = driver_bytes(roles) - bytes_before + found.batch.bytes()
     spent = seconds.summary()
     metrics["tokens_per_second"] = int(mask.sum()) / spent["step"]
     return {**metrics, "seconds": spent}

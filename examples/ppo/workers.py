@@ -63,13 +63,14 @@ class Role(Worker):
         self.settings, self.tokenizer = settings, tokenizer
         join_group(self, settings.threads)
 
-    def pieces(self, data: DataProto) -> Iterator[tuple[DataProto, int]]:
+    def pieces(self, data: DataProto, rows_of_all: int) -> Iterator[tuple[DataProto, int]]:
         """This rank's rows, at most `micro_rows` at a time, each with its number of rows.
 
-        All ranks get equally many pieces, since their collectives must match. One without rows
-        is made of a blank row instead, which counts nowhere.
+        All ranks get equally many pieces, since their collectives must match: enough for
+        `rows_of_all` ranks together, or fewer. One without rows is made of a blank row instead,
+        which counts nowhere.
         """
-        most = -(-data.meta_info["rows"] // self.world_size)
+        most = -(-rows_of_all // self.world_size)
         size = self.settings.micro_rows or most
         count = max(1, -(-most // size))
         rows = len(data)
@@ -82,8 +83,9 @@ class Role(Worker):
 
     def mapped(self, data: DataProto, function: Callable[[Any], Tensor]) -> Tensor:
         """A function of a piece's tensors, of all rows of this rank."""
+        pieces = self.pieces(data, self.settings.rows)
         with torch.no_grad(), self.in_precision():
-            return torch.cat([function(p.batch)[:rows].cpu() for p, rows in self.pieces(data)])
+            return torch.cat([function(piece.batch)[:rows].cpu() for piece, rows in pieces])
 
     def log_probs_and_logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         responses, temperature = batch["responses"], self.settings.temperature
@@ -162,7 +164,7 @@ class Trainable(Role):
 
     def update_on(self, data: DataProto) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        pieces = list(self.pieces(data))
+        pieces = list(self.pieces(data, min(self.settings.mini_batch, self.settings.rows)))
         for i, (piece, _) in enumerate(pieces):
             last = i == len(pieces) - 1
             with self.trained.accumulating(last):
@@ -204,10 +206,13 @@ class Actor(Trainable):
         blocks = set(model._no_split_modules or ())
         self.trained = Trained(model, blocks, settings.shard, self.device, settings.actor_lr)
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True)
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False)
     @timed
     def generate(self, data: DataProto) -> DataProto:
-        """Answers to prompts: responses, response_mask and log_probs, each (rows, tokens)."""
+        """The prompts with answers: responses, response_mask and log_probs, each (rows, tokens).
+
+        They stay here, and whoever needs some of it takes that.
+        """
         rows = len(data)
         batch = (data if rows else _blank_row(data)).to(self.device).batch
         tokenizer = self.tokenizer
@@ -226,7 +231,7 @@ class Actor(Trainable):
         log_probs = self.mapped(
             answered, lambda b: self.log_probs_and_logits(self.trained.bare, b)[0]
         )
-        return DataProto.from_dict({**answers, "log_probs": log_probs})
+        return answered.union(DataProto.from_dict({"log_probs": log_probs}))
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         settings = self.settings

@@ -19,7 +19,7 @@ from examples.ppo.models import (
 )
 from examples.ppo.settings import Settings
 from examples.ppo.task import CharTokenizer, make_prompts, position_rewards
-from examples.ppo.train import make_batch, make_tokenizer, mini_batches
+from examples.ppo.train import advantages, make_batch, make_tokenizer, mini_batches
 from protocol import DataProto
 
 TOKENIZER = CharTokenizer()
@@ -135,16 +135,41 @@ def test_values_are_of_the_state_before_each_token(prompts: DataProto) -> None:
     assert not torch.allclose(more[:, 0], more[:, 1], atol=1e-5)
 
 
-def test_mini_batches_hold_every_row_once_per_epoch_and_the_last_what_is_left() -> None:
-    settings = Settings(prompts=10, mini_batch=4, epochs=2)
-    rows = DataProto.from_dict(
-        {"row": torch.arange(10), "response_mask": torch.ones(10, 3, dtype=torch.int64)}
-    )
-    minis = list(mini_batches(settings, rows, step=3))
-    assert [len(mini) for mini in minis] == [4, 4, 2, 4, 4, 2]
-    for epoch in (minis[:3], minis[3:]):
-        assert sorted(torch.cat([m.batch["row"] for m in epoch]).tolist()) == list(range(10))
-    assert all(m.batch["weights"].sum().item() == pytest.approx(1) for m in minis)
+def test_mini_batches_hold_every_row_once_per_pass_in_an_order_of_its_own() -> None:
+    settings = Settings(prompts=10, mini_batch=2, epochs=4)
+    rows = DataProto.from_dict({"row": torch.arange(10)})
+    passes = torch.cat([m.batch["row"] for m in mini_batches(settings, rows, step=3)]).view(4, 10)
+    assert all(sorted(one) == list(range(10)) for one in passes.tolist())
+    assert len({tuple(one) for one in passes.tolist()}) > 1
+    again = torch.cat([m.batch["row"] for m in mini_batches(settings, rows, step=3)]).view(4, 10)
+    assert torch.equal(again, passes)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_the_weights_of_each_mini_batch_sum_to_one_also_of_the_last_that_has_fewer_rows(
+    algorithm: str,
+) -> None:
+    settings = Settings(algorithm=algorithm, prompts=5, answers=2, mini_batch=4, epochs=1)
+    names = ("rewards", "log_probs", "ref_log_probs", "values")
+    columns = {name: torch.rand(10, 3) for name in names}
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]] * 5).bool()
+    groups = torch.arange(10) % 5
+    seen = DataProto.from_dict({**columns, "response_mask": mask, "groups": groups})
+    minis = mini_batches(settings, seen.union(advantages(settings, seen)), step=0)
+    assert sorted(len(mini) for mini in minis) == [2, 4, 4]
+    assert [m.batch["weights"].sum().item() for m in minis] == pytest.approx([1, 1, 1])
+    assert all(not m.batch["weights"][~m.batch["response_mask"]].any() for m in minis)
+
+
+def test_the_answers_to_one_prompt_are_spread_over_the_mini_batches_of_a_step() -> None:
+    settings = Settings(algorithm="grpo", prompts=8, answers=4, mini_batch=8, epochs=1)
+    batch = make_batch(settings, TOKENIZER, step=0)
+    groups = batch.batch["groups"]
+    assert torch.bincount(groups).tolist() == [4] * 8
+    for group in range(8):
+        of_group = batch.select(["prompts", "targets"]).select_idxs(groups == group)
+        assert of_group.equal(of_group.slice(0, 1).repeat(4))
+    assert all(len(set(part.tolist())) > 2 for part in groups.split(8))
 
 
 def test_a_model_on_disk_is_used_with_its_own_tokenizer(model: Any, tmp_path: Path) -> None:

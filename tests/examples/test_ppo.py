@@ -20,13 +20,23 @@ pytest.importorskip("transformers", reason="the examples extra is not installed"
 from examples.ppo import train
 from examples.ppo.records import Records
 from examples.ppo.settings import Settings
-from examples.ppo.train import Seconds, make_tokenizer, started, train_step
+from examples.ppo.train import (
+    READS,
+    Seconds,
+    advantages,
+    make_batch,
+    make_tokenizer,
+    mini_batches,
+    started,
+    train_step,
+)
 from examples.ppo.training import mixed_precision
 from tests.examples.runs import (
     TOLERANCE,
     check_learned,
     finish,
     largest_difference,
+    parameters,
     run,
     trained,
     until_good,
@@ -73,6 +83,52 @@ def test_two_ranks_learn_what_one_rank_learns_however_they_are_cut_and_placed(
     for role in ("actor", "critic"):
         assert largest_difference(before[role], expected[role]) > 100 * TOLERANCE
         assert largest_difference(got[role], expected[role]) < TOLERANCE
+
+
+def through_the_driver(settings: Settings, roles: Any, step: int) -> None:
+    """A step in which each call waits, and gives the driver all that it makes."""
+    batch = roles["actor"].generate(make_batch(settings, make_tokenizer(settings), step)).get()
+    batch = batch.select(meta_info_keys=[])
+    for call in (roles["reference"].log_probs, roles["reward"].score, roles["critic"].values):
+        batch = batch.union(call(batch).select(meta_info_keys=[]))
+    batch = batch.union(advantages(settings, batch))
+    for role in ("critic", "actor"):
+        roles[role].update(*mini_batches(settings, batch.select(READS[role]), step))
+
+
+@pytest.mark.slow
+def test_rows_that_stay_in_the_workers_teach_what_they_teach_by_way_of_the_driver(
+    two_ranks: Any, tmp_path: Path
+) -> None:
+    learners = {role: two_ranks[role] for role in ("actor", "critic")}
+    for role, group in learners.items():
+        group.save(str(tmp_path / role))
+    got = trained(UNEVEN, two_ranks, [0, 1])
+    for role, group in learners.items():
+        group.load(str(tmp_path / role))
+    for step in range(2):
+        through_the_driver(UNEVEN, two_ranks, step)
+    for role, group in learners.items():
+        assert largest_difference(got[role], parameters(group)) == 0
+
+
+@pytest.mark.slow
+def test_no_prompt_or_response_comes_to_the_driver_or_leaves_it_again(cluster: None) -> None:
+    settings = replace(UNEVEN, prompts=512, mini_batch=256, response_length=16)
+    tokenizer = make_tokenizer(settings)
+    with started(settings, tokenizer) as roles:
+        steps = [train_step(settings, roles, tokenizer, step) for step in range(2)]
+        tables = [group.stats() for group in roles.values()]
+    tokens = settings.rows * settings.answer_tokens
+    prompts = make_batch(settings, tokenizer, 0).batch.bytes()
+    seen = tokens * (1 + 4 + 4 + 4 + 4)  # the mask; log-probs of two roles, rewards, values
+    computed = tokens * (4 + 4 + 4) + tokens * 4  # weights, advantages, returns; and ref_log_probs
+    headers = tokens * 8 / 2  # half of what responses would add
+    received = sum(row.bytes_in for table in tables for row in table) / len(steps)
+    assert seen < received < seen + headers
+    for metrics in steps:
+        least = prompts + seen + computed
+        assert least < metrics["driver_bytes"] < least + headers
 
 
 @pytest.mark.long

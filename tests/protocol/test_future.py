@@ -244,6 +244,40 @@ class TestShards:
         with pytest.raises(ChunkError, match="got 0"):
             future(2).chunk(0)
 
+    @given(sizes=sizes_of_producers, parts=parts_of_consumers, data=st.data())
+    @settings(deadline=None, max_examples=40)
+    def test_a_slice_is_that_of_the_batch_and_touches_only_the_producers_of_its_rows(
+        self, sizes: list[int], parts: int, data: st.DataObject
+    ) -> None:
+        start = data.draw(st.integers(0, sum(sizes)))
+        stop = data.draw(st.integers(start, sum(sizes)))
+        producers = produce(*sizes)
+        lazy = DataProtoFuture(producers)
+        expected = list(range(sum(sizes)))[start:stop]
+        sliced = lazy.slice(start, stop)
+        assert [producer.waits for producer in producers] == [0] * len(sizes)
+        for one in (sliced, sliced.union(lazy.select("twice").slice(start, stop))):
+            shards = one.shards(parts, "balanced")
+            assert [i for shard in shards for i in ids(copied(shard).get())] == expected
+            assert ids(one.get()) == expected
+        assert len(sliced) == stop - start
+        inner = sliced.slice(len(expected) // 2, len(expected))
+        assert ids(copied(inner).get()) == expected[len(expected) // 2 :]
+        read = {id(p) for p in producers if {*ids(p.batch)} & {*expected}}
+        assert sources(sliced.settled()) == read or not expected
+
+    @pytest.mark.parametrize(("start", "stop"), [(-1, 1), (0, 4), (2, 1)])
+    def test_a_slice_of_rows_that_are_not_there_is_refused_once_rows_are_known(
+        self, start: int, stop: int
+    ) -> None:
+        producers = produce(1, 2)
+        sliced = DataProtoFuture(producers).slice(start, stop)
+        assert [producer.waits for producer in producers] == [0, 0]
+        for use in (len, DataProtoFuture.get, lambda lazy: len(copied(lazy).settled())):
+            with pytest.raises(RowCountError, match=f"rows {start}:{stop} .* 3 rows"):
+                use(sliced)
+        assert not any(producer.fetched for producer in producers)
+
     @pytest.mark.parametrize("how", ["equal", "balanced", "padded"])
     def test_zero_rows_make_shards_of_zero_rows(self, how: How) -> None:
         for shard in future(0, 0).shards(3, how):
@@ -349,7 +383,8 @@ class TestOrigins:
             asked.clear()
             made = [Counted(producer.batch) for producer in produce(*[2] * parts)]
             whole = DataProtoFuture(made)
-            for lazy in (whole, whole.select("ids"), whole.union(whole.select("ids"))):
+            both = whole.union(whole.select("ids"))
+            for lazy in (whole, whole.select("ids"), both, both.slice(0, 2 * parts)):
                 for shard in lazy.shards(parts, "balanced"):
                     assert len(list(origins([shard.settled()]))) <= 2
             assert len(asked) <= 10 * parts
