@@ -292,7 +292,9 @@ class RemoteCall(Pending):
         hold.publications[rank] += 1
         publish = hosts.handles[rank].publish
         batch, size = publish.remote(hold.token, columns, lends, wanted)
-        self.record.count_later("bytes_between", lambda: 0 if hosts.gone else _if_ready(size))
+        hold.sizes.append(size)
+        if len(hold.sizes) == 1:
+            self.record.count_later("bytes_between", partial(_if_ready, hosts, hold.sizes))
         return batch
 
     def can_lend(self, rank: int, hosts: RayHosts, readers: Iterable[int]) -> bool:
@@ -310,13 +312,17 @@ class RemoteCall(Pending):
         self._hold.borrowers = left
 
 
-def _if_ready(ref: Any) -> int | None:
-    ready, _ = ray.wait([ref], timeout=0)
-    if not ready:
+def _if_ready(hosts: RayHosts, sizes: list[Any]) -> int | None:
+    """What all publications of a call so far have moved, which are then forgotten; None if some are
+    to come.
+    """
+    asked = [] if hosts.gone else [*sizes]
+    if asked and len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < len(sizes):
         return None
+    sizes.clear()
     try:
-        return int(ray.get(ref))
-    except Exception:
+        return int(sum(ray.get(asked)))
+    except Exception:  # whoever reads it is told
         return 0
 
 
@@ -328,6 +334,7 @@ class _Hold:
         self.habit = request.role, request.method
         self.publications = dict.fromkeys(request.answers, 0)  # by rank: how many tasks were sent
         self.published: dict[tuple[int, Columns, bool], Any] = {}
+        self.sizes: list[Any] = []  # of publications: references to bytes, not counted yet
         self.borrowers: list[Any] = []
         self.unread = False  # published ahead, and nobody asked
 
