@@ -197,9 +197,9 @@ class Bundle:
 class RayResourcePool(ResourcePool):
     """Processes per node, each with CPUs and, where the cluster has them, accelerators.
 
-    Its parts, and the ranks of each, go by the addresses of their nodes; once it is reserved,
-    `store` does too. Reserved on first use, once; given back by `close`, or when neither the pool
-    nor a group on it is held any more and what runs in it has ended. Several groups may share the
+    Reserved on first use, once; given back by `close`, or when neither the pool nor a group on it
+    is held any more and what runs in it has ended. Its parts, and the ranks of each, go by the
+    addresses of their nodes; once it is reserved, `store` does too. Several groups may share the
     pool: each worker takes 1/max_colocate_count of its bundle.
 
     Args:
@@ -409,7 +409,9 @@ class SubRayResourcePool(RayResourcePool):
         subgroup_world_size: int,
         **kwargs: Any,
     ) -> None:
-        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence."""
+        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence, those
+        of each group in the order of their nodes.
+        """
         super().__init__(**kwargs)
         self.pgs = list(placement_groups)
         self.start_bundle_index = start_bundle_index
