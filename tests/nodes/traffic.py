@@ -11,7 +11,10 @@ from unittest import TestCase
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["received", "received_here"]
+__all__ = ["counts", "received", "received_here"]
+
+counts = hasattr(ray._raylet.CoreWorker, "log_plasma_usage")
+"""Whether this Ray says what it has received; 2.41 does not."""
 
 
 def received() -> dict[str, int]:
@@ -29,9 +32,8 @@ def received() -> dict[str, int]:
 
 def received_here() -> int:
     """The same, of the node that this process is on."""
-    worker: Any = ray._private.worker.global_worker.core_worker  # pyright: ignore[reportAttributeAccessIssue]
+    worker: Any = ray._private.worker.global_worker.core_worker
     with TestCase().assertLogs("ray._raylet", "INFO") as told:
-        for name in ("log_plasma_usage", "dump_object_store_memory_usage"):  # the latter: ray 2.41
-            getattr(worker, name, str)()
+        worker.log_plasma_usage()
     (found,) = re.findall(r"bytes received: (\d+)", "\n".join(told.output))
     return int(found)
