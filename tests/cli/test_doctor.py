@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from single_controller.cli import doctor
 from single_controller.cli.doctor import Node, Probe
@@ -207,6 +209,51 @@ def test_nodes_that_differ_and_those_that_do_not_answer_are_named(tmp_path: Path
     [takers] = re.findall(r"no token: whoever reaches Ray on (.+) runs code there", said)
     assert re.fullmatch(r"[\d.]+, 127\.0\.0\.3", takers)
     assert "any of 2 nodes reaches a new port of any other" in said
+
+
+@pytest.mark.slow
+def test_a_cluster_by_ray_start_takes_nodes_that_have_its_token_and_doctor_sees_each(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("ray._private.authentication", reason="this Ray knows no tokens")
+    (tmp_path / "token").write_text("cd" * 32)
+    with (
+        tempfile.TemporaryDirectory(prefix="sc", dir="/tmp") as home,
+        contextlib.ExitStack() as started,
+    ):
+        stranger = bare(HOME=str(tmp_path), RAY_TMPDIR=home)
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+        usual = ["--num-cpus=1", "--disable-usage-stats", "--block"]
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", *usual]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        head = ["--head", f"--port={port}", "--include-dashboard=false"]
+        for where in (head, [f"--address={address}"]):
+            node = started.enter_context(
+                subprocess.Popen(
+                    [*start, *where],
+                    env={**stranger, **own},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+            started.callback(node.terminate)
+            assert node.stdout is not None
+            assert any("Ray runtime started" in line for line in node.stdout)
+        once = {**stranger, "RAY_NUM_REDIS_GET_RETRIES": "1"}  # or it tries for 20 s
+        turned_away = subprocess.run(
+            [*start, f"--address={address}"], env=once, capture_output=True, text=True
+        )
+        done = run("doctor", "--address", address, env={**stranger, **own})
+    assert turned_away.returncode != 0
+    assert "Authentication token is missing or incorrect" in turned_away.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^ok +node +", done.stdout, re.M)) == 2
+    assert "2 alive" in done.stdout
+    assert "no token" not in done.stdout
 
 
 @pytest.fixture(scope="module")
