@@ -207,7 +207,7 @@ def _knock(address: str) -> None:
 def _nodes(nodes: dict[Node, Any]) -> Iterator[Sequence[str]]:
     """Put those that live where they are wanted, each with its probe."""
     actor: Any = ray.remote(num_cpus=0)(Probe)
-    table = ray.nodes()
+    table = sorted(ray.nodes(), key=lambda node: node["NodeManagerAddress"])
     living = {n["NodeID"]: (n["NodeManagerAddress"], n["Resources"]) for n in table if n["Alive"]}
     places = {i: NodeAffinitySchedulingStrategy(i, soft=False) for i in living}
     probes = {i: actor.options(scheduling_strategy=place).remote() for i, place in places.items()}

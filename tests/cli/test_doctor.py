@@ -53,7 +53,7 @@ time.time = lambda: now() + 3_600
 IMPATIENT = """
 import sys
 from single_controller.cli import doctor
-doctor._WAIT_S = 5
+doctor._WAIT_S = 20
 sys.exit(doctor.doctor(sys.argv[1]))
 """
 
@@ -205,9 +205,10 @@ def test_nodes_that_differ_and_those_that_do_not_answer_are_named(tmp_path: Path
         f"127.0.0.3: differs from this process: tensordict {here} here, 9.9"
     ]
     [clock] = re.findall(r"warn +clocks +(.+) s off", said)
-    assert re.fullmatch(r"127\.0\.0\.3: \+3(599|600)\.\d", clock)
+    assert re.fullmatch(r"127\.0\.0\.3: \+3[56]\d\d\.\d", clock)
     [takers] = re.findall(r"no token: whoever reaches Ray on (.+) runs code there", said)
-    assert re.fullmatch(r"[\d.]+, 127\.0\.0\.3", takers)
+    head = address.rpartition(":")[0]
+    assert takers.split(", ") == sorted([head, "127.0.0.3"])
     assert "any of 2 nodes reaches a new port of any other" in said
 
 
