@@ -219,9 +219,11 @@ def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ray", "inline"])
 def test_the_program_leaves_metrics_a_picture_and_a_checkpoint(
-    cluster: None, tmp_path: Path
+    backend: str, cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SINGLE_CONTROLLER_BACKEND", backend)
     address = str(ray.get_runtime_context().gcs_address)
     finish("--steps", "2", "--ranks", "1", "--epochs", "1", output=tmp_path, address=address)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
