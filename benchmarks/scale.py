@@ -1,7 +1,8 @@
 """Times what a driver does for 8 to 4,096 ranks, without their processes; or for some, with them.
 
-    python benchmarks/scale.py --json docs/scaling.json --chart docs/scaling.png
-    python benchmarks/scale.py --processes 4 24 --json docs/scaling.json
+    cd docs; WRITE="--json scaling.json --page scaling.md"
+    python ../benchmarks/scale.py $WRITE --chart scaling.png
+    python ../benchmarks/scale.py $WRITE --processes 4 24
 
 How ranks are stood in for is said in `scale_cases`. Figures are medians over the rounds of one run.
 A line that takes longer than `--enough` seconds a round is not tried with more ranks.
@@ -35,6 +36,8 @@ PANELS = {
     "results that stay": ("future.get", "chain", "union"),
     "failures, and questions": ("one rank", "alive", "describe", "stats", "attach", "close"),
 }
+
+DETAILS = (": make", ": get", ": release")  # are in the JSON, and in no picture
 
 Figures = dict[str, dict[str, dict[str, float]]]  # line, ranks
 
@@ -141,24 +144,79 @@ def draw(figures: Figures, bare: dict[str, dict[str, float]], path: Path) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chart, panels = pyplot.subplots(1, len(PANELS), figsize=(15, 5.2), sharey=True)
+    chart, panels = pyplot.subplots(1, len(PANELS), figsize=(15, 6), sharey=True)
     for axes, (title, starts) in zip(panels, PANELS.items(), strict=True):
         for line, by_size in figures.items():
-            if line.startswith(starts):
+            if line.startswith(starts) and not line.endswith(DETAILS):
                 values = [found["us"] for found in by_size.values()]
                 axes.plot(list(map(int, by_size)), values, marker="o", ms=3, label=line)
         submit = [found["submit_us"] for found in bare.values()]
-        axes.plot(list(map(int, bare)), submit, "k--", lw=1, label="bare Ray: submitting a task")
+        axes.plot(list(map(int, bare)), submit, "k--", lw=1, label="bare Ray: to submit a task")
         axes.set(title=title, xscale="log", yscale="log", xlabel="ranks")
+        axes.set_ylim(bottom=1)
         axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES], fontsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[0].set_ylabel("µs per rank (flat: linear in ranks)")
     chart.tight_layout()
-    chart.savefig(path, dpi=130)
+    chart.savefig(path, dpi=110)
+
+
+def page(report: dict[str, Any], text: str) -> str:
+    """A page with these figures in place of those between its marks."""
+    for name, made in {"figures": _by_line, "processes": _by_calls}.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if name in report and start in text:
+            before, _, after = text.partition(start)
+            text = f"{before}{start}\n{made(report)}\n\n{end}{after.partition(end)[2]}"
+    return text
+
+
+def _by_line(report: dict[str, Any]) -> str:
+    shown = [str(size) for size in (SMALL, LARGE, max(SIZES))]
+    sizes = [f"{int(size):,}" for size in shown]
+    bare, skew = report["bare"], "256"
+    rows = [
+        ["µs per rank", *sizes, f"{sizes[1]} / {sizes[0]}", "own", "in Ray", "tasks", "bare Ray",
+         f"skew at {skew}, ms"]
+    ]  # fmt: skip
+    for line, by_size in report["figures"].items():
+        if line.endswith(DETAILS):
+            continue
+        cells = [f"{by_size[size]['us']:,.0f}" if size in by_size else "-" for size in shown]
+        at, grows = by_size.get(str(LARGE)), growth(by_size)
+        if at is not None and grows is not None:
+            cells += [f"{grows:.2f}", f"{at['own_us']:,.0f}", f"{at['doors_us']:,.0f}"]
+            cells += [f"{at['tasks']:.1f}", f"{at['tasks'] * bare[str(LARGE)]['submit_us']:,.0f}"]
+        cells += ["-"] * (8 - len(cells))
+        sent = by_size.get(skew, {}).get("skew_ms", 0)
+        rows.append([line, *cells, f"{sent:,.0f} + {_bare_ms(bare, skew):,.0f}" if sent else "-"])
+    return _markdown(rows)
+
+
+def _bare_ms(bare: dict[str, dict[str, float]], size: str) -> float:
+    return bare[size]["submit_us"] * int(size) / 1e3
+
+
+def _by_calls(report: dict[str, Any]) -> str:
+    calls = report["processes"]
+    sizes = list(next(iter(calls.values())))
+    few, many = sizes[0], sizes[-1]
+    heads = [f"{who}, {size} ranks" for who in ("here", "bare actors") for size in (few, many)]
+    rows = [["µs per rank", *heads, f"here, {many} / {few}", f"bare, {many} / {few}"]]
+    for line, by_size in calls.items():
+        ends = [[by_size[size][key] for size in (few, many)] for key in ("us", "bare_us")]
+        ratios = [f"{large / small:.2f}" for small, large in ends]
+        rows.append([line, *(f"{us:,.0f}" for pair in ends for us in pair), *ratios])
+    return _markdown(rows)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *body])
 
 
 class Plain:
@@ -261,6 +319,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", help="real ranks, so many, instead")
     parser.add_argument("--json", type=Path, help="write the figures here, beside those of others")
     parser.add_argument("--chart", type=Path, help="draw them here, as PNG")
+    parser.add_argument("--page", type=Path, help="put them into the tables of this page")
     options = parser.parse_args()
     only = [n for n in CASES if not options.only or n.startswith(tuple(options.only))]
     if not only:
@@ -282,6 +341,8 @@ def main() -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.chart:
         draw(report["figures"], report["bare"], options.chart)
+    if options.page:
+        options.page.write_text(page(report, options.page.read_text()))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import os
 import statistics
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import cycle, islice
@@ -249,17 +249,16 @@ class Maker:
 
 
 class Gate:
-    """Keeps answers back until it is opened."""
+    """Keeps answers back until it is opened for them. What it is told may come in any order."""
 
     def __init__(self) -> None:
-        self._open = asyncio.Event()
+        self._opened: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
 
-    async def passed(self) -> None:
-        await self._open.wait()
+    async def passed(self, number: int) -> None:
+        await self._opened[number].wait()
 
-    async def open(self) -> None:
-        self._open.set()
-        self._open = asyncio.Event()
+    async def open(self, number: int) -> None:
+        self._opened[number].set()
 
 
 class Cluster:
@@ -279,6 +278,7 @@ class Cluster:
         victim: Any = ray.remote(num_cpus=0)(Maker).remote()
         ray.get([self._maker.noop.remote(), victim.noop.remote()])
         ray.kill(victim)
+        self._opened = 0
         self._made: dict[tuple[str, int], list[Any]] = {}
         self._node = ray.get_runtime_context().get_node_id()
         self.dead = failed(victim.noop)
@@ -363,10 +363,11 @@ class Cluster:
 
     def kept_back(self) -> Any:
         """A reference to what is here once `open` was called."""
-        return self._gate.passed.remote()
+        return self._gate.passed.remote(self._opened)
 
     def open(self) -> None:
-        ray.get(self._gate.open.remote())
+        ray.get(self._gate.open.remote(self._opened))
+        self._opened += 1
 
 
 def failed(method: Any) -> Any:
@@ -381,7 +382,8 @@ def failed(method: Any) -> Any:
 
 class Clock:
     """Notes what parts of a case take: seconds, and those of CPU that are not spent in Ray, since
-    other programs may keep the machine busy.
+    other programs may keep the machine busy. No garbage is collected meanwhile: that comes after so
+    many objects, in one call with many ranks or in one of many with few.
     """
 
     def __init__(self) -> None:
@@ -390,15 +392,16 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str = "") -> Generator[None]:
-        gc.collect()
         doors = DOORS
         doors.sent.clear()
         before = doors.seconds, doors.bytes, doors.references, Counter(doors.calls)
         cpu_before, elsewhere = doors.cpu, self.elsewhere_s
+        gc.disable()
         began, cpu = time.perf_counter(), time.thread_time()
         yield
         cpu = time.thread_time() - cpu + self.elsewhere_s - elsewhere
         seconds = time.perf_counter() - began
+        gc.enable()
         calls = doors.calls - before[3]
         sent = [times for title, times in doors.sent.items() if "." in title]
         self.parts[part] = {
@@ -663,6 +666,7 @@ def measured(
         found.append(warm.parts)
     while not found or (len(found) < rounds and time.monotonic() - began < enough_s):
         clock = Clock()
+        gc.collect()
         once(clock)
         found.append(clock.parts)
     for _ in prepared:

@@ -1,7 +1,10 @@
-"""The programs that start a Ray of their own: README's, that of a page, and `make demo`."""
+"""The programs that start a Ray of their own: README's, that of a page, `make demo`, and the
+benchmark that tells what grows with the number of ranks.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -98,3 +101,36 @@ def test_the_demo_says_what_is_missing_where_a_device_is_asked_for(address: str)
     done = demo("--device", "cuda", RAY_ADDRESS=address)
     assert done.returncode == 1
     assert re.search(r"GPU +2 +0 +0", done.stderr), done.stderr
+
+
+def scale(*options: str) -> None:
+    done = run("benchmarks/scale.py", "--rounds", "1", *options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_call_sends_a_rank_more_and_none_asks_ray_more_often_where_there_are_more_ranks(
+    tmp_path: Path,
+) -> None:
+    found, chart, page = (tmp_path / name for name in ("found.json", "found.png", "page.md"))
+    page.write_text("<!-- figures -->\n<!-- end of figures -->", encoding="utf-8")
+    scale("--ranks", "8", "64", "--json", f"{found}", "--chart", f"{chart}", "--page", f"{page}")
+    figures = json.loads(found.read_text())["figures"]
+    sent = {line: [by_size[size] for size in ("8", "64")] for line, by_size in figures.items()}
+    assert sent["chain, rows known: in all"][1]["tasks"] == 4  # make, publish, use, release
+    assert [
+        (line, what, few[what], many[what])
+        for line, (few, many) in sent.items()
+        for what in ("kb", "references", "tasks", "waits")
+        if many[what] > 1.35 * few[what] + 0.5  # 63 ranks beside 42, where 8 have 6 beside 4
+    ] == []
+    assert [line for line, (_, many) in sent.items() if many["lookups"] > 2] == []
+    assert "| close |" in page.read_text(encoding="utf-8")
+    assert chart.stat().st_size
+
+
+def test_ranks_with_processes_are_measured_beside_bare_actors(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    scale("--processes", "2", "--json", f"{found}")
+    calls = json.loads(found.read_text())["processes"]
+    assert calls.keys() == {"no-op", "6 columns", "chain of two halves"}
+    assert all(by_size["2"].keys() == {"us", "bare_us"} for by_size in calls.values())
