@@ -18,11 +18,12 @@ import threading
 import time
 import uuid
 import weakref
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -162,13 +163,13 @@ class PoolRequest:
         return "more nodes: none has all that one process asks for"
 
     def _fewer(self, nodes: Sequence[NodeResources]) -> list[int]:
-        """Counts that fit: these, the largest first, cut into what there is room for."""
+        """Counts that fit: the first of these, or, where each is to be on one node, all of them,
+        the largest first, cut into what there is room for.
+        """
         if self.strategy != "STRICT_PACK":
-            kept = list(self.counts)
-            while kept and not replace(self, counts=tuple(kept)).fits(nodes):
-                kept[kept.index(max(kept))] -= 1
-                kept = [count for count in kept if count]
-            return kept
+            totals = range(1, sum(self.counts) + 1)
+            most = bisect(totals, False, key=lambda n: not self._first(n).fits(nodes))
+            return list(self._first(most).counts)
         room = [0, *(self._capacity(node.total) for node in nodes)]
         parts: list[list[int]] = [[] for _ in self.counts]
         for i in sorted(range(len(parts)), key=lambda i: -self.counts[i]):
@@ -178,6 +179,11 @@ class PoolRequest:
                 parts[i].append(min(left, room[place]))
                 room[place] -= parts[i][-1]
         return [part for split in parts for part in split]
+
+    def _first(self, total: int) -> PoolRequest:
+        """So many of the processes."""
+        parts = zip(self.counts, accumulate(self.counts, initial=0), strict=False)
+        return replace(self, counts=tuple(min(n, total - at) for n, at in parts if at < total))
 
 
 def _shown(bundle: Mapping[str, float]) -> str:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -237,7 +238,9 @@ def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
                 tell(process, files[process])
                 told.append(process)
         deadline = time.monotonic() + seconds
-        found.update({process: _written(files[process], deadline) for process in told})
+        with ThreadPoolExecutor(len(told) or 1) as threads:
+            texts = threads.map(_written, [files[p] for p in told], [deadline] * len(told))
+            found.update(zip(told, texts, strict=True))
     return [found.get(process) or _silence(process) for process in processes]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,13 @@ import ray
 from single_controller.base import Worker
 from single_controller.base.explain import Carrier, Explanation, explain_arguments
 from single_controller.base.plan import Call, Layout, Plan
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, placement
+from single_controller.ray import (
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+    placement,
+    process,
+)
 from single_controller.ray import start as starting
 from single_controller.ray.failure import CallSite, diagnose
 from single_controller.ray.hosts import RayHosts
@@ -193,11 +200,35 @@ def ended(ranks: int) -> int:
     return Ref.work
 
 
-@pytest.mark.parametrize("work", [late, failed, explained, given_back, ended])
+def refused(ranks: int) -> int:
+    """The work for a pool that nodes of eight cannot hold, and what they could."""
+
+    class Resources(dict[str, float]):
+        def get(self, *args: Any) -> Any:
+            Ref.work += 1
+            return super().get(*args)
+
+    has = Resources(CPU=7)
+    nodes = [placement.NodeResources("ip", has, has) for _ in range(ranks // 8)]
+    Ref.work = 0
+    told = placement.PoolRequest((ranks,), {"CPU": 1}, "PACK").explain(nodes)
+    assert f"What fits: process_on_nodes=[{ranks // 8 * 7}]" in told
+    return Ref.work
+
+
+@pytest.mark.parametrize("work", [late, failed, explained, given_back, ended, refused])
 def test_four_times_the_ranks_are_four_times_the_work(
     stand_ins: None, work: Callable[[int], int]
 ) -> None:
-    assert work(1_000) <= 5 * work(250)  # a rank has a digit more
+    assert work(1_000) <= 6 * work(250)  # a rank has a digit more
+
+
+def test_the_stacks_of_a_node_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_emptied", lambda process: Path("stacks"))
+    monkeypatch.setattr(process, "_ask", lambda *_: None)
+    monkeypatch.setattr(process, "_written", two_at_once(lambda *_: "a stack", lambda *_: True))
+    two = [ProcessInfo("node", "ip", pid) for pid in (1, 2)]
+    assert process.read_stacks(two) == ["a stack"] * 2
 
 
 def test_ranks_count_on_the_nodes_that_their_processes_are_on(
