@@ -83,19 +83,20 @@ class Node:
         self.devices = {k.resource: len(glob.glob(k.files)) for k in DEVICE_KINDS if k.files}
         self.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.clock_s = time.time()
+        self.port = 0  # which takes connections
 
 
 class Probe:
     """A process on a node that looks around, and tries connections to others."""
 
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("", 0), backlog=1_024)
+
     def look(self, ip: str, resources: Mapping[str, float]) -> Node:
         """This node, now."""
-        return Node(ip, resources)
-
-    def listen(self) -> int:
-        """A port that takes connections from now on."""
-        self._socket = socket.create_server(("", 0), backlog=1_024)
-        return int(self._socket.getsockname()[1])
+        node = Node(ip, resources)
+        node.port = self._socket.getsockname()[1]
+        return node
 
     def unreachable(self, addresses: Sequence[tuple[str, int]], batch: Any = None) -> list[str]:
         """Those that take no connection from here, each with why; the batch has to arrive, too."""
@@ -150,8 +151,7 @@ def guarded(name: str, fix: str, check: Callable[..., Iterator[Any]], *args: Any
     except ResourceError as error:
         yield Finding(name, "skip", str(error)[:300])
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".strip()
-        yield Finding(name, "fail", text if len(text) < 1_500 else f"{text[:1_500]} …", fix)
+        yield Finding(name, "fail", f"{type(error).__name__}: {error}"[:1_500].strip(), fix)
 
 
 def connect(address: str | None) -> str:
@@ -165,8 +165,7 @@ def connect(address: str | None) -> str:
     here = sorted(find_gcs_addresses())
     found = [] if named and named != "auto" else here
     if len(found) > 1:
-        several = f"{len(found)} clusters run on this machine: {', '.join(found)}"
-        raise ValueError(f"{several}\n{_NAME}")
+        raise ValueError(f"{len(found)} clusters run on this machine: {', '.join(found)}\n{_NAME}")
     where = found[0] if found else named or ""
     if where in here:  # Ray itself shows the user's token only to a cluster that it finds
         with contextlib.suppress(AttributeError, ImportError):  # a Ray without tokens
@@ -211,18 +210,17 @@ def _nodes(nodes: dict[Node, Any]) -> Iterator[Sequence[str]]:
     living = {n["NodeID"]: (n["NodeManagerAddress"], n["Resources"]) for n in table if n["Alive"]}
     places = {i: NodeAffinitySchedulingStrategy(i, soft=False) for i in living}
     probes = {i: actor.options(scheduling_strategy=place).remote() for i, place in places.items()}
-    ports = _answers({i: probe.listen.remote() for i, probe in probes.items()})
-    started = [i for i, port in ports.items() if isinstance(port, int)]
-    began = time.time()
-    seen = _answers({i: probes[i].look.remote(*living[i]) for i in started})
+    first = _answers({i: probe.look.remote(*living[i]) for i, probe in probes.items()})
+    began, started = time.time(), [i for i, node in first.items() if isinstance(node, Node)]
+    again = _answers({i: probes[i].look.remote(*living[i]) for i in started})
     ended = time.time()
-    for i, node in {**ports, **seen}.items():
+    for i, node in {**first, **again}.items():
         if isinstance(node, Exception):
             why = f"no process answers on {living[i][0]}: {type(node).__name__}: {node}"
             yield "fail", why, _SILENT
         else:
             node.clock_s -= min(max(node.clock_s, began), ended)  # it has looked in between
-            nodes[node] = probes[i], ports[i]
+            nodes[node] = probes[i]
     total, free = ray.cluster_resources(), ray.available_resources()
     kinds = [k for k in dict.fromkeys(k.resource for k in reversed(DEVICE_KINDS)) if k in total]
     amounts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}" for kind in kinds)
@@ -293,9 +291,9 @@ def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _ports(nodes: Mapping[Node, Any]) -> Iterator[Sequence[str]]:
-    addresses = [(node.ip, port) for node, (_, port) in nodes.items()]
-    batch, failed = ray.put(bytearray(64 << 20)), list[str]()
-    tries = {n: probe.unreachable.remote(addresses, batch) for n, (probe, _) in nodes.items()}
+    addresses, batch = [(node.ip, node.port) for node in nodes], ray.put(bytearray(64 << 20))
+    tries = {n: probe.unreachable.remote(addresses, batch) for n, probe in nodes.items()}
+    failed: list[str] = []
     for node, found in _answers(tries).items():
         missed = [f"a batch ({found})"] if isinstance(found, Exception) else found
         failed += [f"{node.ip} → {what}" for what in missed]

@@ -113,7 +113,7 @@ def test_a_node_as_it_should_be_is_said_to_be_well_in_a_line() -> None:
 
 def test_a_port_that_takes_no_connection_is_named() -> None:
     probe = Probe()
-    address = ("127.0.0.1", probe.listen())
+    address = ("127.0.0.1", probe.look("127.0.0.1", {}).port)
     assert probe.unreachable([address]) == []
     probe._socket.close()
     [why] = probe.unreachable([address])
