@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import ray
 
 from single_controller import GroupBrokenError, ResourceError, WorkerDiedError
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from single_controller.ray.process import ProcessInfo, check_versions, versions
 from tests.faults.victim import Victim
 from tests.nodes.conftest import Driver, Nodes
 from tests.waiting import eventually
@@ -144,3 +147,27 @@ def test_versions_that_differ_between_nodes_are_named_and_refused_where_calls_wo
         ResourceError, match=r"single-controller 0\.0\.1 instead of .*; torch 1\.99"
     ):
         driver(log_of_a_start, *on_odd)
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "ranks", "refused"),
+    [
+        ("python", "2.7.18", [0, 1], True),
+        ("python", f"3.{sys.version_info.minor}.99", [1], False),
+        ("ray", "2.0.1", [0, 1], True),
+        ("numpy", "1.0.1", [1], False),
+        ("torch", "1.99", [0, 1], False),
+        ("torch", "1.99", [1], True),
+    ],
+)
+def test_what_calls_or_collectives_would_break_on_is_refused_and_all_else_is_logged(
+    caplog: pytest.LogCaptureFixture, package: str, version: str, ranks: list[int], refused: bool
+) -> None:
+    own = versions()
+    found = [{**own, package: version} if rank in ranks else own for rank in (0, 1)]
+    processes = [ProcessInfo("", f"10.0.0.{rank}", rank) for rank in (0, 1)]
+    with pytest.raises(ResourceError) if refused else nullcontext() as error:
+        check_versions(found, processes)
+    where = ", ".join(f"10.0.0.{rank}" for rank in ranks)
+    text = f"{package} {version} instead of {own[package]} on {where} (ranks {ranks})"
+    assert text in (caplog.text if error is None else str(error.value))
