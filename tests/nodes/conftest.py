@@ -82,13 +82,7 @@ class Driver:
 
 
 def _connect(address: str, node_ip: str) -> None:
-    ray.init(
-        address,
-        namespace="nodes",  # of all drivers, or none would find the detached groups of another
-        _node_ip_address=node_ip,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
+    ray.init(address, _node_ip_address=node_ip, logging_level="ERROR", log_to_driver=False)
 
 
 @pytest.fixture(scope="module")

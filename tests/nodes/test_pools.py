@@ -69,8 +69,15 @@ def places(pool: RayResourcePool) -> list[Place]:
         return group.place()
 
 
+def all_given_back() -> None:
+    """Ray hears a moment later that nodes are free, and spreads by what it has heard."""
+    total = ray.cluster_resources()["CPU"]
+    assert eventually(lambda: ray.available_resources().get("CPU") == total)
+
+
 def placed(counts: Sequence[int], strategy: str = "STRICT_PACK", **settings: Any) -> list[Bundle]:
     """Where the ranks of a pool would be, which is given back."""
+    all_given_back()
     with RayResourcePool(counts, **settings) as pool:
         pool.get_placement_groups(strategy)
         return [*pool.bundles()]
@@ -163,6 +170,7 @@ def test_ranks_of_an_uneven_pool_its_parts_and_after_a_restart_know_their_places
 
 
 def merged() -> tuple[list[Place], list[bool]]:
+    all_given_back()
     with RayResourcePool([3]) as a, RayResourcePool([3]) as b:
         for pool in (a, b):
             pool.get_placement_groups("SPREAD")
