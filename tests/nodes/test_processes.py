@@ -85,19 +85,6 @@ def addresses() -> list[str]:
     return [address for address, _ in found]
 
 
-@pytest.fixture(scope="module")
-def group(head: Driver) -> list[int]:
-    return head(start)
-
-
-def test_ranks_on_two_nodes_meet_where_rank_0_is_which_is_not_where_the_driver_is(
-    head: Driver, group: list[int]
-) -> None:
-    assert head(places) == [LEFT, RIGHT]
-    assert head(addresses) == [LEFT, LEFT]
-    assert head(call, "all_reduce") == [3.0, 3.0]
-
-
 def submit(*what: str) -> None:
     """Have each rank act so, and return once all were seen at it."""
     HERE["call"] = HERE["group"].act.submit(PerRank(what))
@@ -114,6 +101,23 @@ def submit(*what: str) -> None:
 
 def result() -> Any:
     return HERE["call"].result(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def group(head: Driver) -> list[int]:
+    """Their pids. Looked at once, so that either node has a process by which others look at it."""
+    pids = head(start)
+    head(submit, "fine", "fine")
+    assert head(result) == ["fine", "fine"]
+    return pids
+
+
+def test_ranks_on_two_nodes_meet_where_rank_0_is_which_is_not_where_the_driver_is(
+    head: Driver, group: list[int]
+) -> None:
+    assert head(places) == [LEFT, RIGHT]
+    assert head(addresses) == [LEFT, LEFT]
+    assert head(call, "all_reduce") == [3.0, 3.0]
 
 
 def restart() -> list[int]:
