@@ -62,6 +62,11 @@ class Maker(Worker):
     def make(self, data: DataProto) -> DataProto:
         return table(len(data))
 
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, blocking=False)
+    def widen(self, data: DataProto) -> DataProto:
+        hidden = DataProto.from_dict({"hidden": torch.ones(len(data), 8 * MB // 4)})
+        return hidden.union(DataProto.from_dict({"x": torch.ones(len(data), 32_000)}))
+
 
 def table(rows: int, **meta_info: Any) -> DataProto:
     """Of 1 MB per row."""
@@ -110,6 +115,12 @@ def made_elsewhere() -> Any:
     return made
 
 
+def one_column_of_a_batch_of_64_megabytes() -> Any:
+    wide = GROUPS["makers"].widen(DataProto.from_dict({"seed": torch.zeros(8)}))
+    assert len(wide) == 8
+    return wide.select(["x"])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("held")
@@ -133,6 +144,7 @@ def driver(nodes: Nodes, folder: Path) -> Iterator[Driver]:
         ("shard", columns, 8),
         ("rows", made_elsewhere, 8),
         ("shard", made_elsewhere, 8),
+        ("rows", one_column_of_a_batch_of_64_megabytes, 1),
     ],
 )
 def test_what_ranks_of_another_node_share_comes_to_it_once_and_to_no_other_node(
