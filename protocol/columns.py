@@ -20,8 +20,10 @@ from protocol.device_memory import to_host
 from protocol.errors import BatchError, BatchTypeError, RowCountError
 
 __all__ = [
+    "NUMBERS",
     "Array",
     "Column",
+    "Numbers",
     "Unbuilt",
     "as_object_array",
     "build",
@@ -51,6 +53,7 @@ __all__ = [
     "strided",
     "strided_parts",
     "take",
+    "tensor",
     "twin",
     "unbind",
 ]
@@ -59,6 +62,37 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Column: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 
 _LARGE = 1 << 22  # bytes from which numpy asks for large pages
+
+
+class Numbers(NamedTuple):
+    """What a dense tensor on the CPU is made of once someone asks for it: numpy shows memory, which
+    may be read-only, in a tenth of the time that torch takes, and joins many small ones.
+    """
+
+    array: Array
+    dtype: torch.dtype  # where numpy has none like it, the array is of integers of its size
+
+
+_NAMES = "bool uint8 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
+NUMBERS = {getattr(torch, name): np.dtype(name) for name in _NAMES.split()}  # which both have
+
+
+def tensor(column: Any) -> Any:
+    """The tensor of `Numbers`; any other column itself."""
+    if type(column) is not Numbers:
+        return column
+    array, dtype = column
+    made = torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
+    return made if dtype in NUMBERS else made.view(dtype)
+
+
+class _Writable:
+    """Shows a read-only array to torch, which warns about those, as if it could be written."""
+
+    def __init__(self, source: Array) -> None:
+        self.source = source  # keeps the memory alive
+        self.__array_interface__ = source.__array_interface__
+        self.__array_interface__["data"] = self.__array_interface__["data"][0], False
 
 
 # Nested tensors. A jagged one of n rows is stored as `values`, all rows one after another along one
@@ -199,9 +233,12 @@ def combinable(after: Mapping[Any, Any], *before: Mapping[Any, Any]) -> dict[Any
 class Unbuilt(NamedTuple):
     """What a TensorDict is built from once someone asks for it; cutting a batch does not."""
 
-    tensors: Mapping[Any, Column]
+    columns: Mapping[Any, torch.Tensor | Numbers]
     batch_size: tuple[int, ...]
     device: torch.device | None
+
+    def tensors(self) -> dict[Any, torch.Tensor]:
+        return {key: tensor(column) for key, column in self.columns.items()}
 
 
 def build(
@@ -367,7 +404,7 @@ def split(column: Any, sizes: Sequence[int]) -> list[Any]:
     ]
 
 
-def cat(columns: Sequence[Column]) -> Any:
+def cat(columns: Sequence[Any]) -> Any:
     """All rows of all tensors or arrays, in new memory even for a single one.
 
     Numbers of several dtypes become those that torch or numpy promote them to. BatchError if they
@@ -376,10 +413,17 @@ def cat(columns: Sequence[Column]) -> Any:
     if not columns:
         raise BatchError("cannot concatenate zero columns: pass at least one")
     first = columns[0]
+    if isinstance(first, Numbers) and first.array.nbytes < _LARGE:  # large ones torch joins sooner
+        shape, dtype = first.array.shape[1:], first.dtype
+        each = [c.array for c in columns if isinstance(c, Numbers) and c.dtype == dtype]
+        if len(each) == len(columns) and all(array.shape[1:] == shape for array in each):
+            return tensor(Numbers(np.concatenate(each), dtype))
+    columns = [*map(tensor, columns)]
+    first = columns[0]
     if all(map(is_nested, columns)):
-        columns = [column for column in columns if column.size(0)] or columns[:1]  # type: ignore[operator]
+        columns = [column for column in columns if column.size(0)] or columns[:1]
         first = columns[0]
-        if not is_strided(first) and len({c._ragged_idx for c in columns}) > 1:  # type: ignore[union-attr]
+        if not is_strided(first) and len({c._ragged_idx for c in columns}) > 1:
             # Rows of one shape say nothing of the dim that was meant to be ragged: look at all.
             return nested_tensor_from_tensor_list(
                 [row for column in columns for row in unbind(column)]
@@ -394,7 +438,7 @@ def cat(columns: Sequence[Column]) -> Any:
             )
     if not isinstance(first, torch.Tensor):
         return np.concatenate([np.asarray(column, dtype) for column in columns])
-    tensors: list[Any] = [c if c.dtype == dtype else c.to(dtype) for c in columns]  # type: ignore[union-attr]
+    tensors: list[Any] = [c if c.dtype == dtype else c.to(dtype) for c in columns]
     if not first.is_nested:
         return _cat(tensors, 0)
     if is_strided(first):

@@ -97,7 +97,7 @@ def cat_columns(shards: Sequence[Mapping[Any, Any]], name: str) -> dict[Any, Any
 
 
 def _cat(values: list[Any]) -> Any:
-    kinds = {_kind(value) for value in values}
+    kinds = {*map(_kind, values)}
     if kinds == {"column"}:
         return columns.cat(values)
     if kinds == {"shared object"}:
@@ -118,7 +118,7 @@ def _children(value: Any) -> list[Any]:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, (torch.Tensor, np.ndarray)):
+    if isinstance(value, (torch.Tensor, np.ndarray, columns.Numbers)):
         return "column"
     if isinstance(value, NonTensorStack):
         return "objects"

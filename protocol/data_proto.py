@@ -4,6 +4,7 @@ left to `columns`, how dicts of them combine to `combine`, bytes to `wire` and `
 from __future__ import annotations
 
 import copy
+import copyreg
 import logging
 import math
 import os
@@ -80,8 +81,8 @@ class _Parts:
         if isinstance(self._batch, Unbuilt):
             with _building:  # what one thread writes into it must not be lost to another's
                 if isinstance(self._batch, Unbuilt):
-                    tensors, size, device = self._batch
-                    self._batch = TensorDict(dict(tensors), size, device=device)
+                    tensors, (_, size, device) = self._batch.tensors(), self._batch
+                    self._batch = TensorDict(tensors, size, device=device)
         return self._batch
 
     @batch.setter
@@ -94,9 +95,13 @@ class _Parts:
         self._batch = batch
 
     def _tensors(self) -> dict[Any, Any]:
-        if isinstance(self._batch, Unbuilt):
-            return dict(self._batch.tensors)
-        return {} if self._batch is None else columns.leaves(self._batch)
+        if isinstance(held := self._batch, Unbuilt):
+            return held.tensors()
+        return {} if held is None else columns.leaves(held)
+
+    def _columns(self) -> Mapping[Any, Any]:
+        """The same, but for tensors that nobody has asked for yet."""
+        return held.columns if isinstance(held := self._batch, Unbuilt) else self._tensors()
 
     def _unbuilt(self, tensors: Mapping[Any, Any], size: tuple[int, ...]) -> Any:
         """Other tensors on the same device; None if there are none here nor there."""
@@ -274,9 +279,12 @@ class DataProto(_Parts):
         twin.meta_info = columns.deepcopy(self.meta_info)
         return twin
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        payload = wire.pack(self._batch, self.non_tensor_batch, self.meta_info)
-        return _restore, (type(self), payload)
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        parts = self._batch, self.non_tensor_batch, self.meta_info
+        return copyreg.__newobj__, (type(self),), wire.pack(*parts, protocol)  # type: ignore[attr-defined]
+
+    def __setstate__(self, packed: tuple[Any, ...]) -> None:
+        type(self).__init__(self, *wire.unpack(*packed))
 
     def save_to_disk(self, filepath: str | Path, allow_pickle: bool = False) -> None:
         """Write everything to one file; see `storage.save`."""
@@ -532,10 +540,10 @@ class DataProto(_Parts):
         data = checks.list_of(DataProto, "data", data)
         if not data:
             raise BatchError("cannot concatenate zero batches: pass at least one")
-        keys = [[*shard._tensors(), *shard.non_tensor_batch] for shard in data]
+        keys = [[*shard._columns(), *shard.non_tensor_batch] for shard in data]
         shards = [data[i] for i in combine.deciding([*map(len, data)], keys)]
         held = next((shard for shard in shards if shard._batch is not None), shards[0])
-        tensors = combine.cat_columns([shard._tensors() for shard in shards], "batch")
+        tensors = combine.cat_columns([shard._columns() for shard in shards], "batch")
         arrays = combine.cat_columns([s.non_tensor_batch for s in shards], "non_tensor_batch")
         batch = held._unbuilt(tensors, (sum(map(len, shards)),))
         return type(held)(batch, arrays, combine.merge_meta([shard.meta_info for shard in data]))
@@ -645,10 +653,6 @@ class DataProto(_Parts):
             return column.reshape(len(repeated), column.shape[1] // n_split, *column.shape[2:])
 
         return self._map(unfold, len(repeated))
-
-
-def _restore(cls: type[DataProto], payload: tuple[Any, ...]) -> DataProto:
-    return cls(*wire.unpack(payload))
 
 
 def _only_one_batch_dim(num_batch_dims: int) -> None:

@@ -117,9 +117,10 @@ class Message:
                 if pickler.sent is not None:
                     pickler.sent.__exit__()
             sent, buffers = pickler.sent, pickler.buffers
-            foreign = [i for i, b in enumerate(buffers) if sent is None or not sent.holds(b)]
-            lent = () if sent is None else sent.lent
-            return cls(file.getvalue(), buffers, foreign, pickler.held, lent)
+            ours = () if sent is None else sent.buffers
+            foreign = tuple([i for i, buffer in enumerate(buffers) if id(buffer) not in ours])
+            lent = () if sent is None else tuple(sent.lent)
+            return cls(file.getvalue(), buffers, foreign, tuple(pickler.held), lent)
 
     def __reduce__(self) -> tuple[Any, ...]:
         buffers = tuple(map(pickle.PickleBuffer, self.buffers))
@@ -161,17 +162,10 @@ class Part(NamedTuple):
     at: int
 
 
-class _Body(NamedTuple):
-    """A call's values; the last go by `names`. `lacking` are those which are batches, in which
-    `Part`s stand for what all rows share.
-    """
-
-    values: tuple[Any, ...]
-    names: tuple[str, ...]
-    lacking: tuple[int, ...]
-
-
-NOTHING = Message(pickle.dumps(_Body((), (), ())))  # of a call without values
+# A call's values; the names by which the last go; and which are batches in which `Part`s stand for
+# what all rows share.
+_Body: TypeAlias = "tuple[tuple[Any, ...], tuple[str, ...], tuple[int, ...]]"
+NOTHING = Message(pickle.dumps(((), (), ())))  # of a call without values
 
 
 class Outgoing(NamedTuple):
@@ -264,7 +258,7 @@ class Outbox:
             if found:
                 values[i] = _with_shared(copy.copy(value), found)
                 lacking.append(i)
-        body = _Body(tuple(values), tuple(call.kwargs), tuple(lacking))
+        body: _Body = tuple(values), tuple(call.kwargs), tuple(lacking)
         message = packed(body, self._packer) if values else NOTHING
         size = 0 if all(type(value) is Part for value in values) else message.size
         return Outgoing(message, size, list(parts.values()), futures)
@@ -298,12 +292,12 @@ def arguments(
         What reading it raises.
     """
     body: _Body = message.read()
-    values = [parts[v.part][v.at] if type(v) is Part else v for v in body.values]
-    for i in body.lacking:
+    values = [parts[v.part][v.at] if type(v) is Part else v for v in body[0]]
+    for i in body[2]:
         shared = _shared_values(values[i])
         found = {k: parts[v.part][v.at] for k, v in shared.items() if type(v) is Part}
         _with_shared(values[i], found)
-    return values, body.names, [value for value in values if is_future(value)]
+    return values, body[1], [value for value in values if is_future(value)]
 
 
 def _shared_values(value: Any) -> dict[str, Any]:

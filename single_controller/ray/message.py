@@ -94,9 +94,12 @@ def sealed(head: Head, message: Any, parts: Sequence[Any]) -> tuple[Any, ...]:
     """
     if message is NOTHING and head == Head(head.role, head.method):
         return ()
-    if parts or not isinstance(message, Message) or message.buffers or message.held:
-        return ((head, message, parts),)
-    return (pickle.dumps((head, message.data), 5),)
+    if not isinstance(message, Message):
+        return ((tuple(head), message, parts),)
+    if not (parts or message.buffers or message.held):
+        return (pickle.dumps((tuple(head), (message.data,)), 5),)
+    fields = message.data, tuple(message.buffers), message.foreign, message.held
+    return ((tuple(head), fields, parts),)  # of which Ray pickles no class
 
 
 def opened(arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
@@ -104,10 +107,10 @@ def opened(arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
     if arrived is None:
         role, _, method = (ray.get_runtime_context().get_task_name() or "").rpartition(".")
         return Head(role, method), NOTHING, ()
-    if not isinstance(arrived, bytes):
-        return arrived  # type: ignore[no-any-return]
-    head, data = pickle.loads(arrived)
-    return head, Message(data), ()
+    head, message, *parts = pickle.loads(arrived) if isinstance(arrived, bytes) else arrived
+    if not isinstance(message, ray.ObjectRef):
+        message = Message(*message)
+    return Head(*head), message, parts[0] if parts else ()
 
 
 def read(
