@@ -31,6 +31,7 @@ from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWork
 
 SIZES = (8, 16, 64, 256, 1024, 4096)
 SMALL, LARGE = 64, 1024  # cost per rank is compared between these
+SKEW = 256  # ranks, for which a page says when the last one is sent its call
 PANELS = {
     "values and rows": ("no-op", "int", "1 MB", "6 columns"),
     "results that stay": ("future.get", "chain", "union"),
@@ -120,21 +121,20 @@ def total(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def summary(figures: Figures, sizes: Iterable[int]) -> str:
-    """µs per rank by number of ranks, and how much that grows."""
-    head = [*(f"{size:,}" for size in sizes), f"{LARGE:,}/{SMALL}"]
+    """µs per rank by number of ranks, and how much they and the driver's own of them grow."""
+    head = [*(f"{size:,}" for size in sizes), f"{LARGE:,}/{SMALL}", "own"]
     lines = [f"{'µs per rank':42}" + "".join(f"{title:>9}" for title in head)]
     for line, by_size in figures.items():
         cells = [f"{by_size[str(s)]['us']:,.0f}" if str(s) in by_size else "-" for s in sizes]
-        grows = growth(by_size)
-        cells.append("-" if grows is None else f"{grows:.2f}")
+        cells += [growth(by_size, key) for key in ("us", "own_us")]
         lines.append(f"{line:42}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 
 
-def growth(by_size: dict[str, dict[str, float]]) -> float | None:
+def growth(by_size: dict[str, dict[str, float]], key: str) -> str:
     if not {str(SMALL), str(LARGE)} <= by_size.keys():
-        return None
-    return by_size[str(LARGE)]["us"] / by_size[str(SMALL)]["us"]
+        return "-"
+    return f"{by_size[str(LARGE)][key] / by_size[str(SMALL)][key]:.2f}"
 
 
 def draw(figures: Figures, bare: dict[str, dict[str, float]], path: Path) -> None:
@@ -176,29 +176,36 @@ def page(report: dict[str, Any], text: str) -> str:
 
 
 def _by_line(report: dict[str, Any]) -> str:
-    shown = [str(size) for size in (SMALL, LARGE, max(SIZES))]
-    sizes = [f"{int(size):,}" for size in shown]
-    bare, skew = report["bare"], "256"
+    small, large, most = (str(size) for size in (SMALL, LARGE, max(SIZES)))
+    grows, bare = f"{LARGE:,} / {SMALL}", report["bare"]
+    heads = [f"own, {int(size):,} ranks" for size in (small, large, most)]
     rows = [
-        ["µs per rank", *sizes, f"{sizes[1]} / {sizes[0]}", "own", "in Ray", "tasks", "bare Ray",
-         f"skew at {skew}, ms"]
+        ["µs per rank", *heads, grows, f"in all, {LARGE:,} ranks", grows, "in Ray", "tasks",
+         "bare Ray", f"skew of {SKEW}, ms"]
     ]  # fmt: skip
     for line, by_size in report["figures"].items():
         if line.endswith(DETAILS):
             continue
-        cells = [f"{by_size[size]['us']:,.0f}" if size in by_size else "-" for size in shown]
-        at, grows = by_size.get(str(LARGE)), growth(by_size)
-        if at is not None and grows is not None:
-            cells += [f"{grows:.2f}", f"{at['own_us']:,.0f}", f"{at['doors_us']:,.0f}"]
-            cells += [f"{at['tasks']:.1f}", f"{at['tasks'] * bare[str(LARGE)]['submit_us']:,.0f}"]
-        cells += ["-"] * (8 - len(cells))
-        sent = by_size.get(skew, {}).get("skew_ms", 0)
-        rows.append([line, *cells, f"{sent:,.0f} + {_bare_ms(bare, skew):,.0f}" if sent else "-"])
+
+        def cell(size: str, key: str, digits: int = 0, of: Any = by_size) -> str:
+            return f"{of[size][key]:,.{digits}f}" if size in of else "-"
+
+        skew = by_size.get(str(SKEW), {}).get("skew_ms")
+        submitted = bare[str(SKEW)]["submit_us"] * SKEW / 1e3 if skew else 0.0
+        rows.append(
+            [
+                line,
+                *(cell(size, "own_us") for size in (small, large, most)),
+                growth(by_size, "own_us"),
+                cell(large, "us"),
+                growth(by_size, "us"),
+                cell(large, "doors_us"),
+                cell(large, "tasks", 1),
+                cell(large, "bare_us"),
+                f"{skew:,.0f} + {submitted:,.0f}" if skew else "-",
+            ]
+        )
     return _markdown(rows)
-
-
-def _bare_ms(bare: dict[str, dict[str, float]], size: str) -> float:
-    return bare[size]["submit_us"] * int(size) / 1e3
 
 
 def _by_calls(report: dict[str, Any]) -> str:

@@ -462,7 +462,8 @@ def by_rows(method: str, texts: bool = False) -> Case:
             ranks.answers["member._query_collect_info"] = cluster.made(
                 [p == pipes - 1 and t == 0 for p, _, t in places]
             )
-            whole = cluster.same("shard", packed_value(batch(ROWS * size // shards)), shards)
+            rows = ROWS * size // shards
+            whole = cluster.same(f"{rows} rows", packed_value(batch(rows)), shards)
             nothing = cluster.same("nothing", None, size)
             outputs = [whole[s] if p == pipes - 1 and t == 0 else nothing[r]
                        for r, (p, s, t) in enumerate(places)]  # fmt: skip
