@@ -204,13 +204,13 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
     with seconds.driver():
         prompts = make_batch(settings, tokenizer, step)
     batch = roles["actor"].generate(prompts)
+    seen = seconds.batch("generate", batch.select(READS["driver"]).get())
 
     # None of these needs another's result: all are on their way before the first is waited for.
     calls = {"reference": roles["reference"].log_probs, "reward": roles["reward"].score}
     if "critic" in roles:
         calls["values"] = roles["critic"].values
     parts = {phase: call.submit(batch.select(READS[phase])) for phase, call in calls.items()}
-    seen = seconds.batch("generate", batch.select(READS["driver"]).get())
     for phase, future in parts.items():
         seen = seen.union(seconds.batch(phase, future.result()))
 
