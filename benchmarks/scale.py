@@ -244,7 +244,7 @@ class Plain:
 
 
 def with_processes(sizes: Iterable[int], rounds: int) -> Figures:
-    """The same calls on real ranks and on bare actors, turn by turn."""
+    """The same calls on real ranks, and after them on bare actors."""
     figures: Figures = {}
     print(f"{'µs per rank':42}{'ranks':>6}{'here':>10}{'bare Ray':>10}")
     for size in sizes:
