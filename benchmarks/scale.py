@@ -244,7 +244,7 @@ class Plain:
 
 
 def with_processes(sizes: Iterable[int], rounds: int) -> Figures:
-    """The same calls on real ranks and on bare actors, turn by turn."""
+    """The same calls on real ranks, and after them on bare actors."""
     figures: Figures = {}
     print(f"{'µs per rank':42}{'ranks':>6}{'here':>10}{'bare Ray':>10}")
     for size in sizes:
@@ -311,6 +311,10 @@ def _on_processes(size: int, rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def by_ranks(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+
 def timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -341,8 +345,10 @@ def main() -> None:
         report["processes"] = with_processes(options.processes, options.rounds)
     else:
         figures, bare = with_stand_ins(options.ranks, only, options.rounds, options.enough)
-        report["bare"] = bare
-        report["figures"] = report.get("figures", {}) | figures
+        report["bare"] = by_ranks(report.get("bare", {}) | bare)
+        known: Figures = report.setdefault("figures", {})
+        for line, by_size in figures.items():
+            known[line] = by_ranks(known.get(line, {}) | by_size)
         print(summary(figures, options.ranks))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
