@@ -463,13 +463,15 @@ def cluster_nodes() -> list[NodeResources]:
 
 def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[PlacementGroup]:
     """Placement groups by the lowest address of their nodes, as a number (10.0.0.9 comes before
-    10.0.0.10); nodes of one address by their ids, and groups on one node by theirs.
+    10.0.0.10); nodes of one address by their ids, and groups on one node by their names, in which
+    a pool has numbered them.
     """
     addresses, table = _node_addresses(), _table()
 
-    def key(group: PlacementGroup) -> tuple[tuple[int, int, str], str]:
-        nodes = _nodes(table[group.id.binary()])
-        return min(_node_order(addresses[node], node) for node in nodes), group.id.hex()
+    def key(group: PlacementGroup) -> tuple[Any, ...]:
+        found = table[group.id.binary()]
+        first = min(_node_order(addresses[node], node) for node in _nodes(found))
+        return first, len(found.name), found.name, group.id.hex()
 
     return sorted(pgs, key=key)
 
