@@ -244,13 +244,13 @@ class Plain:
 
 
 def with_processes(sizes: Iterable[int], rounds: int) -> Figures:
-    """The same calls on real ranks, and after them on bare actors."""
+    """The same calls on real ranks and on bare actors."""
     figures: Figures = {}
     print(f"{'µs per rank':42}{'ranks':>6}{'here':>10}{'bare Ray':>10}")
     for size in sizes:
         ray.init(
             address="local",
-            num_cpus=10_000,  # logical
+            num_cpus=size,  # logical; Ray starts as many processes
             num_gpus=0,
             include_dashboard=False,
             logging_level="ERROR",
@@ -265,47 +265,41 @@ def with_processes(sizes: Iterable[int], rounds: int) -> Figures:
 
 
 def _on_processes(size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Groups and bare actors are there one after the other: memory is for one of them."""
+    """Groups and bare actors take turns, call by call."""
     data, half = batch(ROWS * size), size // 2
     columns = [{k: v.numpy() for k, v in part.batch.items()} for part in data.chunk(size)]
     spec = RayClassWithInitArgs(ray.remote(Member))
+    actor: Any = ray.remote(num_cpus=0)(Plain)
+    actors = [actor.remote() for _ in range(size)]
+    ray.get([one.take.remote() for one in actors])
     found: dict[str, dict[str, float]] = {}
 
-    def note(key: str, calls: dict[str, Callable[[], object]]) -> None:
-        for line, call in calls.items():
-            call()
-            times = [timed(call) for _ in range(rounds)]
-            found.setdefault(line, {})[key] = statistics.median(times) / size * 1e6
+    def note(line: str, here: Callable[[], object], bare: Callable[[], object]) -> None:
+        here(), bare()
+        times = [(timed(here), timed(bare)) for _ in range(rounds)]
+        medians = [statistics.median(each) / size * 1e6 for each in zip(*times, strict=True)]
+        found[line] = dict(zip(("us", "bare_us"), medians, strict=True))
+
+    def bare_update() -> object:
+        parts = zip(actors, columns, strict=True)
+        return ray.get([one.update.remote(part) for one, part in parts])
+
+    def bare_chain() -> object:
+        made = [one.make.remote(2 * ROWS) for one in actors[:half]]
+        pairs = zip(actors[half:], made, strict=True)
+        return ray.get([reader.use.remote(ref) for reader, ref in pairs])
 
     with RayResourcePool([size], use_gpu=False) as pool, RayWorkerGroup(pool, spec) as group:
-        note("us", {"no-op": group.take, "6 columns": lambda: group.update(data)})
+        note("no-op", group.take, lambda: ray.get([one.take.remote() for one in actors]))
+        note("6 columns", lambda: group.update(data), bare_update)
     with (
         RayResourcePool([half], use_gpu=False) as pool,
         RayResourcePool([half], use_gpu=False) as another,
         RayWorkerGroup(pool, spec) as group,
         RayWorkerGroup(another, spec) as readers,
     ):
-        note("us", {"chain of two halves": lambda: readers.use(group.make(Broadcast(2 * ROWS)))})
-
-    actor: Any = ray.remote(num_cpus=0)(Plain)
-    actors = [actor.remote() for _ in range(size)]
-    ray.get([one.take.remote() for one in actors])
-
-    def chained() -> object:
-        made = [one.make.remote(2 * ROWS) for one in actors[:half]]
-        pairs = zip(actors[half:], made, strict=True)
-        return ray.get([reader.use.remote(ref) for reader, ref in pairs])
-
-    note(
-        "bare_us",
-        {
-            "no-op": lambda: ray.get([one.take.remote() for one in actors]),
-            "6 columns": lambda: ray.get(
-                [one.update.remote(part) for one, part in zip(actors, columns, strict=True)]
-            ),
-            "chain of two halves": chained,
-        },
-    )
+        chain = lambda: readers.use(group.make(Broadcast(2 * ROWS)))  # noqa: E731
+        note("chain of two halves", chain, bare_chain)
     for one in actors:
         ray.kill(one)
     return found
