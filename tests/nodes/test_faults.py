@@ -142,10 +142,8 @@ def test_versions_that_differ_between_nodes_are_named_and_refused_where_calls_wo
     assert f"torch 1.99 instead of {here} on 127.0.0.21 (ranks [0, 1])" in line
     with pytest.raises(ResourceError, match=r"torch 1\.99 .* on 127\.0\.0\.21 \(ranks \[1\]\)\. "):
         driver(log_of_a_start, *on_both)
-    pretend(tmp_path, "single_controller", "0.0.1")
-    with pytest.raises(
-        ResourceError, match=r"single-controller 0\.0\.1 instead of .*; torch 1\.99"
-    ):
+    pretend(tmp_path, "ray", "2.0.0")
+    with pytest.raises(ResourceError, match=r"ray 2\.0\.0 instead of .*; torch 1\.99"):
         driver(log_of_a_start, *on_odd)
 
 
