@@ -239,7 +239,7 @@ class DataProtoFuture(_View):
         """Rows `start:stop`, made of nothing that has none of them. Waits for all producers."""
         return self._of([_narrowed(*part) for part in self._parts(start, stop, _deadline(None))])
 
-    def settled(self) -> DataProtoFuture:
+    def resolved(self) -> DataProtoFuture:
         """All rows `narrowed`; if that fails, a future that raises why. Waits for all producers."""
         try:
             return self.narrowed(0, self.rows())

@@ -206,9 +206,9 @@ class Host:
         """By batch, whether any rank but the one that made it reads rows of it."""
         return _each(_read_elsewhere(message))
 
-    def settle(self, message: Message) -> Any:
+    def resolve(self, message: Message) -> Any:
         """By list of futures, the same made of nothing that is not read."""
-        return _each(_settled(message))
+        return _each(_resolved(message))
 
     def release(self, token: str, publications: int, turn: Any) -> None:
         """Let go of a result; calls that were sent before this have read it."""
@@ -363,8 +363,8 @@ class AsyncHost(Host):
     async def weigh(self, message: Message) -> Any:
         return _each(await in_thread(_read_elsewhere, message))
 
-    async def settle(self, message: Message) -> Any:
-        return _each(await in_thread(_settled, message))
+    async def resolve(self, message: Message) -> Any:
+        return _each(await in_thread(_resolved, message))
 
     async def release(self, token: str, publications: int, turn: Any) -> None:  # type: ignore[override]
         await self._turn(turn)
@@ -447,16 +447,16 @@ def _read_elsewhere(message: Message) -> list[bool]:
     readers, keys = message.read()
     needed = set()
     for ranks, futures in readers:
-        for origin in origins(future.settled() for future in futures):
+        for origin in origins(future.resolved() for future in futures):
             key = getattr(origin, "key", None)
             if key is not None and ranks != [key[1]]:
                 needed.add(key)
     return [key in needed for key in keys]
 
 
-def _settled(message: Message) -> list[Message]:
+def _resolved(message: Message) -> list[Message]:
     lists = message.read()
-    return [Message.of([future.settled() for future in futures], Packer) for futures in lists]
+    return [Message.of([future.resolved() for future in futures], Packer) for futures in lists]
 
 
 def _each(found: list[Any]) -> Any:

@@ -8,18 +8,19 @@ A publication waits behind what its host was told before, so that of a method wh
 read elsewhere is sent right behind the call.
 
 Each rank is told only of the batches that it reads. Who reads what depends on how many rows there
-are. A caller who waits anyway waits for these first. For others the first rank called, which has
-to wait as well, sorts it out for all of them: `settle` tells each its own, and if batches may be
-read in their own process as well as elsewhere, `weigh` tells their hosts which to publish.
+are. A caller who waits anyway waits for these first. For others the first rank called sorts it out
+for all of them, when its turn comes: `resolve` tells each its own, and if batches may be read in
+their own process as well as elsewhere, `weigh` tells their hosts which to publish. So what that
+rank was told before holds up its peers, too.
 
 No order of calls can dead-lock. Put all tasks (calls, publications, and those that sort out who
 reads what) in the order in which the driver sent them. A task waits for earlier tasks in its host's
 queue, for earlier calls whose rows it needs to know, and for what else it reads. All of these were
-sent before it: for a call, first the task that weighs, then publications, then the one that
-settles; and all after the calls that make the batches. So the first unfinished task waits for
-nothing. A host on an event loop runs more than its first task at a time, and waits for no more: a
-call's turn comes after earlier calls have started, what waits for others does so in threads of
-their own, and only calls and releases have a turn.
+sent before it: for a call, first the task that weighs, then the publications that wait for it, then
+the one that resolves; and all after the calls that make the batches. So the first unfinished task
+waits for nothing. A host on an event loop runs more than its first task at a time, and waits for no
+more: a call's turn comes after earlier calls have started, what waits for others does so in threads
+of their own, and only calls and releases have a turn.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
                 request.opens,
                 hosts.turn(rank),
                 made.token if request.deferred and rank in answering else None,
-                routes.claims.get(rank, ()),
+                tuple(routes.claims.get(rank, ())),
                 mark(request.record.number, hosts) if request.record.number else None,
                 padding,
             )
@@ -142,7 +143,7 @@ class RemoteCall(Pending):
         self._turns: dict[int, tuple[str, int]] = {}
         self.limit = request.timeout_s
         self._deadline = None if self.limit is None else began + self.limit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._hold = _Hold(hosts, f"{uuid.uuid4().hex}", request) if request.deferred else None
         if self._hold is not None:
             weakref.finalize(self, later, self._hold.release).atexit = False
@@ -247,8 +248,8 @@ class RemoteCall(Pending):
         hold = self._checked_hold()
         with self._lock:
             if not ahead:
-                hold.unread = False
-                self.hosts.read_elsewhere[hold.habit] = columns, lends
+                hold.unread.discard((columns, lends))
+                self.hosts.read_elsewhere.setdefault(hold.habit, set()).add((columns, lends))
             key = rank, columns, lends
             if key not in hold.published:
                 hold.published[key] = self._publication(*key)
@@ -267,12 +268,11 @@ class RemoteCall(Pending):
 
     def publish_ahead(self) -> None:
         """Publish what the last call's readers would have had to wait for behind later calls."""
-        hold, habits = self._hold, self.hosts.read_elsewhere
-        if hold is not None and hold.habit in habits:
-            hold.unread = True
-            columns, lends = habits[hold.habit]
-            for rank in self.request.answers:
-                self.publish(rank, columns, lends, ahead=True)
+        if (hold := self._hold) is not None:
+            hold.unread = set(self.hosts.read_elsewhere.get(hold.habit, ()))
+            for columns, lends in [*hold.unread]:
+                for rank in self.request.answers:
+                    self.publish(rank, columns, lends, ahead=True)
 
     def _checked_hold(self) -> _Hold:
         self.hosts.check_current()
@@ -294,7 +294,8 @@ class RemoteCall(Pending):
         batch, size = publish.remote(hold.token, columns, lends, wanted)
         hold.sizes.append(size)
         if len(hold.sizes) == 1:
-            self.record.count_later("bytes_between", partial(_if_ready, hosts, hold.sizes))
+            sizes = partial(_if_ready, hosts, hold.sizes, self._lock)
+            self.record.count_later("bytes_between", sizes)
         return batch
 
     def can_lend(self, rank: int, hosts: RayHosts, readers: Iterable[int]) -> bool:
@@ -312,16 +313,24 @@ class RemoteCall(Pending):
         self._hold.borrowers = left
 
 
-def _if_ready(hosts: RayHosts, sizes: list[Any]) -> int | None:
+def _if_ready(hosts: RayHosts, sizes: list[Any], lock: threading.RLock) -> int | None:
     """What all publications of a call so far have moved, which are then forgotten; None if some are
     to come.
     """
-    asked = [] if hosts.gone else [*sizes]
-    if asked and len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < len(sizes):
-        return None
-    sizes.clear()
+    with lock:
+        asked = [] if hosts.gone else [*sizes]
+        if asked and ray.wait(asked, num_returns=len(asked), timeout=0)[1]:
+            return None
+        sizes.clear()
     try:
         return int(sum(ray.get(asked)))
+    except Exception:
+        return sum(_size(ref) for ref in asked)
+
+
+def _size(ref: Any) -> int:
+    try:
+        return int(ray.get(ref))
     except Exception:  # whoever reads it is told
         return 0
 
@@ -336,15 +345,17 @@ class _Hold:
         self.published: dict[tuple[int, Columns, bool], Any] = {}
         self.sizes: list[Any] = []  # of publications: references to bytes, not counted yet
         self.borrowers: list[Any] = []
-        self.unread = False  # published ahead, and nobody asked
+        self.unread = set[tuple[Columns, bool]]()  # published ahead, and nobody asked
 
     def release(self) -> None:
         """Let hosts let go of the results, once nobody borrows them any more."""
         hosts, borrowers = self._hosts, self.borrowers
         if hosts.gone:
             return
-        if self.unread:
-            hosts.read_elsewhere.pop(self.habit, None)
+        if self.unread and (habits := hosts.read_elsewhere.get(self.habit)):
+            habits -= self.unread
+            if not habits:
+                hosts.read_elsewhere.pop(self.habit, None)
         self.published.clear()
         if borrowers:
             self.borrowers = []
@@ -568,8 +579,8 @@ class _Routes:
         request: Request,
         began: float,
     ) -> None:
-        self.claims: dict[int, tuple[tuple[str, int], ...]] = {}  # by rank: what it has itself
-        self._loans: list[tuple[RemoteCall, list[int]]] = []  # to which ranks
+        self.claims: dict[int, dict[tuple[str, int], None]] = {}  # by rank: what it has itself
+        self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
         self._parts: dict[int, Any] = {}  # by id of what is sent: its futures
         self._called = [(out, ranks) for out, ranks in called if out.futures]
         self._hosts, self._request = hosts, request
@@ -580,7 +591,7 @@ class _Routes:
         futures = {id(future): future for out, _ in self._called for future in out.futures}
         known = _learn_rows(futures.values(), self._request, began)
         if known:
-            futures = {key: future.settled() for key, future in futures.items()}
+            futures = {key: future.resolved() for key, future in futures.items()}
         lists = [[futures[id(future)] for future in out.futures] for out, _ in self._called]
         batches = {batch.key: batch for batch in _remote(futures.values())}
         readers: dict[Any, Any] = {key: [] if known else range(len(lists)) for key in batches}
@@ -600,7 +611,7 @@ class _Routes:
         if known:
             parts = [packed(read, Packer, offers=offers) for read in lists]
         else:
-            parts = _several(first.settle, packed(lists, Packer, offers=offers), lists)
+            parts = _several(first.resolve, packed(lists, Packer, offers=offers), lists)
         self._parts = {id(out): part for (out, _), part in zip(self._called, parts, strict=True)}
 
     def _offers(
@@ -618,12 +629,12 @@ class _Routes:
                 continue
             here = call.hosts is hosts and number.get(rank) in readers[key]
             if here:
-                self.claims[rank] = (*self.claims.get(rank, ()), batch.home)
+                self.claims.setdefault(rank, {})[batch.home] = None
             others = partial(self._others, readers[key], rank if here else None)
             if next(others(), None) is None and not keeps:
                 continue
             if lends := not keeps and call.can_lend(rank, hosts, others()):
-                self._loans.append((call, [*others()]))
+                self._loans.setdefault(call, set()).update(others())
             where = rank, batch.columns, lends
             if here and not (known or keeps or where in call.published):
                 perhaps.append((batch, lends))
@@ -642,7 +653,7 @@ class _Routes:
     def sent(self, made: RemoteCall) -> None:
         """Note the calls that read what is lent to their ranks."""
         refs = {site.rank: ref for site, ref in zip(made.sites, made.refs, strict=True)}
-        for call, ranks in self._loans:
+        for call, ranks in self._loans.items():
             call.lent_to(refs[rank] for rank in ranks)
 
 

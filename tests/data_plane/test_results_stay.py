@@ -118,11 +118,14 @@ def test_what_others_have_read_once_comes_to_them_before_later_calls(
     roles: Colocated, three: RayWorkerGroup, gate: Path
 ) -> None:
     roles.one._hosts.now.read_elsewhere.clear()
-    assert sum(three.total(roles.one.step(batch(2)))) == 1 + 3
+    made = roles.one.step(batch(2))
+    assert xs(made.select("x").get()) == [1, 3]
+    assert sum(three.total(made)) == 1 + 3
     made = roles.one.step(batch(4))
     busy = roles.one.hold.submit(gate)
     assert sum(three.total.options(timeout_s=10)(made)) == 1 + 3 + 5 + 7
     assert xs(made.get(timeout=10)) == [1, 3, 5, 7]
+    assert xs(made.select("x").get(timeout=10)) == [1, 3, 5, 7]
     assert not busy.done()
     gate.touch()
     busy.result()

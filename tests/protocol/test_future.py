@@ -264,7 +264,7 @@ class TestShards:
         inner = sliced.slice(len(expected) // 2, len(expected))
         assert ids(copied(inner).get()) == expected[len(expected) // 2 :]
         read = {id(p) for p in producers if {*ids(p.batch)} & {*expected}}
-        assert sources(sliced.settled()) == read or not expected
+        assert sources(sliced.resolved()) == read or not expected
 
     @pytest.mark.parametrize(("start", "stop"), [(-1, 1), (0, 4), (2, 1)])
     def test_a_slice_of_rows_that_are_not_there_is_refused_once_rows_are_known(
@@ -273,7 +273,7 @@ class TestShards:
         producers = produce(1, 2)
         sliced = DataProtoFuture(producers).slice(start, stop)
         assert [producer.waits for producer in producers] == [0, 0]
-        for use in (len, DataProtoFuture.get, lambda lazy: len(copied(lazy).settled())):
+        for use in (len, DataProtoFuture.get, lambda lazy: len(copied(lazy).resolved())):
             with pytest.raises(RowCountError, match=f"rows {start}:{stop} .* 3 rows"):
                 use(sliced)
         assert not any(producer.fetched for producer in producers)
@@ -354,22 +354,22 @@ class TestOrigins:
         second, other = whole.chunk(3)[1], DataProtoFuture([c])
         for lazy in (second, second.select("ids"), second.union(second.select("twice"))):
             assert sources(lazy) == {id(a), id(b), id(c)}
-            assert sources(lazy.settled()) == sources(lazy.narrowed(0, 2)) == {id(b)}
-            assert ids(lazy.settled().get()) == ids(lazy.get()) == [2, 3]
+            assert sources(lazy.resolved()) == sources(lazy.narrowed(0, 2)) == {id(b)}
+            assert ids(lazy.resolved().get()) == ids(lazy.get()) == [2, 3]
         both = DataProtoFuture.concat([whole, other])
         assert sources(both.narrowed(6, 7)) == {id(c)}
         padded = whole.shards(4, "padded")[3]
         for source in (a, b, c):
             source.fetched.clear()
-        assert sources(padded.settled()) == {id(c)}
+        assert sources(padded.resolved()) == {id(c)}
         assert not any(source.fetched for source in (a, b, c))
-        assert ids(padded.settled().get()) == ids(padded.get()) == [5, 5]
+        assert ids(padded.resolved().get()) == ids(padded.get()) == [5, 5]
 
-    def test_what_cannot_be_settled_says_why_when_it_is_read(self) -> None:
-        settled = copied(future(2, 3).chunk(2)[0].settled())
+    def test_what_cannot_be_resolved_says_why_when_it_is_read(self) -> None:
+        resolved = copied(future(2, 3).chunk(2)[0].resolved())
         for read in (len, DataProtoFuture.get):
             with pytest.raises(ChunkError, match="only support equal chunk"):
-                read(settled)
+                read(resolved)
 
     def test_settling_a_shard_costs_the_same_however_many_there_are(self) -> None:
         asked: list[int] = []
@@ -386,7 +386,7 @@ class TestOrigins:
             both = whole.union(whole.select("ids"))
             for lazy in (whole, whole.select("ids"), both, both.slice(0, 2 * parts)):
                 for shard in lazy.shards(parts, "balanced"):
-                    assert len(list(origins([shard.settled()]))) <= 2
+                    assert len(list(origins([shard.resolved()]))) <= 2
             assert len(asked) <= 10 * parts
 
     def test_a_shard_whose_rows_are_known_takes_along_only_the_sources_that_have_them(self) -> None:
