@@ -140,7 +140,7 @@ class Message:
         self.buffers: dict[int, Any] = {}  # by id: those whose bytes unpacking makes private
         self._blocks: dict[int, list[tuple[int, int, _Memory]]] = {}  # by storage: start, stop
         self._offsets: dict[Hashable, list[Any]] = {}
-        self._alive: list[torch.Tensor] = []  # whose ids are keys above
+        self._alive: list[torch.Tensor] = []  # whose ids and addresses are noted above
 
     def __enter__(self) -> Message:
         self._token = _sending.set(self)
@@ -225,6 +225,7 @@ class Message:
         self.buffers[id(memory[0])] = memory[0]
         if as_it_is and in_order and last >= 0:
             blocks.append((start, stop, memory))
+            self._alive.append(tensor)
         return memory, 0, None
 
 
