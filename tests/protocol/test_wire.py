@@ -212,6 +212,30 @@ def test_buffers_that_a_sender_lets_go_at_once_are_not_taken_for_one_another() -
         assert np.array_equal(arrived.non_tensor_batch["a"], array)
 
 
+class _PicklesItself:
+    """Its batch crosses within a pickle of its own."""
+
+    def __init__(self, data: DataProto, protocol: int) -> None:
+        self.data, self.protocol = data, protocol
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (pickle.dumps(self.data, self.protocol),)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_what_is_pickled_within_a_message_may_pickle_its_batch_by_itself(protocol: int) -> None:
+    tensors = {"x": torch.arange(8.0).view(4, 2), "j": make_column(4, "jagged", torch.int64)}
+    data = DataProto.from_dict(tensors, {"n": np.arange(4), "s": ["a", "b", "c", "d"]})
+    own = _PicklesItself(data, protocol)
+    holder = DataProto.from_dict({"x": data.batch["x"]}, meta_info={"own": own})
+    for value in [own, data, own, data[1:]], [data, own], [holder, data, own]:
+        with wire.Message():
+            arrived = receive(send(value))
+        for one, twin in zip(value, arrived, strict=True):
+            sent = data if one in (own, holder) else one
+            assert sent.diff(twin.meta_info["own"] if one is holder else twin) == []
+
+
 def concat_of_arrived(data: DataProto) -> DataProto:
     with wire.read_as("join"):
         return DataProto.concat([receive(send(shard)) for shard in data.chunk(2)])
