@@ -83,7 +83,9 @@ def pack(
     inside object columns are left to the pickler. An array deeper in an object than a row of a
     column may arrive read-only, as pickle leaves it.
     """
-    sent = _sending.get() or Message(protocol=protocol)
+    sent = _sending.get()
+    if sent is None or sent.paused or protocol < 5:
+        sent = Message(protocol=protocol)
     return (
         sent.pack(batch),
         {key: sent.pack(column) for key, column in non_tensor_batch.items()},
@@ -131,16 +133,18 @@ class Message:
     """What is sent together, entered as a context: its tensors may share memory, which then
     crosses once. They arrive independent of each other all the same.
 
-    With `lends`, memory on a device is not sent but lent: `lent` are these loans.
+    With `lends`, memory on a device is not sent but lent: `lent` are these loans. Its pickler has
+    it `paused` at what may call other picklers; those below protocol 5 never add to it.
     """
 
     def __init__(self, lends: bool = False, protocol: int = 5) -> None:
         self.lent: list[LentTensor] = []
+        self.paused = False
         self._lends, self._protocol = lends, protocol
         self.buffers: dict[int, Any] = {}  # by id: those whose bytes unpacking makes private
         self._blocks: dict[int, list[tuple[int, int, _Memory]]] = {}  # by storage: start, stop
         self._offsets: dict[Hashable, list[Any]] = {}
-        self._alive: list[torch.Tensor] = []  # whose ids are keys above
+        self._alive: list[torch.Tensor] = []  # whose ids and addresses are noted above
 
     def __enter__(self) -> Message:
         self._token = _sending.set(self)
@@ -225,6 +229,7 @@ class Message:
         self.buffers[id(memory[0])] = memory[0]
         if as_it_is and in_order and last >= 0:
             blocks.append((start, stop, memory))
+            self._alive.append(tensor)
         return memory, 0, None
 
 

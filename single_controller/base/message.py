@@ -64,7 +64,10 @@ class Packing:
             self.held.append(value)
             return _take, (len(self.held) - 1,)
         kind: Any = type(value)
-        if _is_packed(kind):
+        ours = _is_packed(kind)
+        if self.sent is not None:
+            self.sent.paused = not ours
+        if ours:
             from protocol import wire
 
             if self.sent is None:

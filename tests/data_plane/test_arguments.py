@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import threading
 from typing import Any
 
@@ -46,6 +47,25 @@ def test_memory_that_several_arguments_show_leaves_once(three: RayWorkerGroup) -
     assert 6 <= sent(three, lambda: three.total(data, data.select(["x"]))) < 6.1
     assert 6 <= sent(three, lambda: three.give([data, data.batch["x"][1:]])) < 6.1
     assert three.total(data, data) == [MB] * 3
+
+
+class _PicklesItself:
+    def __init__(self, data: DataProto, protocol: int) -> None:
+        self.data, self.protocol = data, protocol
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (pickle.dumps(self.data, self.protocol),)
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_batch_that_an_argument_pickles_by_itself_leaves_with_its_own_rows_only(
+    three: RayWorkerGroup, protocol: int
+) -> None:
+    data = big()
+    value = [data, _PicklesItself(data[1:2], protocol), data]
+    assert 7 <= sent(three, lambda: three.give(value)) < 7.1
+    for _, own, whole in three.give(value):
+        assert data[1:2].diff(own) == data.diff(whole) == []
 
 
 @pytest.mark.parametrize("big", [torch.zeros(MB // 2), np.zeros(MB // 2, "f4")], ids=["t", "a"])
