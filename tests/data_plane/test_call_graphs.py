@@ -16,12 +16,14 @@ from tests.data_plane.stage import batch, xs
 PLACES = ["one", "two", "three"]
 steps = st.one_of(
     st.tuples(
-        st.sampled_from(["step", "double", "thin", "total"]),
+        st.sampled_from(["step", "double", "thin", "total", "alone"]),
         st.sampled_from(PLACES),
         st.integers(0, 9),
     ),
     st.tuples(
-        st.sampled_from(["select", "halves", "union", "drop", "get"]), st.none(), st.integers(0, 9)
+        st.sampled_from(["select", "halves", "slice", "union", "drop", "get"]),
+        st.none(),
+        st.integers(0, 9),
     ),
 )
 
@@ -56,10 +58,14 @@ def test_any_call_graph_ends_with_the_rows_of_a_list(
     futures: list[tuple[DataProtoFuture, list[float]]] = [
         (hosts.one.step(batch(rows)), expected("step", start, 2))
     ]
+    alone = []  # calls of the last rank only, which its peers do not wait for
     for action, place, pick in program:
         future, have = futures[pick % len(futures)]
         if action == "total":
             assert sum(groups[place].total(future)) == sum(have)
+        elif action == "alone":
+            only = groups[place].total.options(ranks=[groups[place].world_size - 1])
+            alone.append((only.submit(future), sum(have)))
         elif place is not None:
             if action == "double" and len(have) > 60:
                 continue
@@ -74,12 +80,16 @@ def test_any_call_graph_ends_with_the_rows_of_a_list(
                     have[len(have) // 2 :] + have[: len(have) // 2],
                 )
             )
+        elif action == "slice":
+            futures.append((future.slice(len(have) // 3, len(have)), have[len(have) // 3 :]))
         elif action == "union":
             futures.append((future.union(future.select(["x"])), have))
         elif action == "drop" and len(futures) > 1:
             del futures[pick % len(futures)]
         elif action == "get":
             assert xs(future.get(timeout=60)) == have
+    for call, total in alone:
+        assert call.result(timeout=60) == [total]
     for future, have in futures:
         assert len(future) == len(have)
         assert xs(future.get(timeout=60)) == have
