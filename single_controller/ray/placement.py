@@ -413,15 +413,19 @@ class SubRayResourcePool(RayResourcePool):
         placement_groups: Sequence[PlacementGroup],
         start_bundle_index: int,
         subgroup_world_size: int,
+        *,
+        own: Iterable[Bundle] = (),
         **kwargs: Any,
     ) -> None:
         """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence, those
-        of each group in the order of their nodes.
+        of each group in the order of their nodes: as it is now, which says what `own` are, or else
+        when they are first asked for. They stay the pool's where Ray moves them to other nodes.
         """
         super().__init__(**kwargs)
         self.pgs = list(placement_groups)
         self.start_bundle_index = start_bundle_index
         self.subgroup_world_size = subgroup_world_size
+        self._own = {(bundle.group.id, bundle.index) for bundle in own}
         self._slice = slice(start_bundle_index, start_bundle_index + subgroup_world_size)
         group_of = [i for i, group in enumerate(self.pgs) for _ in range(group.bundle_count)]
         held = len(group_of)
@@ -435,7 +439,9 @@ class SubRayResourcePool(RayResourcePool):
     def bundles(
         self, strategy: str = "STRICT_PACK", device_name: str | None = None
     ) -> tuple[Bundle, ...]:
-        return super().bundles(strategy, device_name)[self._slice]
+        found = super().bundles(strategy, device_name)
+        self._own = self._own or {(one.group.id, one.index) for one in found[self._slice]}
+        return tuple(one for one in found if (one.group.id, one.index) in self._own)
 
     def close(self) -> None:
         """Nothing: the reservation is the other pool's."""
