@@ -706,8 +706,11 @@ def living_actors() -> list[Any]:
 
 def at_once(function: Callable[..., Any], values: Iterable[Any]) -> list[Any]:
     """What a function that asks the cluster returns for each value. Threads call it: one by one,
-    each call would wait for the answer to the one before.
+    each call would wait for the answer to the one before. At the interpreter's exit none starts.
     """
+    values = list(values)
+    if len(values) < 2 or not threading.main_thread().is_alive():
+        return [function(value) for value in values]
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         return list(threads.map(function, values))
 
