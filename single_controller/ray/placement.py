@@ -413,19 +413,16 @@ class SubRayResourcePool(RayResourcePool):
         placement_groups: Sequence[PlacementGroup],
         start_bundle_index: int,
         subgroup_world_size: int,
-        *,
-        own: Iterable[Bundle] = (),
         **kwargs: Any,
     ) -> None:
         """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence, those
-        of each group in the order of their nodes: as it is now, which says what `own` are, or else
-        when they are first asked for. They stay the pool's where Ray moves them to other nodes.
+        of each group in the order that their nodes have when the pool is first asked for its own.
         """
         super().__init__(**kwargs)
         self.pgs = list(placement_groups)
         self.start_bundle_index = start_bundle_index
         self.subgroup_world_size = subgroup_world_size
-        self._own = {(bundle.group.id, bundle.index) for bundle in own}
+        self._own: set[tuple[Any, int]] = set()
         self._slice = slice(start_bundle_index, start_bundle_index + subgroup_world_size)
         group_of = [i for i, group in enumerate(self.pgs) for _ in range(group.bundle_count)]
         held = len(group_of)
@@ -440,8 +437,14 @@ class SubRayResourcePool(RayResourcePool):
         self, strategy: str = "STRICT_PACK", device_name: str | None = None
     ) -> tuple[Bundle, ...]:
         found = super().bundles(strategy, device_name)
-        self._own = self._own or {(one.group.id, one.index) for one in found[self._slice]}
+        if not self._own:
+            self.keep(found[self._slice])
         return tuple(one for one in found if (one.group.id, one.index) in self._own)
+
+    def keep(self, bundles: Iterable[Bundle]) -> Self:
+        """Have these from now on, also where Ray moves them to other nodes."""
+        self._own = {(bundle.group.id, bundle.index) for bundle in bundles}
+        return self
 
     def close(self) -> None:
         """Nothing: the reservation is the other pool's."""

@@ -61,7 +61,7 @@ def split_resource_pool(
     groups, settings = _reserved(resource_pool), resource_pool.settings()
     first, bundles = getattr(resource_pool, "start_bundle_index", 0), resource_pool.bundles()
     return [
-        SubRayResourcePool(groups, first + at, size, own=bundles[at : at + size], **settings)
+        SubRayResourcePool(groups, first + at, size, **settings).keep(bundles[at : at + size])
         for at, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
     ]
 
