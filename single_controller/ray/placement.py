@@ -262,6 +262,12 @@ class RayResourcePool(ResourcePool):
         self.placement_timeout_s = placement_timeout_s
         self.waits_for_nodes = waits_for_nodes
         self.pgs: list[PlacementGroup] | None = None
+        self._placed: list[int] = []
+
+    @property
+    def store(self) -> list[int]:
+        """Processes per node (a copy): as given, or as they are reserved."""
+        return list(self._placed or self._store)
 
     def settings(self) -> dict[str, Any]:
         """What a process gets, as keyword arguments for another pool."""
@@ -365,7 +371,7 @@ class RayResourcePool(ResourcePool):
             remove(groups)
             raise
         self.pgs = sort_placement_group_by_node_ip(groups)
-        self._store = [group.bundle_count for group in self.pgs]
+        self._placed = [group.bundle_count for group in self.pgs]
         for group in () if self.detached else groups:
             weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
         return self.pgs
@@ -394,7 +400,7 @@ class RayResourcePool(ResourcePool):
         """Give the reservation back and return when it is, or after 10 s with a warning in the log;
         workers in it end. The pool can be used again afterwards.
         """
-        groups, self.pgs = self.pgs or [], None
+        groups, self.pgs, self._placed = self.pgs or [], None, []
         if ray.is_initialized():
             remove(groups)
 
@@ -431,7 +437,7 @@ class SubRayResourcePool(RayResourcePool):
                 f"start_bundle_index {start_bundle_index} and subgroup_world_size "
                 f"{subgroup_world_size} must lie within the {held} bundles of the placement groups"
             )
-        self._store = [*Counter(group_of[self._slice]).values()]
+        self._placed = [*Counter(group_of[self._slice]).values()]
 
     def bundles(
         self, strategy: str = "STRICT_PACK", device_name: str | None = None

@@ -208,6 +208,20 @@ def test_a_pool_is_split_on_the_accelerators_that_the_cluster_has(
     assert asked == [{"CPU": 1, "NPU": 1}] * 4
 
 
+def test_a_closed_pool_has_the_counts_that_it_was_given_in_their_order(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backwards(groups: list[PlacementGroup]) -> list[PlacementGroup]:
+        return sorted(groups, key=lambda group: -group.bundle_count)
+
+    monkeypatch.setattr(placement, "sort_placement_group_by_node_ip", backwards)
+    with RayResourcePool([1, 2], cpus_per_process=0.1) as pool:
+        pool.get_placement_groups()
+        pool.add_node(1)
+        assert pool.store == [2, 1]
+    assert pool.store == [1, 2, 1]
+
+
 def test_parts_of_a_pool_keep_their_bundles_when_ray_moves_some_to_another_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
