@@ -86,7 +86,10 @@ class Probe:
     """A process on a node that looks around, and tries connections to others."""
 
     def __init__(self) -> None:
-        self._socket = socket.create_server(("", 0), backlog=1_024)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        options: Any = {"family": family, "dualstack_ipv6": both}
+        self._socket = socket.create_server(("", 0), backlog=1_024, **options)
 
     def look(self, ip: str, resources: Mapping[str, float]) -> Node:
         """This node, now."""
