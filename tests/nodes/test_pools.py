@@ -135,7 +135,7 @@ def test_a_strategy_places_and_the_ranks_of_a_node_follow_each_other(
     assert [ip for ip, _ in runs] == sorted((ip for ip, _ in runs), key=[NINE, TEN].index)
 
 
-def uneven() -> tuple[RayResourcePool, list[list[Place]]]:
+def uneven() -> tuple[list[list[int]], list[list[Place]]]:
     def holder(node: str, cpus: int) -> RayResourcePool:
         pool = RayResourcePool([1], resources_per_process={node: 1}, cpus_per_process=cpus)
         pool.get_placement_groups()
@@ -150,13 +150,14 @@ def uneven() -> tuple[RayResourcePool, list[list[Place]]]:
         started = group.place()
         group.restart()
         found = [started, group.place()]
-        return pool, [*found, *map(places, split_resource_pool(pool, [2, 1]))]
+        counts = [pool.store, pool.local_rank_list(), pool.local_world_size_list()]
+        return counts, [*found, *map(places, split_resource_pool(pool, [2, 1]))]
 
 
 def test_ranks_of_an_uneven_pool_its_parts_and_after_a_restart_know_their_places_on_their_nodes(
     driver: Driver,
 ) -> None:
-    pool, (first, again, across, rest) = driver(uneven)
+    (store, local_ranks, local_sizes), (first, again, across, rest) = driver(uneven)
     assert [rank.address for rank in first] == [NINE, TEN, TEN]
     assert [rank.own_meeting for rank in first] == [NINE, TEN, TEN]
     assert all(map(numbered, (first, again, across, rest)))
@@ -164,9 +165,9 @@ def test_ranks_of_an_uneven_pool_its_parts_and_after_a_restart_know_their_places
     assert [rank.node for rank in (*across, *rest)] == [rank.node for rank in first]
     assert [rank.local_world_size for rank in (*across, *rest)] == [1, 1, 1]
     # The pool says the same of itself.
-    assert pool.store == [1, 2]
-    assert pool.local_rank_list() == [rank.local_rank for rank in first]
-    assert pool.local_world_size_list() == [rank.local_world_size for rank in first]
+    assert store == [1, 2]
+    assert local_ranks == [rank.local_rank for rank in first]
+    assert local_sizes == [rank.local_world_size for rank in first]
 
 
 def merged() -> tuple[list[Place], list[bool]]:
