@@ -88,8 +88,9 @@ class Probe:
     def __init__(self) -> None:
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
-        options: Any = {"family": family, "dualstack_ipv6": both}
-        self._socket = socket.create_server(("", 0), backlog=1_024, **options)
+        self._socket = socket.create_server(
+            ("", 0), family=family, backlog=1_024, dualstack_ipv6=both
+        )
 
     def look(self, ip: str, resources: Mapping[str, float]) -> Node:
         """This node, now."""
