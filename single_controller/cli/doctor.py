@@ -86,7 +86,11 @@ class Probe:
     """A process on a node that looks around, and tries connections to others."""
 
     def __init__(self) -> None:
-        self._socket = socket.create_server(("", 0), backlog=1_024)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self._socket = socket.create_server(
+            ("", 0), family=family, backlog=1_024, dualstack_ipv6=both
+        )
 
     def look(self, ip: str, resources: Mapping[str, float]) -> Node:
         """This node, now."""

@@ -262,6 +262,12 @@ class RayResourcePool(ResourcePool):
         self.placement_timeout_s = placement_timeout_s
         self.waits_for_nodes = waits_for_nodes
         self.pgs: list[PlacementGroup] | None = None
+        self._placed: list[int] = []
+
+    @property
+    def store(self) -> list[int]:
+        """Processes per node (a copy): as given, or as they are reserved."""
+        return list(self._placed or self._store)
 
     def settings(self) -> dict[str, Any]:
         """What a process gets, as keyword arguments for another pool."""
@@ -365,7 +371,7 @@ class RayResourcePool(ResourcePool):
             remove(groups)
             raise
         self.pgs = sort_placement_group_by_node_ip(groups)
-        self._store = [group.bundle_count for group in self.pgs]
+        self._placed = [group.bundle_count for group in self.pgs]
         for group in () if self.detached else groups:
             weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
         return self.pgs
@@ -394,7 +400,7 @@ class RayResourcePool(ResourcePool):
         """Give the reservation back and return when it is, or after 10 s with a warning in the log;
         workers in it end. The pool can be used again afterwards.
         """
-        groups, self.pgs = self.pgs or [], None
+        groups, self.pgs, self._placed = self.pgs or [], None, []
         if ray.is_initialized():
             remove(groups)
 
@@ -416,12 +422,13 @@ class SubRayResourcePool(RayResourcePool):
         **kwargs: Any,
     ) -> None:
         """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence, those
-        of each group in the order of their nodes.
+        of each group in the order that their nodes have when the pool is first asked for its own.
         """
         super().__init__(**kwargs)
         self.pgs = list(placement_groups)
         self.start_bundle_index = start_bundle_index
         self.subgroup_world_size = subgroup_world_size
+        self._own: set[tuple[Any, int]] = set()
         self._slice = slice(start_bundle_index, start_bundle_index + subgroup_world_size)
         group_of = [i for i, group in enumerate(self.pgs) for _ in range(group.bundle_count)]
         held = len(group_of)
@@ -430,12 +437,20 @@ class SubRayResourcePool(RayResourcePool):
                 f"start_bundle_index {start_bundle_index} and subgroup_world_size "
                 f"{subgroup_world_size} must lie within the {held} bundles of the placement groups"
             )
-        self._store = [*Counter(group_of[self._slice]).values()]
+        self._placed = [*Counter(group_of[self._slice]).values()]
 
     def bundles(
         self, strategy: str = "STRICT_PACK", device_name: str | None = None
     ) -> tuple[Bundle, ...]:
-        return super().bundles(strategy, device_name)[self._slice]
+        found = super().bundles(strategy, device_name)
+        if not self._own:
+            self.keep(found[self._slice])
+        return tuple(one for one in found if (one.group.id, one.index) in self._own)
+
+    def keep(self, bundles: Iterable[Bundle]) -> Self:
+        """Have these from now on, also where Ray moves them to other nodes."""
+        self._own = {(bundle.group.id, bundle.index) for bundle in bundles}
+        return self
 
     def close(self) -> None:
         """Nothing: the reservation is the other pool's."""
@@ -700,8 +715,11 @@ def living_actors() -> list[Any]:
 
 def at_once(function: Callable[..., Any], values: Iterable[Any]) -> list[Any]:
     """What a function that asks the cluster returns for each value. Threads call it: one by one,
-    each call would wait for the answer to the one before.
+    each call would wait for the answer to the one before. At the interpreter's exit none starts.
     """
+    values = list(values)
+    if len(values) < 2 or not threading.main_thread().is_alive():
+        return [function(value) for value in values]
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         return list(threads.map(function, values))
 

@@ -59,10 +59,11 @@ def split_resource_pool(
     """
     sizes = split_sizes(resource_pool.world_size, split_size)
     groups, settings = _reserved(resource_pool), resource_pool.settings()
-    first = getattr(resource_pool, "start_bundle_index", 0)
-    starts = [*accumulate(sizes[:-1], initial=first)]
-    parts = zip(starts, sizes, strict=True)
-    return [SubRayResourcePool(groups, start, size, **settings) for start, size in parts]
+    first, bundles = getattr(resource_pool, "start_bundle_index", 0), resource_pool.bundles()
+    return [
+        SubRayResourcePool(groups, first + at, size, **settings).keep(bundles[at : at + size])
+        for at, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
+    ]
 
 
 def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResourcePool:

@@ -59,6 +59,7 @@ _QUIET_S = 0.03
 _ASKED_S = 0.5  # how long a process gets to write its stacks by itself; it takes milliseconds
 _STACKS_S = 1.0  # how long when it is made to
 _EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
+_MAY_LACK = ("single-controller", "safetensors")  # PYTHONPATH has the one; few need the other
 _LOG_BYTES, _LOG_LINES = 16_384, 20
 
 _MARK = "WG_PROCESS"  # what a process starts inherits it, also in a session of its own
@@ -154,16 +155,18 @@ def check_versions(found: Sequence[Mapping[str, str]], processes: Sequence[Proce
     Raises:
         ResourceError: what one pickles, another may not read, or ranks may not meet.
     """
-    own, others = {**found[0], **versions()}, defaultdict(list)
+    own, others = versions(), defaultdict(list)
     for rank, theirs in enumerate(found):
-        for name, version in theirs.items() - own.items():
-            others[name, version].append(rank)
-    told, fatal = [], len({_minor(theirs.get("torch", "")) for theirs in found}) > 1
-    for (name, version), ranks in sorted(others.items()):
+        for name in own.keys() | theirs.keys():
+            version, here = theirs.get(name, "none"), own.get(name, "none")
+            if version != here and not (name in _MAY_LACK and "none" in (version, here)):
+                others[name, version, here].append(rank)
+    told, fatal = [], len({_minor(theirs["torch"]) for theirs in found if "torch" in theirs}) > 1
+    for (name, version, here), ranks in sorted(others.items()):
         nodes = ", ".join(sorted({processes[rank].node_ip for rank in ranks}))
-        told.append(f"{name} {version} instead of {own[name]} on {nodes} (ranks {ranks})")
-        fatal |= name in ("ray", "single-controller")
-        fatal |= name == "python" and _minor(version) != _minor(own[name])
+        told.append(f"{name} {version} instead of {here} on {nodes} (ranks {ranks})")
+        fatal |= name in ("ray", "single-controller") and "none" not in (version, here)
+        fatal |= name == "python" and _minor(version) != _minor(here)
     text = f"ranks have other versions than the driver: {'; '.join(told)}"
     if fatal:
         raise ResourceError(f"{text}. Install the same ones: calls travel by pickle")

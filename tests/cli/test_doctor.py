@@ -25,6 +25,7 @@ from tests.cli.program import ROOT, here, run
 
 GIB = 1 << 30
 OWN = Node("", {}).versions
+IPV6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
 CLUSTER = """
 import sys, ray
 context = ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
@@ -111,13 +112,14 @@ def test_a_node_as_it_should_be_is_said_to_be_well_in_a_line() -> None:
     assert (finding.check, finding.state, finding.fix) == ("node", "ok", "")
 
 
-def test_a_port_that_takes_no_connection_is_named() -> None:
+@pytest.mark.parametrize("ip", ["127.0.0.1", pytest.param("::1", marks=IPV6)])
+def test_a_port_that_takes_no_connection_is_named(ip: str) -> None:
     probe = Probe()
-    address = ("127.0.0.1", probe.look("127.0.0.1", {}).port)
+    address = (ip, probe.look(ip, {}).port)
     assert probe.unreachable([address]) == []
     probe._socket.close()
     [why] = probe.unreachable([address])
-    assert re.match(r"127.0.0.1 \(.*refused", why)
+    assert re.match(rf"{ip} \(.*refused", why)
 
 
 def test_a_check_that_raises_fails_alone_and_one_whose_devices_others_hold_is_skipped(

@@ -4,6 +4,7 @@ and gives back what it held."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,12 +35,24 @@ group.echo(1)
 print("pids", *(row.pid for row in group.describe().rows), flush=True)
 """
 
+CLOSES_AT_EXIT = """
+import atexit
+import sys
+import ray
+from single_controller.ray import RayResourcePool
 
-def left_behind() -> list[int]:
-    """The processes of a detached group whose driver has ended."""
+ray.init(namespace=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+pool = RayResourcePool([1, 1], cpus_per_process=0.1, detached=True, name_prefix="at_exit_")
+print("groups", *(group.id.hex() for group in pool.get_placement_groups()), flush=True)
+atexit.register(pool.close)
+"""
+
+
+def run(program: str) -> list[str]:
+    """What a driver that has ended said."""
     context = ray.get_runtime_context()
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, context.namespace],
+        [sys.executable, "-c", program, context.namespace],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": str(context.gcs_address)},
         capture_output=True,
@@ -49,8 +62,14 @@ def left_behind() -> list[int]:
     )
     assert done.returncode == 0, done.stderr
     # Ray's own lines may be among them
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("pids "))
-    return [int(pid) for pid in line.split()[1:]]
+    said = re.compile(r"(?:pids|groups) (.+)").fullmatch
+    (line,) = filter(None, map(said, done.stdout.splitlines()))
+    return line[1].split()
+
+
+def left_behind() -> list[int]:
+    """The processes of a detached group whose driver has ended."""
+    return [*map(int, run(PROGRAM))]
 
 
 def reservations() -> list[str]:
@@ -74,3 +93,9 @@ def test_the_next_driver_finds_the_group_as_it_was_left(cluster: None) -> None:
     again.close()
     assert reservations() == ["REMOVED"]
     assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+
+
+def test_a_pool_is_closed_at_the_exit_of_its_driver(cluster: None) -> None:
+    """The interpreter starts no threads then."""
+    groups = run(CLOSES_AT_EXIT)
+    assert [placement_group_table()[group]["state"] for group in groups] == ["REMOVED"] * 2

@@ -28,6 +28,7 @@ from single_controller.ray import (
     RayResourcePool,
     RayWorkerGroup,
     ResourcePoolManager,
+    SubRayResourcePool,
     extract_pg_from_exist,
     merge_resource_pool,
     placement,
@@ -196,7 +197,8 @@ def test_a_pool_is_split_on_the_accelerators_that_the_cluster_has(
 
     def reserve(bundles: list[dict[str, float]], *options: Any) -> PlacementGroup:
         asked.extend(bundles)
-        return placement_group([{"CPU": bundle["CPU"]} for bundle in bundles], *options)
+        made = placement_group([{"CPU": bundle["CPU"]} for bundle in bundles], *options)
+        return PlacementGroup(made.id, bundles)
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
     monkeypatch.setattr(placement, "cluster_nodes", lambda: [node])
@@ -204,6 +206,49 @@ def test_a_pool_is_split_on_the_accelerators_that_the_cluster_has(
     with RayResourcePool([4]) as pool:
         assert [part.world_size for part in split_resource_pool(pool, 2)] == [2, 2]
     assert asked == [{"CPU": 1, "NPU": 1}] * 4
+
+
+def test_a_closed_pool_has_the_counts_that_it_was_given_in_their_order(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backwards(groups: list[PlacementGroup]) -> list[PlacementGroup]:
+        return sorted(groups, key=lambda group: -group.bundle_count)
+
+    monkeypatch.setattr(placement, "sort_placement_group_by_node_ip", backwards)
+    with RayResourcePool([1, 2], cpus_per_process=0.1) as pool:
+        pool.get_placement_groups()
+        pool.add_node(1)
+        assert pool.store == [2, 1]
+    assert pool.store == [1, 2, 1]
+
+
+def test_parts_of_a_pool_keep_their_bundles_when_ray_moves_some_to_another_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = {b"9".hex(): "10.0.0.9", b"10".hex(): "10.0.0.10", b"12".hex(): "10.0.0.12"}
+    group = PlacementGroup(ray.PlacementGroupID.from_random(), [{"CPU": 1}] * 4)
+    table = placement._pb.PlacementGroupTableData(state="CREATED")
+
+    def put(*nodes: bytes) -> None:
+        del table.bundles[:]
+        for index, node in enumerate(nodes):
+            table.bundles.add(bundle_id={"bundle_index": index}, node_id=node)
+
+    def bundles(*pools: RayResourcePool) -> list[list[int]]:
+        return [[bundle.index for bundle in pool.bundles()] for pool in pools]
+
+    monkeypatch.setattr(placement, "check_started", lambda: None)
+    monkeypatch.setattr(placement, "_node_addresses", lambda: names)
+    monkeypatch.setattr(placement, "_table", lambda: {group.id.binary(): table})
+    put(b"9", b"10", b"9", b"10")
+    pool, asked = (SubRayResourcePool([group], 0, n, use_gpu=False) for n in (4, 2))
+    left, right = split_resource_pool(pool, 2)
+    assert bundles(asked) == [[0, 2]]
+    put(b"12", b"10", b"12", b"10")
+    assert bundles(asked, left, right) == [[0, 2], [0, 2], [1, 3]]
+    assert bundles(*split_resource_pool(left, 1)) == [[0], [2]]
+    put(b"12", b"10", b"9", b"10")
+    assert bundles(left, right) == [[2, 0], [1, 3]]
 
 
 def test_a_role_can_take_placement_groups_of_others(cluster: None) -> None:

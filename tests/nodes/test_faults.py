@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib import metadata
@@ -15,8 +14,8 @@ import pytest
 import ray
 
 from single_controller import GroupBrokenError, ResourceError, WorkerDiedError
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-from single_controller.ray.process import ProcessInfo, check_versions, versions
+from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, process
+from single_controller.ray.process import ProcessInfo, check_versions
 from tests.faults.victim import Victim
 from tests.nodes.conftest import Driver, Nodes
 from tests.waiting import eventually
@@ -148,24 +147,46 @@ def test_versions_that_differ_between_nodes_are_named_and_refused_where_calls_wo
 
 
 @pytest.mark.parametrize(
-    ("package", "version", "ranks", "refused"),
+    ("package", "here", "found", "told", "refused"),
     [
-        ("python", "2.7.18", [0, 1], True),
-        ("python", f"3.{sys.version_info.minor}.99", [1], False),
-        ("ray", "2.0.1", [0, 1], True),
-        ("numpy", "1.0.1", [1], False),
-        ("torch", "1.99", [0, 1], False),
-        ("torch", "1.99", [1], True),
+        ("python", "3.11.7", ["2.7.18", "2.7.18"], {"2.7.18": [0, 1]}, True),
+        ("python", "3.11.7", ["3.11.7", "3.11.99"], {"3.11.99": [1]}, False),
+        ("ray", "2.60.0", ["2.60.1", "2.60.1"], {"2.60.1": [0, 1]}, True),
+        ("ray", "2.60.0", ["2.60.0", ""], {"none": [1]}, False),
+        ("single-controller", "0.1.0", ["0.1.0", "0.1.1"], {"0.1.1": [1]}, True),
+        ("single-controller", "0.1.0", ["0.1.0", ""], {}, False),
+        ("single-controller", "", ["0.1.0", "0.1.0"], {}, False),
+        ("safetensors", "0.8.0", ["", "0.7.0"], {"0.7.0": [1]}, False),
+        ("numpy", "2.4.6", ["2.4.6", "1.0.1"], {"1.0.1": [1]}, False),
+        ("numpy", "2.4.6", ["", ""], {"none": [0, 1]}, False),
+        ("numpy", "", ["", "2.4.6"], {"2.4.6": [1]}, False),
+        ("torch", "2.13.0", ["1.99", "1.99"], {"1.99": [0, 1]}, False),
+        ("torch", "2.13.0", ["2.13.0", "1.99"], {"1.99": [1]}, True),
+        ("torch", "2.13.0", ["2.13.0", ""], {"none": [1]}, False),
+        ("torch", "", ["2.13.0", "2.13.1"], {"2.13.0": [0], "2.13.1": [1]}, False),
+        ("torch", "", ["2.13.0", "2.12.0"], {"2.12.0": [1], "2.13.0": [0]}, True),
     ],
 )
 def test_what_calls_or_collectives_would_break_on_is_refused_and_all_else_is_logged(
-    caplog: pytest.LogCaptureFixture, package: str, version: str, ranks: list[int], refused: bool
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    here: str,
+    found: list[str],
+    told: dict[str, list[int]],
+    refused: bool,
 ) -> None:
-    own = versions()
-    found = [{**own, package: version} if rank in ranks else own for rank in (0, 1)]
+    """A package that is not installed has no version, here ""."""
+    own, *others = ({"python": "3.11.7"} | ({package: v} if v else {}) for v in (here, *found))
+    monkeypatch.setattr(process, "versions", lambda: own)
     processes = [ProcessInfo("", f"10.0.0.{rank}", rank) for rank in (0, 1)]
     with pytest.raises(ResourceError) if refused else nullcontext() as error:
-        check_versions(found, processes)
-    where = ", ".join(f"10.0.0.{rank}" for rank in ranks)
-    text = f"{package} {version} instead of {own[package]} on {where} (ranks {ranks})"
-    assert text in (caplog.text if error is None else str(error.value))
+        check_versions(others, processes)
+    text = "; ".join(
+        f"{package} {version} instead of {here or 'none'} on "
+        f"{', '.join(f'10.0.0.{rank}' for rank in ranks)} (ranks {ranks})"
+        for version, ranks in told.items()
+    )
+    said = f"{caplog.text}{error or ''}"
+    assert text in said
+    assert (" instead of " in said) == bool(told)
