@@ -180,6 +180,9 @@ def test_what_takes_connections_and_is_no_cluster_is_given_up_in_time(
 
 @pytest.mark.slow
 def test_nodes_that_differ_and_those_that_do_not_answer_are_named(tmp_path: Path) -> None:
+    pytest.importorskip(
+        "ray._private.authentication", reason="its driver joins the node that stops"
+    )
     other = tmp_path / "tensordict-9.9.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: tensordict\nVersion: 9.9\n")
