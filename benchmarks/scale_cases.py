@@ -525,12 +525,17 @@ def chain(known: bool, parts: tuple[int, int] = (1, 1), union: bool = False) -> 
     return case
 
 
-def fetch(cluster: Cluster, size: int) -> Iterator[Round]:
-    """What was made without blocking comes to the driver."""
+def makers_of_batches(cluster: Cluster, size: int) -> tuple[Ranks, Any]:
+    """Ranks that have made a batch each, which they publish when they are asked; their group."""
     ranks = Ranks(cluster, size)
-    group = ranks.attach()
     ranks.answers["publish"] = cluster.published(size)
     ranks.answers["member.make"] = cluster.same("rows", ROWS, size)
+    return ranks, ranks.attach()
+
+
+def fetch(cluster: Cluster, size: int) -> Iterator[Round]:
+    """What was made without blocking comes to the driver."""
+    ranks, group = makers_of_batches(cluster, size)
 
     def once(clock: Clock) -> None:
         made = group.make(Broadcast(ROWS))
@@ -597,10 +602,7 @@ def of_group(look: Callable[[Any], object]) -> Case:
 
 def stats(cluster: Cluster, size: int) -> Iterator[Round]:
     """The sums, after a batch has been published by every rank."""
-    ranks = Ranks(cluster, size)
-    group = ranks.attach()
-    ranks.answers["publish"] = cluster.published(size)
-    ranks.answers["member.make"] = cluster.same("rows", ROWS, size)
+    ranks, group = makers_of_batches(cluster, size)
 
     def once(clock: Clock) -> None:
         made = group.make(Broadcast(ROWS))
