@@ -55,8 +55,10 @@ class _Share:
 
     def holds(self) -> bool:
         """Whether the storage has the memory that was shared: it may be gone, or resized."""
-        gone = self._storage.expired()  # type: ignore[no-untyped-call]
-        return not (gone or torch._C._has_Standard_Deleter(self._storage.cdata))
+        storage: Any = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None or not storage.nbytes():
+            return False
+        return not torch._C._has_Standard_Deleter(storage._cdata)
 
 
 _shares: dict[int, _Share] = {}  # by the storage's address, which is not used again before it goes

@@ -91,6 +91,11 @@ class Consumer(Worker):
         return float(data.batch["x"][:, 0].sum()), data.batch["x"].device.type
 
     @register(**EACH, reads_only=True)
+    def sum_there(self, data: DataProto) -> tuple[float, int]:
+        """The sum, and what this process itself has allocated of its card."""
+        return float(data.batch["x"][:, 0].sum()), torch.cuda.memory_allocated()
+
+    @register(**EACH, reads_only=True)
     def pointer(self, data: DataProto) -> int:
         return data.batch["x"].data_ptr()
 
