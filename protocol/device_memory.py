@@ -118,7 +118,7 @@ class Loans:
         if not storage.nbytes():
             return ()
         share = _shares.get(storage._cdata)
-        if share is None or not share.holds():
+        if share is None:  # those that hold no more are gone since `_lender`
             try:
                 share = _shares[storage._cdata] = _Share(storage)
             except RuntimeError:  # not of torch's allocator, or itself another process's
