@@ -184,9 +184,9 @@ class _Mapped:
         return found
 
 
-_NO_COUNTER = b"/none"  # no file has this name: torch finds none to count down
+_NO_COUNTER = b"/no/counter"  # a name that no file there can have: torch counts nothing down
 _lenders: dict[str, _Mapped] = {}
-_borrowed: list[ref[torch.Tensor]] = []
+_borrowed: list[tuple[ref[torch.Tensor], int]] = []  # and which device was current
 
 
 def _await_end(process: int, name: str) -> None:
@@ -227,7 +227,7 @@ def borrow(
             f"is read, is gone, or the devices cannot read each other ({error})"
         ) from error
     seen = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, steps)
-    _borrowed.append(ref(seen))
+    _borrowed.append((ref(seen), here.index))
     if seen.device != here:  # mapped when another one was current
         return seen.to(here)
     return seen.clone() if how == "own" else seen
@@ -239,9 +239,10 @@ def settle() -> None:
     """
     if _borrowed:
         seen = [*_borrowed]
-        torch.cuda.current_stream().synchronize()
+        for device in {device for _, device in seen}:
+            torch.cuda.current_stream(device).synchronize()
         del _borrowed[: len(seen)]
-        _borrowed.extend(one for one in seen if one() is not None)  # of calls that go on
+        _borrowed.extend(one for one in seen if one[0]() is not None)  # of calls that go on
         for lender in [*_lenders.values()]:
             for number in [n for n, (_, stays) in lender.storages.items() if not stays]:
                 lender.storages.pop(number, None)

@@ -134,10 +134,9 @@ def lend_big(mib: int) -> bytes:
 
 def lend_part_of_ragged() -> bytes:
     """Some of each row, which are put one after another to be sent; then memory is written over."""
-    rows = [torch.arange(4.0, device="cuda") + 10 * i for i in range(1000)]
-    nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    rows = torch.stack([torch.arange(4.0) + 10 * i for i in range(1000)]).cuda()
     starts, lengths = torch.ones(1000, dtype=torch.int64), torch.full((1000,), 2)
-    part = torch.nested.narrow(nested, 1, starts.cuda(), lengths.cuda(), layout=torch.jagged)
+    part = torch.nested.narrow(rows, 1, starts.cuda(), lengths.cuda(), layout=torch.jagged)
     sent = lend_value({"part": part})
     _here["over"] = [torch.full((2000,), -1.0, device="cuda") for _ in range(100)]
     torch.cuda.synchronize()
