@@ -18,7 +18,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 
 from protocol import columns
 from protocol.columns import Numbers, Unbuilt, build, is_plain, stack
-from protocol.device_memory import LentTensor, lend
+from protocol.device_memory import Loans, borrow
 
 __all__ = [
     "Message",
@@ -133,14 +133,15 @@ class Message:
     """What is sent together, entered as a context: its tensors may share memory, which then
     crosses once. They arrive independent of each other all the same.
 
-    With `lends`, memory on a device is not sent but lent: `lent` are these loans. Its pickler has
-    it `paused` at what may call other picklers; those below protocol 5 never add to it.
+    With `lends`, memory on a device is not sent but lent: `lent` are tensors to keep until it has
+    been read. Its pickler has it `paused` at what may call other picklers; those below protocol 5
+    never add to it.
     """
 
     def __init__(self, lends: bool = False, protocol: int = 5) -> None:
-        self.lent: list[LentTensor] = []
+        self.lent: list[torch.Tensor] = []
         self.paused = False
-        self._lends, self._protocol = lends, protocol
+        self._loans, self._protocol = Loans() if lends else None, protocol
         self.buffers: dict[int, Any] = {}  # by id: those whose bytes unpacking makes private
         self._blocks: dict[int, list[tuple[int, int, _Memory]]] = {}  # by storage: start, stop
         self._offsets: dict[Hashable, list[Any]] = {}
@@ -152,6 +153,8 @@ class Message:
 
     def __exit__(self, *_: object) -> None:
         _sending.reset(self._token)
+        if self._loans is not None:
+            self._loans.complete()
 
     def pack(self, value: Any) -> _Packed:
         """What `_unpacked` makes the value of."""
@@ -193,9 +196,9 @@ class Message:
 
     def _tensor(self, tensor: torch.Tensor) -> _Packed:
         """A dense one as a view of a block, without the bytes that expanding it pretends."""
-        if self._lends and (loan := lend(tensor)):
-            self.lent.append(loan)
-            return "lent", loan
+        if self._loans is not None and (claim := self._loans.claim(tensor)):
+            self.lent.append(tensor)
+            return "lent", *claim
         real = tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
         shape, steps = tuple(real.shape), real.stride()
         expanded = 0 in steps and [d for d, n in enumerate(shape) if n > 1 and not steps[d]]
@@ -312,7 +315,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "dense": _dense,
     "jagged": _jagged,
     "leaf": lambda how, packed: _unpacked(packed, how).requires_grad_(),
-    "lent": lambda how, loan: loan.unpack(how),
+    "lent": borrow,
     "numbers": _array,
     "objects": _objects,
     "rows": _rows,

@@ -101,8 +101,8 @@ Packer: TypeAlias = "Callable[..., Any]"  # a pickler's class that is `Packing`
 
 class Message:
     """A pickled value. `foreign` are the buffers that no batch takes care of, which whoever reads
-    must make private; `held` is what the pickle has not; `lent` are tensors that stay on their
-    device, to be given back some time.
+    must make private; `held` is what the pickle has not; `lent` are tensors that others
+    map, to be kept until they have read them.
     """
 
     __slots__ = ("buffers", "data", "foreign", "held", "lent")

@@ -287,7 +287,9 @@ def _silence(process: ProcessInfo) -> str:
 
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
 _COLLECTIVES = ("/torch/distributed/", "/ray/util/collective/")
-_OURS = tuple(os.path.dirname(file) + os.sep for file in (os.path.dirname(__file__), ray.__file__))
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_BATCHES = os.path.join(os.path.dirname(_PACKAGE), "protocol")
+_OURS = tuple(folder + os.sep for folder in (_PACKAGE, _BATCHES, os.path.dirname(ray.__file__)))
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _MAIN = "/default_worker.py"  # where Ray's processes start

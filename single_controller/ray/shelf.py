@@ -42,7 +42,7 @@ class Kept:
         self._value: Message | None = None  # that is no batch, and `held` its tensors
         self._versions: list[int] = []
         self._title = ""
-        self._lent: list[Any] = []
+        self._lent: list[Any] = []  # what was made of it for others, who map it
 
     def keep(self, output: Any, title: str) -> int | None:
         """Keep what the method `title` returned, if it is a batch; its rows."""
@@ -92,11 +92,6 @@ class Kept:
         message = Message.of(found, Packer, lends=lends)
         self._lent += message.lent
         return message, message.size
-
-    def end_loans(self) -> None:
-        """Nobody will read what was lent any more."""
-        for tensor in self._lent:
-            tensor.end()
 
     def batch(self) -> Any:
         """The batch, which is still its maker's: it must not be changed.
@@ -243,7 +238,6 @@ class Shelf:
     def _drop(self, token: str) -> None:
         kept = self._kept[token]
         if kept.last is not None and kept.publications >= kept.last:
-            kept.end_loans()
             del self._kept[token]
 
 

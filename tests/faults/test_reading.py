@@ -43,9 +43,18 @@ def dump(*threads: list[tuple[object, str]]) -> str:
         (dump([("/u.py", "f"), *SERVES]) + "\n" + dump([("/u.py", "g"), *SERVES]), ["g"]),
         (dump([(RAY / "_private/worker.py", "get"), *SERVES]), ["get"]),
         (dump(BACKGROUND, SERVES[2:]), ["no call"]),
+        (dump([(OURS.parent / "protocol/device_memory.py", "_await_end"), WAIT]), ["no call"]),
         ("no stack: it does not answer in time", ["time"]),
     ],
-    ids=["serving", "own thread", "asked twice", "in our own code", "between calls", "no stack"],
+    ids=[
+        "serving",
+        "own thread",
+        "asked twice",
+        "in our own code",
+        "between calls",
+        "batches wait",
+        "no stack",
+    ],
 )
 def test_only_what_runs_for_the_user_is_shown_and_as_it_was_last(
     written: str, names: list[str]

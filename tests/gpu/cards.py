@@ -63,6 +63,12 @@ class Producer(Worker):
         return DataProto.from_dict({"x": x.unsqueeze(1).repeat(1, 16 << 20)})
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def write_over(self, count: int) -> None:
+        """Use the memory of so many rows that are gone."""
+        torch.full((count, 16 << 20), -1.0, device=self.device)
+        torch.cuda.synchronize()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def allocated(self) -> int:
         torch.cuda.synchronize()
         torch.cuda.ipc_collect()
@@ -89,6 +95,21 @@ class Consumer(Worker):
     @register(**EACH)
     def sum(self, data: DataProto) -> tuple[float, str]:
         return float(data.batch["x"][:, 0].sum()), data.batch["x"].device.type
+
+    @register(**EACH, reads_only=True)
+    def sum_there(self, data: DataProto) -> tuple[float, int]:
+        """The sum, and what this process itself has allocated of its card."""
+        return float(data.batch["x"][:, 0].sum()), torch.cuda.memory_allocated()
+
+    @register(**EACH, reads_only=True)
+    def start_sum(self, data: DataProto) -> None:
+        """Returns seconds before the card has read it."""
+        torch.cuda._sleep(4_000_000_000)
+        self.total = data.batch["x"][:, 0].sum()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def finished_sum(self) -> float:
+        return float(self.total)
 
     @register(**EACH, reads_only=True)
     def pointer(self, data: DataProto) -> int:

@@ -103,6 +103,20 @@ def test_between_roles_of_one_process_a_reader_gets_the_very_memory(team: Any) -
     assert team.producer.stats()["by_host"].bytes_between == before
 
 
+def test_who_only_reads_gets_no_copy_of_lent_memory(team: Any, reader: Any) -> None:
+    found = reader.sum_there(team.producer.big(rows(4)))
+    assert [x for x, _ in found] == [1.0, 5.0]
+    assert all(size < 64 << 20 for _, size in found)
+
+
+def test_lent_memory_is_not_given_back_before_the_card_has_read_it(team: Any, reader: Any) -> None:
+    before = sum(team.producer.allocated())
+    reader.start_sum(team.producer.big(rows(4)))
+    assert eventually(lambda: sum(team.producer.allocated()) <= before + ANCHOR)
+    team.producer.write_over(2)
+    assert reader.finished_sum() == [1.0, 5.0]
+
+
 def test_lent_memory_is_back_when_the_future_is_dropped(team: Any, reader: Any) -> None:
     before = sum(team.producer.allocated())
     future = team.producer.big(rows(4))

@@ -167,6 +167,9 @@ def test_batches_go_from_card_to_card(two_cards: RayResourcePool, cross: bool) -
         assert producer.stats()["by_device"].bytes_between < 20_000
         big = producer.big(rows(ROWS))
         assert sum(value for value, _ in reader.sum(big)) == sum(range(ROWS))
+        there = reader.sum_there(big)
+        assert sum(value for value, _ in there) == sum(range(ROWS))
+        assert all(size < 64 << 20 for _, size in there)
         assert producer.stats()["big"].bytes_between < 20_000
 
 
