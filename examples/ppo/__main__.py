@@ -69,7 +69,7 @@ def main() -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    connect(settings.ranks)
+    connect(settings.ranks + settings.processes_of_rollout)
     stop = StopOnRequest()
     try:
         with started(settings, make_tokenizer(settings)) as roles:

@@ -17,8 +17,8 @@ __all__ = ["Records"]
 
 # Where a run is and how long it goes on may change when it is resumed.
 FREE_TO_CHANGE = {
-    *("steps", "ranks", "device", "shard", "placement", "threads", "micro_rows"),
-    *("output", "save_every", "resume"),
+    *("steps", "ranks", "rollout_ranks", "device", "shard", "placement", "threads"),
+    *("micro_rows", "output", "save_every", "resume"),
 }
 
 
