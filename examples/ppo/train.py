@@ -105,9 +105,7 @@ def started(settings: Settings, tokenizer: Tokenizer) -> Iterator[Roles]:
 
 
 def hand_over(settings: Settings, actor: RayWorkerGroup, rollout: RayWorkerGroup) -> None:
-    """Give the rollout the actor's weights. They go from the actor's ranks to those of the rollout,
-    from card to card where they are on one node; the driver has only handles.
-    """
+    """Give the rollout the actor's weights; the driver has only handles of them."""
     weights = actor.weights()  # one handle for each rank of the actor
     if settings.shard == "fsdp2":  # each has some rows, so all go to each rank of the rollout
         rollout.load(*weights)

@@ -144,12 +144,7 @@ class Trained:
 
 
 def take_weights(module: nn.Module, parts: Sequence[Mapping[str, Tensor]]) -> None:
-    """Copy another module's weights into this one: those of a replica, or of all ranks that have
-    rows of it, in their order.
-
-    Raises:
-        KeyError: a name is missing. RuntimeError: shapes do not fit.
-    """
+    """Copy into a module what `Trained.weights` gave: a replica, or all ranks' parts in order."""
     for name, mine in module.state_dict().items():
         found = [part[name] for part in parts]
         if found[0].shape == mine.shape:  # a replica; or no rank behind the first has a row
