@@ -1,7 +1,7 @@
 """Backend-neutral parts: workers, registration, dispatch, groups."""
 
 from single_controller.base.decorator import GroupView
-from single_controller.base.plan import Broadcast, PerRank, ResourcePool
+from single_controller.base.plan import Broadcast, Handle, PerRank, ResourcePool
 from single_controller.base.worker import Worker
 from single_controller.base.worker_group import ClassWithInitArgs, WorkerGroup
 
@@ -9,6 +9,7 @@ __all__ = [
     "Broadcast",
     "ClassWithInitArgs",
     "GroupView",
+    "Handle",
     "PerRank",
     "ResourcePool",
     "Worker",

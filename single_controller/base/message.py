@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
-from single_controller.base.plan import Call, PerRank, is_future
+from single_controller.base.plan import NESTS, Call, Handle, PerRank, is_future, is_late, replaced
 from single_controller.errors import SendError, SingleControllerError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "arguments",
     "checked_output",
     "held",
+    "is_packed",
     "not_sent",
     "packed",
 ]
@@ -59,12 +60,15 @@ class Packing:
         self._lends = lends
         super().__init__(file, protocol=5, buffer_callback=self.buffers.append)  # type: ignore[call-arg]
 
+    def without(self, value: Any) -> Any:
+        """The reduction of a value that is left out."""
+        self.held.append(value)
+        return _take, (len(self.held) - 1,)
+
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, self.kept) and value is not _take:
-            self.held.append(value)
-            return _take, (len(self.held) - 1,)
-        kind: Any = type(value)
-        ours = _is_packed(kind)
+            return self.without(value)
+        ours = is_packed(value)
         if self.sent is not None:
             self.sent.paused = not ours
         if ours:
@@ -79,9 +83,14 @@ class Packing:
         return NotImplemented if further is None else further(value)
 
 
+def is_packed(value: Any) -> bool:
+    """Whether it is a tensor or a batch. Where their module is not loaded, there is none."""
+    kind: Any = type(value)
+    return _is_packed(kind)
+
+
 @functools.lru_cache(256)
-def _is_packed(kind: type) -> bool:
-    """Whether it is a kind of tensor or batch. Where their module is not loaded, there is none."""
+def _is_packed(kind: Any) -> bool:
     bases = ("torch", "Tensor"), ("tensordict", "TensorDict"), ("protocol.data_proto", "DataProto")
     found = [getattr(sys.modules[module], name) for module, name in bases if module in sys.modules]
     return issubclass(kind, tuple(found))
@@ -165,15 +174,15 @@ class Part(NamedTuple):
     at: int
 
 
-# A call's values; the names by which the last go; and which are batches in which `Part`s stand for
-# what all rows share.
-_Body: TypeAlias = "tuple[tuple[Any, ...], tuple[str, ...], tuple[int, ...]]"
-NOTHING = Message(pickle.dumps(((), (), ())))  # of a call without values
+# A call's values; the names by which the last go; which are batches in which `Part`s stand for what
+# all rows share; and which have handles in them, in whose places are `Part`s.
+_Body: TypeAlias = "tuple[tuple[Any, ...], tuple[str, ...], tuple[int, ...], tuple[int, ...]]"
+NOTHING = Message(pickle.dumps(((), (), (), ())))  # of a call without values
 
 
 class Outgoing(NamedTuple):
-    """What the ranks that are called alike get: a message, its parts, and futures to go too. `size`
-    are the bytes of the message's own values.
+    """What the ranks that are called alike get: a message, its parts, and futures and handles to go
+    too. `size` are the bytes of the message's own values.
     """
 
     message: Message
@@ -187,8 +196,8 @@ class Outbox:
 
     Values that several ranks get, and what their batches share, are pickled once, together where
     they go to the same ranks. `share(message, ranks)` says what goes in place of such a part, or
-    None to have it within each message; `stored` are the ids of those that it took. Futures stay
-    apart: how they are pickled depends on who reads what.
+    None to have it within each message; `stored` are the ids of those that it took. Futures and
+    handles stay apart: how they are pickled depends on who reads what.
 
     Raises:
         SendError: a value cannot be pickled.
@@ -223,7 +232,7 @@ class Outbox:
         for number, call in enumerate(calls):
             for value in call.values():
                 for item in (value, *_shared_values(value).values()):
-                    if not (_is_tiny(item) or is_future(item)):
+                    if not (_is_tiny(item) or is_late(item)):
                         values[id(item)] = item
                         of = readers.setdefault(id(item), [])
                         if of[-1:] != [number]:
@@ -242,29 +251,37 @@ class Outbox:
 
     def _packed_call(self, call: Call) -> Outgoing:
         parts: dict[int, Any] = {}
-        futures: list[Any] = []
+        futures: dict[int, tuple[int, Any]] = {}
+
+        def put_off(value: Any) -> Part:
+            return Part(-1, futures.setdefault(id(value), (len(futures), value))[0])
 
         def place(value: Any) -> Any:
             if is_future(value):
-                futures.append(value)
-                return Part(-1, len(futures) - 1)
+                return put_off(value)
             if id(value) not in self.stored:
-                return value
+                return replaced(value, Handle, put_off)
             part, at = self.stored[id(value)]
             parts.setdefault(id(part), part)
             return Part(list(parts).index(id(part)), at)
 
-        values, lacking = [place(value) for value in call.values()], []
+        given = call.values()
+        values, lacking = [place(value) for value in given], []
+        late = [
+            i for i, value in enumerate(values) if type(value) in NESTS and value is not given[i]
+        ]
         for i, value in enumerate(values):
             shared = _shared_values(value) if self.stored else {}
             found = {k: place(item) for k, item in shared.items() if id(item) in self.stored}
             if found:
                 values[i] = _with_shared(copy.copy(value), found)
                 lacking.append(i)
-        body: _Body = tuple(values), tuple(call.kwargs), tuple(lacking)
+        body: _Body = tuple(values), tuple(call.kwargs), tuple(lacking), tuple(late)
         message = packed(body, self._packer) if values else NOTHING
         size = 0 if all(type(value) is Part for value in values) else message.size
-        return Outgoing(message, size, list(parts.values()), futures)
+        return Outgoing(
+            message, size, list(parts.values()), [future for _, future in futures.values()]
+        )
 
 
 def _key(call: Call) -> Any:
@@ -286,21 +303,27 @@ def packed(value: Any, packer: Packer, **options: Any) -> Message:
 
 
 def arguments(
-    message: Message, parts: Sequence[Any]
-) -> tuple[list[Any], tuple[str, ...], list[Any]]:
-    """A call's values, the names by which the last go, and the futures among them. `parts` are
-    those of its message, read.
+    message: Message, parts: Sequence[Any], arrived: Callable[[Any], Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """A call's arguments. `parts` are those of its message, read; `arrived` says what the method
+    gets for a value, such as a future.
 
     Raises:
         What reading it raises.
     """
     body: _Body = message.read()
-    values = [parts[v.part][v.at] if type(v) is Part else v for v in body[0]]
+
+    def part(found: Part) -> Any:
+        return arrived(parts[found.part][found.at])
+
+    values = [part(v) if type(v) is Part else arrived(v) for v in body[0]]
+    for i in body[3]:
+        values[i] = replaced(values[i], Part, part)
     for i in body[2]:
         shared = _shared_values(values[i])
-        found = {k: parts[v.part][v.at] for k, v in shared.items() if type(v) is Part}
-        _with_shared(values[i], found)
-    return values, body[1], [value for value in values if is_future(value)]
+        _with_shared(values[i], {k: part(v) for k, v in shared.items() if type(v) is Part})
+    split = len(values) - len(body[1])
+    return values[:split], dict(zip(body[1], values[split:], strict=True))
 
 
 def _shared_values(value: Any) -> dict[str, Any]:

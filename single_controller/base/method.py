@@ -12,7 +12,7 @@ from typing import Any
 from single_controller.base.decorator import MethodSpec, Transport
 from single_controller.base.dispatch import CustomMode
 from single_controller.base.explain import Explanation
-from single_controller.base.plan import Call, Layout, Plan, named_arguments
+from single_controller.base.plan import Call, Layout, Plan, named_arguments, placed
 from single_controller.base.trace import CallRecord
 from single_controller.errors import DispatchError, check_seconds
 
@@ -43,7 +43,8 @@ class Request:
 
     `answers` are the ranks whose outputs count, in order. `deferred`: outputs stay where they are
     until asked for, then they go by `transport`. `awaited`: the caller waits for them at once.
-    `opens`: references to outputs are for anyone to ask the backend for.
+    `opens`: an output is a value of any kind, not a batch; those that are not deferred are for
+    anyone to ask the backend for.
     `reads_only`: arguments may be views. `materialize`: futures arrive as their batches.
     """
 
@@ -92,7 +93,9 @@ class Pending(abc.ABC):
 
     @abc.abstractmethod
     def handles(self, batched: bool) -> list[Any]:
-        """For each rank that answers, a source of its batch or a reference to its output."""
+        """For each rank that answers, a source of its batch or a handle; of a call that is not
+        `deferred` a reference to its output.
+        """
 
 
 class CallFuture:
@@ -207,8 +210,8 @@ class BoundMethod:
         `timeout_s` goes before what the method is registered with, and that before the group's
         `call_timeout_s`; `math.inf` is no deadline. With `ranks`, the call goes as if these, in
         this order, were the whole group. Tensors of workers' devices come to the CPU;
-        `map_location`, a `torch.device` or its name, is where a batch or tensor that the call
-        returns, or a list of them, goes from there.
+        `map_location`, a `torch.device` or its name, is where batches and tensors that the call
+        returns, also in lists, tuples and dicts, go from there.
 
         Raises:
             ValueError: a rank that the group does not have, no rank, or no time.
@@ -263,24 +266,17 @@ class BoundMethod:
             outputs = pending.wait(timeout_s)
         try:
             with pending.record.span("collect"):
-                return _placed(self.mode.collect(plan, outputs), self.call_options.map_location)
+                return placed(self.mode.collect(plan, outputs), self.call_options.map_location)
         except DispatchError as error:
             raise DispatchError(f"{self.title}: {error}") from error.__cause__
 
     def promise(self, plan: Plan, pending: Pending) -> Any:
         """What stands for the result of a call that does not block."""
-        promised = self.mode.promise(plan, pending.handles(self.mode.batched))
-        if self.mode.batched:
-            promised.map_location = self.call_options.map_location
+        batched, handles = self.mode.batched, pending.handles(self.mode.batched)
+        promised = self.mode.promise(plan, handles)
+        for one in [promised] if batched else handles:
+            one.map_location = self.call_options.map_location
         return promised
-
-    def check_promised(self) -> None:
-        """Raise ValueError where a call that does not block cannot do what it is asked to."""
-        if self.call_options.map_location is not None and not self.mode.batched:
-            raise ValueError(
-                f"{self.title} returns references at once, whose values map_location cannot "
-                "place: use options(map_location=…).submit(…), or move what you get"
-            )
 
     @property
     def title(self) -> str:
@@ -300,21 +296,8 @@ class BoundMethod:
         """What a call gives, in words."""
         if self.mode.batched and not self.binding.spec.blocking:
             return "a DataProtoFuture"
-        at_once = "" if self.binding.spec.blocking else "at once, references to "
+        at_once = "" if self.binding.spec.blocking else "at once, as handles, "
         return at_once + self.mode.returns
 
     def __repr__(self) -> str:
         return f"<{self.title}, {self.binding.spec.dispatch_mode}>"
-
-
-def _placed(result: Any, place: Any) -> Any:
-    """A batch, a tensor or a list of them on a device; other values as they are."""
-    if place is None:
-        return result
-    import torch
-
-    from protocol.batches import is_batch
-
-    if isinstance(result, list):
-        return [_placed(item, place) for item in result]
-    return result.to(place) if is_batch(result) or isinstance(result, torch.Tensor) else result

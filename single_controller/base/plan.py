@@ -5,8 +5,10 @@ The modes that make plans are in `dispatch`; reserving anything for a pool is le
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from numbers import Integral
@@ -18,15 +20,21 @@ if TYPE_CHECKING:
     from protocol import DataProtoFuture
 
 __all__ = [
+    "NESTS",
     "Broadcast",
     "Call",
+    "Handle",
     "Layout",
     "Padding",
     "PerRank",
     "Plan",
     "ResourcePool",
     "is_future",
+    "is_late",
     "named_arguments",
+    "origins",
+    "placed",
+    "replaced",
 ]
 
 T = TypeVar("T")
@@ -118,6 +126,124 @@ class PerRank(_Mark[T]):
         listed = hasattr(self.values, "__getitem__") and not isinstance(self.values, Mapping)
         if not listed or getattr(self.values, "shape", None) == ():
             raise DispatchError(f"a list is needed, one value per rank; got {self.values!r}")
+
+
+class Handle(Generic[T]):
+    """What one rank of a call has returned, or will: it stays there until someone asks.
+
+    Passed to a method of a group, alone or in a list, tuple or dict, it arrives as the value; a
+    role of the same process whose method is `reads_only` gets that itself.
+
+        weights = trainer.weights()  # registered with blocking=False: a handle per rank
+        rollout.load(weights[0])     # the value of rank 0, from process to process
+
+    Tensors arrive without their gradients. Once nobody holds a handle, its worker lets go.
+    """
+
+    map_location: Any = None
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    @property
+    def source(self) -> Any:
+        """Where it is: what a future of rows is made of, too. Its one row is the value."""
+        return self._source
+
+    def get(self, timeout: float | None = None, map_location: Any = None) -> T:
+        """Wait for all ranks of the call, and fetch this one's value.
+
+        Args:
+            map_location: where its tensors go; by default where the call was told, else on the
+                driver to the CPU.
+
+        Raises:
+            WorkerError: a rank raised. TimeoutError: it was not here within `timeout` seconds.
+            GroupBrokenError: its group was closed or restarted.
+        """
+        value = self._source.fetch(0, 1, timeout)
+        place = self.map_location if map_location is None else map_location
+        return placed(value, place)  # type: ignore[no-any-return]
+
+    def done(self) -> bool:
+        """Whether its rank has finished, well or not."""
+        return bool(self._source.done())
+
+    def __await__(self) -> Generator[Any, None, T]:
+        """What `get` gives, while the event loop runs on."""
+        return self._arrived().__await__()
+
+    async def _arrived(self) -> T:
+        for whole in (False, True):
+            if not await self._source.arrive(whole):
+                return await asyncio.to_thread(self.get)  # finding out why takes seconds
+        return self.get()
+
+    def resolved(self) -> Handle[T]:
+        """Itself, once all ranks of its call have finished; or one that raises what went wrong."""
+        try:
+            self._source.rows(None)
+        except Exception as error:
+            return Handle(_Failed(error))
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Handle, (self._source,)
+
+    def __repr__(self) -> str:
+        return f"<handle of {self._source.title}, rank {self._source.rank}>"
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """The source of a value that there will not be."""
+
+    error: Exception
+
+    def fetch(self, *_: Any) -> Any:
+        raise self.error
+
+
+def replaced(value: Any, kind: type, place: Callable[[Any], Any]) -> Any:
+    """The value with what `place` says for each of this kind in it, at any depth of lists, tuples
+    and dicts; itself where there is none.
+    """
+    with suppress(RecursionError):  # one that holds itself: pickling it will say so
+        return _replaced(value, kind, place)
+    return value
+
+
+def _replaced(value: Any, kind: type, place: Callable[[Any], Any]) -> Any:
+    if isinstance(value, kind):
+        return place(value)
+    if type(value) not in NESTS:
+        return value
+    items = [*value.values()] if type(value) is dict else value
+    if not any(k in NESTS or issubclass(k, kind) for k in {*map(type, items)}):
+        return value
+    made = [_replaced(item, kind, place) for item in items]
+    if all(new is old for new, old in zip(made, items, strict=True)):
+        return value
+    return dict(zip(value, made, strict=True)) if type(value) is dict else type(value)(made)
+
+
+NESTS = (list, tuple, dict)
+
+
+def placed(result: Any, place: Any) -> Any:
+    """Batches and tensors, also in lists, tuples and dicts, on a device; others as they are."""
+    if place is None:
+        return result
+    import torch
+
+    from protocol.batches import is_batch
+
+    if isinstance(result, list | tuple):
+        made = [placed(item, place) for item in result]
+        return made if isinstance(result, list) else tuple(made)
+    if type(result) is dict:
+        return {key: placed(item, place) for key, item in result.items()}
+    return result.to(place) if is_batch(result) or isinstance(result, torch.Tensor) else result
 
 
 @dataclass(frozen=True)
@@ -254,3 +380,19 @@ def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
     """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
     module = sys.modules.get("protocol.future")
     return module is not None and isinstance(value, module.DataProtoFuture)
+
+
+def is_late(value: Any) -> bool:
+    """Whether it is a future or a handle, or has one in it: it is fetched where it is read."""
+    return is_future(value) or replaced(value, Handle, lambda _: None) is not value
+
+
+def origins(late: Sequence[Any]) -> list[Any]:
+    """The sources at the bottom of these futures and handles, each once. Waits for nothing."""
+    found = {id(one.source): one.source for one in late if isinstance(one, Handle)}
+    if len(found) < len(late):
+        from protocol import future
+
+        of_rows = future.origins(one for one in late if not isinstance(one, Handle))
+        found |= {id(origin): origin for origin in of_rows}
+    return [*found.values()]

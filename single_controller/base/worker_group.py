@@ -19,7 +19,7 @@ from single_controller.base.explain import Carrier, Explanation, GroupTable, exp
 from single_controller.base.hosts import Generation, Hosts
 from single_controller.base.message import Packer, not_sent
 from single_controller.base.method import BoundMethod, MethodBinding, Pending, Request
-from single_controller.base.plan import Call, Layout, Plan, ResourcePool, is_future, named_arguments
+from single_controller.base.plan import Call, Layout, Plan, ResourcePool, is_late, named_arguments
 from single_controller.base.roles import ClassWithInitArgs, W, worker_class
 from single_controller.base.trace import Recorder, StatsTable
 from single_controller.base.worker import Worker, check_worker_env
@@ -128,7 +128,6 @@ class WorkerGroup(abc.ABC, Generic[W]):
         if method.binding.spec.blocking:
             plan, pending = self._send(method, args, kwargs, awaited=True)
             return method.result(plan, pending)
-        method.check_promised()
         plan, pending = self._send(method, args, kwargs, deferred=True)
         return method.promise(plan, pending)
 
@@ -157,7 +156,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 timeout_s=self._limit(method.call_options.timeout_s),
                 materialize=spec.materialize_futures,
                 reads_only=spec.reads_only,
-                deferred=deferred and method.mode.batched,
+                deferred=deferred,
                 awaited=awaited,
                 opens=deferred and not method.mode.batched,
                 transport=spec.transport,
@@ -191,7 +190,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         try:
             return self._submit(hosts, request, calls)
         except SendError as error:
-            named = ((n, v) for n, v in named_arguments(args, kwargs) if not is_future(v))
+            named = ((n, v) for n, v in named_arguments(args, kwargs) if not is_late(v))
             found = not_sent(title, named, self._packer)
             raise found or SendError(f"{title}: {error}") from error.__cause__
 
@@ -380,7 +379,8 @@ class WorkerGroup(abc.ABC, Generic[W]):
             raise UnknownMethodError(self._explain_missing(name))
         hosts, record = self._hosts.usable(), self._recorder.call(self.role, name)
         plan, calls = mode.dispatch(Layout.flat(self.world_size), args, kwargs)
-        request = Request(self.role, name, plan.answers, record, self._limit(None), awaited=awaited)
+        limit, where = self._limit(None), (self.role, name, plan.answers, record)
+        request = Request(*where, timeout_s=limit, awaited=awaited, opens=not awaited)
         return self._submitted(request.title, hosts, request, calls, args, kwargs)
 
     @property

@@ -38,7 +38,7 @@ from single_controller.base.message import (
     packed,
 )
 from single_controller.base.method import Pending, Request
-from single_controller.base.plan import Call, ResourcePool, is_future
+from single_controller.base.plan import Call, Handle, ResourcePool, is_future
 from single_controller.base.roles import (
     ClassWithInitArgs,
     Colocate,
@@ -81,11 +81,12 @@ if TYPE_CHECKING:
     from protocol.batches import Batch
 
 __all__ = [
-    "Handle",
+    "InProcess",
     "InlinePending",
     "InlineReference",
     "InlineWorkerGroup",
     "LocalBatch",
+    "LocalValue",
     "Packer",
     "PinnedBatch",
     "Rank",
@@ -108,12 +109,12 @@ _NO_ATTACHING = (
 _Read: TypeAlias = "Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]"
 
 
-class Handle:
+class InProcess:
     """What stands for something in this process, and is passed to ranks as it is."""
 
 
 class Packer(Packing, pickle.Pickler):
-    kept = (type, FunctionType, ModuleType, Handle)
+    kept = (type, FunctionType, ModuleType, InProcess)
 
 
 def _copied(message: Message) -> Message:
@@ -185,7 +186,7 @@ class Rank:
         self.context.peers.clear()
 
 
-class Ranks(Generation, Handle):
+class Ranks(Generation, InProcess):
     """All ranks of a group, in this process: `infos` are they themselves.
 
     Raises:
@@ -223,7 +224,7 @@ class Ranks(Generation, Handle):
                 if restored:
                     restoring = InlineReference(self, rank, role, "restore")
                     restoring.run(lambda: ([], {}))
-                    restoring.result()
+                    restoring.get()
         except BaseException:
             self.end("the group did not start")
             raise
@@ -311,7 +312,7 @@ def _contexts(
         )
 
 
-class InlineReference(Handle):
+class InlineReference(InProcess):
     """What one rank returns from a call, for whoever asks: each gets a copy of its own."""
 
     def __init__(self, hosts: Ranks, rank: Rank, role: str, method: str) -> None:
@@ -326,7 +327,7 @@ class InlineReference(Handle):
         """Whether the method has returned or raised."""
         return self.output is not None or self.error is not None
 
-    def result(self, timeout: float | None = None) -> Any:
+    def get(self, timeout: float | None = None) -> Any:
         """What the method returned. Waits, at most `timeout` seconds, for an async one.
 
         Raises:
@@ -405,6 +406,7 @@ class InlinePending(Pending):
     ) -> None:
         self._hosts, self.calls, self._answers = hosts, calls, answers
         self._timeout_s = None if request is None else request.timeout_s
+        self._deferred = request is not None and request.deferred
         if request is not None:
             self.record = request.record
 
@@ -455,7 +457,11 @@ class InlinePending(Pending):
         return False
 
     def handles(self, batched: bool) -> list[Any]:
-        return [LocalBatch(self, r) for r in self._answers] if batched else [*self._answers]
+        if not self._deferred:
+            return [*self._answers]
+        if batched:
+            return [LocalBatch(self, reference) for reference in self._answers]
+        return [Handle(LocalValue(self, reference)) for reference in self._answers]
 
 
 def _order(error: Exception) -> tuple[bool, float]:
@@ -463,7 +469,7 @@ def _order(error: Exception) -> tuple[bool, float]:
     return not isinstance(error, WorkerDiedError), getattr(error, "when", math.inf)
 
 
-class _Rows(Handle):
+class _Rows(InProcess):
     """A batch that stays here: a `protocol.future.Source`."""
 
     def _batch(self, timeout: float | None) -> Any:
@@ -503,19 +509,37 @@ class LocalBatch(_Rows):
         """The method that makes it, for messages."""
         return self.reference.title
 
+    @property
+    def rank(self) -> int:
+        return self.reference.rank.rank
+
+    def done(self) -> bool:
+        """Whether its rank has finished."""
+        return self.reference.done()
+
     async def arrive(self, whole: bool) -> bool:
         """Wait on the running event loop for an async method."""
         return await self.pending.arrive()
 
+    def _output(self, timeout: float | None) -> Any:
+        made = self.reference
+        return InlinePending(made.hosts, self.pending.calls, [made]).wait(timeout)[0]
+
     def _batch(self, timeout: float | None) -> Any:
         from protocol.batches import is_batch
 
-        made = self.reference
-        [output] = InlinePending(made.hosts, self.pending.calls, [made]).wait(timeout)
+        made, output = self.reference, self._output(timeout)
         if not is_batch(output):
             error = TypeError(NO_BATCH.format(role=made.role, method=made.method))
             raise made.rank.failure(made.role, error, made.method)
         return output
+
+
+class LocalValue(LocalBatch):
+    """What a rank returned, of any kind."""
+
+    def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
+        return self._output(timeout)
 
 
 @dataclass(frozen=True)
@@ -682,17 +706,16 @@ def _reader(out: Outgoing, request: Request) -> _Read:
 
     def arrived(value: Any) -> Any:
         if isinstance(value, InlineReference):
-            return value.result()
-        return value.get() if request.materialize and is_future(value) else value
+            return value.get()
+        late = is_future(value) or isinstance(value, Handle)
+        return value.get() if request.materialize and late else value
 
     def read() -> tuple[Sequence[Any], Mapping[str, Any]]:
         with shared():
             parts = [part.read() for part in out.parts]
-            parts += [] if futures is None else [futures.read()]
-            values, names, _ = arguments(message, parts)
-            values = [arrived(value) for value in values]
-        split = len(values) - len(names)
-        return values[:split], dict(zip(names, values[split:], strict=True))
+            return arguments(
+                message, parts if futures is None else [*parts, futures.read()], arrived
+            )
 
     return read
 

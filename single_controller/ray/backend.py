@@ -13,11 +13,13 @@ import ray
 
 from single_controller import inline
 from single_controller.base.method import Pending, Request
-from single_controller.base.plan import Call, ResourcePool
+from single_controller.base.plan import Call, Handle, ResourcePool
 from single_controller.base.roles import Colocate, W
 from single_controller.inline.group import InlinePending, Ranks
 from single_controller.ray import pools
 from single_controller.ray.placement import RayResourcePool
+from single_controller.ray.remote_batch import RayHandle
+from single_controller.ray.shelf import Kept
 from single_controller.ray.spec import RayClassWithInitArgs, create_colocated_worker_cls
 
 __all__ = [
@@ -51,9 +53,14 @@ class _Pending(InlinePending):
         made = super().handles(batched)
         if batched or not ray.is_initialized():
             return made
-        return [
-            ray.put(reference.result()) if reference.done() else reference for reference in made
-        ]
+        return [_known_to_ray(one) if one.done() else one for one in made]
+
+
+def _known_to_ray(one: Any) -> Any:
+    if isinstance(one, Handle):
+        source = one.source
+        return RayHandle(source, ray.put(Kept().keep_value(one.get(), source.title)))
+    return ray.put(one.get())
 
 
 class SwitchedWorkerGroup(inline.InlineWorkerGroup[W]):
@@ -69,7 +76,8 @@ class SwitchedWorkerGroup(inline.InlineWorkerGroup[W]):
 
 
 def _here(value: Any) -> Any:
-    return ray.get(value) if isinstance(value, ray.ObjectRef) else value
+    stands = isinstance(value, ray.ObjectRef) and not isinstance(value, Handle)
+    return ray.get(value) if stands else value
 
 
 def _named(call: Call) -> dict[str, Any]:

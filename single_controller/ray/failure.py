@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,17 @@ from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
     OutOfMemoryError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
 
-from single_controller.errors import GroupBrokenError, WorkerDiedError, WorkerError
+from single_controller.errors import (
+    GroupBrokenError,
+    SingleControllerError,
+    WorkerDiedError,
+    WorkerError,
+)
 from single_controller.ray.process import (
     ProcessInfo,
     beside,
@@ -46,6 +53,7 @@ __all__ = [
     "CallDroppedError",
     "CallSite",
     "Diagnosis",
+    "StaysError",
     "Wait",
     "all_arrived",
     "diagnose",
@@ -53,7 +61,9 @@ __all__ = [
     "dumps",
     "explain_death",
     "get_all",
+    "get_ours",
     "not_ready",
+    "ours",
     "raised",
     "session",
     "shown_seconds",
@@ -102,6 +112,21 @@ def shown_seconds(seconds: float | None) -> str:
     return f"{round(seconds or 0, 3):g}"
 
 
+# Whether this library reads what Ray has: `Answer`s as such, and not the values, which others get.
+# Ray has no way to tell that to what it unpickles.
+ours: ContextVar[bool] = ContextVar("ours", default=False)
+
+
+class StaysError(SingleControllerError, RayError):
+    """Somebody asked Ray for a value that stays with its worker."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(
+            f"what {title} returned stays with its worker, and Ray does not have it: handle.get() "
+            "fetches it, and a method of a group that is passed the handle gets the value"
+        )
+
+
 def get_all(
     refs: Sequence[Any], timeout_s: float | None, what: str, ranks: Sequence[int]
 ) -> list[Any]:
@@ -115,7 +140,16 @@ def get_all(
         raise GroupBrokenError(GONE)
     counted = None if timeout_s is None or timeout_s > _LONGEST_S else timeout_s
     with Wait(lambda: standing(refs, what, ranks)):
-        return list(ray.get(refs, timeout=counted))
+        return list(get_ours(refs, counted))
+
+
+def get_ours(refs: Any, timeout_s: float | None) -> Any:
+    """What `ray.get` gives; of values of any kind, their `Answer`s."""
+    token = ours.set(True)
+    try:
+        return ray.get(refs, timeout=timeout_s)
+    finally:
+        ours.reset(token)
 
 
 async def all_arrived(
@@ -134,8 +168,9 @@ async def all_arrived(
             well.set_result(not failed)
 
     def tell(future: Future[Any]) -> None:  # in a thread of Ray's
+        failed = not isinstance(future.exception(), StaysError | None)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(note, future.exception() is not None)
+            loop.call_soon_threadsafe(note, failed)
 
     # The values are left: to read them as they are to be read, `get` has to.
     for ref in refs:
@@ -353,7 +388,7 @@ def raised(ref: Any) -> Exception | None:
     read_as: Any = getattr(sys.modules.get("protocol.wire"), "read_as", contextlib.nullcontext)
     try:
         with read_as("view"):
-            ray.get(ref, timeout=0)
+            get_ours(ref, 0)
     except GetTimeoutError:
         return None
     except Exception as error:

@@ -20,6 +20,7 @@ from ray.exceptions import RayTaskError
 
 from single_controller.base.dispatch import AUTO_PADDING
 from single_controller.base.message import Message, checked_output
+from single_controller.base.plan import origins
 from single_controller.base.roles import RoleSpec, build_roles, restore_hooks
 from single_controller.base.trace import Event, harvest, note, now_ns, running
 from single_controller.base.worker import (
@@ -422,10 +423,10 @@ def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched 
     if untouched is not None:
         untouched.check(head.title)
     if place is not None:
-        return place.keep(output, head.title)
+        return (place.keep_value if head.opens else place.keep)(output, head.title)
     if not head.answers:
         return None
-    began, sent = now_ns(), packed_value(output, head.opens)
+    began, sent = now_ns(), packed_value(output, head.title, head.opens)
     if head.mark is not None and isinstance(sent, Message):
         details = {"bytes": sent.size}
         note(Event("serialise", "", began, now_ns(), head.mark.number, details))
@@ -442,12 +443,10 @@ def _is_needed(wanted: list[Any] | None) -> bool:
 
 
 def _read_elsewhere(message: Message) -> list[bool]:
-    from protocol.future import origins
-
     readers, keys = message.read()
     needed = set()
     for ranks, futures in readers:
-        for origin in origins(future.resolved() for future in futures):
+        for origin in origins([future.resolved() for future in futures]):
             key = getattr(origin, "key", None)
             if key is not None and ranks != [key[1]]:
                 needed.add(key)

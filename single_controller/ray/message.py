@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,15 +17,16 @@ from ray.actor import ActorHandle
 
 from single_controller.base.explain import Carrier
 from single_controller.base.message import NOTHING, Message, Outbox, Packing, arguments
-from single_controller.base.plan import Call, is_future
+from single_controller.base.plan import Call, Handle, is_future, is_late, origins
 from single_controller.base.trace import CallMark
 from single_controller.errors import SendError
+from single_controller.ray.failure import StaysError, ours
 
 __all__ = [
     "LARGE",
     "SMALL",
+    "Answer",
     "Head",
-    "Opened",
     "Packer",
     "RayCarrier",
     "opened",
@@ -121,30 +122,22 @@ def read(
     Raises:
         What reading them raises.
     """
+
+    def arrived(value: Any) -> Any:
+        if head.materialize and (is_future(value) or isinstance(value, Handle)):
+            return value.get()
+        return ray.get(value) if isinstance(value, ray.ObjectRef) else value
+
     with _reading("view") if head.reads_only else contextlib.nullcontext():
         refs = [item for item in (message, *parts) if isinstance(item, ray.ObjectRef)]
         found = dict(zip(refs, ray.get(refs), strict=True)) if refs else {}
         message = found.get(message, message) if refs else message
         read_parts = [(found.get(part, part) if refs else part).read() for part in parts]
-        values, names, futures = arguments(message, read_parts)
-        for origin in _origins(futures):
+        late = [one for part in read_parts if isinstance(part, list) for one in part]
+        for origin in origins(late):
             if hasattr(origin, "home"):
                 origin.kept = kept.get(origin.home)
-        for i, value in enumerate(values):
-            if isinstance(value, ray.ObjectRef):
-                values[i] = ray.get(value)
-            elif head.materialize and is_future(value):
-                values[i] = value.get()
-    split = len(values) - len(names)
-    return values[:split], dict(zip(names, values[split:], strict=True))
-
-
-def _origins(futures: Sequence[Any]) -> Iterable[Any]:
-    if not futures:
-        return ()
-    from protocol.future import origins
-
-    return origins(futures)
+        return arguments(message, read_parts, arrived)
 
 
 @contextmanager
@@ -155,26 +148,30 @@ def _reading(how: Any) -> Generator[None]:
         yield
 
 
-class Opened:
-    """A message that arrives as its value, wherever Ray reads it."""
+class Answer:
+    """What Ray has of a value: a message that arrives as the value wherever Ray reads it, or
+    nothing, where the value stays with its worker: then Ray raises that.
+    """
 
-    def __init__(self, message: Message) -> None:
-        self._message = message
+    def __init__(self, title: str, message: Message | None) -> None:
+        self.title, self.message = title, message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, self._message.__reduce__()[1]
+        return _answer, (self.title, self.message)
 
 
-def _open(*fields: Any) -> Any:
-    return Message(*fields).read()
+def _answer(title: str, message: Message | None) -> Any:
+    if ours.get():
+        return Answer(title, message)
+    return StaysError(title) if message is None else message.read()
 
 
-def packed_value(output: Any, opens: bool = False) -> Any:
+def packed_value(output: Any, title: str = "", opens: bool = False) -> Any:
     """What goes back for an output: itself where pickling it apart would gain nothing."""
     if isinstance(output, _BARE):
         return output
     message = Message.of(output, Packer)
-    return Opened(message) if opens else message
+    return Answer(title, message) if opens else message
 
 
 class RayCarrier(Carrier):
@@ -187,7 +184,7 @@ class RayCarrier(Carrier):
             self._alone = frozenset(outbox.stored)
 
     def way(self, value: Any) -> str:
-        if isinstance(value, ray.ObjectRef) or is_future(value):
+        if isinstance(value, ray.ObjectRef) or is_late(value):
             return "fetched by the rank"
         return "by reference, stored once" if id(value) in self._alone else "by value"
 

@@ -40,7 +40,7 @@ from ray.exceptions import GetTimeoutError
 from single_controller.base.dispatch import padding_setting
 from single_controller.base.message import Message, Outbox, Outgoing, packed
 from single_controller.base.method import Pending, Request
-from single_controller.base.plan import Call
+from single_controller.base.plan import Call, Handle, origins
 from single_controller.base.trace import mark
 from single_controller.base.worker import NO_BATCH
 from single_controller.errors import CallTimeoutError, GroupBrokenError
@@ -55,7 +55,7 @@ from single_controller.ray.failure import (
     translate,
 )
 from single_controller.ray.hosts import RayHosts, later
-from single_controller.ray.message import LARGE, SMALL, Head, Packer, sealed
+from single_controller.ray.message import LARGE, SMALL, Answer, Head, Packer, sealed
 from single_controller.ray.placement import check_started
 from single_controller.ray.shelf import Kept
 
@@ -64,8 +64,11 @@ if TYPE_CHECKING:
     from protocol.batches import Batch
 
 Columns: TypeAlias = "tuple[tuple[str, ...], bool] | None"  # which, and whether all must be there
+# By rank how many rows there are, 1 for a value of any kind, None for no batch; or the value
+# itself, where it came along with the answer.
+_Rows: TypeAlias = "tuple[int | Message | None, ...]"
 
-__all__ = ["RemoteBatch", "RemoteCall", "pin", "send"]
+__all__ = ["RayHandle", "RemoteBatch", "RemoteCall", "pin", "send"]
 
 
 def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> RemoteCall:
@@ -139,7 +142,7 @@ class RemoteCall(Pending):
         self.hosts, self.request, self.record = hosts, request, request.record
         self.sites: list[CallSite] = []
         self.refs: list[Any] = []
-        self.known: tuple[int | None, ...] | None = None  # rows by rank called
+        self.known: _Rows | None = None  # by rank called
         self._turns: dict[int, tuple[str, int]] = {}
         self.limit = request.timeout_s
         self._deadline = None if self.limit is None else began + self.limit
@@ -227,16 +230,15 @@ class RemoteCall(Pending):
         return self.hosts.cancel(self._turns)
 
     def handles(self, batched: bool) -> list[Any]:
-        if not batched:
+        if self._hold is None:
             return [self.refs[i] for i in self._answers()]
-        return [RemoteBatch(self.token, self.sites[i], self, i) for i in self._answers()]
+        found = [RemoteBatch(self.token, self.sites[i], self, i) for i in self._answers()]
+        return found if batched else [RayHandle(source, source.reference) for source in found]
 
-    def rows(self, timeout_s: float | None) -> tuple[int | None, ...]:
-        """Wait for all ranks, also those whose output is not needed; the rows that each keeps, None
-        for no batch.
-        """
+    def rows(self, timeout_s: float | None) -> _Rows:
+        """Wait for all ranks, also those whose output is not needed; what each keeps."""
         if self.known is None:
-            self.known = tuple(self._outputs(timeout_s))
+            self.known = _told(self._outputs(timeout_s))
         return self.known
 
     def publish(
@@ -313,6 +315,10 @@ class RemoteCall(Pending):
         self._hold.borrowers = left
 
 
+def _told(outputs: Iterable[Any]) -> _Rows:
+    return tuple(o if not isinstance(o, Answer) else o.message or 1 for o in outputs)
+
+
 def _if_ready(hosts: RayHosts, sizes: list[Any], lock: threading.RLock) -> int | None:
     """What all publications of a call so far have moved, which are then forgotten; None if some are
     to come.
@@ -376,18 +382,18 @@ class _Made:
 
     def __init__(self, refs: Sequence[Any], sites: tuple[CallSite, ...]) -> None:
         self.refs, self.sites = list(refs), sites
-        self.known: tuple[int | None, ...] | None = None
+        self.known: _Rows | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Made, (self.refs, self.sites)
 
-    def rows(self, timeout_s: float | None) -> tuple[int | None, ...]:
+    def rows(self, timeout_s: float | None) -> _Rows:
         """Wait for all ranks; see `RemoteCall.rows`."""
         if self.known is None:
             title = f"{self.sites[0].role}.{self.sites[0].method}"
             ranks = [site.rank for site in self.sites]
             try:
-                self.known = tuple(get_all(self.refs, timeout_s, title, ranks))
+                self.known = _told(get_all(self.refs, timeout_s, title, ranks))
             except GetTimeoutError:
                 raise CallTimeoutError(
                     f"{title}: its ranks {ranks} had not all finished after "
@@ -402,7 +408,7 @@ class _Made:
 
 
 class RemoteBatch:
-    """One rank's batch of a call: a `protocol.future.Source`.
+    """One rank's batch of a call, or value of any kind: a `protocol.future.Source`.
 
     On the driver it holds the call. Sent on, it has an `offer` instead: a reference to where the
     batch is published, unless no process that reads it needs that; or what is `kept` in the process
@@ -415,7 +421,7 @@ class RemoteBatch:
         site: CallSite,
         made: RemoteCall | _Made | None,
         at: int,
-        rows: int | None = None,
+        rows: int | Message | None = None,
         offer: Any = None,
         columns: Columns = None,
     ) -> None:
@@ -447,6 +453,10 @@ class RemoteBatch:
         return made
 
     @property
+    def rank(self) -> int:
+        return self.site.rank
+
+    @property
     def title(self) -> str:
         """The method that makes it, for messages."""
         return f"{self.site.role}.{self.site.method}".strip(".")
@@ -461,31 +471,49 @@ class RemoteBatch:
         """Whether the rows are, without waiting."""
         return self.made is None or self.made.known is not None
 
+    def done(self) -> bool:
+        """Whether its rank has finished."""
+        return self.known or bool(ray.wait([self.reference], timeout=0, fetch_local=False)[0])
+
     def rows(self, timeout: float | None = None) -> int:
         """Wait for the worker to finish, and its peers, without fetching the batch."""
-        rows = self._rows if self.made is None else self.made.rows(timeout)[self.at]
+        rows = self._told(timeout)
         if rows is None:
             where = {"role": self.site.role, "method": self.site.method}
             raise translate(TypeError(NO_BATCH.format(**where)), self.site)
-        return rows
+        return 1 if isinstance(rows, Message) else rows
+
+    def _told(self, timeout: float | None) -> int | Message | None:
+        return self._rows if self.made is None else self.made.rows(timeout)[self.at]
+
+    @property
+    def came(self) -> bool:
+        """Whether it is known to be here: it came along with the answer."""
+        return self.known and isinstance(self._told(0), Message)
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
         """Rows `start` to `stop` of the batch."""
+        call, rows = self.call, self.rows(timeout)
+        if isinstance(message := self._told(timeout), Message):
+            if call is not None:
+                call.record.count("bytes_in", message.size)
+            return message.read()
+        if self.kept is not None:
+            return self.kept.rows(start, stop, self.columns)
+        ref, whole = self.offer, (start, stop) == (0, rows)
+        if call is not None:
+            ref = call.publish(self.site.rank, self.columns)
+            timeout = call.limit if timeout is None else timeout
+        message = self._published(ref, timeout)
+        assert message is not None, f"{self.key} is neither here nor published"
+        batch = self._read(message, whole)
+        if self.columns is None and whole:
+            return batch
         from protocol.batches import lend_rows, select_keys
 
-        if self.kept is not None:
-            batch, whole = self.kept.batch(), False
-        else:
-            call, ref, whole = self.call, self.offer, (start, stop) == (0, self.rows(timeout))
-            if call is not None:
-                ref = call.publish(self.site.rank, self.columns)
-                timeout = call.limit if timeout is None else timeout
-            message = self._published(ref, timeout)
-            assert message is not None, f"{self.key} is neither here nor published"
-            batch = self._read(message, whole)
+        if self.columns is not None:
             if isinstance(batch, Exception):
                 raise translate(batch, self.site)
-        if self.columns is not None:
             batch = select_keys(batch, *self.columns)
         return batch if whole else lend_rows(batch, start, stop)
 
@@ -533,7 +561,7 @@ class RemoteBatch:
         call, made = self.call, self.made
         if call is not None:
             call.hosts.check_current()
-        if whole and self.kept is None:
+        if whole and self.kept is None and not self.came:
             ref = self.offer if call is None else call.publish(self.site.rank, self.columns)
             limit = call.limit if call else None
             return await all_arrived([ref], limit, f"rows of {self.title}", [self.site.rank])
@@ -552,16 +580,28 @@ class RemoteBatch:
         self._check_there()
         if self.key in offers:
             offer = offers[self.key]
-        elif call is not None:
+        elif call is not None and not self.came:
             offer = call.publish(self.site.rank, self.columns)
-        made, rows = (None, self.rows(0)) if self.known else (self.made, None)
+        made, rows = (None, self._told(0)) if self.known else (self.made, None)
         return RemoteBatch, (self.token, self.site, made, self.at, rows, offer, self.columns)
 
 
-def _remote(sources: Iterable[Any]) -> list[RemoteBatch]:
-    from protocol.future import origins
+class RayHandle(Handle[Any], ray.ObjectRef[Any]):
+    """A handle that Ray's own functions take, as those that wait: see `Answer` for what Ray gets.
 
-    return [origin for origin in origins(sources) if isinstance(origin, RemoteBatch)]
+    On its way to other processes it is a handle, and no reference.
+    """
+
+    def __init__(self, source: Any, ref: ray.ObjectRef[Any]) -> None:
+        ray.ObjectRef.__init__(self, ref.binary(), ref.owner_address(), ref.call_site())
+        self._source = source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Handle, (self._source,)
+
+
+def _remote(late: Sequence[Any]) -> list[RemoteBatch]:
+    return [origin for origin in origins(late) if isinstance(origin, RemoteBatch)]
 
 
 class _Routes:
@@ -589,11 +629,11 @@ class _Routes:
 
     def _plan(self, began: float) -> None:
         futures = {id(future): future for out, _ in self._called for future in out.futures}
-        known = _learn_rows(futures.values(), self._request, began)
+        known = _learn_rows([*futures.values()], self._request, began)
         if known:
             futures = {key: future.resolved() for key, future in futures.items()}
         lists = [[futures[id(future)] for future in out.futures] for out, _ in self._called]
-        batches = {batch.key: batch for batch in _remote(futures.values())}
+        batches = {batch.key: batch for batch in _remote([*futures.values()])}
         readers: dict[Any, Any] = {key: [] if known else range(len(lists)) for key in batches}
         for i, read in enumerate(lists if known else ()):
             for batch in _remote(read):
@@ -625,7 +665,7 @@ class _Routes:
         offers, perhaps = {}, []
         for key, batch in batches.items():
             call, rank, offers[key] = batch.call, batch.site.rank, batch.offer
-            if call is None:
+            if call is None or batch.came:
                 continue
             here = call.hosts is hosts and number.get(rank) in readers[key]
             if here:
@@ -663,7 +703,7 @@ def _several(method: Any, message: Message, of: Sequence[Any]) -> list[Any]:
     return [refs] if len(of) == 1 else refs
 
 
-def _learn_rows(futures: Iterable[Any], request: Request, began: float) -> bool:
+def _learn_rows(futures: Sequence[Any], request: Request, began: float) -> bool:
     """Wait for the rows of what is to be read, where the caller waits anyway: what goes wrong is
     raised. For others, look whether they are known by now.
     """

@@ -15,11 +15,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any
 
-from single_controller.base.message import Message
+from single_controller.base.message import Message, is_packed
 from single_controller.errors import SharedMemoryWriteError
-from single_controller.ray.message import Packer
+from single_controller.ray.message import LARGE, Answer, Packer
 
 __all__ = ["Kept", "Shelf", "Untouched", "in_thread"]
+
+
+class _Keeping(Packer):
+    """Leaves tensors and batches out of the pickle, which are then those that the method made."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if is_packed(value):
+            return self.without(_detached(value))
+        return super().reducer_override(value)
 
 
 class Kept:
@@ -30,41 +39,56 @@ class Kept:
         self.publications = 0  # tasks that have come to publish it
         self.last: int | None = None  # as many are to come before it can go
         self._batch: Any = None
+        self._value: Message | None = None  # that is no batch, and `held` its tensors
         self._versions: list[int] = []
         self._title = ""
         self._lent: list[Any] = []
 
     def keep(self, output: Any, title: str) -> int | None:
         """Keep what the method `title` returned, if it is a batch; its rows."""
-        from protocol.batches import batch_rows, detach_batch, is_batch
+        from protocol.batches import batch_rows, is_batch
 
         self.made.set()
         if not is_batch(output):
             return None
-        self._batch, self._title = detach_batch(output), title
-        self._versions = _versions(self._batch)
+        self._batch, self._title = _detached(output), title
+        self._versions = _versions([self._batch])
         return batch_rows(output)
+
+    def keep_value(self, output: Any, title: str) -> Answer:
+        """Keep what the method `title` returned, or have it come along with the answer, where it
+        is small and has no tensors, arrays or batches.
+        """
+        self.made.set()
+        message = Message.of(output, _Keeping)
+        if message.size < LARGE and not (message.held or message.buffers):
+            return Answer(title, message)
+        message.buffers = [memoryview(bytes(buffer.raw())) for buffer in message.buffers]
+        self._value, self._title = message, title
+        self._versions = _versions(message.held)
+        return Answer(title, None)
 
     def fail(self) -> None:
         """Note that there will be no batch; who waits for one learns why from the call itself."""
         self.made.set()
 
     def published(self, columns: Any, lends: bool) -> tuple[Message | None, int]:
-        """The batch for others, or some columns of it, and the bytes that takes; with `lends`,
-        device memory stays here.
+        """The batch for others, or some columns of it, or the value, and the bytes that takes; with
+        `lends`, device memory stays here.
 
-        None if there is no batch: whoever reads it has learned why, from the call itself.
+        None if there is neither: whoever reads it has learned why, from the call itself.
         """
-        from protocol import MissingKeyError
-        from protocol.batches import select_keys
-
-        if self._batch is None:
+        if self._value is None and self._batch is None:
             return None, 0
-        found = self.batch()
-        try:
-            found = found if columns is None else select_keys(found, *columns)
-        except MissingKeyError as error:
-            found = error  # for who reads it, if anyone does
+        found = self.batch() if self._value is None else self.value("view")
+        if columns is not None:
+            from protocol import MissingKeyError
+            from protocol.batches import select_keys
+
+            try:
+                found = select_keys(found, *columns)
+            except MissingKeyError as error:
+                found = error  # for who reads it, if anyone does
         message = Message.of(found, Packer, lends=lends)
         self._lent += message.lent
         return message, message.size
@@ -80,21 +104,62 @@ class Kept:
         Raises:
             SharedMemoryWriteError: somebody has.
         """
-        if self._batch is None:
-            raise RuntimeError("the call that was to make this batch failed or was dropped")
-        if _versions(self._batch) != self._versions:
-            raise SharedMemoryWriteError(
-                f"{self._title} returned a batch without blocking, so that it stays in the worker, "
-                "and its tensors have been written to since: return a copy of what the worker "
-                "writes into, as x.clone(); or a method with reads_only=True wrote into them"
-            )
+        self._check()
         return self._batch
 
+    def rows(self, start: int, stop: int, columns: Any) -> Any:
+        """Rows of the batch, or the value, as the reader asked (`protocol.wire.read_as`)."""
+        if self._value is not None:
+            from protocol.wire import reading
 
-def _versions(batch: Any) -> list[int]:
-    from protocol.batches import batch_tensors
+            return self.value(reading())
+        from protocol.batches import lend_rows, select_keys
 
-    return [_version(tensor) for tensor in batch_tensors(batch)]
+        batch = self.batch()
+        return lend_rows(batch if columns is None else select_keys(batch, *columns), start, stop)
+
+    def value(self, how: str) -> Any:
+        """What is no batch: its tensors themselves, if "view", or copies on their device."""
+        from protocol.batches import copy_batch, is_batch
+
+        self._check()
+        kept = self._value
+        assert kept is not None
+        held = [
+            item
+            if how == "view" or not is_packed(item)
+            else copy_batch(item)
+            if is_batch(item)
+            else item.clone()
+            for item in kept.held
+        ]
+        return Message(kept.data, kept.buffers, kept.foreign, held).read()
+
+    def _check(self) -> None:
+        if self._value is None and self._batch is None:
+            raise RuntimeError("the call that was to make this result failed or was dropped")
+        if self._versions != _versions([self._batch] if self._value is None else self._value.held):
+            raise SharedMemoryWriteError(
+                f"{self._title} returned tensors without blocking, so that they stay in the "
+                "worker, and they have been written to since: return a copy of what the worker "
+                "writes into, as x.clone(), or have it read before; or a method with "
+                "reads_only=True wrote into them"
+            )
+
+
+def _detached(value: Any) -> Any:
+    """A tensor or a batch of the same memory without gradients."""
+    from protocol.batches import detach_batch, is_batch
+
+    return detach_batch(value) if is_batch(value) else value.detach()
+
+
+def _versions(values: Sequence[Any]) -> list[int]:
+    from protocol.batches import batch_tensors, is_batch
+
+    found = [value for value in values if is_packed(value)]
+    each = [batch_tensors(value) if is_batch(value) else [value] for value in found]
+    return [_version(tensor) for tensors in each for tensor in tensors]
 
 
 def _version(tensor: Any) -> int:

@@ -285,7 +285,11 @@ def test_padding_and_shards_that_peers_share_are_told(group: Any) -> None:
         ("where", ("x",), "calls ranks 0 … 3; returns the list of outputs of ranks 0 … 3"),
         ("head", ("x",), "calls rank 0; returns the output of rank 0"),
         ("first", ([1, 2],), "calls rank 0; returns the output of rank 0"),
-        ("refs", (), "returns at once, references to the list of outputs of ranks 0 … 3"),
+        (
+            "refs",
+            (),
+            "returns at once, as handles, the list of outputs of ranks 0 … 3",
+        ),
         ("later", (proto(4),), "returns a DataProtoFuture of ranks 0 … 3"),
         ("custom", (2,), "returns what collect_fn makes of the outputs of ranks 0 … 3"),
     ],

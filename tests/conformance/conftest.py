@@ -39,7 +39,7 @@ class Inline:
     def get(self, references: Any) -> Any:
         if isinstance(references, list):
             return [self.get(reference) for reference in references]
-        return references.result(timeout=60)
+        return references.get(timeout=60)
 
 
 class OnRay:

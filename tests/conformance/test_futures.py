@@ -1,4 +1,4 @@
-"""Calls that do not block: references, futures of batches, deadlines, cancelling."""
+"""Calls that do not block: handles, futures of batches, deadlines, cancelling."""
 
 from __future__ import annotations
 
@@ -170,8 +170,9 @@ def test_options_choose_ranks_and_place_the_result_without_blocking_too(group: A
     assert values(future.get(map_location="cpu")) == [0, 1, 3, 4]
     assert values(group.add_rank(future)) == [0, 1, 4, 5]
     assert [float(x.batch["a"].sum()) for _, x, _ in group.echo(future)] == [8, 8]
-    with pytest.raises(ValueError, match=r"one_to_all.*references.*\.submit"):
-        group.one_to_all.options(map_location="meta")(torch.ones(1))
+    handle, _ = group.one_to_all.options(map_location="meta")({"w": [torch.ones(1)]})
+    _, value, _ = handle.get()
+    assert value["w"][0].device.type == "meta"
 
 
 def test_a_pinned_batch_is_sent_as_it_was_and_joins_what_is_elsewhere(
@@ -207,7 +208,7 @@ def test_the_future_of_a_submitted_call_is_refused_with_what_to_pass(group: Any)
     assert values(group.add_rank(future.result())) == [0, 1, 4, 5]
 
 
-def test_modes_that_join_nothing_return_references_in_the_shape_of_the_result(
+def test_modes_that_join_nothing_return_handles_in_the_shape_of_the_result(
     backend: Backend, group: Any
 ) -> None:
     assert backend.get(group.rank_zero_later(1)) == (0, 1, None)
@@ -218,9 +219,7 @@ def test_modes_that_join_nothing_return_references_in_the_shape_of_the_result(
     assert backend.get(group.custom(8)) == (1, 9, None)
 
 
-def test_metrics_are_references_of_every_rank_whatever_the_rows(
-    backend: Backend, group: Any
-) -> None:
+def test_metrics_are_handles_of_every_rank_whatever_the_rows(backend: Backend, group: Any) -> None:
     assert backend.get(group.rows(batch(2))) == [[0], [1]]
     assert backend.get(group.rows(batch(3, auto_padding=True))) == [[0, 1], [2, 2]]
     assert backend.get(group.rows(batch(1, auto_padding=True))) == [[0], [0]]

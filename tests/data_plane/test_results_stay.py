@@ -274,7 +274,7 @@ def test_a_worker_that_changes_what_it_returned_is_found_out(roles: Colocated) -
     assert sum(roles.two.total(made)) == 0
     roles.one.write_buffer()
     with pytest.raises(
-        SharedMemoryWriteError, match=r"one.hand_out_buffer returned a batch.*clone"
+        SharedMemoryWriteError, match=r"one.hand_out_buffer returned tensors.*clone"
     ):
         roles.two.total(made)
     with pytest.raises(SharedMemoryWriteError):

@@ -101,9 +101,9 @@ def test_what_a_rank_gets_and_returns_is_nobody_elses(group: Any) -> None:
     assert [seen[0][0].tolist() for seen in group.keep(None)] == [[0, 0], [0, 0]]
     assert second[0][1] == {"k": [1]}
     assert group.workers[0].seen[0] is not group.workers[1].seen[0]
-    references = group.later([1])
-    assert [seen[-1] for seen in group.keep(references[0])] == [[1], [1]]
-    assert references[0].result() is not references[0].result()
+    handles = group.later([1])
+    assert [seen[-1] for seen in group.keep(handles[0])] == [[1], [1]]
+    assert handles[0].get() is not handles[0].get()
 
 
 def test_a_batch_that_is_still_with_its_ranks_is_as_it_was_when_they_returned_it(
@@ -343,7 +343,7 @@ def test_a_program_for_ray_runs_inline_without_an_edit_and_without_a_cluster(
         print(actor.add(pin(data)).batch["a"].tolist())
         options = {"call_timeout_s": 60, "on_failure": "restart", "max_restarts": 1}
         with colocate(RayResourcePool([2]), **options, actor=Actor) as group:
-            print({reference.result() for reference in group.actor.pid()} == {(os.getpid(),)})
+            print({handle.get() for handle in group.actor.pid()} == {(os.getpid(),)})
             print(ray.is_initialized())
             ray.init(address="ADDRESS", logging_level="ERROR", log_to_driver=False)
             print([found[1:] for found in ray.get(group.actor.pid(ray.put(1), 2))])
