@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 
 from examples.ppo import train
+from examples.ppo.__main__ import report
 from examples.ppo.records import Records
 from examples.ppo.settings import Settings
 from examples.ppo.train import (
@@ -278,6 +280,23 @@ def test_the_seconds_of_a_rollout_are_those_of_its_slowest_rank_and_of_the_weigh
     seconds.metrics("update actor", [{"worked": (10.625, 10.75)}])
     expected = {"update actor": 0.125, "weights": 0.125, "generate": 0.5}
     assert seconds.summary() == pytest.approx({**expected, "controller": 0.25, "step": 1})
+
+
+def test_a_run_that_went_on_in_another_placement_is_summed_up_with_the_phases_of_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Records(replace(UNEVEN, output=str(tmp_path)))
+    line = {"reward": 0.5, "kl": 0.0, "tokens_per_second": 1.0, "driver_bytes": 1}
+    apart = {"generate": 1.0, "weights": 2.0, "controller": 1.0, "step": 4.0}
+    colocated = {"generate": 1.0, "controller": 3.0, "step": 4.0}
+    for step, seconds in enumerate([colocated, apart, colocated]):
+        records.add({**line, "step": step, "seconds": seconds})
+    report(records)
+    table = re.findall(r"^(\w+) +[\d.]+ +([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
+    assert [phase for phase, _ in table] == ["generate", "controller", "weights", "step"]
+    assert [float(share) for _, share in table] == pytest.approx([25, 58.3, 16.7, 100])
+    records.draw()
+    assert (tmp_path / "progress.png").exists()
 
 
 def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path: Path) -> None:
