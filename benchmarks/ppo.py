@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="of the training itself, behind --")
     args = parser.parse_args()
     settings = Settings.parse(args.options)
-    connect(settings.ranks)
+    connect(settings.ranks + settings.processes_of_rollout)
     tokenizer = make_tokenizer(settings)
     with started(settings, tokenizer) as roles:
         print(roles["actor"].describe())

@@ -1,8 +1,9 @@
-"""Rollout of step n+1 while step n trains: two groups, a future between them, and what it gains.
+"""Rollout of step n+1 while step n trains: two groups, what goes between them, and what it gains.
 
 Each group is one process of one thread. GRPO steps are run in turns of two kinds: waiting for each
 call, and with the next rollout under way during training, so that its answers come from a policy
-one step older, which the ratio of the PPO loss accounts for. Medians are compared, over all turns.
+one step older, which the ratio of the PPO loss accounts for. Answers go from one group to the
+other, and weights back, without coming to the driver. Medians are compared, over all turns.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import time
 from collections.abc import Sequence
 
 import ray
-import torch
 
 from examples.cluster import connect
+from examples.ppo import workers
 from examples.ppo.settings import Settings
 from examples.ppo.task import CharTokenizer, position_rewards
-from examples.ppo.train import advantages, make_batch, mini_batches
-from examples.ppo.workers import Actor
+from examples.ppo.train import READS, advantages, make_batch, mini_batches
 from examples.timelines import Run, Span, seconds, show
 from protocol import DataProto
 from single_controller.base.decorator import Dispatch, register
@@ -30,15 +30,10 @@ SETTINGS = Settings(
 )
 
 
-class Rollout(Actor):
-    """Answers prompts with the parameters it was last given."""
+class Rollout(workers.Rollout):
+    """Answers prompts with the weights it was last given, and says what the answers are worth."""
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def take(self, parameters: dict[str, torch.Tensor]) -> None:
-        """Go on with other parameters."""
-        self.trained.bare.load_state_dict(parameters)
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True)
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False)
     def roll_out(self, prompts: DataProto) -> DataProto:
         """The prompts with answers, rewards and advantages; and when it was at work."""
         began = time.time()
@@ -53,15 +48,15 @@ class Rollout(Actor):
         return batch
 
 
-class Learner(Actor):
-    """Trains, and says what came of it."""
+class Learner(workers.Actor):
+    """Trains."""
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC)
-    def learn(self, batch: DataProto) -> tuple[Span, dict[str, torch.Tensor]]:
-        """An update per mini-batch; when it was at work, and the new parameters."""
+    def learn(self, batch: DataProto) -> Span:
+        """An update per mini-batch; when it was at work."""
         began = time.time()
         self.update(*mini_batches(self.settings, batch, step=0))
-        return (began, time.time()), self.parameters()
+        return began, time.time()
 
 
 def run(rollout: RayWorkerGroup, learner: RayWorkerGroup, steps: int, overlap: bool) -> Run:
@@ -69,22 +64,23 @@ def run(rollout: RayWorkerGroup, learner: RayWorkerGroup, steps: int, overlap: b
     spans: dict[str, list[Span]] = {"rollout": [], "training": []}
     rewards = []
     tokenizer = CharTokenizer()
-    coming = rollout.roll_out.submit(make_batch(SETTINGS, tokenizer, 0))
+    batch = rollout.roll_out(make_batch(SETTINGS, tokenizer, 0))
     taken = None
     for step in range(steps):
-        batch = coming.result()
+        seen = batch.select(["rewards"]).get()
         if taken is not None:
-            taken.result()  # done by now, or failed
+            taken.result()  # the rollout has the weights, so they may change
+        spans["rollout"].append(seen.meta_info["metrics"]["span"])
+        rewards.append(float(seen.batch["rewards"].sum(1).mean()))
+        learned = learner.learn.submit(batch.select(READS["actor"]))
         more = step + 1 < steps
         if more and overlap:
-            coming = rollout.roll_out.submit(make_batch(SETTINGS, tokenizer, step + 1))
-        spans["rollout"] += batch.meta_info.pop("metrics")["span"]
-        rewards.append(float(batch.batch["rewards"].sum(1).mean()))
-        [(span, parameters)] = learner.learn(batch)
-        spans["training"].append(span)
-        taken = rollout.take.submit(parameters)  # behind the rollout under way, before the next
+            batch = rollout.roll_out(make_batch(SETTINGS, tokenizer, step + 1))
+        spans["training"] += learned.result()
+        # Behind the rollout under way, before the next. The driver has a handle, and no weights.
+        taken = rollout.load.submit(*learner.weights())
         if more and not overlap:
-            coming = rollout.roll_out.submit(make_batch(SETTINGS, tokenizer, step + 1))
+            batch = rollout.roll_out(make_batch(SETTINGS, tokenizer, step + 1))
     if taken is not None:
         taken.result()
     return spans, rewards

@@ -50,8 +50,8 @@ def report(records: Records) -> None:
     seconds = [line["seconds"] for line in history]
     total = sum(s["step"] for s in seconds)
     print(f"\n{'phase':<15} seconds per step   share")
-    for phase in seconds[-1]:
-        one = sum(s[phase] for s in seconds)
+    for phase in records.phases:
+        one = sum(s.get(phase, 0.0) for s in seconds)
         print(f"{phase:<15} {one / len(history):16.4f} {one / total:7.1%}")
     first, last = history[0]["reward"], history[-1]["reward"]
     pace = median(line["tokens_per_second"] for line in history)
@@ -69,7 +69,7 @@ def main() -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    connect(settings.ranks)
+    connect(settings.ranks + settings.processes_of_rollout)
     stop = StopOnRequest()
     try:
         with started(settings, make_tokenizer(settings)) as roles:

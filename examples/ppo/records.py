@@ -17,8 +17,8 @@ __all__ = ["Records"]
 
 # Where a run is and how long it goes on may change when it is resumed.
 FREE_TO_CHANGE = {
-    *("steps", "ranks", "device", "shard", "placement", "threads", "micro_rows"),
-    *("output", "save_every", "resume"),
+    *("steps", "ranks", "rollout_ranks", "device", "shard", "placement", "threads"),
+    *("micro_rows", "output", "save_every", "resume"),
 }
 
 
@@ -73,6 +73,12 @@ class Records:
     def steps_done(self) -> int:
         return len(self.history)
 
+    @property
+    def phases(self) -> list[str]:
+        """Of all steps, "step" last: a run that went on in another placement has others since."""
+        found = dict.fromkeys(phase for line in self.history[::-1] for phase in line["seconds"])
+        return sorted(found, key="step".__eq__)
+
     def add(self, metrics: dict[str, Any]) -> None:
         """Keep the metrics of a step, in memory and as a line of the file."""
         self.history.append(metrics)
@@ -117,8 +123,8 @@ class Records:
         reward.set(title="reward (fraction of positions right)", xlabel="step", ylim=(0, 1))
         kl.plot(steps, [line["kl"] for line in self.history])
         kl.set(title="KL from the reference (nats per token)", xlabel="step")
-        phases = [phase for phase in self.history[-1]["seconds"] if phase != "step"]
-        seconds = [[line["seconds"][phase] for line in self.history] for phase in phases]
+        phases = self.phases[:-1]
+        seconds = [[line["seconds"].get(phase, 0.0) for line in self.history] for phase in phases]
         time.stackplot(steps, seconds, labels=phases)
         time.set(title="seconds per step", xlabel="step")
         time.legend(fontsize="x-small", loc="upper right")

@@ -46,11 +46,15 @@ class Settings:
     answers: int = _option(1, "answers to each prompt; grpo needs two or more")
     seed: int = _option(0, "of weights, prompts and sampling")
 
-    ranks: int = _option(2, "processes, each with one device")
+    ranks: int = _option(2, "processes that train, each with one device")
+    rollout_ranks: int = _option(0, "with placement rollout, those that generate; 0: as many")
     device: str = _option("", "cuda or cpu; default: GPUs if the cluster has any")
     shard: str = _option("ddp", "replicas, or parameters cut over the ranks", ["ddp", "fsdp2"])
     placement: str = _option(
-        "colocated", "roles in one process per rank, or each in its own", ["colocated", "separate"]
+        "colocated",
+        "roles in one process per rank; each in its own; or generation on devices of its own, with "
+        "a copy of the weights that the actor hands over in each step",
+        ["colocated", "separate", "rollout"],
     )
     threads: int = _option(0, "CPU threads of a process; 0: the node's cores over its ranks")
     precision: str = _option(
@@ -89,6 +93,11 @@ class Settings:
         for name in ("digits", "steps", "prompts", "answers", "ranks", "mini_batch", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.rollout_ranks < 0 or (self.rollout_ranks and self.placement != "rollout"):
+            raise ValueError(
+                "rollout_ranks must be at least 0, and 0 unless placement is rollout; "
+                f"got {self.rollout_ranks}, placement {self.placement}"
+            )
         if self.algorithm == "grpo" and self.answers < 2:
             raise ValueError(
                 "grpo compares answers to one prompt, so answers must be at least 2; "
@@ -131,6 +140,11 @@ class Settings:
     def rows(self) -> int:
         """Rows of a step's batch."""
         return self.prompts * self.answers
+
+    @property
+    def processes_of_rollout(self) -> int:
+        """Processes that do nothing but generate."""
+        return (self.rollout_ranks or self.ranks) if self.placement == "rollout" else 0
 
     @property
     def answer_tokens(self) -> int:

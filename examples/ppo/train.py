@@ -23,9 +23,9 @@ from examples.ppo.core_algos import (
 )
 from examples.ppo.settings import Settings
 from examples.ppo.task import CharTokenizer, Tokenizer, make_prompts
-from examples.ppo.workers import Actor, Critic, Reference, Reward
+from examples.ppo.workers import Actor, Critic, Reference, Reward, Rollout
 from protocol import DataProto, DataProtoFuture
-from single_controller.base import Worker
+from single_controller.base import PerRank, Worker
 from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
@@ -75,45 +75,73 @@ def make_tokenizer(settings: Settings) -> Tokenizer:
 
 @contextlib.contextmanager
 def started(settings: Settings, tokenizer: Tokenizer) -> Iterator[Roles]:
-    """The groups of all roles by name, in one process per rank or in one for each role."""
+    """The groups of all roles by name, in one process per rank or in one for each role; and that
+    of the rollout, if it has processes of its own.
+    """
     classes: dict[str, type[Worker]] = {"actor": Actor, "reference": Reference, "reward": Reward}
     if settings.algorithm == "ppo":  # GRPO has no value function
         classes["critic"] = Critic
     specs = {role: RayClassWithInitArgs(cls, settings, tokenizer) for role, cls in classes.items()}
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(
-            RayResourcePool([settings.ranks], use_gpu=settings.device != "cpu")
-        )
-        if settings.placement == "colocated":
-            yield stack.enter_context(colocate(pool, **specs)).roles
-        else:
+
+        def pool(processes: int) -> RayResourcePool:
+            return stack.enter_context(
+                RayResourcePool([processes], use_gpu=settings.device != "cpu")
+            )
+
+        trainers = pool(settings.ranks)
+        if settings.placement == "separate":
             yield {
-                role: stack.enter_context(RayWorkerGroup(pool, spec))
+                role: stack.enter_context(RayWorkerGroup(trainers, spec))
                 for role, spec in specs.items()
             }
+            return
+        roles = dict(stack.enter_context(colocate(trainers, **specs)).roles)
+        if settings.placement == "rollout":
+            spec = RayClassWithInitArgs(Rollout, settings, tokenizer)
+            own = pool(settings.processes_of_rollout)
+            roles["rollout"] = stack.enter_context(RayWorkerGroup(own, spec))
+        yield roles
+
+
+def hand_over(settings: Settings, actor: RayWorkerGroup, rollout: RayWorkerGroup) -> None:
+    """Give the rollout the actor's weights; the driver has only handles of them."""
+    weights = actor.weights()  # one handle for each rank of the actor
+    if settings.shard == "fsdp2":  # each has some rows, so all go to each rank of the rollout
+        rollout.load(*weights)
+    else:  # each has all, so every rank of the rollout takes one, and not all the same
+        replicas = [weights[i % len(weights)] for i in range(rollout.world_size)]
+        rollout.load(PerRank(replicas))
 
 
 Interval = tuple[float, float]
 
 
 class Seconds:
-    """Where a step's time went: when each phase was at work on each rank, and the driver alone."""
+    """Where a step's time went: when each phase was at work on each rank that trains, and what
+    was done while none of these works, by the driver or the rollout.
+    """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.worked: dict[str, list[Interval]] = {}  # of each phase, by rank
-        self.in_driver = 0.0
+        self.others: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def driver(self) -> Iterator[None]:
-        """The algorithm's own work in the driver, while no rank works."""
+    def alone(self, phase: str) -> Iterator[None]:
+        """What the driver does, or waits for, while no rank that trains works."""
         began = time.perf_counter()
         yield
-        self.in_driver += time.perf_counter() - began
+        self.others[phase] = self.others.get(phase, 0.0) + time.perf_counter() - began
 
-    def batch(self, phase: str, batch: DataProto) -> DataProto:
+    def batch(self, phase: str, batch: DataProto, of_rollout: bool = False) -> DataProto:
+        """Note when the ranks worked on it: those that train, or those of the rollout."""
         worked = batch.meta_info.pop("metrics")["worked"]
-        self.worked[phase] = worked if isinstance(worked, list) else [worked]  # of one rank
+        intervals = worked if isinstance(worked, list) else [worked]  # of one rank
+        if of_rollout:
+            self.others[phase] = max(ended - began for began, ended in intervals)
+        else:
+            self.worked[phase] = intervals
         return batch
 
     def metrics(self, phase: str, shares: list[dict[str, Any]]) -> dict[str, float]:
@@ -123,8 +151,8 @@ class Seconds:
 
     def summary(self) -> dict[str, float]:
         """Seconds by phase, of the slowest rank; "driver" is the algorithm's own work there;
-        "controller" is what is left: dispatch, messages, waits for other ranks, collect. All of
-        them add up to "step".
+        "weights", from the call to the answer, their way to the rollout; "controller" is what is
+        left: dispatch, messages, waits for other ranks, collect. All of them add up to "step".
         """
         total = time.perf_counter() - self.began
         by_rank = [
@@ -132,8 +160,8 @@ class Seconds:
             for of_rank in zip(*self.worked.values(), strict=True)
         ]
         phases = max(by_rank, key=lambda seconds: sum(seconds.values()))
-        left = total - sum(phases.values()) - self.in_driver
-        return {**phases, "driver": self.in_driver, "controller": left, "step": total}
+        spent = {**phases, **self.others}
+        return {**spent, "controller": total - sum(spent.values()), "step": total}
 
 
 def apart(worked: Mapping[str, Interval]) -> dict[str, float]:
@@ -198,13 +226,18 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
     """One step of the algorithm; returns its metrics.
 
     Prompts and answers stay with the ranks that answer: `batch` is a future, of which each role
-    is sent the columns that it reads, and the driver what it computes with.
+    is sent the columns that it reads, and the driver what it computes with. A rollout of its own
+    answers with the weights that the actor has now.
     """
     seconds, bytes_before = Seconds(), driver_bytes(roles)
-    with seconds.driver():
+    with seconds.alone("driver"):
         prompts = make_batch(settings, tokenizer, step)
-    batch = roles["actor"].generate(prompts)
-    seen = seconds.batch("generate", batch.select(READS["driver"]).get())
+    of_rollout = "rollout" in roles
+    if of_rollout:
+        with seconds.alone("weights"):
+            hand_over(settings, roles["actor"], roles["rollout"])
+    batch = roles["rollout" if of_rollout else "actor"].generate(prompts)
+    seen = seconds.batch("generate", batch.select(READS["driver"]).get(), of_rollout)
 
     # None of these needs another's result: all are on their way before the first is waited for.
     calls = {"reference": roles["reference"].log_probs, "reward": roles["reward"].score}
@@ -214,7 +247,7 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
     for phase, future in parts.items():
         seen = seen.union(seconds.batch(phase, future.result()))
 
-    with seconds.driver():
+    with seconds.alone("driver"):
         found = advantages(settings, seen.union(prompts.select(["groups"])))
         found = found.union(seen.select(["ref_log_probs"]))
 
@@ -229,7 +262,7 @@ def train_step(settings: Settings, roles: Roles, tokenizer: Tokenizer, step: int
         role: seconds.metrics(f"update {role}", future.result()) for role, future in updates.items()
     }
 
-    with seconds.driver():
+    with seconds.alone("driver"):
         columns, mask = seen.batch, seen.batch["response_mask"]
         kl = kl_estimate(columns["log_probs"], columns["ref_log_probs"])
         metrics = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from single_controller.base import Worker
 from single_controller.device import device_kind, get_torch_device
 
-__all__ = ["Trained", "join_group", "mixed_precision"]
+__all__ = ["Trained", "join_group", "mixed_precision", "take_weights"]
 
 
 def join_group(worker: Worker, threads: int) -> None:
@@ -127,9 +128,27 @@ class Trained:
             optim_state_dict=state["optimizer"],
         )
 
+    def weights(self) -> dict[str, Tensor]:
+        """What this rank has of the parameters and buffers, without a copy: all, or its rows."""
+        return {
+            name: value.to_local() if isinstance(value, DTensor) else value
+            for name, value in self.bare.state_dict().items()
+        }
+
     def parameters(self) -> dict[str, Tensor]:
         """The whole parameters by name, on the CPU."""
         return {
             name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu()
             for name, p in self.bare.named_parameters()
         }
+
+
+def take_weights(module: nn.Module, parts: Sequence[Mapping[str, Tensor]]) -> None:
+    """Copy into a module what `Trained.weights` gave: a replica, or all ranks' parts in order."""
+    for name, mine in module.state_dict().items():
+        found = [part[name] for part in parts]
+        if found[0].shape == mine.shape:  # a replica; or no rank behind the first has a row
+            mine.copy_(found[0])
+        else:
+            for place, rows in zip(mine.split([*map(len, found)]), found, strict=True):
+                place.copy_(rows)

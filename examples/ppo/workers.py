@@ -1,9 +1,11 @@
-"""The roles: an actor, a critic, a reference and a rule that rewards. The driver says what they
-do when; formulas are in `core_algos`, models in `models`, ranks in `training`.
+"""The roles: an actor, a critic, a reference, a rule that rewards, and a rollout, which answers in
+the actor's place. The driver says what they do when; formulas are in `core_algos`, models in
+`models`, ranks in `training`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -27,13 +29,13 @@ from examples.ppo.models import (
 )
 from examples.ppo.settings import Settings
 from examples.ppo.task import Tokenizer, position_rewards
-from examples.ppo.training import Trained, join_group, mixed_precision
+from examples.ppo.training import Trained, join_group, mixed_precision, take_weights
 from protocol import DataProto
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.device import get_torch_device
 
-__all__ = ["Actor", "Critic", "Reference", "Reward"]
+__all__ = ["Actor", "Critic", "Reference", "Reward", "Rollout"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -142,6 +144,54 @@ class Reward(Role):
         return DataProto.from_dict({"rewards": rewards * batch["response_mask"]})
 
 
+class Answering(Role):
+    """A role that answers prompts, with its `model`."""
+
+    model: Any
+
+    def gathered(self) -> Any:
+        """A context with the model in which ranks need not call it equally often."""
+        return contextlib.nullcontext(self.model)
+
+    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False)
+    @timed
+    def generate(self, data: DataProto) -> DataProto:
+        """The prompts with answers: responses, response_mask and log_probs, each (rows, tokens).
+
+        They stay here, and whoever needs some of it takes that.
+        """
+        rows = len(data)
+        batch = (data if rows else _blank_row(data)).to(self.device).batch
+        tokenizer = self.tokenizer
+        with self.gathered() as model, self.in_precision():
+            responses, response_mask = generate(
+                model,
+                batch["prompts"],
+                batch["prompt_mask"],
+                batch["noise"],
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
+                self.settings.temperature,
+            )
+        answers = {"responses": responses[:rows], "response_mask": response_mask[:rows]}
+        answered = data.to("cpu").union(DataProto.from_dict(answers).to("cpu"))
+        log_probs = self.mapped(answered, lambda b: self.log_probs_and_logits(self.model, b)[0])
+        return answered.union(DataProto.from_dict({"log_probs": log_probs}))
+
+
+class Rollout(Answering):
+    """The policy in processes of its own, with the weights that it was last given."""
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer) -> None:
+        super().__init__(settings, tokenizer)
+        self.model = language_model(settings, len(tokenizer)).to(self.device).requires_grad_(False)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, reads_only=True)
+    def load(self, *parts: dict[str, Tensor]) -> None:
+        """Go on with an actor's `weights`: of one rank with a replica, or of all that have rows."""
+        take_weights(self.model, parts)
+
+
 class Trainable(Role):
     """A role that learns."""
 
@@ -191,13 +241,18 @@ class Trainable(Role):
         """Read what `save` wrote."""
         self.trained.load(path)
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False, transport="device")
+    def weights(self) -> dict[str, Tensor]:
+        """What this rank has of the weights; they stay here until somebody takes them."""
+        return self.trained.weights()
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def parameters(self) -> dict[str, Tensor]:
         """The whole parameters by name, from each rank."""
         return self.trained.parameters()
 
 
-class Actor(Trainable):
+class Actor(Trainable, Answering):
     """The policy."""
 
     def __init__(self, settings: Settings, tokenizer: Tokenizer) -> None:
@@ -205,33 +260,10 @@ class Actor(Trainable):
         model = language_model(settings, len(tokenizer))
         blocks = set(model._no_split_modules or ())
         self.trained = Trained(model, blocks, settings.shard, self.device, settings.actor_lr)
+        self.model = self.trained.bare
 
-    @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO, uneven=True, blocking=False)
-    @timed
-    def generate(self, data: DataProto) -> DataProto:
-        """The prompts with answers: responses, response_mask and log_probs, each (rows, tokens).
-
-        They stay here, and whoever needs some of it takes that.
-        """
-        rows = len(data)
-        batch = (data if rows else _blank_row(data)).to(self.device).batch
-        tokenizer = self.tokenizer
-        with self.trained.gathered() as model, self.in_precision():
-            responses, response_mask = generate(
-                model,
-                batch["prompts"],
-                batch["prompt_mask"],
-                batch["noise"],
-                tokenizer.eos_token_id,
-                tokenizer.pad_token_id,
-                self.settings.temperature,
-            )
-        answers = {"responses": responses[:rows], "response_mask": response_mask[:rows]}
-        answered = data.to("cpu").union(DataProto.from_dict(answers).to("cpu"))
-        log_probs = self.mapped(
-            answered, lambda b: self.log_probs_and_logits(self.trained.bare, b)[0]
-        )
-        return answered.union(DataProto.from_dict({"log_probs": log_probs}))
+    def gathered(self) -> Any:
+        return self.trained.gathered()
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         settings = self.settings

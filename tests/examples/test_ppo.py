@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 
 from examples.ppo import train
+from examples.ppo.__main__ import report
 from examples.ppo.records import Records
 from examples.ppo.settings import Settings
 from examples.ppo.train import (
@@ -30,7 +32,8 @@ from examples.ppo.train import (
     started,
     train_step,
 )
-from examples.ppo.training import mixed_precision
+from examples.ppo.training import mixed_precision, take_weights
+from protocol import DataProto
 from tests.examples.runs import (
     TOLERANCE,
     check_learned,
@@ -49,11 +52,11 @@ UNEVEN = Settings(
 
 
 @pytest.fixture(scope="module")
-def two_ranks(cluster: None) -> Iterator[Any]:
-    """Roles on two ranks, which cut their rows further, three at a time."""
+def two_ranks(cluster: None) -> Iterator[tuple[Settings, Any]]:
+    """Settings, and roles on two ranks, which cut their rows further, three at a time."""
     settings = replace(UNEVEN, micro_rows=3)
     with started(settings, make_tokenizer(settings)) as roles:
-        yield roles
+        yield settings, roles
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,7 @@ def one_rank(cluster: None) -> tuple[Any, Any]:
         {"micro_rows": 3},
         pytest.param({"shard": "fsdp2", "micro_rows": 2}, marks=pytest.mark.long),
         pytest.param({"placement": "separate"}, marks=pytest.mark.long),
+        {"placement": "rollout", "rollout_ranks": 3},
     ],
 )
 def test_two_ranks_learn_what_one_rank_learns_however_they_are_cut_and_placed(
@@ -83,6 +87,54 @@ def test_two_ranks_learn_what_one_rank_learns_however_they_are_cut_and_placed(
     for role in ("actor", "critic"):
         assert largest_difference(before[role], expected[role]) > 100 * TOLERANCE
         assert largest_difference(got[role], expected[role]) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def with_rollout(cluster: None) -> Iterator[tuple[Settings, Any, Any, Any]]:
+    """Settings, and roles on two ranks over which models are cut, with a rollout on one; what three
+    steps said, and what they taught.
+    """
+    settings = replace(UNEVEN, placement="rollout", rollout_ranks=1, shard="fsdp2")
+    tokenizer = make_tokenizer(settings)
+    with started(settings, tokenizer) as roles:
+        steps = [train_step(settings, roles, tokenizer, step) for step in range(3)]
+        learned = {role: parameters(roles[role]) for role in ("actor", "critic")}
+        yield settings, roles, steps, learned
+
+
+@pytest.mark.slow
+def test_a_rollout_of_its_own_teaches_a_model_that_is_cut_over_ranks_the_same(
+    with_rollout: Any, one_rank: tuple[Any, Any]
+) -> None:
+    *_, learned = with_rollout
+    for role, expected in one_rank[1].items():
+        assert largest_difference(learned[role], expected) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_weights_go_to_the_rollout_past_the_driver(with_rollout: Any) -> None:
+    *_, steps, learned = with_rollout
+    size = sum(value.nbytes for value in learned["actor"].values())
+    assert max(metrics["driver_bytes"] for metrics in steps) < size / 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_weights_that_are_cut_by_rows_are_put_in_their_places(ranks: int) -> None:
+    given, taken = (torch.nn.BatchNorm1d(5) for _ in range(2))
+    for value in given.state_dict().values():
+        value.copy_(torch.arange(1, value.numel() + 1).reshape(value.shape))
+    whole = {**given.state_dict(), "weight": None, "bias": None}  # buffers are not cut
+    cut = {name: list(getattr(given, name).detach().chunk(ranks)) for name in ("weight", "bias")}
+    for rows in cut.values():
+        rows += [rows[0][:0]] * (ranks - len(rows))  # as a rank behind the last row has none
+    take_weights(taken, [{**whole, **{name: cut[name][i] for name in cut}} for i in range(ranks)])
+    for name, value in given.state_dict().items():
+        assert torch.equal(taken.state_dict()[name], value)
+
+
+def test_weights_of_another_shape_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="size"):
+        take_weights(torch.nn.Linear(2, 3), [dict(torch.nn.Linear(2, 5).state_dict())])
 
 
 def through_the_driver(settings: Settings, roles: Any, step: int) -> None:
@@ -100,14 +152,15 @@ def through_the_driver(settings: Settings, roles: Any, step: int) -> None:
 def test_rows_that_stay_in_the_workers_teach_what_they_teach_by_way_of_the_driver(
     two_ranks: Any, tmp_path: Path
 ) -> None:
-    learners = {role: two_ranks[role] for role in ("actor", "critic")}
+    settings, roles = two_ranks
+    learners = {role: roles[role] for role in ("actor", "critic")}
     for role, group in learners.items():
         group.save(str(tmp_path / role))
-    got = trained(UNEVEN, two_ranks, [0, 1])
+    got = trained(settings, roles, [0, 1])
     for role, group in learners.items():
         group.load(str(tmp_path / role))
     for step in range(2):
-        through_the_driver(UNEVEN, two_ranks, step)
+        through_the_driver(settings, roles, step)
     for role, group in learners.items():
         assert largest_difference(got[role], parameters(group)) == 0
 
@@ -151,31 +204,37 @@ def test_matrix_products_are_as_precise_as_was_asked_for(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("placed", ["two_ranks", "with_rollout"])
 def test_a_checkpoint_holds_all_that_the_next_steps_depend_on(
-    two_ranks: Any, tmp_path: Path
+    placed: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    settings = replace(UNEVEN, output=str(tmp_path), steps=5)
+    settings, roles = request.getfixturevalue(placed)[:2]
+    settings = replace(settings, output=str(tmp_path), steps=5)
     records, tokenizer = Records(settings), make_tokenizer(settings)
-    records.add(train_step(settings, two_ranks, tokenizer, 0))
-    records.save(two_ranks)
-    expected = trained(settings, two_ranks, [1, 2])
-    records.add(train_step(settings, two_ranks, tokenizer, 3))
+    records.add(train_step(settings, roles, tokenizer, 0))
+    records.save(roles)
+    expected = trained(settings, roles, [1, 2])
+    records.add(train_step(settings, roles, tokenizer, 3))
 
     resumed = Records(replace(settings, resume=True))
     assert resumed.steps_done == 1
     assert len(resumed.metrics_file.read_text().splitlines()) == 1
-    resumed.load(two_ranks)
-    got = trained(settings, two_ranks, [1, 2])
+    resumed.load(roles)
+    got = trained(settings, roles, [1, 2])
     for role in ("actor", "critic"):
         assert largest_difference(got[role], expected[role]) == 0
 
 
 @pytest.mark.slow
-def test_a_step_says_what_it_did_and_where_its_time_went(two_ranks: Any, tmp_path: Path) -> None:
-    settings = replace(UNEVEN, output=str(tmp_path))
+@pytest.mark.parametrize(("placed", "more"), [("two_ranks", []), ("with_rollout", ["weights"])])
+def test_a_step_says_what_it_did_and_where_its_time_went(
+    placed: str, more: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    settings, roles = request.getfixturevalue(placed)[:2]
+    settings = replace(settings, output=str(tmp_path))
     records = Records(settings)
     for step in range(2):
-        records.add(train_step(settings, two_ranks, make_tokenizer(settings), step))
+        records.add(train_step(settings, roles, make_tokenizer(settings), step))
     metrics = records.history[-1]
     assert 0 <= metrics["reward"] <= 1
     assert metrics["kl"] >= 0
@@ -183,7 +242,7 @@ def test_a_step_says_what_it_did_and_where_its_time_went(two_ranks: Any, tmp_pat
     seconds = metrics["seconds"]
     assert set(seconds) == {
         *("generate", "reference", "reward", "values", "update critic", "update actor"),
-        *("driver", "controller", "step"),
+        *("driver", "controller", "step", *more),
     }
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds.values()) == pytest.approx(2 * seconds["step"])
@@ -202,8 +261,42 @@ def test_the_seconds_of_phases_that_overlap_count_once(monkeypatch: pytest.Monke
     for phase, worked in shares.items():
         seconds.metrics(phase, [{"worked": interval} for interval in worked])
     expected = {"update critic": 0.25, "values": 0, "update actor": 0.5}
-    expected.update({"driver": 0, "controller": 0.25, "step": 1})
+    expected.update({"controller": 0.25, "step": 1})
     assert seconds.summary() == pytest.approx(expected)
+
+
+def test_the_seconds_of_a_rollout_are_those_of_its_slowest_rank_and_of_the_weights_on_their_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([10.0, 10.0, 10.125, 11.0])
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock.__next__))
+    seconds = Seconds()
+    with seconds.alone("weights"):
+        pass
+    other_clock = [(1.0, 1.25), (1.0, 1.0), (1.0, 1.5)]  # of another node
+    answers = DataProto.from_dict({"x": torch.zeros(3)}, meta_info={"metrics": {}})
+    answers.meta_info["metrics"]["worked"] = other_clock
+    seconds.batch("generate", answers, of_rollout=True)
+    seconds.metrics("update actor", [{"worked": (10.625, 10.75)}])
+    expected = {"update actor": 0.125, "weights": 0.125, "generate": 0.5}
+    assert seconds.summary() == pytest.approx({**expected, "controller": 0.25, "step": 1})
+
+
+def test_a_run_that_went_on_in_another_placement_is_summed_up_with_the_phases_of_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Records(replace(UNEVEN, output=str(tmp_path)))
+    line = {"reward": 0.5, "kl": 0.0, "tokens_per_second": 1.0, "driver_bytes": 1}
+    apart = {"generate": 1.0, "weights": 2.0, "controller": 1.0, "step": 4.0}
+    colocated = {"generate": 1.0, "controller": 3.0, "step": 4.0}
+    for step, seconds in enumerate([colocated, apart, colocated]):
+        records.add({**line, "step": step, "seconds": seconds})
+    report(records)
+    table = re.findall(r"^(\w+) +[\d.]+ +([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
+    assert [phase for phase, _ in table] == ["generate", "controller", "weights", "step"]
+    assert [float(share) for _, share in table] == pytest.approx([25, 58.3, 16.7, 100])
+    records.draw()
+    assert (tmp_path / "progress.png").exists()
 
 
 def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path: Path) -> None:
@@ -249,6 +342,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path
         (["--mini-batch", "0"], "mini_batch must be at least 1"),
         (["--task", "guess"], "invalid choice"),
         (["--prompts", "1", "--ranks", "-1"], "ranks must be at least 1"),
+        (["--rollout-ranks", "1"], "0 unless placement is rollout"),
     ],
 )
 def test_a_wrong_option_ends_the_program_with_what_was_asked_for(
