@@ -188,6 +188,8 @@ class Host:
             if place is not None:
                 place.fail()
             raise self._failure(head.role, head.method, error) from None
+        finally:
+            _settle()
 
     def _claimed(self, head: Head) -> Mapping[tuple[str, int], Kept]:
         return self._shelf.claim(head.claims) if head.claims else {}
@@ -347,10 +349,13 @@ class AsyncHost(Host):
             args, kwargs = read(head, message, parts, kept)
         read_ns = began, now_ns()
         untouched = Untouched(args, kwargs) if head.reads_only else None
-        with running(head.mark, head.title, read_ns):
-            output = method(*args, **kwargs)
-            output = await output if inspect.isawaitable(output) else output
-        return _outgoing(head, output, place, untouched)
+        try:
+            with running(head.mark, head.title, read_ns):
+                output = method(*args, **kwargs)
+                output = await output if inspect.isawaitable(output) else output
+            return _outgoing(head, output, place, untouched)
+        finally:
+            _settle()
 
     @ray.method(num_returns=2)
     async def publish(
@@ -431,6 +436,13 @@ def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched 
         details = {"bytes": sent.size}
         note(Event("serialise", "", began, now_ns(), head.mark.number, details))
     return sent
+
+
+def _settle() -> None:
+    """Be done with what others have lent. Where nothing was borrowed, that was not imported."""
+    memory = sys.modules.get("protocol.device_memory")
+    if memory is not None:
+        memory.settle()
 
 
 def _is_needed(wanted: list[Any] | None) -> bool:
