@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from single_controller.base.explain import Explanation, GroupTable
 
 __all__ = [
+    "BUCKET_BYTES",
     "BUILT_IN",
     "DISPATCH_MODE_FN_REGISTRY",
     "Dispatch",
@@ -65,6 +66,7 @@ __all__ = [
     "MethodSpec",
     "Registered",
     "Transport",
+    "check_bytes",
     "collect_all_to_all",
     "collect_dp_compute",
     "collect_dp_compute_data_proto",
@@ -104,6 +106,7 @@ _Async: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
 _OnAll: TypeAlias = "Literal[Execute.ALL]"
 _OnFirst: TypeAlias = "Literal[Execute.RANK_ZERO]"
 
+BUCKET_BYTES = 256 << 20
 _SPEC = "__single_controller_spec__"
 
 
@@ -410,6 +413,7 @@ class MethodSpec:
     reads_only: bool = False
     timeout_s: float | None = None
     transport: Transport = "host"
+    bucket_bytes: int | None = None
 
     def mode(self) -> Mode:
         """The mode that carries this method's calls, if it can do what the method asks of it."""
@@ -457,6 +461,7 @@ class GroupMethod(Protocol[P, G_co]):
         timeout_s: float | None = None,
         ranks: Iterable[int] | None = None,
         map_location: torch.device | str | None = None,
+        bucket_bytes: int | None = None,
     ) -> GroupMethod[P, G_co]: ...
 
 
@@ -563,6 +568,7 @@ class _Deferred(_Options, total=False):
 
     blocking: Required[Literal[False]]
     materialize_futures: bool
+    bucket_bytes: int | None
 
 
 @overload
@@ -593,6 +599,8 @@ def register(
     execute_mode: Execute = ...,
     blocking: bool = ...,
     materialize_futures: bool = ...,
+    *,
+    bucket_bytes: int | None = ...,
     **more: Unpack[_Options],
 ) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[..., Any]]]: ...
 def register(
@@ -604,6 +612,7 @@ def register(
     reads_only: bool = False,
     timeout_s: float | None = None,
     transport: Transport = "host",
+    bucket_bytes: int | None = None,
 ) -> Any:
     """Let groups call a worker's method. It does what it did, sync or `async def`; the function
     that was given is its `__wrapped__`.
@@ -627,12 +636,24 @@ def register(
             in other processes. "host": through shared memory; they arrive on the CPU. "device":
             workers on the same node copy them from device to device, and they arrive on the
             worker's own; others get them by "host". To the driver they come on the CPU.
+        bucket_bytes: for a method without `blocking` that yields pairs of a name and a tensor, and
+            256 MB where it is a generator function: so many bytes are sent at a time, and two such
+            buckets are alive at most. Who is passed the handle gets an iterator, once; the method
+            goes on as its pairs are read, with its process busy until the last was.
 
     Raises:
         RegistrationError: an argument is none of these. ValueError: `timeout_s` is no time.
     """
     how = (uneven, reads_only, timeout_s, transport)
     spec = MethodSpec(dispatch_mode, execute_mode, blocking, materialize_futures, *how)
+    if bucket_bytes is not None:
+        check_bytes(bucket_bytes)
+        if blocking or spec.mode().batched:
+            raise RegistrationError(
+                "bucket_bytes needs blocking=False and a mode that gives one output per rank, as "
+                f"ONE_TO_ALL; got blocking={blocking} and {dispatch_mode!r}"
+            )
+        spec = replace(spec, bucket_bytes=bucket_bytes)
     check_seconds("timeout_s", timeout_s)
     if transport not in (("host",) if blocking else ("host", "device")):
         raise RegistrationError(
@@ -651,10 +672,19 @@ def register(
         registered = types.FunctionType(code, names, method.__name__, method.__defaults__, closure)
         registered.__kwdefaults__ = method.__kwdefaults__
         functools.update_wrapper(registered, method)
-        setattr(registered, _SPEC, spec)
+        default = None if blocking or spec.mode().batched else BUCKET_BYTES
+        buckets = inspect.isgeneratorfunction(method) and bucket_bytes is None
+        setattr(registered, _SPEC, replace(spec, bucket_bytes=default) if buckets else spec)
         return registered
 
     return mark
+
+
+def check_bytes(count: Any) -> int:
+    """Raise ValueError where `bucket_bytes` is no number of bytes."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"bucket_bytes must be a whole number of bytes, at least 1; got {count!r}")
+    return count
 
 
 def registered_methods(cls: type) -> dict[str, tuple[Callable[..., Any], MethodSpec]]:

@@ -365,16 +365,21 @@ def not_sent(title: str, named: Iterable[tuple[str, Any]], packer: Packer) -> Se
     return None
 
 
-def checked_output(output: Any) -> Any:
-    """What a method returned. Raises TypeError where it is no value that could be sent."""
+def checked_output(output: Any, pairs: bool = False) -> Any:
+    """What a method returned. Raises TypeError where it is no value that could be sent; a generator
+    of `pairs` can.
+    """
     if inspect.iscoroutine(output):
         output.close()
         raise TypeError(
             "the method returned a coroutine: it is async under a decorator that hides it; let the "
             "decorator's own function be `async def`"
         )
-    if inspect.isgenerator(output) or inspect.isasyncgen(output):
-        raise TypeError("the method returned a generator, which cannot be sent; return a list")
+    if inspect.isasyncgen(output) or (inspect.isgenerator(output) and not pairs):
+        raise TypeError(
+            "the method returned a generator, which cannot be sent; return a list, or yield pairs "
+            "of a name and a tensor and register it with blocking=False, bucket_bytes=256 << 20"
+        )
     return output
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from single_controller.base.decorator import MethodSpec, Transport
+from single_controller.base.decorator import MethodSpec, Transport, check_bytes
 from single_controller.base.dispatch import CustomMode
 from single_controller.base.explain import Explanation
 from single_controller.base.plan import Call, Layout, Plan, named_arguments, placed
@@ -35,6 +35,7 @@ class CallOptions:
     timeout_s: float | None = None
     ranks: tuple[int, ...] | None = None
     map_location: Any = None
+    bucket_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Request:
     until asked for, then they go by `transport`. `awaited`: the caller waits for them at once.
     `opens`: an output is a value of any kind, not a batch; those that are not deferred are for
     anyone to ask the backend for.
+    `bucket_bytes`: they are generators of pairs, which are sent in buckets of that size.
     `reads_only`: arguments may be views. `materialize`: futures arrive as their batches.
     """
 
@@ -59,6 +61,7 @@ class Request:
     awaited: bool = False
     opens: bool = False
     transport: Transport = "host"
+    bucket_bytes: int | None = None
 
     @property
     def title(self) -> str:
@@ -204,6 +207,7 @@ class BoundMethod:
         timeout_s: float | None = None,
         ranks: Iterable[int] | None = None,
         map_location: Any = None,
+        bucket_bytes: int | None = None,
     ) -> BoundMethod:
         """The same method with a deadline, on some ranks only, or with a place for its result.
 
@@ -211,7 +215,8 @@ class BoundMethod:
         `call_timeout_s`; `math.inf` is no deadline. With `ranks`, the call goes as if these, in
         this order, were the whole group. Tensors of workers' devices come to the CPU;
         `map_location`, a `torch.device` or its name, is where batches and tensors that the call
-        returns, also in lists, tuples and dicts, go from there.
+        returns, also in lists, tuples and dicts, go from there. `bucket_bytes` is that of a method
+        which yields.
 
         Raises:
             ValueError: a rank that the group does not have, no rank, or no time.
@@ -227,6 +232,10 @@ class BoundMethod:
                     f"{chosen or ranks!r}"
                 )
         check_seconds("timeout_s", timeout_s)
+        if bucket_bytes is not None:
+            if self.binding.spec.bucket_bytes is None:
+                raise ValueError(f"{self.title} sends nothing in buckets: see register")
+            given["bucket_bytes"] = check_bytes(bucket_bytes)
         said = {name: value for name, value in given.items() if value is not None}
         return BoundMethod(self.group, self.binding, replace(self.call_options, **said))
 

@@ -160,6 +160,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 awaited=awaited,
                 opens=deferred and not method.mode.batched,
                 transport=spec.transport,
+                bucket_bytes=method.call_options.bucket_bytes or spec.bucket_bytes,
             )
             return plan, self._submitted(method.title, hosts, request, calls, args, kwargs)
 

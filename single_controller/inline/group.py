@@ -321,6 +321,7 @@ class InlineReference(InProcess):
         self.output: Message | None = None
         self.error: Exception | None = None
         self.ends: Future[None] | None = None  # that of an async method
+        self.pairs = False  # whether it yields them
         self._task: object = None  # which asyncio would forget
 
     def done(self) -> bool:
@@ -371,7 +372,10 @@ class InlineReference(InProcess):
             self.raised(error)
 
     def _returned(self, output: Any, keep: bool) -> None:
-        self.output = _copied(Message.of(checked_output(output) if keep else None, Packer))
+        output = checked_output(output, self.pairs)
+        if self.pairs:
+            output = [*output]
+        self.output = _copied(Message.of(output if keep else None, Packer))
         self._end()
 
     def raised(self, error: BaseException) -> None:
@@ -539,7 +543,8 @@ class LocalValue(LocalBatch):
     """What a rank returned, of any kind."""
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
-        return self._output(timeout)
+        output = self._output(timeout)
+        return iter(output) if self.reference.pairs else output
 
 
 @dataclass(frozen=True)
@@ -686,6 +691,8 @@ class InlineWorkerGroup(WorkerGroup[W]):
             for rank, out in enumerate(by_rank)
             if out is not None
         }
+        for reference in made.values():
+            reference.pairs = request.bucket_bytes is not None and request.deferred
         marked = mark(request.record.number, hosts)
         with request.record.span("wait"):
             for rank, call in made.items():

@@ -37,6 +37,7 @@ from single_controller.ray.failure import CallDroppedError
 from single_controller.ray.message import Head, Packer, opened, packed_value, read
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, identify, log_tail
 from single_controller.ray.shelf import Kept, Shelf, Untouched, in_thread
+from single_controller.ray.stream import Offer, made
 
 __all__ = ["AsyncHost", "Host", "HostInfo", "HostPlace"]
 
@@ -176,7 +177,8 @@ class Host:
         place = self._shelf.open(head.keeps) if head.keeps is not None else None
         try:
             began = now_ns()
-            args, kwargs = read(head, message, parts, self._claimed(head))
+            kept, rank = self._claimed(head), self._context.rank
+            args, kwargs = read(head, message, parts, kept, rank)
             read_ns = began, now_ns()
             if self._turns.any:
                 self._turns.take(head.role)
@@ -204,6 +206,20 @@ class Host:
         """
         kept = self._shelf.publication(token)
         return kept.published(columns, lends) if _is_needed(wanted) else (None, 0)
+
+    def stream(self, token: str, offer: Offer, turn: Any) -> int:
+        """Make what a method yields, for those that read it now; the bytes that moved."""
+        kept, reply, title = self._shelf.publication(token), None, ""
+        try:
+            pairs, title = kept.pairs()
+            steps = made(pairs, title, offer)
+            while True:
+                reply = ray.get(steps.send(reply))
+        except StopIteration as end:
+            return int(end.value)
+        except Exception as error:
+            role, _, method = title.rpartition(".")
+            raise self._failure(role, method, error) from None
 
     def weigh(self, message: Message) -> Any:
         """By batch, whether any rank but the one that made it reads rows of it."""
@@ -342,11 +358,11 @@ class AsyncHost(Host):
         kept: Mapping[tuple[str, int], Kept],
         place: Kept | None,
     ) -> Any:
-        began = now_ns()
+        began, rank = now_ns(), self._context.rank
         if parts or not isinstance(message, Message) or message.held:
-            args, kwargs = await in_thread(read, head, message, parts, kept)
+            args, kwargs = await in_thread(read, head, message, parts, kept, rank)
         else:
-            args, kwargs = read(head, message, parts, kept)
+            args, kwargs = read(head, message, parts, kept, rank)
         read_ns = began, now_ns()
         untouched = Untouched(args, kwargs) if head.reads_only else None
         try:
@@ -365,6 +381,23 @@ class AsyncHost(Host):
         await kept.made.wait()
         needed = wanted is None or await in_thread(_is_needed, wanted)
         return kept.published(columns, lends) if needed else (None, 0)
+
+    async def stream(self, token: str, offer: Offer, turn: Any) -> int:  # type: ignore[override]
+        kept, reply, title = self._shelf.publication(token), None, ""
+        try:
+            await self._turn(turn)
+            await kept.made.wait()
+            pairs, title = kept.pairs()
+            steps = made(pairs, title, offer)
+            while True:
+                reply = await steps.send(reply)
+        except StopIteration as end:
+            return int(end.value)
+        except Exception as error:
+            role, _, method = title.rpartition(".")
+            raise self._failure(role, method, error) from None
+        finally:
+            self._end_turn(turn)
 
     async def weigh(self, message: Message) -> Any:
         return _each(await in_thread(_read_elsewhere, message))
@@ -424,11 +457,12 @@ class AsyncHost(Host):
 
 def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched | None) -> Any:
     """What goes to the caller: the output, or its rows if it stays here."""
-    output = checked_output(output)
+    output = checked_output(output, head.pairs)
     if untouched is not None:
         untouched.check(head.title)
     if place is not None:
-        return (place.keep_value if head.opens else place.keep)(output, head.title)
+        keep = place.keep_pairs if head.pairs else place.keep_value if head.opens else place.keep
+        return keep(output, head.title)
     if not head.answers:
         return None
     began, sent = now_ns(), packed_value(output, head.title, head.opens)

@@ -41,6 +41,7 @@ from single_controller.ray.failure import (
 from single_controller.ray.host import HostInfo
 from single_controller.ray.placement import actor_info, dead, give_back
 from single_controller.ray.process import ProcessInfo, beside, end, readable
+from single_controller.ray.stream import relay
 
 __all__ = ["RayHosts", "end_processes", "end_when_dropped", "later"]
 
@@ -74,6 +75,7 @@ class RayHosts(Generation):
         self._turns = None if ordered else [0] * len(self.handles)
         self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
         self._noting = threading.Lock()  # held for `broken` and `_running`, never while waiting
+        self._relay: Any = None
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
         if _started.acquire(blocking=False):  # here, since no garbage collection may start it
@@ -149,6 +151,12 @@ class RayHosts(Generation):
         number = self._turns[rank]
         self._turns[rank] = number + 1
         return self._caller, number
+
+    def relay(self) -> Any:
+        """The relay of what its ranks send in buckets."""
+        if self._relay is None:
+            self._relay = relay()
+        return self._relay
 
     @contextmanager
     def sending_a_call(self) -> Generator[list[Any], None, None]:
@@ -394,6 +402,8 @@ class RayHosts(Generation):
         if not was_ended and not self.gone:
             left(self)
             end_processes(self.handles, list(self.processes.values()), _END_S)
+            if self._relay is not None:
+                ray.kill(self._relay)
             _read([ref for _, ref, _ in self._running])
             if self.attached and not self.replaced:
                 # Detached placement groups that nothing else runs in go with them.

@@ -57,6 +57,8 @@ class Packer(Packing, cloudpickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if self._offers is not None and hasattr(type(value), "offered"):
             return value.offered(self._offers)
+        if isinstance(value, Handle):  # some are references, too
+            return value.__reduce__()
         return super().reducer_override(value)
 
 
@@ -67,7 +69,7 @@ class Head(NamedTuple):
     `turn` (caller, number) orders the calls of one caller where Ray itself keeps no order. `keeps`:
     the token under which the output stays in the host, if it does; `claims`: the keys of results
     in this host that the arguments read. `mark`: what a trace knows the call by. `padding`: whether
-    the caller pads its batches, where that was set.
+    the caller pads its batches, where that was set. `pairs`: the output is a generator of them.
     """
 
     role: str
@@ -81,6 +83,7 @@ class Head(NamedTuple):
     claims: tuple[tuple[str, int], ...] = ()
     mark: CallMark | None = None
     padding: str | None = None
+    pairs: bool = False
 
     @property
     def title(self) -> str:
@@ -115,9 +118,13 @@ def opened(arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
 
 
 def read(
-    head: Head, message: Any, parts: Sequence[Any], kept: Mapping[tuple[str, int], Any]
+    head: Head,
+    message: Any,
+    parts: Sequence[Any],
+    kept: Mapping[tuple[str, int], Any],
+    rank: int,
 ) -> tuple[list[Any], dict[str, Any]]:
-    """A call's arguments, all here; `kept` are the results in this process that they read.
+    """A call's arguments on a rank, all here; `kept` are the results of this process among them.
 
     Raises:
         What reading them raises.
@@ -136,7 +143,7 @@ def read(
         late = [one for part in read_parts if isinstance(part, list) for one in part]
         for origin in origins(late):
             if hasattr(origin, "home"):
-                origin.kept = kept.get(origin.home)
+                origin.kept, origin.reader = kept.get(origin.home), rank
         return arguments(message, read_parts, arrived)
 
 

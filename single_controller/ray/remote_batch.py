@@ -30,7 +30,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -43,7 +43,7 @@ from single_controller.base.method import Pending, Request
 from single_controller.base.plan import Call, Handle, origins
 from single_controller.base.trace import mark
 from single_controller.base.worker import NO_BATCH
-from single_controller.errors import CallTimeoutError, GroupBrokenError
+from single_controller.errors import CallTimeoutError, GroupBrokenError, SendError
 from single_controller.ray.failure import (
     GONE,
     CallSite,
@@ -58,11 +58,14 @@ from single_controller.ray.hosts import RayHosts, later
 from single_controller.ray.message import LARGE, SMALL, Answer, Head, Packer, sealed
 from single_controller.ray.placement import check_started
 from single_controller.ray.shelf import Kept
+from single_controller.ray.stream import Offer, borrowed, made_here
 
 if TYPE_CHECKING:
     from protocol import DataProtoFuture
     from protocol.batches import Batch
 
+# Held while a call and those that make what it reads are sent: or two could wait for each other.
+_pairing = threading.Lock()
 Columns: TypeAlias = "tuple[tuple[str, ...], bool] | None"  # which, and whether all must be there
 # By rank how many rows there are, 1 for a value of any kind, None for no batch; or the value
 # itself, where it came along with the answer.
@@ -105,7 +108,8 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
     padding, answering = padding_setting(), frozenset(request.answers)
     sites, callables = hosts.sites(request.role, request.method), hosts.callables(request.title)
     alike: dict[Any, Any] = {}  # the same for ranks that are told the same
-    with hosts.sending_a_call() as refs:
+    pairing = _pairing if routes.streams else contextlib.nullcontext()
+    with pairing, routes.meeting(made), hosts.sending_a_call() as refs:
         for rank, outgoing in enumerate(outbox.by_rank):
             if outgoing is None:
                 continue
@@ -121,6 +125,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
                 tuple(routes.claims.get(rank, ())),
                 mark(request.record.number, hosts) if request.record.number else None,
                 padding,
+                request.bucket_bytes is not None and request.deferred,
             )
             key = id(outgoing), head
             if key not in alike:
@@ -143,6 +148,7 @@ class RemoteCall(Pending):
         self.sites: list[CallSite] = []
         self.refs: list[Any] = []
         self.known: _Rows | None = None  # by rank called
+        self.streamed = set[int]()  # the ranks whose pairs are being read, or were
         self._turns: dict[int, tuple[str, int]] = {}
         self.limit = request.timeout_s
         self._deadline = None if self.limit is None else began + self.limit
@@ -248,6 +254,11 @@ class RemoteCall(Pending):
         nobody has asked for it yet.
         """
         hold = self._checked_hold()
+        if self.request.bucket_bytes is not None:
+            raise TypeError(
+                f"what {self.request.title} yields goes in buckets, from process to process: pass "
+                "the handle to a method of a group, which gets an iterator of the pairs"
+            )
         with self._lock:
             if not ahead:
                 hold.unread.discard((columns, lends))
@@ -294,11 +305,26 @@ class RemoteCall(Pending):
         hold.publications[rank] += 1
         publish = hosts.handles[rank].publish
         batch, size = publish.remote(hold.token, columns, lends, wanted)
+        self._moves(size)
+        return batch
+
+    def _moves(self, size: Any) -> None:
+        """Count bytes that a task says it has moved."""
+        hosts, hold = self.hosts, self._checked_hold()
         hold.sizes.append(size)
         if len(hold.sizes) == 1:
             sizes = partial(_if_ready, hosts, hold.sizes, self._lock)
             self.record.count_later("bytes_between", sizes)
-        return batch
+
+    def stream(self, rank: int, offer: Offer) -> Any:
+        """Have a rank make what it yields for others; the reference to its task."""
+        hosts, hold = self.hosts, self._checked_hold()
+        hold.publications[rank] += 1
+        with hosts.sending:
+            make = hosts.handles[rank].stream
+            ref = make.remote(hold.token, offer, hosts.turn(rank))
+        self._moves(ref)
+        return ref
 
     def can_lend(self, rank: int, hosts: RayHosts, readers: Iterable[int]) -> bool:
         """Whether all these ranks of some hosts can map device memory of a rank's batch."""
@@ -428,6 +454,7 @@ class RemoteBatch:
         self.token, self.site, self.made, self.at = token, site, made, at
         self._rows, self.offer, self.columns = rows, offer, columns
         self.kept: Kept | None = None
+        self.reader = -1  # the rank that reads it, in the process where it is
         self.session: Any = None  # in which it was pinned
 
     @property
@@ -498,6 +525,8 @@ class RemoteBatch:
             if call is not None:
                 call.record.count("bytes_in", message.size)
             return message.read()
+        if isinstance(self.offer, Offer):
+            return self._pairs(self.offer)
         if self.kept is not None:
             return self.kept.rows(start, stop, self.columns)
         ref, whole = self.offer, (start, stop) == (0, rows)
@@ -516,6 +545,14 @@ class RemoteBatch:
                 raise translate(batch, self.site)
             batch = select_keys(batch, *self.columns)
         return batch if whole else lend_rows(batch, start, stop)
+
+    def _pairs(self, offer: Offer) -> Iterator[tuple[str, Any]]:
+        from protocol.wire import reading
+
+        how = reading()
+        if self.kept is None:
+            return borrowed(offer, self.reader, how)
+        return made_here(*self.kept.pairs(), offer, how)
 
     def _check_there(self) -> None:
         if self.session not in (None, session()):
@@ -621,6 +658,7 @@ class _Routes:
     ) -> None:
         self.claims: dict[int, dict[tuple[str, int], None]] = {}  # by rank: what it has itself
         self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
+        self.streams: list[tuple[RemoteBatch, Offer, int | None]] = []  # and who makes it itself
         self._parts: dict[int, Any] = {}  # by id of what is sent: its futures
         self._called = [(out, ranks) for out, ranks in called if out.futures]
         self._hosts, self._request = hosts, request
@@ -670,6 +708,9 @@ class _Routes:
             here = call.hosts is hosts and number.get(rank) in readers[key]
             if here:
                 self.claims.setdefault(rank, {})[batch.home] = None
+            if call.request.bucket_bytes is not None:
+                offers[key] = self._stream(batch, rank if here else None)
+                continue
             others = partial(self._others, readers[key], rank if here else None)
             if next(others(), None) is None and not keeps:
                 continue
@@ -681,6 +722,29 @@ class _Routes:
             else:
                 offers[key] = call.publish(*where)
         return offers, perhaps
+
+    def _stream(self, batch: RemoteBatch, here: int | None) -> Offer:
+        """How all ranks that are passed the handle read what is yielded, together."""
+        call, rank, source = batch.call, batch.site.rank, batch.home
+        assert call is not None
+        size = call.request.bucket_bytes
+        assert size is not None
+        if rank in call.streamed:
+            raise SendError(
+                f"what {batch.title} yields on rank {rank} was passed on before, and can be read "
+                "once: call it again"
+            )
+        passed = [
+            i
+            for i, (out, _) in enumerate(self._called)
+            if any(one.key == batch.key for one in _remote(out.futures))
+        ]
+        others = tuple(self._others(passed, here))
+        lends = bool(others) and call.can_lend(rank, self._hosts, others)
+        relay = call.hosts.relay() if others else None
+        offer = Offer(source, relay, others, size, lends)
+        self.streams.append((batch, offer, here))
+        return offer
 
     def _others(self, numbers: Iterable[int], rank: int | None) -> Iterator[int]:
         return (other for i in numbers for other in self._called[i][1] if other != rank)
@@ -695,6 +759,27 @@ class _Routes:
         refs = {site.rank: ref for site, ref in zip(made.sites, made.refs, strict=True)}
         for call, ranks in self._loans.items():
             call.lent_to(refs[rank] for rank in ranks)
+
+    @contextlib.contextmanager
+    def meeting(self, made: RemoteCall) -> Generator[None]:
+        """Within this context readers of streams are sent their call; the makers have theirs."""
+        makers: list[Any] = []
+        for batch, offer, here in self.streams:
+            call, rank = batch.call, batch.site.rank
+            assert call is not None
+            call.streamed.add(rank)
+            makers.append(call.stream(rank, offer) if offer.at and here is None else None)
+        try:
+            yield
+        finally:
+            calls: dict[int, Any] = {}
+            for site, ref in zip(made.sites, made.refs, strict=True):
+                calls[site.rank] = site, [ref]
+            for (batch, offer, here), ref in zip(self.streams, makers, strict=True):
+                if offer.at is not None:
+                    maker = (batch.site, [ref]) if here is None else calls.get(here)
+                    readers = [calls[rank] for rank in offer.readers if rank in calls]
+                    offer.at.watch.remote(offer, maker, readers)
 
 
 def _several(method: Any, message: Message, of: Sequence[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ copied into shared memory, by a task that the driver puts into the queue of the 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import sys
 import threading
@@ -19,7 +20,7 @@ from single_controller.base.message import Message, is_packed
 from single_controller.errors import SharedMemoryWriteError
 from single_controller.ray.message import LARGE, Answer, Packer
 
-__all__ = ["Kept", "Shelf", "Untouched", "in_thread"]
+__all__ = ["Kept", "Shelf", "Untouched", "in_thread", "version"]
 
 
 class _Keeping(Packer):
@@ -40,6 +41,7 @@ class Kept:
         self.last: int | None = None  # as many are to come before it can go
         self._batch: Any = None
         self._value: Message | None = None  # that is no batch, and `held` its tensors
+        self._pairs: Any = None  # a generator's, which are not made yet
         self._versions: list[int] = []
         self._title = ""
         self._lent: list[Any] = []  # what was made of it for others, who map it
@@ -67,6 +69,27 @@ class Kept:
         self._value, self._title = message, title
         self._versions = _versions(message.held)
         return Answer(title, None)
+
+    def keep_pairs(self, output: Any, title: str) -> Answer:
+        """Keep what the method `title` is going to yield.
+
+        Raises:
+            TypeError: it is no generator.
+        """
+        self.made.set()
+        if not inspect.isgenerator(output):
+            raise TypeError(
+                "the method is registered with bucket_bytes and must yield pairs of a name and a "
+                f"tensor; it returned {type(output).__name__}"
+            )
+        self._pairs, self._title = output, title
+        return Answer(title, None)
+
+    def pairs(self) -> tuple[Any, str]:
+        """The generator, and the method that it is of."""
+        if self._pairs is None:
+            raise RuntimeError("the call that was to make this result failed or was dropped")
+        return self._pairs, self._title
 
     def fail(self) -> None:
         """Note that there will be no batch; who waits for one learns why from the call itself."""
@@ -154,10 +177,10 @@ def _versions(values: Sequence[Any]) -> list[int]:
 
     found = [value for value in values if is_packed(value)]
     each = [batch_tensors(value) if is_batch(value) else [value] for value in found]
-    return [_version(tensor) for tensors in each for tensor in tensors]
+    return [version(tensor) for tensors in each for tensor in tensors]
 
 
-def _version(tensor: Any) -> int:
+def version(tensor: Any) -> int:
     """How often it was written to; torch does not count for inference tensors."""
     return 0 if tensor.is_inference() else int(tensor._version)
 
@@ -174,11 +197,11 @@ class Untouched:
             named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
             for name, value in named.items():
                 found = _tensors(value, name)
-                self._before += [(path, tensor, _version(tensor)) for path, tensor in found]
+                self._before += [(path, tensor, version(tensor)) for path, tensor in found]
 
     def check(self, title: str) -> None:
         """Raise SharedMemoryWriteError, naming the method as `title`, where one has changed."""
-        changed = [path for path, tensor, before in self._before if _version(tensor) != before]
+        changed = [path for path, tensor, before in self._before if version(tensor) != before]
         if changed:
             raise SharedMemoryWriteError(
                 f"{title} is registered with reads_only=True, and has written into "
