@@ -339,7 +339,6 @@ def same_process(figures: Figures, team: Any, where: str) -> None:
     if team.local.addresses(PerRank(made)) != team.trainer.address():
         raise SystemExit("a role of the same process did not get the trainer's own tensors")
     names = [f"{where}, same process, {how}" for how in ("already made", "made and read")]
-    figures.bytes[names[1]] = dict.fromkeys(("driver", "between"), 0)
     before = _moved(team.trainer, team.local)
     floor = f"{where}, no-op call"
     cases: dict[str, Callable[[], Any]] = {
@@ -364,6 +363,7 @@ def on_cpus(figures: Figures, size: int) -> None:
         colocate(pool, trainer=whole, shards=sharded, local=nothing) as team,
         RayWorkerGroup(pool, whole) as reader,
     ):
+        same_process(figures, team, "CPUs")
         trainer, shards = team.trainer, team.shards
         a = [Plain.options(num_cpus=0.1).remote(size) for _ in range(2)]
         b = [Plain.options(num_cpus=0.1).remote(size) for _ in range(2)]
@@ -412,7 +412,6 @@ def on_cpus(figures: Figures, size: int) -> None:
             figures.time(cases)
         for actor in (*a, *b, *halves):
             ray.kill(actor)
-        same_process(figures, team, "CPUs")
 
 
 def on_one_card(figures: Figures, size: int) -> None:
@@ -423,6 +422,7 @@ def on_one_card(figures: Figures, size: int) -> None:
         colocate(pool, trainer=whole, local=RayClassWithInitArgs(Model, 0)) as team,
         RayWorkerGroup(pool, whole) as reader,
     ):
+        same_process(figures, team, "one card")
         trainer = team.trainer
         a, b = (Mapper.options(num_gpus=0.2, num_cpus=0).remote(size) for _ in range(2))
         name = "one card, another process, made and read"
@@ -440,7 +440,6 @@ def on_one_card(figures: Figures, size: int) -> None:
         figures.time(cases)
         for actor in (a, b):
             ray.kill(actor)
-        same_process(figures, team, "one card")
 
 
 def on_two_cards(figures: Figures, size: int) -> None:
