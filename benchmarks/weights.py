@@ -218,8 +218,8 @@ class Joined:
         )
 
     def gather(self, flat: bool = False) -> float:
-        pairs = [(self.flat, self.flat_shard)] if flat else zip(self.tensors, self.shards)
-        pairs = list(pairs)
+        wholes, shards = ([self.flat], [self.flat_shard]) if flat else (self.tensors, self.shards)
+        pairs = list(zip(wholes, shards, strict=True))
         return timed_on_device(
             lambda: [torch.distributed.all_gather_into_tensor(*pair) for pair in pairs], self.begin
         )
@@ -245,6 +245,16 @@ class Asked(NamedTuple):
     floor: str = ""
 
 
+class Way(NamedTuple):
+    """A case, which group makes what it brings, and from which ranks each of the reader's has it,
+    in equal parts.
+    """
+
+    case: Callable[[], Any]
+    maker: Any
+    ranks: list[list[int]]
+
+
 class Figures:
     """What was measured: by case milliseconds of each round and bytes, and what was asked."""
 
@@ -255,20 +265,20 @@ class Figures:
         self.asked: dict[str, Asked] = {}
         self._seeds = itertools.count(1)
 
-    def check(
-        self, name: str, case: Callable[[], Any], maker: Any, reader: Any, ranks: list[list[int]]
-    ) -> None:
-        """That a case brings what `maker` has, to each rank of `reader` that of these ranks."""
-        for _ in range(2):  # the second is one like all that follow
-            seed = next(self._seeds)
-            maker.fill(seed)
-            before = _moved(maker, reader)
-            case()
-            driver, between = (b - a for a, b in zip(before, _moved(maker, reader), strict=True))
-            wrong = reader.wrong(seed, PerRank(ranks))
-            if any(wrong):
-                raise SystemExit(f"{name}: {wrong} tensors are not what the trainer has")
-        self.bytes[name] = {"driver": driver, "between": between}
+    def checked(self, ways: Mapping[str, Way], reader: Any) -> dict[str, Callable[[], Any]]:
+        """Their cases, once it is seen that they bring what the maker has just got."""
+        for name, way in ways.items():
+            for _ in range(2):  # the second is one like all that follow
+                seed = next(self._seeds)
+                way.maker.fill(seed)
+                before = _moved(way.maker, reader)
+                way.case()
+                after = _moved(way.maker, reader)
+                wrong = reader.wrong(seed, PerRank(way.ranks))
+                if any(wrong):
+                    raise SystemExit(f"{name}: {wrong} tensors are not what the trainer has")
+            self.bytes[name] = _between(before, after)
+        return {name: way.case for name, way in ways.items()}
 
     def time(self, cases: Mapping[str, Callable[[], Any]], often: int = 1) -> None:
         """Cases in turns, each time in another order. One that returns a float has timed itself."""
@@ -324,6 +334,16 @@ def _moved(*groups: Any) -> tuple[int, int]:
     return driver, sum(table.moved_bytes for table in tables) - driver
 
 
+def _between(before: tuple[int, int], after: tuple[int, int]) -> dict[str, int]:
+    driver, between = (b - a for a, b in zip(before, after, strict=True))
+    return {"driver": driver, "between": between}
+
+
+def bucket_of(size: int) -> dict[str, int]:
+    """The option, where there is one."""
+    return {"bucket_bytes": max(1, size)} if STREAMS else {}
+
+
 def all_of(*references: Any) -> None:
     ray.get([*references], timeout=300)
 
@@ -347,11 +367,9 @@ def same_process(figures: Figures, team: Any, where: str) -> None:
         names[1]: lambda: team.local.use(PerRank(team.trainer.weights())),
     }
     figures.time(cases, 10)
-    moved = _moved(team.trainer, team.local)
+    moved = _between(before, _moved(team.trainer, team.local))  # of all calls together
     for name in names:
-        figures.asked[name] = Asked(2, floor)
-        driver, between = (b - a for a, b in zip(before, moved, strict=True))
-        figures.bytes[name] = {"driver": driver, "between": between}  # of all calls together
+        figures.asked[name], figures.bytes[name] = Asked(2, floor), moved
 
 
 def on_cpus(figures: Figures, size: int) -> None:
@@ -365,51 +383,48 @@ def on_cpus(figures: Figures, size: int) -> None:
     ):
         same_process(figures, team, "CPUs")
         trainer, shards = team.trainer, team.shards
-        a = [Plain.options(num_cpus=0.1).remote(size) for _ in range(2)]
-        b = [Plain.options(num_cpus=0.1).remote(size) for _ in range(2)]
-        halves = [Plain.options(num_cpus=0.1).remote(size, True) for _ in range(2)]
+        share = Plain.options(num_cpus=0.1)
+        a, b, halves = ([share.remote(size, cut) for _ in range(2)] for cut in (False, False, True))
 
-        def plain_shards() -> None:
-            given = [half.give.remote() for half in halves]
-            all_of(*[actor.take.remote(*given) for actor in b])
+        def each_to_its_own() -> None:
+            all_of(*[y.take.remote(x.give.remote()) for x, y in zip(a, b, strict=True)])
 
-        def plain_broadcast() -> None:
+        def first_to_both() -> None:
             given = a[0].give.remote()
-            all_of(*[actor.take.remote(given) for actor in b])
+            all_of(*[y.take.remote(given) for y in b])
 
-        ways: dict[str, tuple[Any, Any, list[list[int]], Any]] = {
-            "2 → 2 ranks, each to its own": (
-                lambda: reader.load(PerRank(trainer.weights())),
-                trainer,
-                [[0], [1]],
-                lambda: all_of(
-                    *[y.take.remote(x.give.remote()) for x, y in zip(a, b, strict=True)]
-                ),
+        def shards_to_both() -> None:
+            given = [half.give.remote() for half in halves]
+            all_of(*[y.take.remote(*given) for y in b])
+
+        pieces = trainer.pieces.options(**bucket_of(size // 8))
+        each, both = [[0], [1]], [[0, 1], [0, 1]]
+        for name, way, by_hand, in_buckets in (
+            (
+                "CPUs, 2 → 2 ranks, each to its own",
+                Way(lambda: reader.load(PerRank(trainer.weights())), trainer, each),
+                each_to_its_own,
+                Way(lambda: reader.load_pieces(PerRank(pieces())), trainer, each),
             ),
-            "2 → 2 ranks, rank 0 to both": (
-                lambda: reader.load(trainer.weights()[0]),
-                trainer,
-                [[0], [0]],
-                plain_broadcast,
+            (
+                "CPUs, 2 → 2 ranks, rank 0 to both",
+                Way(lambda: reader.load(trainer.weights()[0]), trainer, [[0], [0]]),
+                first_to_both,
+                None,
             ),
-            "2 → 2 ranks, shards to whole": (
-                lambda: reader.load_shards(shards.weights()),
-                shards,
-                [[0, 1], [0, 1]],
-                plain_shards,
+            (
+                "CPUs, 2 → 2 ranks, shards to the whole on both",
+                Way(lambda: reader.load_shards(shards.weights()), shards, both),
+                shards_to_both,
+                None,
             ),
-        }
-        for name, (case, maker, ranks, by_hand) in ways.items():
-            figures.check(name, case, maker, reader, ranks)
-            floor = f"plain actors, {name.removeprefix('2 → 2 ranks, ')}"
+        ):
+            floor = name.replace("2 → 2 ranks", "plain actors")
             figures.asked[name] = Asked(1.2, floor)
-            cases = {name: case, floor: by_hand}
-            if STREAMS and maker is trainer and ranks[0] != ranks[1]:
-                bucket = max(1, size // 8)
-                pieces = trainer.pieces.options(bucket_bytes=bucket)
-                cases[f"{name}, in buckets"] = lambda: reader.load_pieces(PerRank(pieces()))
-                figures.check(f"{name}, in buckets", cases[f"{name}, in buckets"], *ways[name][1:3])
-            figures.time(cases)
+            ways = {name: way}
+            if STREAMS and in_buckets is not None:
+                ways[f"{name}, in buckets"] = in_buckets
+            figures.time({floor: by_hand, **figures.checked(ways, reader)})
         for actor in (*a, *b, *halves):
             ray.kill(actor)
 
@@ -426,14 +441,14 @@ def on_one_card(figures: Figures, size: int) -> None:
         trainer = team.trainer
         a, b = (Mapper.options(num_gpus=0.2, num_cpus=0).remote(size) for _ in range(2))
         name = "one card, another process, made and read"
+        ways = {name: Way(lambda: reader.load(trainer.weights()[0]), trainer, [[0]])}
         cases: dict[str, Callable[[], Any]] = {
-            name: lambda: reader.load(trainer.weights()[0]),
+            **figures.checked(ways, reader),
             "one card, bare CUDA IPC between plain actors": lambda: all_of(
                 b.take.remote(a.give.remote())
             ),
             "one card, the copy alone": lambda: slower(a.copy.remote()),
         }
-        figures.check(name, cases[name], trainer, reader, [[0]])
         figures.asked[name] = Asked(20)
         made = trainer.weights()[0]
         cases["one card, another process, already made"] = lambda: reader.load(made)
@@ -465,19 +480,18 @@ def on_two_cards(figures: Figures, size: int) -> None:
             for rank in range(2)
         ]
         floor, name = "NCCL broadcast, tensor by tensor", "card to card, made and read"
-        cases: dict[str, Callable[[], Any]] = {
-            floor: both("broadcast", False),
-            "NCCL broadcast, one flat tensor": both("broadcast", True),
-            name: lambda: rollout.load(trainer.weights()[0]),
-        }
-        figures.check(name, cases[name], trainer, rollout, [[0]])
+        ways = {name: Way(lambda: rollout.load(trainer.weights()[0]), trainer, [[0]])}
         figures.asked[name] = Asked(1.5, floor)
         if STREAMS:
             name = "card to card, in buckets of 256 MB"
-            pieces = trainer.pieces.options(bucket_bytes=256 << 20)
-            cases[name] = lambda: rollout.load_pieces(pieces()[0])
-            figures.check(name, cases[name], trainer, rollout, [[0]])
+            pieces = trainer.pieces.options(**bucket_of(256 << 20))
+            ways[name] = Way(lambda: rollout.load_pieces(pieces()[0]), trainer, [[0]])
             figures.asked[name] = Asked(2, floor)
+        cases: dict[str, Callable[[], Any]] = {
+            floor: both("broadcast", False),
+            "NCCL broadcast, one flat tensor": both("broadcast", True),
+            **figures.checked(ways, rollout),
+        }
         made = trainer.weights()[0]
         cases["card to card, already made"] = lambda: rollout.load(made)
         figures.time(cases)
@@ -490,12 +504,12 @@ def on_two_cards(figures: Figures, size: int) -> None:
         print(trainer.describe(), rollout.describe(), sep="\n")
         floor = "NCCL all-gather, tensor by tensor"
         name = "two cards, shards on both to the whole on both"
+        way = Way(lambda: rollout.load_shards(trainer.weights()), trainer, [[0, 1], [0, 1]])
         cases = {
             floor: both("gather", False),
             "NCCL all-gather, one flat tensor": both("gather", True),
-            name: lambda: rollout.load_shards(trainer.weights()),
+            **figures.checked({name: way}, rollout),
         }
-        figures.check(name, cases[name], trainer, rollout, [[0, 1], [0, 1]])
         figures.asked[name] = Asked(2, floor)
         figures.time(cases)
     for actor in joined:
@@ -511,9 +525,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     cards = torch.cuda.device_count()
-    ray.init(
-        "local", num_cpus=16, num_gpus=cards, include_dashboard=False, logging_level="ERROR"
-    )
+    ray.init("local", num_cpus=16, num_gpus=cards, include_dashboard=False, logging_level="ERROR")
     figures = Figures(options.rounds)
     parts = {"cpus": on_cpus, "one-card": on_one_card, "two-cards": on_two_cards}
     needed = {"cpus": 0, "one-card": 1, "two-cards": 2}
