@@ -248,11 +248,11 @@ class RemoteCall(Pending):
         nobody has asked for it yet.
         """
         hold = self._checked_hold()
+        key = rank, columns, lends
         with self._lock:
             if not ahead:
-                hold.unread.discard((columns, lends))
-                self.hosts.read_elsewhere.setdefault(hold.habit, set()).add((columns, lends))
-            key = rank, columns, lends
+                hold.unread.discard(key)
+                self.hosts.read_elsewhere.setdefault(hold.habit, set()).add(key)
             if key not in hold.published:
                 hold.published[key] = self._publication(*key)
             return hold.published[key]
@@ -271,10 +271,10 @@ class RemoteCall(Pending):
     def publish_ahead(self) -> None:
         """Publish what the last call's readers would have had to wait for behind later calls."""
         if (hold := self._hold) is not None:
-            hold.unread = set(self.hosts.read_elsewhere.get(hold.habit, ()))
-            for columns, lends in [*hold.unread]:
-                for rank in self.request.answers:
-                    self.publish(rank, columns, lends, ahead=True)
+            habits, ranks = self.hosts.read_elsewhere.get(hold.habit, ()), {*self.request.answers}
+            hold.unread = {key for key in habits if key[0] in ranks}
+            for key in [*hold.unread]:
+                self.publish(*key, ahead=True)
 
     def _checked_hold(self) -> _Hold:
         self.hosts.check_current()
@@ -351,7 +351,7 @@ class _Hold:
         self.published: dict[tuple[int, Columns, bool], Any] = {}
         self.sizes: list[Any] = []  # of publications: references to bytes, not counted yet
         self.borrowers: list[Any] = []
-        self.unread = set[tuple[Columns, bool]]()  # published ahead, and nobody asked
+        self.unread = set[tuple[int, Columns, bool]]()  # published ahead, and nobody asked
 
     def release(self) -> None:
         """Let hosts let go of the results, once nobody borrows them any more."""
