@@ -1,5 +1,5 @@
 """The programs that start a Ray of their own: README's, that of a page, `make demo`, and the
-benchmark that tells what grows with the number of ranks.
+benchmarks that tell what grows with the number of ranks and how weights travel.
 """
 
 from __future__ import annotations
@@ -134,3 +134,30 @@ def test_ranks_with_processes_are_measured_beside_bare_actors(tmp_path: Path) ->
     calls = json.loads(found.read_text())["processes"]
     assert calls.keys() == {"no-op", "6 columns", "chain of two halves"}
     assert all(by_size["2"].keys() == {"us", "bare_us"} for by_size in calls.values())
+
+
+def test_weights_arrive_on_every_way_and_none_by_way_of_the_driver(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    timed = ("--bytes", "1000000", "--rounds", "1", "--only", "cpus", "--json", f"{found}")
+    done = run("benchmarks/weights.py", *timed)  # which ends where anything else arrives
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(found.read_text())
+    sent = {name.removeprefix("CPUs, "): moved for name, moved in figures["bytes"].items()}
+    whole = sent["2 → 2 ranks, each to its own"]["between"] / 2
+    assert 1_000_000 < whole < 1_500_000
+    expected = {
+        "same process, already made": 0,
+        "same process, made and read": 0,
+        "2 → 2 ranks, each to its own": 2,
+        "2 → 2 ranks, rank 0 to both": 1,
+        "2 → 2 ranks, shards to the whole on both": 1,
+    }
+    assert expected.keys() <= sent.keys()
+    for name, moved in sent.items():
+        times = expected[name.removesuffix(", in buckets")]
+        assert moved["between"] / whole == pytest.approx(times, rel=0.1), name
+    shards = sent.pop("2 → 2 ranks, shards to the whole on both")
+    assert shards["driver"] < 500  # the list that has the handles
+    assert {moved["driver"] for moved in sent.values()} == {0}
+    assert all(figures["ms"][case] > 0 for case in sent)
+    assert {asked["most"] for asked in figures["asked"].values()} == {1.2, 2}
