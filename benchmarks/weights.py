@@ -1,6 +1,8 @@
 """Times weights on their way from trainers to rollouts, beside the ways that others take.
 
-    python benchmarks/weights.py --json figures.json    # more cases with one GPU, and with two
+    WRITE="--json docs/weights.json --page docs/weights.md"
+    python benchmarks/weights.py $WRITE         # more cases with one GPU, and with two
+    python benchmarks/weights.py $WRITE --only  # just the page again
 
 The weights are those of a Qwen3 model, 310 tensors: 256 MB in float32 between CPUs, 1.2 GB in
 bfloat16 between GPUs, the same memory in every step. Each way is first seen to bring what was
@@ -18,7 +20,6 @@ import math
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -306,25 +307,39 @@ class Figures:
         pairs = zip(self.took[name], self.took[asked.floor], strict=True)
         return median(ours / floor for ours, floor in pairs)
 
-    def lines(self) -> Iterable[str]:
-        for name in self.took:
-            line = f"{name:56}{self.ms(name):10.2f} ms"
-            if (asked := self.asked.get(name)) is not None:
-                of = f"× {asked.floor}" if asked.floor else "ms"
-                line += f"   {self.reached(name):6.2f}, asked {asked.most:g} {of}"
-            if (moved := self.bytes.get(name)) is not None:
-                line += f"; bytes: driver {moved['driver']:,}, between {moved['between']:,}"
-            yield line
-
     def report(self) -> dict[str, Any]:
+        """By case; what was asked is beside what was reached."""
         return {
-            "ms": {name: round(self.ms(name), 3) for name in self.took},
-            "asked": {
-                name: {**asked._asdict(), "reached": round(self.reached(name), 3)}
-                for name, asked in self.asked.items()
-            },
-            "bytes": self.bytes,
+            name: {
+                "ms": round(self.ms(name), 3),
+                **(self.asked[name]._asdict() if name in self.asked else {}),
+                **({"reached": round(self.reached(name), 3)} if name in self.asked else {}),
+                **self.bytes.get(name, {}),
+            }
+            for name in self.took
         }
+
+
+def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """As Markdown, by case; floors have nothing that is asked of them."""
+    rows = [["ms", "", "asked: at most", "reached", "MB between workers"]]
+    rows.append(["---", *["---:"] * 4])
+    for name, found in figures.items():
+        of = " × floor" if found.get("floor") else " ms"
+        cells = [f"{found['ms']:,.1f}"]
+        cells += (
+            [f"{found['most']:g}{of}", f"{found['reached']:.2f}"] if "most" in found else ["-"] * 2
+        )
+        cells.append(f"{found['between'] / 1e6:,.0f}" if "between" in found else "-")
+        rows.append([name, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def page(figures: Mapping[str, Mapping[str, Any]], text: str) -> str:
+    """A page with these figures in place of those between its marks."""
+    start, end = "<!-- figures -->", "<!-- end of figures -->"
+    before, _, after = text.partition(start)
+    return f"{before}{start}\n\n{table(figures)}\n\n{end}{after.partition(end)[2]}"
 
 
 def _moved(*groups: Any) -> tuple[int, int]:
@@ -516,36 +531,48 @@ def on_two_cards(figures: Figures, size: int) -> None:
         ray.kill(actor)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--bytes", type=int, help="of the weights, instead of 256 MB and 1.2 GB")
-    parser.add_argument("--only", nargs="*", choices=("cpus", "one-card", "two-cards"))
-    parser.add_argument("--json", type=Path, help="write the figures here, beside those there are")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-    cards = torch.cuda.device_count()
+PARTS = {"cpus": (on_cpus, 0), "one-card": (on_one_card, 1), "two-cards": (on_two_cards, 2)}
+
+
+def measure(
+    parts: Iterable[str], cards: int, rounds: int, size: int | None, report: dict[str, Any]
+) -> None:
+    """Run some parts, and put what they found, and where, into the report."""
     ray.init("local", num_cpus=16, num_gpus=cards, include_dashboard=False, logging_level="ERROR")
-    figures = Figures(options.rounds)
-    parts = {"cpus": on_cpus, "one-card": on_one_card, "two-cards": on_two_cards}
-    needed = {"cpus": 0, "one-card": 1, "two-cards": 2}
-    for part, run in parts.items():
-        if cards >= needed[part] and part in (options.only or parts):
-            run(figures, options.bytes or BYTES["cuda" if needed[part] else "cpu"])
-    machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
+    machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "rounds": rounds}
     machine |= {"torch": torch.__version__, "ray": ray.__version__, "cards": cards}
     if cards:
         machine["card"] = torch.cuda.get_device_name()
     print(*machine.values(), sep=", ")
-    print(*figures.lines(), sep="\n")
+    for part in parts:
+        run, needed = PARTS[part]
+        figures = Figures(rounds)
+        run(figures, size or BYTES["cuda" if needed else "cpu"])
+        report["figures"] |= figures.report()
+        report["machines"][part] = machine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--bytes", type=int, help="of the weights, instead of 256 MB and 1.2 GB")
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="all that can be by default")
+    parser.add_argument("--json", type=Path, help="write the figures here, beside those there are")
+    parser.add_argument("--page", type=Path, help="put those of the file into this page's table")
+    options = parser.parse_args()
+    report: dict[str, Any] = {"figures": {}, "machines": {}}
+    if options.json and options.json.exists():
+        report = json.loads(options.json.read_text())
+    cards = torch.cuda.device_count()
+    wanted = PARTS if options.only is None else options.only
+    parts = [part for part in PARTS if part in wanted and PARTS[part][1] <= cards]
+    if parts:
+        measure(parts, cards, options.rounds, options.bytes, report)
+    print(table(report["figures"]))
     if options.json:
-        report = json.loads(options.json.read_text()) if options.json.exists() else {}
-        for key, found in figures.report().items():
-            report[key] = report.get(key, {}) | found
-        report.setdefault("machines", {}).update(
-            {part: machine for part in options.only or parts if cards >= needed[part]}
-        )
         options.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if options.page:
+        options.page.write_text(page(report["figures"], options.page.read_text()))
 
 
 if __name__ == "__main__":

@@ -137,27 +137,27 @@ def test_ranks_with_processes_are_measured_beside_bare_actors(tmp_path: Path) ->
 
 
 def test_weights_arrive_on_every_way_and_none_by_way_of_the_driver(tmp_path: Path) -> None:
-    found = tmp_path / "found.json"
-    timed = ("--bytes", "1000000", "--rounds", "1", "--only", "cpus", "--json", f"{found}")
-    done = run("benchmarks/weights.py", *timed)  # which ends where anything else arrives
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(found.read_text())
-    sent = {name.removeprefix("CPUs, "): moved for name, moved in figures["bytes"].items()}
-    whole = sent["2 → 2 ranks, each to its own"]["between"] / 2
+    found, page = tmp_path / "found.json", tmp_path / "page.md"
+    page.write_text("<!-- figures --><!-- end of figures -->", encoding="utf-8")
+    timed = ("--bytes", "1000000", "--rounds", "1", "--only", "cpus")
+    done = run("benchmarks/weights.py", *timed, "--json", f"{found}", "--page", f"{page}")
+    assert done.returncode == 0, done.stderr  # else something has not arrived
+    figures = json.loads(found.read_text())["figures"]
+    moved = {name.removeprefix("CPUs, "): case for name, case in figures.items() if "most" in case}
+    whole = moved["2 → 2 ranks, each to its own"]["between"] / 2
     assert 1_000_000 < whole < 1_500_000
-    expected = {
+    times = {
         "same process, already made": 0,
         "same process, made and read": 0,
         "2 → 2 ranks, each to its own": 2,
         "2 → 2 ranks, rank 0 to both": 1,
         "2 → 2 ranks, shards to the whole on both": 1,
     }
-    assert expected.keys() <= sent.keys()
-    for name, moved in sent.items():
-        times = expected[name.removesuffix(", in buckets")]
-        assert moved["between"] / whole == pytest.approx(times, rel=0.1), name
-    shards = sent.pop("2 → 2 ranks, shards to the whole on both")
-    assert shards["driver"] < 500  # the list that has the handles
-    assert {moved["driver"] for moved in sent.values()} == {0}
-    assert all(ms > 0 for ms in figures["ms"].values())
-    assert {asked["most"] for asked in figures["asked"].values()} == {1.2, 2}
+    assert {name: case["between"] / whole for name, case in moved.items()} == pytest.approx(
+        times, rel=0.05
+    )
+    assert all(case["ms"] > 0 and case.get("driver", 0) < 500 for case in figures.values())
+    moved.pop("2 → 2 ranks, shards to the whole on both")  # a list, and the names of its handles
+    assert {case["driver"] for case in moved.values()} == {0}
+    for name in figures:
+        assert f"\n| {name} | " in page.read_text(encoding="utf-8")
