@@ -150,19 +150,18 @@ class Plain:
     """By hand, by way of Ray's store: one copy in, and one out into the reader's own."""
 
     def __init__(self, size: int, sharded: bool = False) -> None:
-        self.arrays = {
-            name: np.zeros((shape[0] // 2, *shape[1:]) if sharded else shape, np.float32)
-            for name, shape in shapes(size, 4).items()
+        whole = {name: torch.zeros(shape) for name, shape in shapes(size, 4).items()}
+        self.parameters = {
+            name: t.chunk(2)[0].clone() if sharded else t for name, t in whole.items()
         }
 
     def give(self) -> dict[str, Any]:
-        return self.arrays
+        return {name: tensor.numpy() for name, tensor in self.parameters.items()}
 
     def take(self, *given: dict[str, Any]) -> None:
-        for name, mine in self.arrays.items():
-            for i, arrays in enumerate(given):
-                rows = len(mine) // len(given)
-                np.copyto(mine[i * rows : (i + 1) * rows], arrays[name])
+        for name, mine in self.parameters.items():
+            for part, arrays in zip(mine.chunk(len(given)), given, strict=True):
+                np.copyto(part.numpy(), arrays[name])
 
 
 @ray.remote
@@ -322,7 +321,7 @@ class Figures:
 
 def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """As Markdown, by case; floors have nothing that is asked of them."""
-    rows = [["ms", "", "asked: at most", "reached", "MB between workers"]]
+    rows = [["", "ms", "asked: at most", "reached", "MB between workers"]]
     rows.append(["---", *["---:"] * 4])
     for name, found in figures.items():
         of = " × floor" if found.get("floor") else " ms"
