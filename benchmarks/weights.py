@@ -64,7 +64,7 @@ def shapes(size: int, itemsize: int) -> dict[str, tuple[int, ...]]:
         "down": (width, 3 * width),
     }
     named = {f"layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
-    return {"embed": (int(VOCABULARY * width), width), **named, "norm": (width,)}
+    return {"embed": (2 * int(VOCABULARY * width / 2), width), **named, "norm": (width,)}
 
 
 def content(number: int, seed: int, rank: int) -> int:
