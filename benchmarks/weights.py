@@ -49,7 +49,7 @@ GIVES: dict[str, Any] = {**EVERY, "blocking": False, "transport": "device"}
 
 def shapes(size: int, itemsize: int) -> dict[str, tuple[int, ...]]:
     """The parameters of a Qwen3 model of about so many bytes; of 0.6 billion, with width 1 024."""
-    width = max(8, 8 * round(math.sqrt(size / itemsize / (15 * LAYERS + VOCABULARY)) / 8))
+    width = max(1, round(math.sqrt(size / itemsize / (15 * LAYERS + VOCABULARY)) / 16)) * 16
     layer: dict[str, tuple[int, ...]] = {
         "input_norm": (width,),
         "q": (2 * width, width),
