@@ -324,7 +324,8 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [["", "ms", "asked: at most", "reached", "MB between workers"]]
     rows.append(["---", *["---:"] * 4])
     for name, found in figures.items():
-        of = " × floor" if found.get("floor") else " ms"
+        floor = found.get("floor", "").removeprefix(f"{name.split(',')[0]}, ")
+        of = f" × {floor}" if floor else " ms"
         cells = [f"{found['ms']:,.1f}"]
         cells += (
             [f"{found['most']:g}{of}", f"{found['reached']:.2f}"] if "most" in found else ["-"] * 2
