@@ -5,7 +5,7 @@ READY := .venv/.ready
 VERL := .venv-verl/.ready
 
 .PHONY: demo ppo verl test test-slow test-oldest test-examples test-faults test-verl test-gpu soak lint types \
-	check docs bench bench-ppo bench-scale bench-gpu \
+	check docs bench bench-ppo bench-scale bench-gpu bench-weights \
 	bench-verl chart clean
 
 demo: $(READY)
@@ -79,6 +79,10 @@ bench-verl: $(READY) $(VERL)
 
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+# Between CPUs, and between the cards that there are.
+bench-weights: $(READY)
+	$(BIN)/python benchmarks/weights.py $(ARGS)
 
 chart: $(READY) $(VERL)
 	$(BIN)/python benchmarks/data_plane.py --json docs/data_plane.json --chart docs/data_plane.png

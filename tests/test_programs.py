@@ -1,5 +1,5 @@
 """The programs that start a Ray of their own: README's, that of a page, `make demo`, and the
-benchmark that tells what grows with the number of ranks.
+benchmarks that tell what grows with the number of ranks and how weights travel.
 """
 
 from __future__ import annotations
@@ -134,3 +134,30 @@ def test_ranks_with_processes_are_measured_beside_bare_actors(tmp_path: Path) ->
     calls = json.loads(found.read_text())["processes"]
     assert calls.keys() == {"no-op", "6 columns", "chain of two halves"}
     assert all(by_size["2"].keys() == {"us", "bare_us"} for by_size in calls.values())
+
+
+def test_weights_arrive_on_every_way_and_none_by_way_of_the_driver(tmp_path: Path) -> None:
+    found, page = tmp_path / "found.json", tmp_path / "page.md"
+    page.write_text("<!-- figures --><!-- end of figures -->", encoding="utf-8")
+    timed = ("--bytes", "2000000", "--rounds", "1", "--only", "cpus")
+    done = run("benchmarks/weights.py", *timed, "--json", f"{found}", "--page", f"{page}")
+    assert done.returncode == 0, done.stderr  # else something has not arrived
+    figures = json.loads(found.read_text())["figures"]
+    moved = {name.removeprefix("CPUs, "): case for name, case in figures.items() if "most" in case}
+    whole = moved["2 → 2 ranks, each to its own"]["between"] / 2
+    assert 2_000_000 < whole < 3_000_000
+    times = {
+        "same process, already made": 0,
+        "same process, made and read": 0,
+        "2 → 2 ranks, each to its own": 2,
+        "2 → 2 ranks, rank 0 to both": 1,
+        "2 → 2 ranks, shards to the whole on both": 1,
+    }
+    assert {name: case["between"] / whole for name, case in moved.items()} == pytest.approx(
+        times, rel=0.05
+    )
+    assert all(case["ms"] > 0 and case.get("driver", 0) < 500 for case in figures.values())
+    moved.pop("2 → 2 ranks, shards to the whole on both")  # a list, and the names of its handles
+    assert {case["driver"] for case in moved.values()} == {0}
+    for name in figures:
+        assert f"\n| {name} | " in page.read_text(encoding="utf-8")

@@ -259,11 +259,11 @@ class RemoteCall(Pending):
                 f"what {self.request.title} yields goes in buckets, from process to process: pass "
                 "the handle to a method of a group, which gets an iterator of the pairs"
             )
+        key = rank, columns, lends
         with self._lock:
             if not ahead:
-                hold.unread.discard((columns, lends))
-                self.hosts.read_elsewhere.setdefault(hold.habit, set()).add((columns, lends))
-            key = rank, columns, lends
+                hold.unread.discard(key)
+                self.hosts.read_elsewhere.setdefault(hold.habit, set()).add(key)
             if key not in hold.published:
                 hold.published[key] = self._publication(*key)
             return hold.published[key]
@@ -282,10 +282,10 @@ class RemoteCall(Pending):
     def publish_ahead(self) -> None:
         """Publish what the last call's readers would have had to wait for behind later calls."""
         if (hold := self._hold) is not None:
-            hold.unread = set(self.hosts.read_elsewhere.get(hold.habit, ()))
-            for columns, lends in [*hold.unread]:
-                for rank in self.request.answers:
-                    self.publish(rank, columns, lends, ahead=True)
+            habits, ranks = self.hosts.read_elsewhere.get(hold.habit, ()), {*self.request.answers}
+            hold.unread = {key for key in habits if key[0] in ranks}
+            for key in [*hold.unread]:
+                self.publish(*key, ahead=True)
 
     def _checked_hold(self) -> _Hold:
         self.hosts.check_current()
@@ -377,7 +377,7 @@ class _Hold:
         self.published: dict[tuple[int, Columns, bool], Any] = {}
         self.sizes: list[Any] = []  # of publications: references to bytes, not counted yet
         self.borrowers: list[Any] = []
-        self.unread = set[tuple[Columns, bool]]()  # published ahead, and nobody asked
+        self.unread = set[tuple[int, Columns, bool]]()  # published ahead, and nobody asked
 
     def release(self) -> None:
         """Let hosts let go of the results, once nobody borrows them any more."""

@@ -42,6 +42,7 @@ class Kept:
         self._batch: Any = None
         self._value: Message | None = None  # that is no batch, and `held` its tensors
         self._pairs: Any = None  # a generator's, which are not made yet
+        self._watched: list[Any] = []  # its tensors, and how often they had been written to
         self._versions: list[int] = []
         self._title = ""
         self._lent: list[Any] = []  # what was made of it for others, who map it
@@ -54,7 +55,7 @@ class Kept:
         if not is_batch(output):
             return None
         self._batch, self._title = _detached(output), title
-        self._versions = _versions([self._batch])
+        self._watch([self._batch])
         return batch_rows(output)
 
     def keep_value(self, output: Any, title: str) -> Answer:
@@ -67,7 +68,7 @@ class Kept:
             return Answer(title, message)
         message.buffers = [memoryview(bytes(buffer.raw())) for buffer in message.buffers]
         self._value, self._title = message, title
-        self._versions = _versions(message.held)
+        self._watch(message.held)
         return Answer(title, None)
 
     def keep_pairs(self, output: Any, title: str) -> Answer:
@@ -153,10 +154,18 @@ class Kept:
         ]
         return Message(kept.data, kept.buffers, kept.foreign, held).read()
 
+    def _watch(self, kept: Sequence[Any]) -> None:
+        from protocol.batches import batch_tensors, is_batch
+
+        found = [value for value in kept if is_packed(value)]
+        each = [batch_tensors(value) if is_batch(value) else (value,) for value in found]
+        self._watched = [tensor for tensors in each for tensor in tensors]
+        self._versions = [*map(version, self._watched)]
+
     def _check(self) -> None:
         if self._value is None and self._batch is None:
             raise RuntimeError("the call that was to make this result failed or was dropped")
-        if self._versions != _versions([self._batch] if self._value is None else self._value.held):
+        if self._versions != [*map(version, self._watched)]:
             raise SharedMemoryWriteError(
                 f"{self._title} returned tensors without blocking, so that they stay in the "
                 "worker, and they have been written to since: return a copy of what the worker "
@@ -170,14 +179,6 @@ def _detached(value: Any) -> Any:
     from protocol.batches import detach_batch, is_batch
 
     return detach_batch(value) if is_batch(value) else value.detach()
-
-
-def _versions(values: Sequence[Any]) -> list[int]:
-    from protocol.batches import batch_tensors, is_batch
-
-    found = [value for value in values if is_packed(value)]
-    each = [batch_tensors(value) if is_batch(value) else [value] for value in found]
-    return [version(tensor) for tensors in each for tensor in tensors]
 
 
 def version(tensor: Any) -> int:
