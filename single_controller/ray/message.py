@@ -55,6 +55,8 @@ class Packer(Packing, cloudpickle.Pickler):
         self._offers = offers
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Handle):  # Ray's own is a reference besides
+            return value.__reduce__()
         if self._offers is not None and hasattr(type(value), "offered"):
             return value.offered(self._offers)
         return super().reducer_override(value)

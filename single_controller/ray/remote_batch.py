@@ -496,6 +496,7 @@ class RemoteBatch:
         call, rows = self.call, self.rows(timeout)
         if isinstance(message := self._told(timeout), Message):
             if call is not None:
+                call.hosts.check_current()
                 call.record.count("bytes_in", message.size)
             return message.read()
         if self.kept is not None:
