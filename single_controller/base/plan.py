@@ -6,7 +6,9 @@ The modes that make plans are in `dispatch`; reserving anything for a pool is le
 from __future__ import annotations
 
 import asyncio
+import copy
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -231,16 +233,20 @@ def _replaced(value: Any, kind: _Kind, place: Callable[[Any], Any]) -> Any:
         return place(value)
     if type(value) not in NESTS:
         return value
-    items = [*value.values()] if type(value) is dict else value
+    items = [*value.values()] if isinstance(value, dict) else value
     if not any(k in NESTS or issubclass(k, kind) for k in {*map(type, items)}):
         return value
     made = [_replaced(item, kind, place) for item in items]
     if all(new is old for new, old in zip(made, items, strict=True)):
         return value
-    return dict(zip(value, made, strict=True)) if type(value) is dict else type(value)(made)
+    if not isinstance(value, dict):
+        return type(value)(made)
+    found = copy.copy(value)
+    found.update(zip(value, made, strict=True))
+    return found
 
 
-NESTS = (list, tuple, dict)
+NESTS = (list, tuple, dict, OrderedDict)
 
 
 def placed(result: Any, place: Any) -> Any:

@@ -66,7 +66,9 @@ class RayHosts(Generation):
     ) -> None:
         super().__init__(infos, infos[0].roles, address)
         self.handles, self.names, self.attached = list(handles), list(names), attached
-        self.read_elsewhere: dict[tuple[str, str], set[tuple[Any, bool]]] = {}  # see remote_batch
+        self.read_elsewhere: dict[
+            tuple[str, str], set[tuple[int, Any, bool]]
+        ] = {}  # see remote_batch
         self._session = session()
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
         self._callables: dict[str, list[Any]] = {}

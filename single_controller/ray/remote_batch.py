@@ -249,10 +249,10 @@ class RemoteCall(Pending):
         """
         hold = self._checked_hold()
         with self._lock:
-            if not ahead:
-                hold.unread.discard((columns, lends))
-                self.hosts.read_elsewhere.setdefault(hold.habit, set()).add((columns, lends))
             key = rank, columns, lends
+            if not ahead:
+                hold.unread.discard(key)
+                self.hosts.read_elsewhere.setdefault(hold.habit, set()).add(key)
             if key not in hold.published:
                 hold.published[key] = self._publication(*key)
             return hold.published[key]
@@ -271,10 +271,10 @@ class RemoteCall(Pending):
     def publish_ahead(self) -> None:
         """Publish what the last call's readers would have had to wait for behind later calls."""
         if (hold := self._hold) is not None:
-            hold.unread = set(self.hosts.read_elsewhere.get(hold.habit, ()))
-            for columns, lends in [*hold.unread]:
-                for rank in self.request.answers:
-                    self.publish(rank, columns, lends, ahead=True)
+            read = self.hosts.read_elsewhere.get(hold.habit, ())
+            hold.unread = {key for key in read if key[0] in self.request.answers}
+            for key in [*hold.unread]:
+                self.publish(*key, ahead=True)
 
     def _checked_hold(self) -> _Hold:
         self.hosts.check_current()
@@ -351,7 +351,7 @@ class _Hold:
         self.published: dict[tuple[int, Columns, bool], Any] = {}
         self.sizes: list[Any] = []  # of publications: references to bytes, not counted yet
         self.borrowers: list[Any] = []
-        self.unread = set[tuple[Columns, bool]]()  # published ahead, and nobody asked
+        self.unread = set[tuple[int, Columns, bool]]()  # published ahead, and nobody asked
 
     def release(self) -> None:
         """Let hosts let go of the results, once nobody borrows them any more."""
@@ -473,7 +473,9 @@ class RemoteBatch:
 
     def done(self) -> bool:
         """Whether its rank has finished."""
-        return self.known or bool(ray.wait([self.reference], timeout=0, fetch_local=False)[0])
+        if self.known or (self.call is not None and self.call.hosts.gone):
+            return True
+        return bool(ray.wait([self.reference], timeout=0, fetch_local=False)[0])
 
     def rows(self, timeout: float | None = None) -> int:
         """Wait for the worker to finish, and its peers, without fetching the batch."""

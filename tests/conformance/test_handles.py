@@ -168,6 +168,10 @@ def test_a_handle_can_be_awaited_asked_and_placed(group: Any) -> None:
     (handle,) = group.give.options(ranks=[0], map_location="meta")({"b": [batch(2)]})
     assert handle.get()["b"][0].batch["a"].device.type == "meta"
     assert handle.get(map_location="cpu")["b"][0].batch["a"].tolist() == [0, 1]
+    state = torch.nn.Linear(2, 1).state_dict()
+    placed = group.give(state)[0].get(map_location="meta")
+    assert (type(placed), vars(placed)) == (type(state), vars(state))
+    assert {name: x.device.type for name, x in placed.items()} == {"weight": "meta", "bias": "meta"}
 
 
 def test_what_went_wrong_on_one_rank_is_told_to_who_asks_any(
@@ -181,7 +185,8 @@ def test_what_went_wrong_on_one_rank_is_told_to_who_asks_any(
 
         later = group.give([handle])[0]  # which nobody has asked for yet
         calls = (partial(one, handle) for one in (wider.echo, group.echo, group.fetch))
-        return [handle.get, later.get, lambda: asyncio.run(wait()), *calls]
+        unawaited = group.fetch.submit(handle).result
+        return [handle.get, later.get, unawaited, lambda: asyncio.run(wait()), *calls]
 
     for what, kind in (("raise", KeyError), ("lock", TypeError), ("generator", TypeError)):
         for read in reads(fragile.act_later(what)[0]):

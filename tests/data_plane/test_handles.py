@@ -58,6 +58,11 @@ def test_a_value_goes_from_group_to_group_once_and_past_the_driver(
     after = [group.stats().driver_bytes for group in (both.one, three)]
     assert sum(after) - sum(driver) < 10_000
     assert 800_000 <= both.one.stats()["state"].bytes_between - between < 900_000
+    between = both.one.stats()["state"].bytes_between
+    both.one._hosts.now.read_elsewhere.clear()
+    for _ in range(2):  # the second time it is published ahead: of one rank, as it was read
+        assert [total for *_, total in three.borrowed(both.one.state(100_000)[1])] == [200_003] * 3
+    assert 800_000 <= both.one.stats()["state"].bytes_between - between < 900_000
     came = both.one.stats()["state"].bytes_in
     assert summed(handles[0]) == 200_000
     assert 400_000 <= both.one.stats()["state"].bytes_in - came < 450_000

@@ -268,6 +268,7 @@ def test_results_end_with_their_group(three: RayWorkerGroup, cluster: None) -> N
     ):
         made, [value], late = group.step(batch(2)), group.state(), group.slow(batch(2))
         assert len(made) == 2
+        assert eventually(value.done)
     for read in (made.get, value.get, lambda: three.own(value), lambda: three.give([value])):
         with pytest.raises(GroupBrokenError, match="Fetch what you need"):
             read()
