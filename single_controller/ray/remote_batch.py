@@ -589,7 +589,7 @@ class RemoteBatch:
         return RemoteBatch, (self.token, self.site, made, self.at, rows, offer, self.columns)
 
 
-class RayHandle(Handle[Any], ray.ObjectRef[Any]):
+class RayHandle(Handle[Any], ray.ObjectRef):  # type: ignore[type-arg]  # 2.41 has no parameter
     """A handle that Ray's own functions take, as those that wait: see `Answer` for what Ray gets.
 
     On its way to other processes it is a handle, and no reference.
