@@ -119,6 +119,8 @@ def test_the_death_of_a_maker_is_told_to_readers_whose_own_group_stays_whole(
     maker: RayWorkerGroup, reader: RayWorkerGroup, method: str
 ) -> None:
     pid = maker.look()[1][1]
+    made = maker.hand_over(ROWS)
+    assert eventually(made[1].done)
     running: Any = maker.hand_over(HELD_UP)[0] if method == "hand_over" else maker.make(HELD_UP)
     reading = (reader.take if method == "hand_over" else reader.total).submit(running)
     assert eventually(lambda: "in _sleep" in maker.stacks()[1])
@@ -127,6 +129,9 @@ def test_the_death_of_a_maker_is_told_to_readers_whose_own_group_stays_whole(
         reading.result(timeout=60)
     assert (caught.value.method, caught.value.rank, caught.value.pid) == (method, 1, pid)
     assert eventually(partial(is_whole, reader))
+    for read in (partial(reader.take, made[1]), made[1].get):  # which was made, and lost with it
+        with pytest.raises(WorkerDiedError, match=r"hand_over: rank 1 .* died"):
+            read()
     with pytest.raises(WorkerDiedError, match=rf"{method}: rank 1 .* died"):
         running.get(timeout=60)
     with pytest.raises(GroupBrokenError, match="the group lost a rank"):
