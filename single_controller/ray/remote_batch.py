@@ -551,10 +551,12 @@ class RemoteBatch:
         return message  # type: ignore[no-any-return]
 
     def _read(self, message: Message, whole: bool) -> Any:
+        if whole:
+            return message.read()
         from protocol.wire import read_as, reading
 
         how = reading()
-        with read_as("join" if how == "own" and not whole else how):
+        with read_as("join" if how == "own" else how):
             return message.read()
 
     async def arrive(self, whole: bool) -> bool:

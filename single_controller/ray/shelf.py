@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from single_controller.base.message import Message, is_packed
+from single_controller.base.message import Message, how_to_read, is_packed
 from single_controller.base.trace import Event, note, now_ns
 from single_controller.errors import SharedMemoryWriteError
 from single_controller.ray.message import LARGE, Answer, Packer
@@ -119,9 +119,7 @@ class Kept:
     def rows(self, start: int, stop: int, columns: Any) -> Any:
         """Rows of the batch, or the value, as the reader asked (`protocol.wire.read_as`)."""
         if self._value is not None:
-            from protocol.wire import reading
-
-            return self.value(reading())
+            return self.value(how_to_read())
         from protocol.batches import lend_rows, select_keys
 
         batch = self.batch()
@@ -132,8 +130,7 @@ class Kept:
         self._check()
         kept = self._value
         assert kept is not None
-        held = [_lent(item, how) if is_packed(item) else item for item in kept.held]
-        return Message(kept.data, kept.buffers, kept.foreign, held).read()
+        return Message(kept.data, kept.buffers, kept.foreign, _lent(kept.held, how)).read()
 
     def _check(self) -> None:
         if self._value is None and self._batch is None:
@@ -156,22 +153,31 @@ def _detached(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad)
 
 
-def _lent(value: Any, how: Reading) -> Any:
-    """The same for one reader: what it does with the object itself does not show in others."""
+def _lent(held: Sequence[Any], how: Reading) -> Sequence[Any]:
+    """The same for one reader: what it does with the objects themselves does not show in others."""
+    if not any(map(is_packed, held)):
+        return held
+    import torch
+
     from protocol.batches import batch_rows, is_batch, lend_rows
     from protocol.wire import read_as
 
-    if is_batch(value):
-        with read_as(how):
-            return lend_rows(value, 0, batch_rows(value))
-    shown = _detached(value)
-    return shown if how == "view" else shown.detach().clone().requires_grad_(value.requires_grad)
+    def lent(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            shown = value.detach() if how == "view" else value.detach().clone()
+            return shown.requires_grad_() if value.requires_grad else shown
+        return lend_rows(value, 0, batch_rows(value)) if is_batch(value) else value
+
+    with read_as(how):
+        return [lent(value) for value in held]
 
 
 def _versions(values: Sequence[Any]) -> list[int]:
+    found = [value for value in values if is_packed(value)]
+    if not found:
+        return []
     from protocol.batches import batch_tensors, is_batch
 
-    found = [value for value in values if is_packed(value)]
     each = [batch_tensors(value) if is_batch(value) else [value] for value in found]
     return [_version(tensor) for tensors in each for tensor in tensors]
 
