@@ -43,7 +43,7 @@ from single_controller.base.dispatch import (
     PerElement,
     RankZero,
 )
-from single_controller.base.plan import Call, Layout, Plan
+from single_controller.base.plan import Call, Handle, Layout, Plan
 from single_controller.errors import DispatchError, RegistrationError, check_seconds
 
 if TYPE_CHECKING:
@@ -547,6 +547,43 @@ class _ToListOfAny(Protocol):
     def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[..., list[R]]]: ...
 
 
+class _ToHandle(Protocol):
+    """As `_ToOne`, where the group does not wait."""
+
+    @overload
+    def __call__(
+        self, method: _Async[P, R], /
+    ) -> Registered[P, _Awaited[R], GroupMethod[P, Handle[R]]]: ...
+    @overload
+    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, Handle[R]]]: ...
+
+
+class _ToHandles(Protocol):
+    """As `_ToList`, where the group does not wait."""
+
+    @overload
+    def __call__(
+        self, method: _Async[P, R], /
+    ) -> Registered[P, _Awaited[R], GroupMethod[P, list[Handle[R]]]]: ...
+    @overload
+    def __call__(
+        self, method: _Plain[P, R], /
+    ) -> Registered[P, R, GroupMethod[P, list[Handle[R]]]]: ...
+
+
+class _ToHandlesOfAny(Protocol):
+    """As `_ToListOfAny`, where the group does not wait."""
+
+    @overload
+    def __call__(
+        self, method: _Async[P, R], /
+    ) -> Registered[P, _Awaited[R], GroupMethod[..., list[Handle[R]]]]: ...
+    @overload
+    def __call__(
+        self, method: _Plain[P, R], /
+    ) -> Registered[P, R, GroupMethod[..., list[Handle[R]]]]: ...
+
+
 class _Options(TypedDict, total=False):
     """What `register` takes by name, which does not change types."""
 
@@ -587,12 +624,28 @@ def register(
 ) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[P, DataProtoFuture]]]: ...
 @overload
 def register(
+    dispatch_mode: Any = ..., *, execute_mode: _OnFirst, **more: Unpack[_Deferred]
+) -> _ToHandle: ...
+@overload
+def register(
+    dispatch_mode: _FirstRank, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
+) -> _ToHandle: ...
+@overload
+def register(
     dispatch_mode: _Whole, execute_mode: _OnAll = ..., **more: Unpack[_Waited]
 ) -> _ToList: ...
 @overload
 def register(
+    dispatch_mode: _Whole, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
+) -> _ToHandles: ...
+@overload
+def register(
     dispatch_mode: _Lists = ..., execute_mode: _OnAll = ..., **more: Unpack[_Waited]
 ) -> _ToListOfAny: ...
+@overload
+def register(
+    dispatch_mode: _Lists = ..., execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
+) -> _ToHandlesOfAny: ...
 @overload
 def register(
     dispatch_mode: Dispatch | Mapping[str, Any] = ...,
@@ -621,10 +674,11 @@ def register(
         dispatch_mode: a `Dispatch` member, what `make_nd_compute_dataproto_dispatch_fn` returns,
             or `{"dispatch_fn": f, "collect_fn": g}`.
         execute_mode: whether all ranks run the method or only rank 0.
-        blocking: whether a call waits for its result. Otherwise it returns a `DataProtoFuture`
-            (modes that join batches) or Ray references in the shape of the result.
-        materialize_futures: whether the worker gets the batch behind a `DataProtoFuture`, or a
-            future that is done.
+        blocking: whether a call waits for its result. Otherwise it returns at once, and what the
+            method returns stays with its worker: behind a `DataProtoFuture` (modes that join
+            batches), or behind `Handle`s in the shape of the result.
+        materialize_futures: whether the worker gets what a `DataProtoFuture` or a `Handle` stands
+            for, or these themselves.
         uneven: let shards differ by one row, so that any batch fits any number of ranks.
         reads_only: the method never writes into the tensors and arrays that it gets, so they may
             be views of memory that others read too, and no byte is copied for it. numpy refuses

@@ -99,8 +99,7 @@ class Mode(abc.ABC):
     def promise(self, plan: Plan, handles: Sequence[Any]) -> Any:
         """The same for a call that does not block: a handle stands for each output.
 
-        A batched mode gets a `protocol.future.Source` per answer, the others the backend's
-        own references.
+        A batched mode gets a `protocol.future.Source` per answer, the others a `Handle`.
         """
         return self.collect(plan, handles)
 
@@ -241,7 +240,7 @@ class CustomMode(Mode):
 
     `dispatch_fn(worker_group, *args, **kwargs)` returns the arguments and keyword arguments as
     lists with one element per rank; `collect_fn(worker_group, output)` gets the list of all
-    ranks' outputs (references to them where the call does not block). With `rank_zero`, what
+    ranks' outputs (handles of them where the call does not block). With `rank_zero`, what
     `dispatch_fn` returns goes to rank 0 as it is, and `collect_fn` gets its output alone.
     """
 

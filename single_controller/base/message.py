@@ -30,6 +30,7 @@ __all__ = [
     "arguments",
     "checked_output",
     "held",
+    "how_to_read",
     "is_packed",
     "not_sent",
     "packed",
@@ -150,7 +151,7 @@ class Message:
             What reading it raises.
         """
         buffers = self.buffers
-        if self.foreign and _reading() != "view":
+        if self.foreign and how_to_read() != "view":
             buffers = list(buffers)
             for i in self.foreign:
                 buffers[i] = bytearray(memoryview(buffers[i]))
@@ -161,10 +162,10 @@ class Message:
             held.reset(token)
 
 
-def _reading() -> str:
+def how_to_read() -> Any:
     """As a reader asked; without batches in this process, nobody could."""
     wire: Any = sys.modules.get("protocol.wire")
-    return "own" if wire is None else str(wire.reading())
+    return "own" if wire is None else wire.reading()
 
 
 class Part(NamedTuple):

@@ -6,13 +6,15 @@ The modes that make plans are in `dispatch`; reserving anything for a pool is le
 from __future__ import annotations
 
 import asyncio
+import copy
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeGuard, TypeVar
 
 from single_controller.errors import DispatchError
 
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+_Kind: TypeAlias = "type | tuple[type, ...]"
 
 
 class ResourcePool:
@@ -98,9 +102,9 @@ def _count(name: str, value: Any) -> int:
     return int(value)
 
 
-class _Mark(Generic[T]):
-    def as_input(self) -> T:
-        """This mark itself, as the value that a method declares, for type checkers."""
+class _Mark(Generic[T_co]):
+    def as_input(self) -> T_co:
+        """This itself, as the value that a method declares, for type checkers."""
         itself: Any = self
         return itself  # type: ignore[no-any-return]
 
@@ -128,7 +132,7 @@ class PerRank(_Mark[T]):
             raise DispatchError(f"a list is needed, one value per rank; got {self.values!r}")
 
 
-class Handle(Generic[T]):
+class Handle(_Mark[T_co]):
     """What one rank of a call has returned, or will: it stays there until someone asks.
 
     Passed to a method of a group, alone or in a list, tuple or dict, it arrives as the value; a
@@ -150,7 +154,7 @@ class Handle(Generic[T]):
         """Where it is: what a future of rows is made of, too. Its one row is the value."""
         return self._source
 
-    def get(self, timeout: float | None = None, map_location: Any = None) -> T:
+    def get(self, timeout: float | None = None, map_location: Any = None) -> T_co:
         """Wait for all ranks of the call, and fetch this one's value.
 
         Args:
@@ -169,22 +173,23 @@ class Handle(Generic[T]):
         """Whether its rank has finished, well or not."""
         return bool(self._source.done())
 
-    def __await__(self) -> Generator[Any, None, T]:
+    def __await__(self) -> Generator[Any, None, T_co]:
         """What `get` gives, while the event loop runs on."""
         return self._arrived().__await__()
 
-    async def _arrived(self) -> T:
+    async def _arrived(self) -> T_co:
         for whole in (False, True):
             if not await self._source.arrive(whole):
                 return await asyncio.to_thread(self.get)  # finding out why takes seconds
+            self._source.rows(None)
         return self.get()
 
-    def resolved(self) -> Handle[T]:
+    def resolved(self) -> Handle[T_co]:
         """Itself, once all ranks of its call have finished; or one that raises what went wrong."""
         try:
             self._source.rows(None)
         except Exception as error:
-            return Handle(_Failed(error))
+            return Handle(_Failed(error, self._source.title, self._source.rank))
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -199,12 +204,22 @@ class _Failed:
     """The source of a value that there will not be."""
 
     error: Exception
+    title: str
+    rank: int
 
-    def fetch(self, *_: Any) -> Any:
+    def rows(self, *_: Any) -> Any:
         raise self.error
 
+    def done(self) -> bool:
+        return True
 
-def replaced(value: Any, kind: type, place: Callable[[Any], Any]) -> Any:
+    async def arrive(self, whole: bool) -> bool:
+        raise self.error
+
+    fetch = rows
+
+
+def replaced(value: Any, kind: _Kind, place: Callable[[Any], Any]) -> Any:
     """The value with what `place` says for each of this kind in it, at any depth of lists, tuples
     and dicts; itself where there is none.
     """
@@ -213,21 +228,25 @@ def replaced(value: Any, kind: type, place: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _replaced(value: Any, kind: type, place: Callable[[Any], Any]) -> Any:
+def _replaced(value: Any, kind: _Kind, place: Callable[[Any], Any]) -> Any:
     if isinstance(value, kind):
         return place(value)
     if type(value) not in NESTS:
         return value
-    items = [*value.values()] if type(value) is dict else value
+    items = [*value.values()] if isinstance(value, dict) else value
     if not any(k in NESTS or issubclass(k, kind) for k in {*map(type, items)}):
         return value
     made = [_replaced(item, kind, place) for item in items]
     if all(new is old for new, old in zip(made, items, strict=True)):
         return value
-    return dict(zip(value, made, strict=True)) if type(value) is dict else type(value)(made)
+    if not isinstance(value, dict):
+        return type(value)(made)
+    found = copy.copy(value)
+    found.update(zip(value, made, strict=True))
+    return found
 
 
-NESTS = (list, tuple, dict)
+NESTS = (list, tuple, dict, OrderedDict)
 
 
 def placed(result: Any, place: Any) -> Any:
@@ -235,15 +254,11 @@ def placed(result: Any, place: Any) -> Any:
     if place is None:
         return result
     import torch
+    from tensordict import TensorDict
 
-    from protocol.batches import is_batch
+    from protocol import DataProto
 
-    if isinstance(result, list | tuple):
-        made = [placed(item, place) for item in result]
-        return made if isinstance(result, list) else tuple(made)
-    if type(result) is dict:
-        return {key: placed(item, place) for key, item in result.items()}
-    return result.to(place) if is_batch(result) or isinstance(result, torch.Tensor) else result
+    return replaced(result, (torch.Tensor, TensorDict, DataProto), lambda item: item.to(place))
 
 
 @dataclass(frozen=True)

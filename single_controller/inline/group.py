@@ -542,6 +542,10 @@ class LocalBatch(_Rows):
 class LocalValue(LocalBatch):
     """What a rank returned, of any kind."""
 
+    def rows(self, timeout: float | None = None) -> int:
+        InlinePending(self.reference.hosts, self.pending.calls, []).wait(timeout)
+        return 1
+
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
         output = self._output(timeout)
         return iter(output) if self.reference.pairs else output

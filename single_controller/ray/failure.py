@@ -123,7 +123,8 @@ class StaysError(SingleControllerError, RayError):
     def __init__(self, title: str) -> None:
         super().__init__(
             f"what {title} returned stays with its worker, and Ray does not have it: handle.get() "
-            "fetches it, and a method of a group that is passed the handle gets the value"
+            "fetches it, a method of a group that is passed the handle gets the value, and a task "
+            "of Ray's that is passed [handle], within a list, can get() it"
         )
 
 

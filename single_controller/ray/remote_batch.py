@@ -500,7 +500,9 @@ class RemoteBatch:
 
     def done(self) -> bool:
         """Whether its rank has finished."""
-        return self.known or bool(ray.wait([self.reference], timeout=0, fetch_local=False)[0])
+        if self.known or (self.call is not None and self.call.hosts.gone):
+            return True
+        return bool(ray.wait([self.reference], timeout=0, fetch_local=False)[0])
 
     def rows(self, timeout: float | None = None) -> int:
         """Wait for the worker to finish, and its peers, without fetching the batch."""
@@ -523,6 +525,7 @@ class RemoteBatch:
         call, rows = self.call, self.rows(timeout)
         if isinstance(message := self._told(timeout), Message):
             if call is not None:
+                call.hosts.check_current()
                 call.record.count("bytes_in", message.size)
             return message.read()
         if isinstance(self.offer, Offer):
@@ -585,10 +588,12 @@ class RemoteBatch:
         return message  # type: ignore[no-any-return]
 
     def _read(self, message: Message, whole: bool) -> Any:
+        if whole:
+            return message.read()
         from protocol.wire import read_as, reading
 
         how = reading()
-        with read_as("join" if how == "own" and not whole else how):
+        with read_as("join" if how == "own" else how):
             return message.read()
 
     async def arrive(self, whole: bool) -> bool:
@@ -623,7 +628,7 @@ class RemoteBatch:
         return RemoteBatch, (self.token, self.site, made, self.at, rows, offer, self.columns)
 
 
-class RayHandle(Handle[Any], ray.ObjectRef[Any]):
+class RayHandle(Handle[Any], ray.ObjectRef):  # type: ignore[type-arg]  # 2.41 has no parameter
     """A handle that Ray's own functions take, as those that wait: see `Answer` for what Ray gets.
 
     On its way to other processes it is a handle, and no reference.

@@ -14,11 +14,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import copy_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from single_controller.base.message import Message, is_packed
+from single_controller.base.message import Message, how_to_read, is_packed
+from single_controller.base.trace import Event, note, now_ns
 from single_controller.errors import SharedMemoryWriteError
 from single_controller.ray.message import LARGE, Answer, Packer
+
+if TYPE_CHECKING:
+    from protocol.wire import Reading
 
 __all__ = ["Kept", "Shelf", "Untouched", "in_thread", "version"]
 
@@ -27,9 +31,11 @@ class _Keeping(Packer):
     """Leaves tensors and batches out of the pickle, which are then those that the method made."""
 
     def reducer_override(self, value: Any) -> Any:
-        if is_packed(value):
-            return self.without(_detached(value))
-        return super().reducer_override(value)
+        if not is_packed(value):
+            return super().reducer_override(value)
+        if type(value) is sys.modules["torch"].nn.Parameter:
+            return type(value), (value.detach(), value.requires_grad)
+        return self.without(_detached(value))
 
 
 class Kept:
@@ -104,6 +110,7 @@ class Kept:
         """
         if self._value is None and self._batch is None:
             return None, 0
+        began = now_ns()
         found = self.batch() if self._value is None else self.value("view")
         if columns is not None:
             from protocol import MissingKeyError
@@ -115,6 +122,8 @@ class Kept:
                 found = error  # for who reads it, if anyone does
         message = Message.of(found, Packer, lends=lends)
         self._lent += message.lent
+        details = {"method": self._title, "bytes": message.size}
+        note(Event("user", "publish", began, now_ns(), details=details))
         return message, message.size
 
     def batch(self) -> Any:
@@ -129,35 +138,24 @@ class Kept:
     def rows(self, start: int, stop: int, columns: Any) -> Any:
         """Rows of the batch, or the value, as the reader asked (`protocol.wire.read_as`)."""
         if self._value is not None:
-            from protocol.wire import reading
-
-            return self.value(reading())
+            return self.value(how_to_read())
         from protocol.batches import lend_rows, select_keys
 
         batch = self.batch()
         return lend_rows(batch if columns is None else select_keys(batch, *columns), start, stop)
 
-    def value(self, how: str) -> Any:
+    def value(self, how: Reading) -> Any:
         """What is no batch: its tensors themselves, if "view", or copies on their device."""
-        from protocol.batches import copy_batch, is_batch
-
         self._check()
         kept = self._value
         assert kept is not None
-        held = [
-            item
-            if how == "view" or not is_packed(item)
-            else copy_batch(item)
-            if is_batch(item)
-            else item.clone()
-            for item in kept.held
-        ]
-        return Message(kept.data, kept.buffers, kept.foreign, held).read()
+        return Message(kept.data, kept.buffers, kept.foreign, _lent(kept.held, how)).read()
 
     def _watch(self, kept: Sequence[Any]) -> None:
+        if not (found := [value for value in kept if is_packed(value)]):
+            return
         from protocol.batches import batch_tensors, is_batch
 
-        found = [value for value in kept if is_packed(value)]
         each = [batch_tensors(value) if is_batch(value) else (value,) for value in found]
         self._watched = [tensor for tensors in each for tensor in tensors]
         self._versions = [*map(version, self._watched)]
@@ -175,10 +173,31 @@ class Kept:
 
 
 def _detached(value: Any) -> Any:
-    """A tensor or a batch of the same memory without gradients."""
+    """A tensor or a batch of the same memory without autograd's graph."""
     from protocol.batches import detach_batch, is_batch
 
-    return detach_batch(value) if is_batch(value) else value.detach()
+    if is_batch(value):
+        return detach_batch(value)
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _lent(held: Sequence[Any], how: Reading) -> Sequence[Any]:
+    """The same for one reader: what it does with the objects themselves does not show in others."""
+    if not any(map(is_packed, held)):
+        return held
+    import torch
+
+    from protocol.batches import batch_rows, is_batch, lend_rows
+    from protocol.wire import read_as
+
+    def lent(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            shown = value.detach() if how == "view" else value.detach().clone()
+            return shown.requires_grad_() if value.requires_grad else shown
+        return lend_rows(value, 0, batch_rows(value)) if is_batch(value) else value
+
+    with read_as(how):
+        return [lent(value) for value in held]
 
 
 def version(tensor: Any) -> int:

@@ -53,6 +53,14 @@ def seen(self: Any, x: Any, y: Any = None) -> Any:
     return self.rank, x, y
 
 
+def itself(self: Worker, x: Any) -> Any:
+    return x
+
+
+def fetched(self: Worker, handle: Any) -> tuple[str, bool, Any]:
+    return repr(handle), handle.done(), handle.get()
+
+
 def add(self: Worker, data: Any) -> Any:
     if isinstance(data, DataProto):
         data.batch["a"] += self.rank
@@ -127,6 +135,8 @@ class Probe(Worker):
     lead = at_once(seen, Dispatch.RANK_ZERO)
     lead_too = at_once(seen, Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
     hidden = at_once(unwrapped(seen), Dispatch.ONE_TO_ALL)
+    give = deferred(itself, Dispatch.ONE_TO_ALL)
+    fetch = at_once(fetched, Dispatch.ONE_TO_ALL, materialize_futures=False)
     direct = at_once(seen, Dispatch.DIRECT_ROLLOUT_METHOD)
     add_rank = at_once(add, Dispatch.DP_COMPUTE_PROTO)
     add_rank_later = deferred(add, Dispatch.DP_COMPUTE_PROTO)
@@ -292,6 +302,10 @@ class OddError(Exception):
 
 
 class Fragile(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def act_later(self, what: str) -> Any:
+        return self.act(what) if self.rank else what
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def act(self, what: str) -> Any:
         if what == "raise":

@@ -80,6 +80,15 @@ class Critic(Worker):
             await asyncio.sleep(0.01)
         return data
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def grow(self, x: Any) -> Any:
+        await asyncio.sleep(0)
+        return {"w": x["w"] + self.rank + 1}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, materialize_futures=False)
+    async def awaited(self, handle: Any) -> Any:
+        return await handle
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def notes(self) -> list[str]:
         return self.log

@@ -25,7 +25,7 @@ from single_controller import (
     SendError,
     UnknownMethodError,
 )
-from single_controller.base import Worker
+from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import (
     RayClassWithInitArgs,
@@ -180,8 +180,19 @@ def test_a_worker_that_needs_no_torch_has_none(pool: RayResourcePool) -> None:
                 name for name in ("torch", "tensordict", "protocol", "numpy") if name in sys.modules
             ]
 
+        @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+        def text(self) -> str:
+            return "x" * 200_000
+
+        @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+        def length(self, text: str) -> int:
+            return len(text)
+
     with RayWorkerGroup(pool, RayClassWithInitArgs(Light)) as group:
         assert [group.heavy(), group.heavy()] == [[[], []]] * 2
+        kept = group.text()
+        assert group.length(PerRank(kept)) == group.length(kept[0]) == [200_000] * 2
+        assert group.heavy() == [[], []]
 
 
 def test_a_constructor_that_does_not_return_is_given_up_by_rank(pool: RayResourcePool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +44,18 @@ def three(cluster: None) -> Iterator[RayWorkerGroup]:
         RayWorkerGroup(ranks, RayClassWithInitArgs(Stage), worker_env=env) as group,
     ):
         yield group
+
+
+@pytest.fixture(params=["roles", "async_roles"])
+def both(request: pytest.FixtureRequest) -> Any:
+    """Two roles, of which nothing was read elsewhere so far."""
+    group = request.getfixturevalue(request.param)
+    group.one._hosts.now.read_elsewhere.clear()
+    return group
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """The file that `hold` waits for; it is there when the test is over."""
+    yield tmp_path / "go"
+    (tmp_path / "go").touch()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,14 +16,84 @@ from protocol import DataProto
 from protocol.batches import shared_values
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
+from single_controller.ray import RayWorkerGroup
 from single_controller.ray.shelf import Shelf
 
+ONE = {"dispatch_mode": Dispatch.ONE_TO_ALL}
 ROWS = {"dispatch_mode": Dispatch.DP_COMPUTE_PROTO, "uneven": True}
 LIST = {"dispatch_mode": Dispatch.DP_COMPUTE_METRIC, "uneven": True}
 
 
+@dataclass
+class State:
+    """A value that is no batch, of what stays and what must not be shared."""
+
+    w: torch.Tensor
+    arrays: np.ndarray
+    batch: DataProto
+    layer: torch.nn.Parameter
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.w, self.batch.batch["x"], self.layer]
+
+
+Seen: TypeAlias = tuple[list[int], bool, float]  # addresses, whether arrays are writeable, a sum
+
+
+def seen(tensors: list[torch.Tensor], array: np.ndarray) -> Seen:
+    total = sum(float(tensor.detach().sum()) for tensor in tensors)
+    return [tensor.data_ptr() for tensor in tensors], array.flags.writeable, total
+
+
 class Stage(Worker):
     """Methods without blocking, and some that look at what arrived."""
+
+    @register(**ONE, blocking=False)
+    def state(self, floats: int = 4) -> dict[str, State]:
+        layer = torch.nn.Parameter(torch.ones(2))
+        self.handed = State(layer.sum() * torch.ones(floats), np.arange(4), batch(2), layer)
+        return {"state": self.handed}
+
+    @register(**ONE)
+    def write_state(self, part: int) -> None:
+        with torch.no_grad():
+            self.handed.tensors()[part].add_(1)
+
+    @register(**ONE, reads_only=True)
+    def borrowed(self, found: dict[str, State]) -> Seen:
+        state = found.pop("state")
+        tensors = state.tensors()
+        state.batch.pop(["x"])
+        state.w.requires_grad_(False)
+        return seen(tensors, state.arrays)
+
+    @register(**ONE)
+    def own(self, found: dict[str, State]) -> Seen:
+        state = found["state"]
+        before = seen(state.tensors(), state.arrays)
+        for tensor in state.tensors():
+            tensor.data += 100
+        state.arrays += 100
+        return before
+
+    @register(**ONE, blocking=False)
+    def text(self, characters: int) -> str:
+        return "x" * characters
+
+    @register(**LIST, blocking=False)
+    def box(self, data: DataProto) -> Any:
+        """Odd rows come along with the answer, even ones stay."""
+        x = data.batch["x"]
+        return {"x": x if len(x) % 2 == 0 else x.tolist()}
+
+    @register(**ONE, blocking=False)
+    def merge(self, boxes: list[Any]) -> Any:
+        return {"x": torch.cat([torch.as_tensor(box["x"]) for box in boxes])}
+
+    @register(**ROWS, blocking=False)
+    def shift(self, data: DataProto, boxes: Any) -> DataProto:
+        by = sum(float(sum(box["x"])) for box in boxes)
+        return DataProto.from_dict({"x": data.batch["x"] + by}, data.non_tensor_batch)
 
     @register(**ROWS, blocking=False)
     def step(self, data: DataProto) -> DataProto:
@@ -121,9 +193,18 @@ class Stage(Worker):
 class AsyncStage(Stage):
     """The same on an event loop."""
 
+    @register(**ONE, blocking=False)
+    async def merge(self, boxes: list[Any]) -> Any:  # type: ignore[override]
+        await asyncio.sleep(0)
+        return {"x": torch.cat([torch.as_tensor(box["x"]) for box in boxes])}
+
     @register(**ROWS, blocking=False)
     async def step(self, data: DataProto) -> DataProto:  # type: ignore[override]
         return DataProto.from_dict({"x": data.batch["x"] * 2 + 1}, data.non_tensor_batch)
+
+
+def moved(*groups: RayWorkerGroup) -> int:
+    return sum(group.stats().moved_bytes for group in groups)
 
 
 def batch(rows: int) -> DataProto:

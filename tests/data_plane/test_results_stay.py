@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,8 @@ from single_controller.ray import (
     remote_batch,
 )
 from single_controller.ray.remote_batch import RemoteCall
-from tests.data_plane.stage import Stage, batch, xs
+from tests.data_plane.stage import Stage, batch, moved, xs
 from tests.waiting import eventually, once_taken
-
-
-@pytest.fixture(params=["roles", "async_roles"])
-def both(request: pytest.FixtureRequest) -> Any:
-    """Two roles, of which nothing was read elsewhere so far."""
-    group = request.getfixturevalue(request.param)
-    group.one._hosts.now.read_elsewhere.clear()
-    return group
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Path]:
-    """The file that `hold` waits for; it is there when the test is over."""
-    yield tmp_path / "go"
-    (tmp_path / "go").touch()
-
-
-def moved(*groups: RayWorkerGroup) -> int:
-    return sum(group.stats().moved_bytes for group in groups)
 
 
 def test_a_pipeline_over_roles_of_one_host_moves_no_byte(both: Colocated) -> None:
@@ -281,15 +261,17 @@ def test_a_worker_that_changes_what_it_returned_is_found_out(roles: Colocated) -
         made.get()
 
 
-def test_results_end_with_their_group(cluster: None) -> None:
+def test_results_end_with_their_group(three: RayWorkerGroup, cluster: None) -> None:
     with (
         RayResourcePool([1], cpus_per_process=0.1) as pool,
         RayWorkerGroup(pool, RayClassWithInitArgs(Stage)) as group,
     ):
-        made, late = group.step(batch(2)), group.slow(batch(2))
+        made, [value], late = group.step(batch(2)), group.state(), group.slow(batch(2))
         assert len(made) == 2
-    with pytest.raises(GroupBrokenError, match="Fetch what you need"):
-        made.get()
+        assert eventually(value.done)
+    for read in (made.get, value.get, lambda: three.own(value), lambda: three.give([value])):
+        with pytest.raises(GroupBrokenError, match="Fetch what you need"):
+            read()
     with pytest.raises(GroupBrokenError, match="the group is closed"):
         late.get()
 

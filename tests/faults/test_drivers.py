@@ -144,6 +144,8 @@ dropped = RayWorkerGroup(pool, spec)
 dropped.act.submit("sleep")
 fetched, unread, forgotten, pinned = maker.make(data), maker.make(data), maker.make(data), pin(data)
 len(fetched), fetched.get(), maker.total(fetched), maker.stats(), maker.look()
+handle, small = maker.hand_over(data)[0], maker.hand_over(1)[0]
+small.get()
 sent = maker.look.submit()
 sent.result()
 running = maker.act.submit("sleep")
@@ -158,6 +160,8 @@ refused = {
     "rows": unread.rows, "get": fetched.get, "get unread": unread.get,
     "await future": lambda: asyncio.run(awaited(unread)), "pickle": lambda: pickle.dumps(unread),
     "pinned": pinned.get, "stacks": maker.stacks, "explain": lambda: maker.make.explain(data),
+    "handle": handle.get, "small": small.get, "take": lambda: maker.take(handle),
+    "await handle": lambda: asyncio.run(awaited(handle)), "send": lambda: pickle.dumps(handle),
     "execute": lambda: other.execute_all_async("look"), "restart": maker.restart,
 }
 
@@ -175,6 +179,7 @@ def look(when):
         slowest = max(slowest, time.monotonic() - began)
     say("slowest", when, slowest)
     say(when, sent.done(), running.done(), running.cancel(), repr(running)[-5:])
+    say(when, "handles", handle.done(), small.done())
     say(when, {row.state for row in maker.describe().rows}, maker.stats()["look"].bytes_in > 0)
 
 look("without Ray")
@@ -186,7 +191,7 @@ say("Ray is there", ray.is_initialized())
 ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 look("with another")
 gone = maker
-del maker, unread, fetched
+del maker, unread, fetched, handle, small
 refused.clear()
 gone.close()
 with RayResourcePool([1]) as pool, RayWorkerGroup(pool, RayClassWithInitArgs(Maker)) as group:
@@ -203,6 +208,7 @@ def test_nothing_but_the_user_starts_ray_and_what_was_made_before_says_that_it_i
     told = [line for line in lines if not line.startswith("slowest")]
     for when in ("without Ray", "with another"):
         assert f"{when} True True False done>" in told
+        assert f"{when} handles True True" in told
         assert f"{when} {{'dead'}} True" in told
     assert "Ray is there False" in told
     assert "new ['fine']" in told

@@ -1,0 +1,157 @@
+"""Values of any kind stay where they were made: who gets them, until when, and what Ray says."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from single_controller import CallTimeoutError, PerRank, SharedMemoryWriteError, trace
+from single_controller.ray import Colocated, RayWorkerGroup
+from single_controller.ray.failure import StaysError
+from tests.data_plane.stage import batch, moved
+from tests.slices import slices
+from tests.waiting import eventually, once_taken
+
+SUM = 4 * 2 + 1 + 2  # of four numbers, of the batch and of the layer
+
+
+def summed(handle: Any) -> float:
+    return float(handle.get()["state"].w.detach().sum())
+
+
+def test_a_role_that_reads_only_gets_what_another_made_and_no_byte_moves(both: Colocated) -> None:
+    handles = both.one.state()
+    before = moved(both.one, both.two)
+    found = both.two.borrowed(PerRank(handles))
+    assert both.one.borrowed(PerRank(handles)) == found
+    assert [(writeable, total) for _, writeable, total in found] == [(False, SUM)] * 2
+    later = both.two.borrowed.submit(PerRank(both.one.state()))  # while it is being made
+    assert [total for *_, total in later.result()] == [SUM] * 2
+    for _ in range(2):
+        owned = both.two.own(PerRank(handles))
+        assert [(writeable, total) for _, writeable, total in owned] == [(True, SUM)] * 2
+        assert all(own[0][0] != lent[0][0] for own, lent in zip(owned, found, strict=True))
+    between = sum(row.bytes_between for group in (both.one, both.two) for row in group.stats())
+    assert moved(both.one, both.two) - before < 5_000  # of calls, and what these returned
+    assert both.two.own(handles[0])[1][2] == SUM  # which lies with the other rank
+    after = sum(row.bytes_between for group in (both.one, both.two) for row in group.stats())
+    assert after > between
+
+
+def test_a_value_goes_from_group_to_group_once_and_past_the_driver(
+    both: Colocated, three: RayWorkerGroup
+) -> None:
+    handles = both.one.state(100_000)
+    driver = [group.stats().driver_bytes for group in (both.one, three)]
+    between = both.one.stats()["state"].bytes_between
+    for _ in range(2):
+        assert [total for *_, total in three.borrowed(handles[1])] == [200_003] * 3
+    assert [total for *_, total in three.own.options(ranks=[0, 1])(PerRank(handles))] == [
+        200_003
+    ] * 2
+    after = [group.stats().driver_bytes for group in (both.one, three)]
+    assert sum(after) - sum(driver) < 10_000
+    assert 800_000 <= both.one.stats()["state"].bytes_between - between < 900_000
+    between = both.one.stats()["state"].bytes_between
+    both.one._hosts.now.read_elsewhere.clear()
+    for _ in range(2):  # the second time it is published ahead: of one rank, as it was read
+        assert [total for *_, total in three.borrowed(both.one.state(100_000)[1])] == [200_003] * 3
+    assert 800_000 <= both.one.stats()["state"].bytes_between - between < 900_000
+    came = both.one.stats()["state"].bytes_in
+    assert summed(handles[0]) == 200_000
+    assert 400_000 <= both.one.stats()["state"].bytes_in - came < 450_000
+
+
+def test_ray_waits_for_handles_has_small_values_and_says_who_has_others(both: Colocated) -> None:
+    handles = both.one.state()
+    assert ray.wait(handles, num_returns=2, timeout=60) == (handles, [])
+    assert all(handle.done() for handle in handles)
+    assert ray.get(both.one.text(3)) == ["xxx"] * 2
+    for kept in (handles, handles[0], both.one.text(100_000)):
+        with pytest.raises(StaysError, match=r"one\.\w+ returned stays.*handle.get\(\) fetches it"):
+            ray.get(kept)
+    read = ray.remote(lambda found: summed(found[0]))
+    with pytest.raises(StaysError, match=r"passed \[handle\], within a list, can get\(\) it"):
+        ray.get(read.remote(handles[0]))
+    elsewhere = read.remote(handles), ray.put([handles[1]]), pickle.dumps(handles[1])
+    del handles, kept
+    gc.collect()
+    assert ray.get(elsewhere[0]) == 8
+    for found in (ray.get(elsewhere[1])[0], pickle.loads(elsewhere[2])):
+        assert summed(found) == 8
+
+
+def test_a_small_value_is_here_though_a_later_call_keeps_its_rank(
+    both: Colocated, gate: Path
+) -> None:
+    async def wait(handle: Any) -> Any:
+        return await handle
+
+    first, second = both.one.text(3), both.one.text(4)
+    busy = both.one.hold.submit(gate)
+    assert asyncio.run(asyncio.wait_for(wait(first[0]), 60)) == "xxx"
+    assert second[1].get(timeout=60) == "xxxx"
+    late = both.one.state.options(timeout_s=0.2)()
+    with pytest.raises(
+        CallTimeoutError, match=r"one.state.* had not finished after 0.2 s"
+    ) as caught:
+        late[0].get()
+    assert "in hold" in caught.value.stacks[0]
+    assert not busy.done()
+    gate.touch()
+    busy.result()
+    assert once_taken(lambda: summed(both.one.state()[0])) == 8
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_worker_that_writes_into_a_value_it_returned_is_found_out(
+    both: Colocated, part: int
+) -> None:
+    handles = both.one.state()
+    assert both.two.own(PerRank(handles))[0][2] == SUM
+    both.one.write_state(part)
+    for read in (lambda: both.two.own(PerRank(handles)), handles[1].get):
+        with pytest.raises(SharedMemoryWriteError, match=r"one.state returned tensors.*clone"):
+            read()
+
+
+def test_a_value_is_let_go_of_when_nobody_holds_its_handle(both: Colocated) -> None:
+    gc.collect()
+    assert eventually(lambda: both.one.results_kept() == [0, 0])
+    handles = both.one.state()
+    merged = both.two.merge([{"x": [1.0]}])
+    del merged[0]
+    both.two.own(PerRank(handles))
+    assert summed(handles.pop()) == 8
+    gc.collect()
+    assert eventually(lambda: both.one.results_kept() == [2, 2])  # a call's values go together
+    for _ in range(20):
+        both.one.text(3), both.one.box(batch(2)), both.one.fail(batch(2))  # dropped unread
+    del handles, merged
+    gc.collect()
+    assert eventually(lambda: both.one.results_kept() == [0, 0])
+
+
+def test_it_can_be_seen_what_a_handle_is_and_what_was_published(
+    both: Colocated, three: RayWorkerGroup, tmp_path: Path
+) -> None:
+    with trace(tmp_path / "t.json") as recorded:
+        handle, made = both.one.state(1_000)[1], both.one.step(batch(4))
+        for call in (three.borrowed.explain(handle), three.give.explain({"w": [handle]})):
+            assert "fetched by the rank, shared by ranks 0 … 2" in str(call)
+            assert {argument.bytes for argument in call.arguments} == {None}
+        assert "RayHandle  -" in str(three.borrowed.explain(handle))
+        assert handle.get() is not None
+        assert len(made.get()) == 4
+    found = [(e["pid"], e["args"]) for e in slices(recorded, "user") if e["name"] == "publish"]
+    whose = [(pid, args["method"]) for pid, args in found]
+    assert sorted(whose) == [(1, "one.step"), (2, "one.state"), (2, "one.step")]
+    between = sum(both.one.stats()[method].bytes_between for method in ("state", "step"))
+    sizes = sum(args["bytes"] for _, args in found)
+    assert 4_000 < sizes <= between
