@@ -13,7 +13,6 @@ milliseconds, and a ratio is the median over the rounds of the ratio within one 
 from __future__ import annotations
 
 import argparse
-import inspect
 import itertools
 import json
 import math
@@ -40,7 +39,6 @@ from single_controller.ray import (
 
 BYTES = {"cpu": 256 << 20, "cuda": 1_192_000_000}
 LAYERS, VOCABULARY = 28, 151_936 / 1_024  # per unit of width
-STREAMS = "bucket_bytes" in inspect.signature(register).parameters
 
 Weights = dict[str, torch.Tensor]
 EVERY: dict[str, Any] = {"dispatch_mode": Dispatch.ONE_TO_ALL}
@@ -273,11 +271,10 @@ class Figures:
                 way.maker.fill(seed)
                 before = _moved(way.maker, reader)
                 way.case()
-                after = _moved(way.maker, reader)
+                self.bytes[name] = _settled(before, way.maker, reader)
                 wrong = reader.wrong(seed, PerRank(way.ranks))
                 if any(wrong):
                     raise SystemExit(f"{name}: {wrong} tensors are not what the trainer has")
-            self.bytes[name] = _between(before, after)
         return {name: way.case for name, way in ways.items()}
 
     def time(self, cases: Mapping[str, Callable[[], Any]], often: int = 1) -> None:
@@ -354,9 +351,14 @@ def _between(before: tuple[int, int], after: tuple[int, int]) -> dict[str, int]:
     return {"driver": driver, "between": between}
 
 
-def bucket_of(size: int) -> dict[str, int]:
-    """The option, where there is one."""
-    return {"bucket_bytes": max(1, size)} if STREAMS else {}
+def _settled(before: tuple[int, int], *groups: Any) -> dict[str, int]:
+    """The same once bytes between workers are counted, which is soon after the call."""
+    deadline = time.monotonic() + 10
+    while not (moved := _between(before, _moved(*groups)))["between"]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    return moved
 
 
 def all_of(*references: Any) -> None:
@@ -412,7 +414,7 @@ def on_cpus(figures: Figures, size: int) -> None:
             given = [half.give.remote() for half in halves]
             all_of(*[y.take.remote(*given) for y in b])
 
-        pieces = trainer.pieces.options(**bucket_of(size // 8))
+        pieces = trainer.pieces.options(bucket_bytes=max(1, size // 8))
         each, both = [[0], [1]], [[0, 1], [0, 1]]
         for name, way, by_hand, in_buckets in (
             (
@@ -437,7 +439,7 @@ def on_cpus(figures: Figures, size: int) -> None:
             floor = name.replace("2 → 2 ranks", "plain actors")
             figures.asked[name] = Asked(1.2, floor)
             ways = {name: way}
-            if STREAMS and in_buckets is not None:
+            if in_buckets is not None:
                 ways[f"{name}, in buckets"] = in_buckets
             figures.time({floor: by_hand, **figures.checked(ways, reader)})
         for actor in (*a, *b, *halves):
@@ -497,11 +499,10 @@ def on_two_cards(figures: Figures, size: int) -> None:
         floor, name = "NCCL broadcast, tensor by tensor", "card to card, made and read"
         ways = {name: Way(lambda: rollout.load(trainer.weights()[0]), trainer, [[0]])}
         figures.asked[name] = Asked(1.5, floor)
-        if STREAMS:
-            name = "card to card, in buckets of 256 MB"
-            pieces = trainer.pieces.options(**bucket_of(256 << 20))
-            ways[name] = Way(lambda: rollout.load_pieces(pieces()[0]), trainer, [[0]])
-            figures.asked[name] = Asked(2, floor)
+        name = "card to card, in buckets of 256 MB"
+        pieces = trainer.pieces.options(bucket_bytes=256 << 20)
+        ways[name] = Way(lambda: rollout.load_pieces(pieces()[0]), trainer, [[0]])
+        figures.asked[name] = Asked(2, floor)
         cases: dict[str, Callable[[], Any]] = {
             floor: both("broadcast", False),
             "NCCL broadcast, one flat tensor": both("broadcast", True),
