@@ -399,7 +399,20 @@ def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
 
 def is_late(value: Any) -> bool:
     """Whether it is a future or a handle, or has one in it: it is fetched where it is read."""
-    return is_future(value) or replaced(value, Handle, lambda _: None) is not value
+    with suppress(RecursionError):
+        return is_future(value) or _holds_handles(value)
+    return False
+
+
+def _holds_handles(value: Any) -> bool:
+    if type(value) not in NESTS:
+        return isinstance(value, Handle)
+    items = value.values() if isinstance(value, dict) else value
+    kinds = {*map(type, items)}
+    return any(issubclass(kind, Handle) for kind in kinds) or (
+        not kinds.isdisjoint(NESTS)
+        and any(_holds_handles(item) for item in items if type(item) in NESTS)
+    )
 
 
 def origins(late: Sequence[Any]) -> list[Any]:
