@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -165,7 +166,10 @@ class Handle(_Mark[T_co]):
             WorkerError: a rank raised. TimeoutError: it was not here within `timeout` seconds.
             GroupBrokenError: its group was closed or restarted.
         """
-        value = self._source.fetch(0, 1, timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        self._source.rows(timeout)
+        left = None if end is None else max(0.0, end - time.monotonic())
+        value = self._source.fetch(0, 1, left)
         place = self.map_location if map_location is None else map_location
         return placed(value, place)  # type: ignore[no-any-return]
 
