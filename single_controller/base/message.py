@@ -212,6 +212,7 @@ class Outbox:
     ) -> None:
         self._packer = packer
         self.stored: dict[int, tuple[Any, int]] = {}  # by id: the part, and the number in it
+        self._late = set[int]()  # ids of values that futures or handles are in
         groups: dict[Any, int] = {}
         at = [None if c is None else groups.setdefault(_key(c), len(groups)) for c in calls]
         different: list[Call] = []
@@ -233,7 +234,11 @@ class Outbox:
         for number, call in enumerate(calls):
             for value in call.values():
                 for item in (value, *_shared_values(value).values()):
-                    if not (_is_tiny(item) or is_late(item)):
+                    if _is_tiny(item):
+                        continue
+                    if is_late(item):
+                        self._late.add(id(item))
+                    else:
                         values[id(item)] = item
                         of = readers.setdefault(id(item), [])
                         if of[-1:] != [number]:
@@ -260,8 +265,10 @@ class Outbox:
         def place(value: Any) -> Any:
             if is_future(value):
                 return put_off(value)
-            if id(value) not in self.stored:
+            if id(value) in self._late:  # looking through all that a value holds takes time
                 return replaced(value, Handle, put_off)
+            if id(value) not in self.stored:
+                return value
             part, at = self.stored[id(value)]
             parts.setdefault(id(part), part)
             return Part(list(parts).index(id(part)), at)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -165,7 +166,10 @@ class Handle(_Mark[T_co]):
             WorkerError: a rank raised. TimeoutError: it was not here within `timeout` seconds.
             GroupBrokenError: its group was closed or restarted.
         """
-        value = self._source.fetch(0, 1, timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        self._source.rows(timeout)
+        left = None if end is None else max(0.0, end - time.monotonic())
+        value = self._source.fetch(0, 1, left)
         place = self.map_location if map_location is None else map_location
         return placed(value, place)  # type: ignore[no-any-return]
 
@@ -399,7 +403,20 @@ def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
 
 def is_late(value: Any) -> bool:
     """Whether it is a future or a handle, or has one in it: it is fetched where it is read."""
-    return is_future(value) or replaced(value, Handle, lambda _: None) is not value
+    with suppress(RecursionError):
+        return is_future(value) or _holds_handles(value)
+    return False
+
+
+def _holds_handles(value: Any) -> bool:
+    if type(value) not in NESTS:
+        return isinstance(value, Handle)
+    items = value.values() if isinstance(value, dict) else value
+    kinds = {*map(type, items)}
+    return any(issubclass(kind, Handle) for kind in kinds) or (
+        not kinds.isdisjoint(NESTS)
+        and any(_holds_handles(item) for item in items if type(item) in NESTS)
+    )
 
 
 def origins(late: Sequence[Any]) -> list[Any]:

@@ -91,10 +91,11 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
         count(message.size)
         return ray.put(message)
 
-    def placed(message: Message) -> Any:
+    def placed(out: Outgoing, readers: int) -> Any:
         """What Ray gives a task before its turn, it can neither spill nor free."""
-        late = not hosts.ordered and message.size > LARGE
-        return ray.put(message) if late else message
+        stores = out.message.size > LARGE and (readers > 1 or not hosts.ordered)
+        count(out.size if stores else out.size * readers)
+        return ray.put(out.message) if stores else out.message
 
     outbox = Outbox(calls, Packer, share)
     ranks: dict[int, list[int]] = {}  # of each of the different ones
@@ -103,7 +104,9 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
     different = {id(out): out for out in outbox.by_rank if out is not None}
     # Before any is sent: ranks whose peers get no call would wait for them.
     routes = _Routes([(out, ranks[key]) for key, out in different.items()], hosts, request, began)
-    letters = {key: (placed(out.message), routes.parts(out)) for key, out in different.items()}
+    letters = {
+        key: (placed(out, len(ranks[key])), routes.parts(out)) for key, out in different.items()
+    }
     made = RemoteCall(hosts, request, began)
     padding, answering = padding_setting(), frozenset(request.answers)
     sites, callables = hosts.sites(request.role, request.method), hosts.callables(request.title)
@@ -130,7 +133,6 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
             key = id(outgoing), head
             if key not in alike:
                 alike[key] = sealed(head, *letters[id(outgoing)])
-            count(outgoing.size)
             refs.append(callables[rank].remote(*alike[key]))
             made.sent(sites[rank], refs[-1], head.turn)
     routes.sent(made)

@@ -58,6 +58,9 @@ def test_a_value_goes_from_group_to_group_once_and_past_the_driver(
     after = [group.stats().driver_bytes for group in (both.one, three)]
     assert sum(after) - sum(driver) < 10_000
     assert 800_000 <= both.one.stats()["state"].bytes_between - between < 900_000
+    sent = three.stats().driver_bytes
+    three.own({"state": handles[0].get()["state"], "too": handles[1]})  # 400 KB beside a handle
+    assert 400_000 <= three.stats().driver_bytes - sent < 450_000
     between = both.one.stats()["state"].bytes_between
     both.one._hosts.now.read_elsewhere.clear()
     for _ in range(2):  # the second time it is published ahead: of one rank, as it was read

@@ -155,61 +155,56 @@ def untyped(group: RayWorkerGroup) -> None:
     group.anything("as before", still=True)
 
 
-class State:
-    pass
-
-
 class Trainer(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
-    def weights(self, since: int = 0) -> dict[str, State]:
+    def weights(self, since: int = 0) -> dict[str, str]:
         return {}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
-    async def state(self) -> State:
-        return State()
+    async def state(self) -> str:
+        return ""
 
     @register(dispatch_mode=Dispatch.RANK_ZERO, blocking=False)
-    def first(self) -> State:
-        return State()
+    def first(self) -> str:
+        return ""
 
     @register(execute_mode=Execute.RANK_ZERO, blocking=False)
-    def lead(self, path: str) -> State:
-        return State()
+    async def lead(self, path: str) -> str:
+        return path
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, blocking=False)
     def metrics(self, batch: DataProto) -> float:
         return 0.0
 
     @register(blocking=False)
-    def each(self, x: int) -> State:
-        return State()
+    def each(self, x: int) -> str:
+        return ""
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE, blocking=False)
-    async def shards(self, x: int) -> State:
-        return State()
+    async def shards(self, x: int) -> str:
+        return ""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def load(self, weights: dict[str, State]) -> None:
-        assert_type(self.first(), State)
+    def load(self, weights: dict[str, str]) -> None:
+        assert_type(self.first(), str)
 
 
-def load(group: RayWorkerGroup[Trainer], handle: Handle[object]) -> None:
-    group[Trainer.load](handle.as_input())  # E
-
-
-async def handles(group: RayWorkerGroup[Trainer], batch: DataProto) -> None:
+async def handles(
+    group: RayWorkerGroup[Trainer], batch: DataProto, any_one: Handle[object]
+) -> None:
     weights = group[Trainer.weights](since=3)
-    assert_type(weights, list[Handle[dict[str, State]]])
-    assert_type(weights[0].get(timeout=3), dict[str, State])
-    assert_type(await weights[0], dict[str, State])
-    assert_type(group[Trainer.state](), list[Handle[State]])
-    assert_type(group[Trainer.first](), Handle[State])
-    assert_type(group[Trainer.lead]("path"), Handle[State])
+    assert_type(weights, list[Handle[dict[str, str]]])
+    assert_type(weights[0].get(timeout=3), dict[str, str])
+    assert_type(await weights[0], dict[str, str])
+    assert_type(group[Trainer.state](), list[Handle[str]])
+    assert_type(group[Trainer.first](), Handle[str])
+    assert_type(group[Trainer.lead]("path"), Handle[str])
     assert_type(group[Trainer.metrics](batch), list[Handle[float]])
-    assert_type(group[Trainer.each]([1, 2]), list[Handle[State]])
-    assert_type(group[Trainer.shards]([1, 2]), list[Handle[State]])
+    assert_type(group[Trainer.each]([1, 2]), list[Handle[str]])
+    assert_type(group[Trainer.shards]([1, 2]), list[Handle[str]])
     assert_type(group[Trainer.load](weights[0].as_input()), list[None])
     group[Trainer.load](PerRank([one.as_input() for one in weights]).as_input())
-    load(group, weights[0])
+    group[Trainer.load](any_one.as_input())  # E
     group[Trainer.load](weights[0])  # E
     group[Trainer.weights](since="now")  # E
+    any_one = weights[0]
