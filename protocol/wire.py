@@ -23,6 +23,7 @@ from protocol.device_memory import Loans, borrow
 __all__ = [
     "Message",
     "Reading",
+    "Tensors",
     "pack",
     "pack_value",
     "read_as",
@@ -110,12 +111,16 @@ def unpack(
     )
 
 
+class Tensors(list[Any]):
+    """Tensors, and what else is with them: several times sooner packed than one by one."""
+
+
 def pack_value(value: object) -> object | None:
     """The same for one tensor or TensorDict, wherever a pickler meets it; None: not for us."""
     if isinstance(value, torch.Tensor):
         ours = value.is_nested or (type(value) is torch.Tensor and is_plain(value))
     else:
-        ours = isinstance(value, TensorDict)
+        ours = isinstance(value, TensorDict | Tensors)
     return (_sending.get() or Message()).pack(value) if ours else None
 
 
@@ -192,6 +197,8 @@ class Message:
             names = [*getattr(value, "names", ())]
             form = tuple(value.batch_size), any(names) and names, value.device is not None, lazy
             return "tensordict", {key: found[key] for key in of}, *form
+        if type(value) is Tensors:
+            return "tensors", [self.pack(item) for item in value]
         return "value", value
 
     def _tensor(self, tensor: torch.Tensor) -> _Packed:
@@ -321,5 +328,6 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "rows": _rows,
     "strided": lambda _, flat, shapes: columns.from_strided_parts(_unpacked(flat, "join"), shapes),
     "tensordict": _tensordict,
+    "tensors": lambda how, packed: [_unpacked(item, how) for item in packed],
     "value": lambda _, value: value,
 }

@@ -92,7 +92,12 @@ def is_packed(value: Any) -> bool:
 
 @functools.lru_cache(256)
 def _is_packed(kind: Any) -> bool:
-    bases = ("torch", "Tensor"), ("tensordict", "TensorDict"), ("protocol.data_proto", "DataProto")
+    bases = (
+        ("torch", "Tensor"),
+        ("tensordict", "TensorDict"),
+        ("protocol.data_proto", "DataProto"),
+        ("protocol.wire", "Tensors"),
+    )
     found = [getattr(sys.modules[module], name) for module, name in bases if module in sys.modules]
     return issubclass(kind, tuple(found))
 

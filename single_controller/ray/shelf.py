@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,7 +73,7 @@ class Kept:
         message = Message.of(output, _Keeping)
         if message.size < LARGE and not (message.held or message.buffers):
             return Answer(title, message)
-        message.buffers = [memoryview(bytes(buffer.raw())) for buffer in message.buffers]
+        message.buffers = [memoryview(bytearray(buffer.raw())) for buffer in message.buffers]
         self._value, self._title = message, title
         self._watch(message.held)
         return Answer(title, None)
@@ -111,7 +112,8 @@ class Kept:
         if self._value is None and self._batch is None:
             return None, 0
         began = now_ns()
-        found = self.batch() if self._value is None else self.value("view")
+        self._check()
+        found: Any = self._batch if self._value is None else _Parted(self._value)
         if columns is not None:
             from protocol import MissingKeyError
             from protocol.batches import select_keys
@@ -149,7 +151,8 @@ class Kept:
         self._check()
         kept = self._value
         assert kept is not None
-        return Message(kept.data, kept.buffers, kept.foreign, _lent(kept.held, how)).read()
+        buffers = [buffer.toreadonly() for buffer in kept.buffers]
+        return Message(kept.data, buffers, kept.foreign, _lent(kept.held, how)).read()
 
     def _watch(self, kept: Sequence[Any]) -> None:
         if not (found := [value for value in kept if is_packed(value)]):
@@ -172,13 +175,34 @@ class Kept:
             )
 
 
+class _Parted:
+    """A value that arrives as such, where its pickle and its tensors are sent side by side."""
+
+    def __init__(self, value: Message) -> None:
+        self._value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        value, tensors = self._value, self._value.held
+        if any(map(is_packed, tensors)):
+            from protocol.wire import Tensors
+
+            tensors = Tensors(tensors)
+        buffers = [pickle.PickleBuffer(buffer) for buffer in value.buffers]
+        return _joined, (value.data, buffers, tensors)
+
+
+def _joined(data: bytes, buffers: Sequence[Any], tensors: Sequence[Any]) -> Any:
+    return Message(data, buffers, (), tensors).read()
+
+
 def _detached(value: Any) -> Any:
     """A tensor or a batch of the same memory without autograd's graph."""
     from protocol.batches import detach_batch, is_batch
 
     if is_batch(value):
         return detach_batch(value)
-    return value.detach().requires_grad_(value.requires_grad)
+    found = value.detach()
+    return found.requires_grad_() if value.requires_grad else found
 
 
 def _lent(held: Sequence[Any], how: Reading) -> Sequence[Any]:
