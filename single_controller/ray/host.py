@@ -185,6 +185,7 @@ class Host:
             untouched = Untouched(args, kwargs) if head.reads_only else None
             with running(head.mark, head.title, read_ns) if head.mark else _UNTRACED:
                 output = getattr(self._workers[head.role], head.method)(*args, **kwargs)
+            self._shelf.check_lent(head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             if place is not None:
@@ -369,6 +370,7 @@ class AsyncHost(Host):
             with running(head.mark, head.title, read_ns):
                 output = method(*args, **kwargs)
                 output = await output if inspect.isawaitable(output) else output
+            self._shelf.check_lent(head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         finally:
             _settle()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 from weakref import finalize
 
 import ray
@@ -53,6 +53,15 @@ _GONE_S = 10.0
 _HARVEST_S = 10.0
 
 
+class Loan(Protocol):
+    """A result in device memory that other processes read."""
+
+    token: str
+
+    def lasts(self) -> bool:
+        """Whether a call that reads it has not ended."""
+
+
 class RayHosts(Generation):
     """Handles of the processes that were started together, or attached to, one per rank."""
 
@@ -77,6 +86,7 @@ class RayHosts(Generation):
         self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
         self._noting = threading.Lock()  # held for `broken` and `_running`, never while waiting
         self._relay: Any = None
+        self._lent: list[Loan] = []
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
         if _started.acquire(blocking=False):  # here, since no garbage collection may start it
@@ -152,6 +162,16 @@ class RayHosts(Generation):
         number = self._turns[rank]
         self._turns[rank] = number + 1
         return self._caller, number
+
+    def lend(self, loan: Loan) -> None:
+        """Note what calls that may not have ended read in the memory of these hosts."""
+        if loan not in self._lent:
+            self._lent.append(loan)
+
+    def lent(self) -> tuple[str, ...]:
+        """The tokens of results that calls read there which have not ended."""
+        self._lent = [loan for loan in self._lent if loan.lasts()]
+        return tuple([loan.token for loan in self._lent])
 
     def relay(self) -> Any:
         """The relay of what its ranks send in buckets."""

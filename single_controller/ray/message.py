@@ -70,6 +70,7 @@ class Head(NamedTuple):
     the token under which the output stays in the host, if it does; `claims`: the keys of results
     in this host that the arguments read. `mark`: what a trace knows the call by. `padding`: whether
     the caller pads its batches, where that was set. `pairs`: the output is a generator of them.
+    `lent`: the tokens of results in this host that others may be reading, which it must not change.
     """
 
     role: str
@@ -84,6 +85,7 @@ class Head(NamedTuple):
     mark: CallMark | None = None
     padding: str | None = None
     pairs: bool = False
+    lent: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

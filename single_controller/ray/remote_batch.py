@@ -110,6 +110,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
     made = RemoteCall(hosts, request, began)
     padding, answering = padding_setting(), frozenset(request.answers)
     sites, callables = hosts.sites(request.role, request.method), hosts.callables(request.title)
+    lent = hosts.lent()
     alike: dict[Any, Any] = {}  # the same for ranks that are told the same
     pairing = _pairing if routes.streams else contextlib.nullcontext()
     with pairing, routes.meeting(made), hosts.sending_a_call() as refs:
@@ -129,6 +130,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
                 mark(request.record.number, hosts) if request.record.number else None,
                 padding,
                 request.bucket_bytes is not None and request.deferred,
+                lent,
             )
             key = id(outgoing), head
             if key not in alike:
@@ -338,9 +340,8 @@ class RemoteCall(Pending):
     def lent_to(self, refs: Iterable[Any]) -> None:
         """Keep the memory at least until these calls have ended."""
         assert self._hold is not None
-        held = list(dict.fromkeys([*self._hold.borrowers, *refs]))
-        _, left = ray.wait(held, num_returns=len(held), timeout=0, fetch_local=False)
-        self._hold.borrowers = left
+        self._hold.borrowers = list(dict.fromkeys([*self._hold.borrowers, *refs]))
+        self.hosts.lend(self._hold)
 
 
 def _told(outputs: Iterable[Any]) -> _Rows:
@@ -383,7 +384,7 @@ class _Hold:
 
     def release(self) -> None:
         """Let hosts let go of the results, once nobody borrows them any more."""
-        hosts, borrowers = self._hosts, self.borrowers
+        hosts = self._hosts
         if hosts.gone:
             return
         if self.unread and (habits := hosts.read_elsewhere.get(self.habit)):
@@ -391,17 +392,26 @@ class _Hold:
             if not habits:
                 hosts.read_elsewhere.pop(self.habit, None)
         self.published.clear()
-        if borrowers:
-            self.borrowers = []
-            threading.Thread(target=self._release_after, args=(borrowers,), daemon=True).start()
+        if self.borrowers:
+            threading.Thread(target=self._release_after, daemon=True).start()
             return
         with hosts.sending:
             for rank, count in self.publications.items() if not hosts.ended else ():
                 hosts.handles[rank].release.remote(self.token, count, hosts.turn(rank))
 
-    def _release_after(self, borrowers: list[Any]) -> None:
+    def lasts(self) -> bool:
+        """Whether a call that borrows has not ended."""
+        if self.borrowers and not self._hosts.gone:
+            count = len(self.borrowers)
+            _, left = ray.wait(self.borrowers, num_returns=count, timeout=0, fetch_local=False)
+            self.borrowers = left
+        return bool(self.borrowers)
+
+    def _release_after(self) -> None:
+        borrowers = self.borrowers
         with contextlib.suppress(Exception):  # the cluster is gone
             ray.wait(borrowers, num_returns=len(borrowers), timeout=None, fetch_local=False)
+        self.borrowers = []
         later(self.release)
 
 

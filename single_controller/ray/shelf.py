@@ -51,7 +51,7 @@ class Kept:
         self._pairs: Any = None  # a generator's, which are not made yet
         self._watched: list[Any] = []  # its tensors, and how often they had been written to
         self._versions: list[int] = []
-        self._title = ""
+        self.title = ""
         self._lent: list[Any] = []  # what was made of it for others, who map it
 
     def keep(self, output: Any, title: str) -> int | None:
@@ -61,7 +61,7 @@ class Kept:
         self.made.set()
         if not is_batch(output):
             return None
-        self._batch, self._title = _detached(output), title
+        self._batch, self.title = _detached(output), title
         self._watch([self._batch])
         return batch_rows(output)
 
@@ -74,7 +74,7 @@ class Kept:
         if message.size < LARGE and not (message.held or message.buffers):
             return Answer(title, message)
         message.buffers = [memoryview(bytearray(buffer.raw())) for buffer in message.buffers]
-        self._value, self._title = message, title
+        self._value, self.title = message, title
         self._watch(message.held)
         return Answer(title, None)
 
@@ -90,14 +90,14 @@ class Kept:
                 "the method is registered with bucket_bytes and must yield pairs of a name and a "
                 f"tensor; it returned {type(output).__name__}"
             )
-        self._pairs, self._title = output, title
+        self._pairs, self.title = output, title
         return Answer(title, None)
 
     def pairs(self) -> tuple[Any, str]:
         """The generator, and the method that it is of."""
         if self._pairs is None:
             raise RuntimeError("the call that was to make this result failed or was dropped")
-        return self._pairs, self._title
+        return self._pairs, self.title
 
     def fail(self) -> None:
         """Note that there will be no batch; who waits for one learns why from the call itself."""
@@ -124,7 +124,7 @@ class Kept:
                 found = error  # for who reads it, if anyone does
         message = Message.of(found, Packer, lends=lends)
         self._lent += message.lent
-        details = {"method": self._title, "bytes": message.size}
+        details = {"method": self.title, "bytes": message.size}
         note(Event("user", "publish", began, now_ns(), details=details))
         return message, message.size
 
@@ -163,12 +163,17 @@ class Kept:
         self._watched = [tensor for tensors in each for tensor in tensors]
         self._versions = [*map(version, self._watched)]
 
+    @property
+    def written(self) -> bool:
+        """Whether somebody wrote into its tensors."""
+        return self._versions != [*map(version, self._watched)]
+
     def _check(self) -> None:
         if self._value is None and self._batch is None:
             raise RuntimeError("the call that was to make this result failed or was dropped")
-        if self._versions != [*map(version, self._watched)]:
+        if self.written:
             raise SharedMemoryWriteError(
-                f"{self._title} returned tensors without blocking, so that they stay in the "
+                f"{self.title} returned tensors without blocking, so that they stay in the "
                 "worker, and they have been written to since: return a copy of what the worker "
                 "writes into, as x.clone(), or have it read before; or a method with "
                 "reads_only=True wrote into them"
@@ -288,6 +293,17 @@ class Shelf:
     def claim(self, keys: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Kept]:
         """What a call is going to read, by token and rank. It outlives its release."""
         return {key: self._kept[key[0]] for key in keys if key[0] in self._kept}
+
+    def check_lent(self, tokens: Iterable[str], title: str) -> None:
+        """Raise SharedMemoryWriteError where the method `title` wrote into what others may have
+        been reading.
+        """
+        for kept in [self._kept[token] for token in tokens if token in self._kept]:
+            if kept.written:
+                raise SharedMemoryWriteError(
+                    f"{title} has written into what {kept.title} returned, and another process "
+                    "may have been reading it: wait for the calls that read it first"
+                )
 
     def publication(self, token: str) -> Kept:
         """The same for a task that publishes."""

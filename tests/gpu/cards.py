@@ -62,6 +62,16 @@ class Producer(Worker):
         x = data.batch["x"].to(self.device)
         return DataProto.from_dict({"x": x.unsqueeze(1).repeat(1, 16 << 20)})
 
+    @register(**LATER, transport="device")
+    def kept(self, data: DataProto) -> DataProto:
+        """Memory that it writes into again."""
+        self.mine = data.batch["x"].to(self.device).unsqueeze(1).clone()
+        return DataProto.from_dict({"x": self.mine})
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def write_kept(self) -> None:
+        self.mine += 1
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def write_over(self, count: int) -> None:
         """Use the memory of so many rows that are gone."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from protocol.device_memory import _CHUNK, _pinned, to_host
-from single_controller import SingleControllerError
+from single_controller import SharedMemoryWriteError, SingleControllerError
 from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
@@ -133,6 +133,15 @@ def test_a_consumer_that_is_still_busy_keeps_what_it_was_lent(team: Any, reader:
     found = [[value for value, _ in one.result()] for one in pending]
     assert found == [[2 * i, 2 * i + 1] for i in range(8)]
     assert eventually(lambda: sum(team.producer.allocated()) <= before + ANCHOR)
+
+
+def test_a_write_into_what_another_process_is_reading_is_found_out(team: Any, reader: Any) -> None:
+    busy = reader.start_sum.submit(team.producer.kept(rows(2)))
+    wrong = r"write_kept has written into what producer\.kept returned, and another process"
+    with pytest.raises(SharedMemoryWriteError, match=wrong):
+        team.producer.write_kept()
+    busy.result()
+    assert team.producer.write_kept() == [None, None]
 
 
 def test_what_nobody_redeemed_is_given_back_too(team: Any, shared_card: RayResourcePool) -> None:
