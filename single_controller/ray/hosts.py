@@ -53,7 +53,7 @@ _GONE_S = 10.0
 _HARVEST_S = 10.0
 
 
-class Loan(Protocol):
+class _Loan(Protocol):
     """A result in device memory that other processes read."""
 
     token: str
@@ -86,7 +86,7 @@ class RayHosts(Generation):
         self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
         self._noting = threading.Lock()  # held for `broken` and `_running`, never while waiting
         self._relay: Any = None
-        self._lent: list[Loan] = []
+        self._lent: list[_Loan] = []
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
         if _started.acquire(blocking=False):  # here, since no garbage collection may start it
@@ -163,7 +163,7 @@ class RayHosts(Generation):
         self._turns[rank] = number + 1
         return self._caller, number
 
-    def lend(self, loan: Loan) -> None:
+    def lend(self, loan: _Loan) -> None:
         """Note what calls that may not have ended read in the memory of these hosts."""
         if loan not in self._lent:
             self._lent.append(loan)
