@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, TypeAlias
 
-from single_controller.base.plan import Call, Layout, Plan, is_late
+from single_controller.base.plan import Call, Handle, Layout, Plan, is_late
 
 __all__ = [
     "Carrier",
@@ -197,7 +197,8 @@ def explain_arguments(
         # Small values that are one object by chance are not shared.
         chance = isinstance(value, int | float | bool | str | bytes | type(None))
         same = (rank,) if chance else receivers[id(value)]
-        size, way, kind = sizes[id(value)], carrier.way(value), type(value).__name__
+        size, way = sizes[id(value)], carrier.way(value)
+        kind = (Handle if isinstance(value, Handle) else type(value)).__name__
         return RankArgument(rank, name, kind, rows, padded, keys, size, way, same)
 
     return tuple(argument(*one) for one in sent)

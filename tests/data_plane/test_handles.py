@@ -149,7 +149,7 @@ def test_it_can_be_seen_what_a_handle_is_and_what_was_published(
         for call in (three.borrowed.explain(handle), three.give.explain({"w": [handle]})):
             assert "fetched by the rank, shared by ranks 0 … 2" in str(call)
             assert {argument.bytes for argument in call.arguments} == {None}
-        assert "RayHandle  -" in str(three.borrowed.explain(handle))
+        assert "Handle  -" in str(three.borrowed.explain(handle))
         assert handle.get() is not None
         assert len(made.get()) == 4
     found = [(e["pid"], e["args"]) for e in slices(recorded, "user") if e["name"] == "publish"]
