@@ -38,7 +38,14 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from single_controller.base.dispatch import padding_setting
-from single_controller.base.message import Message, Outbox, Outgoing, packed
+from single_controller.base.message import (
+    ONLY_PASSED,
+    READ_BEFORE,
+    Message,
+    Outbox,
+    Outgoing,
+    packed,
+)
 from single_controller.base.method import Pending, Request
 from single_controller.base.plan import Call, Handle, origins
 from single_controller.base.trace import mark
@@ -255,10 +262,7 @@ class RemoteCall(Pending):
         """
         hold = self._checked_hold()
         if self.request.bucket_bytes is not None:
-            raise TypeError(
-                f"what {self.request.title} yields goes in buckets, from process to process: pass "
-                "the handle to a method of a group, which gets an iterator of the pairs"
-            )
+            raise TypeError(ONLY_PASSED.format(self.request.title))
         with self._lock:
             if not ahead:
                 hold.unread.discard((columns, lends))
@@ -320,10 +324,7 @@ class RemoteCall(Pending):
         """Raise SendError where what a rank yields was passed on before."""
         self._checked_hold()
         if rank in self.streamed:
-            raise SendError(
-                f"what {self.request.title} yields on rank {rank} was passed on before, and can be "
-                "read once: call it again"
-            )
+            raise SendError(READ_BEFORE.format(self.request.title, rank))
 
     def stream(self, rank: int, offer: Offer) -> Any:
         """Have a rank make what it yields for others; the reference to its task."""

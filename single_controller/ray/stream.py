@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import ray
 
-from single_controller.base.message import Message
+from single_controller.base.message import Message, checked_pair
 from single_controller.errors import SharedMemoryWriteError
 from single_controller.ray.failure import CallSite, raised, translate
 from single_controller.ray.message import SMALL, Packer
@@ -187,21 +187,14 @@ class _Bucket:
 
 def _buckets(pairs: Any, most: int, title: str) -> Generator[_Bucket]:
     """So many bytes at most in each, but for tensors that are larger."""
-    import torch
-
     bucket = _Bucket(title)
     with contextlib.closing(pairs):
         for pair in pairs:
-            named = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
-            if not (named and isinstance(pair[1], torch.Tensor)):
-                raise TypeError(
-                    f"{title} must yield pairs of a name and a tensor, to be sent in buckets; got "
-                    f"{pair if isinstance(pair, str | int | float) else type(pair).__name__}"
-                )
-            if bucket.pairs and bucket.size + pair[1].nbytes > most:
+            name, tensor = checked_pair(pair)
+            if bucket.pairs and bucket.size + tensor.nbytes > most:
                 yield bucket
                 bucket = _Bucket(title)
-            bucket.add(*pair)
+            bucket.add(name, tensor)
         if bucket.pairs:
             yield bucket
 
