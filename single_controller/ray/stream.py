@@ -23,7 +23,7 @@ import ray
 
 from single_controller.base.message import Message, checked_pair
 from single_controller.errors import SharedMemoryWriteError
-from single_controller.ray.failure import CallSite, raised, translate
+from single_controller.ray.failure import CallSite, get_ours, raised, translate
 from single_controller.ray.message import SMALL, Packer
 from single_controller.ray.shelf import in_thread, version
 
@@ -304,8 +304,8 @@ def borrowed(offer: Offer, reader: int, how: Any) -> Pairs:
     def buckets() -> Generator[tuple[list[_Pair], bool]]:
         from protocol.device_memory import settle
 
-        count = 0
-        while (packed := ray.get(offer.at.take.remote(offer.key, count, reader))) is not None:
+        take, count = offer.at.take.remote, 0
+        while (packed := get_ours(take(offer.key, count, reader), None)) is not None:
             yield _opened(packed, how), False
             del packed
             settle()

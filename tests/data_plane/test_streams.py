@@ -198,6 +198,10 @@ class Streams(Worker):
         return found
 
     @register(**ALL)
+    def read_of(self, progress: Path) -> int:
+        return progress.stat().st_size if progress.exists() else 0
+
+    @register(**ALL)
     def figures(self) -> tuple[int, int, list[int]]:
         return self.ahead, self.most, self.made
 
@@ -513,11 +517,13 @@ def test_a_relay_keeps_no_bucket_that_was_read(maker: Any, reader: Any) -> None:
 def test_the_makers_next_call_waits_until_all_was_read(
     maker: Any, reader: Any, tmp_path: Path
 ) -> None:
-    maker.state()
-    read = reader.load.submit(in_buckets(maker)[0], until=tmp_path / "go")
-    after = maker.state.submit()
+    progress = tmp_path / "progress"
+    progress.mkdir()
+    (handle, _) = in_buckets(maker, of=COUNT // 2)  # all of it can be made at once
+    read = reader.load.submit(handle, until=tmp_path / "go", progress=progress)
+    after = maker.read_of.submit(progress / "1")
     (tmp_path / "go").touch()
-    assert after.result()[0] == (COUNT, True, "")
+    assert after.result()[0] == COUNT
     assert read.result() == [expected(0)] * 2
 
 
