@@ -18,9 +18,22 @@ reads what) in the order in which the driver sent them. A task waits for earlier
 queue, for earlier calls whose rows it needs to know, and for what else it reads. All of these were
 sent before it: for a call, first the task that weighs, then the publications that wait for it, then
 the one that resolves; and all after the calls that make the batches. So the first unfinished task
-waits for nothing. A host on an event loop runs more than its first task at a time, and waits for no
-more: a call's turn comes after earlier calls have started, what waits for others does so in threads
-of their own, and only calls and releases have a turn.
+waits for nothing.
+
+Pairs that are yielded are made and read at the same time, by tasks that wait for each other. So all
+that is sent for a call that reads what comes later is sent together, under one lock: what must be
+published, then the tasks that make pairs, then the call. Take the first of these calls that has not
+ended. What its tasks find before them in their queues was sent for earlier ones, or waits for
+nothing but its own queue; so all get their turn, and then wait only for each other. None stands
+before another of them: a process that makes pairs for others either makes them in the very call
+that reads them, or is refused if it reads any. Two streams of one process are made one after the
+other; that all ranks read them in this order is left to the user, and so are drivers that pass
+pairs to and fro between the same groups at the same time.
+
+A host on an event loop runs more than its first task at a time, and waits for no more: a call's
+turn comes after earlier calls have started, what waits for others does so in threads of their own,
+and only calls, releases and the tasks that make pairs have a turn. A method that reads pairs in the
+loop itself stops it meanwhile: what makes them must not wait for what is awaited there.
 """
 
 from __future__ import annotations

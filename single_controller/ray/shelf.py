@@ -79,8 +79,7 @@ class Kept:
         """The generator, and the method that it is of."""
         if self._pairs is None:
             raise RuntimeError("the call that was to make this result failed or was dropped")
-        pairs, self._pairs = self._pairs, None
-        return pairs, self._title
+        return self._pairs, self._title
 
     def fail(self) -> None:
         """Note that there will be no batch; who waits for one learns why from the call itself."""
