@@ -67,6 +67,7 @@ class Streams(Worker):
         fail_at: int | None = None,
         progress: Path | None = None,
         die_at: int | None = None,
+        closed: Path | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         alive: list[Any] = []
         self.made, self.closed, self.ahead, self.most = [], False, 0, 0
@@ -90,6 +91,8 @@ class Streams(Worker):
                 raise KeyError("behind the last")
         finally:
             self.closed = True
+            if closed is not None:
+                closed.touch()
 
     @register(**ALL, blocking=False)
     def buffer(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -568,9 +571,11 @@ def test_the_makers_next_call_waits_until_all_was_read(
 ) -> None:
     progress = tmp_path / "progress"
     progress.mkdir()
-    (handle, _) = in_buckets(maker, of=COUNT)  # all of it can be made at once
+    closed = tmp_path / "closed"
+    (handle, _) = in_buckets(maker, of=COUNT, closed=closed)  # all of it can be made at once
     read = reader.load.submit(handle, until=tmp_path / "go", progress=progress)
     after = maker.read_of.submit(progress / "1")
+    assert eventually(closed.exists)
     (tmp_path / "go").touch()
     assert after.result()[0] == COUNT
     assert read.result() == [expected(0)] * 2
