@@ -21,6 +21,8 @@ from single_controller.errors import SendError, SingleControllerError
 
 __all__ = [
     "NOTHING",
+    "ONLY_PASSED",
+    "READ_BEFORE",
     "Message",
     "Outbox",
     "Outgoing",
@@ -29,6 +31,7 @@ __all__ = [
     "Part",
     "arguments",
     "checked_output",
+    "checked_pair",
     "held",
     "how_to_read",
     "is_packed",
@@ -39,6 +42,14 @@ __all__ = [
 # What a value holds and its pickle does not: functions that pickle calls can be told in no way.
 held: ContextVar[Sequence[Any]] = ContextVar("held")
 _TINY = 1_000  # characters
+
+ONLY_PASSED = (
+    "what {0} yields goes in buckets, from process to process: pass the handle to a method of a "
+    "group, which gets an iterator of the pairs"
+)
+READ_BEFORE = (
+    "what {0} yields on rank {1} was passed on before, and can be read once: call it again"
+)
 
 
 def _take(at: int) -> Any:
@@ -379,8 +390,8 @@ def not_sent(title: str, named: Iterable[tuple[str, Any]], packer: Packer) -> Se
 
 
 def checked_output(output: Any, pairs: bool = False) -> Any:
-    """What a method returned. Raises TypeError where it is no value that could be sent; a generator
-    of `pairs` can.
+    """What a method returned. Raises TypeError where it is no value that could be sent, or no
+    generator, which alone can be of `pairs`.
     """
     if inspect.iscoroutine(output):
         output.close()
@@ -393,7 +404,26 @@ def checked_output(output: Any, pairs: bool = False) -> Any:
             "the method returned a generator, which cannot be sent; return a list, or yield pairs "
             "of a name and a tensor and register it with blocking=False, bucket_bytes=256 << 20"
         )
+    if pairs and not inspect.isgenerator(output):
+        raise TypeError(
+            "the method is registered with bucket_bytes and must yield pairs of a name and a "
+            f"tensor; it returned {type(output).__name__}"
+        )
     return output
+
+
+def checked_pair(pair: Any) -> tuple[str, Any]:
+    """What a method yielded. Raises TypeError where it is no name and tensor."""
+    torch: Any = sys.modules.get("torch")
+    found = [type(one) for one in pair] if isinstance(pair, tuple) else type(pair)
+    if torch and isinstance(found, list) and len(found) == 2:
+        name, tensor = pair
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
+            return name, tensor
+    raise TypeError(
+        "the method is registered with bucket_bytes and must yield pairs of a name and a tensor; "
+        f"it yielded {found}"
+    )
 
 
 def _parts_of(value: Any) -> Iterable[tuple[str, Any]]:

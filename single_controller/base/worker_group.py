@@ -192,7 +192,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
             return self._submit(hosts, request, calls)
         except SendError as error:
             named = ((n, v) for n, v in named_arguments(args, kwargs) if not is_late(v))
-            found = not_sent(title, named, self._packer)
+            found = not_sent(title, named, self._packer) if error.__cause__ else None
             raise found or SendError(f"{title}: {error}") from error.__cause__
 
     def _layout(

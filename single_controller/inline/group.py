@@ -28,17 +28,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from single_controller.base.explain import RankState
 from single_controller.base.hosts import Generation, Hosts, RestartPolicy
 from single_controller.base.message import (
+    ONLY_PASSED,
+    READ_BEFORE,
     Message,
     Outbox,
     Outgoing,
     Packing,
     arguments,
     checked_output,
+    checked_pair,
     held,
     packed,
 )
 from single_controller.base.method import Pending, Request
-from single_controller.base.plan import Call, Handle, ResourcePool, is_future
+from single_controller.base.plan import Call, Handle, ResourcePool, is_future, origins
 from single_controller.base.roles import (
     ClassWithInitArgs,
     Colocate,
@@ -69,6 +72,7 @@ from single_controller.errors import (
     CallTimeoutError,
     GroupBrokenError,
     RegistrationError,
+    SendError,
     WorkerDiedError,
     WorkerError,
 )
@@ -321,7 +325,7 @@ class InlineReference(InProcess):
         self.output: Message | None = None
         self.error: Exception | None = None
         self.ends: Future[None] | None = None  # that of an async method
-        self.pairs = False  # whether it yields them
+        self.pairs = self.passed = False  # whether it yields them, and a call has read those
         self._task: object = None  # which asyncio would forget
 
     def done(self) -> bool:
@@ -374,7 +378,7 @@ class InlineReference(InProcess):
     def _returned(self, output: Any, keep: bool) -> None:
         output = checked_output(output, self.pairs)
         if self.pairs:
-            output = [*output]
+            output = [(name, x.detach()) for name, x in map(checked_pair, output)]
         self.output = _copied(Message.of(output if keep else None, Packer))
         self._end()
 
@@ -547,8 +551,10 @@ class LocalValue(LocalBatch):
         return 1
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
-        output = self._output(timeout)
-        return iter(output) if self.reference.pairs else output
+        made, output = self.reference, self._output(timeout)
+        if made.pairs and not made.passed:
+            raise TypeError(ONLY_PASSED.format(made.title))
+        return iter(output) if made.pairs else output
 
 
 @dataclass(frozen=True)
@@ -689,7 +695,13 @@ class InlineWorkerGroup(WorkerGroup[W]):
     def _submit(self, hosts: Ranks, request: Request, calls: Sequence[Call | None]) -> Pending:
         hosts.check_current()
         by_rank = Outbox(calls, Packer, lambda message, ranks: _copied(message)).by_rank
-        sent = {id(out): _reader(out, request) for out in by_rank if out is not None}
+        different = {id(out): out for out in by_rank if out is not None}
+        for one in origins([late for out in different.values() for late in out.futures]):
+            if isinstance(one, LocalValue) and one.reference.pairs:
+                if one.reference.passed:
+                    raise SendError(READ_BEFORE.format(one.title, one.rank))
+                one.reference.passed = True
+        sent = {key: _reader(out, request) for key, out in different.items()}
         made = {
             rank: InlineReference(hosts, hosts.infos[rank], request.role, request.method)
             for rank, out in enumerate(by_rank)

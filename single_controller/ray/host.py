@@ -37,7 +37,7 @@ from single_controller.ray.failure import CallDroppedError
 from single_controller.ray.message import Head, Packer, opened, packed_value, read
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, identify, log_tail
 from single_controller.ray.shelf import Kept, Shelf, Untouched, in_thread
-from single_controller.ray.stream import Offer, made
+from single_controller.ray.stream import Offer, made, reading_pairs
 
 __all__ = ["AsyncHost", "Host", "HostInfo", "HostPlace"]
 
@@ -178,13 +178,14 @@ class Host:
         try:
             began = now_ns()
             kept, rank = self._claimed(head), self._context.rank
-            args, kwargs = read(head, message, parts, kept, rank)
-            read_ns = began, now_ns()
-            if self._turns.any:
-                self._turns.take(head.role)
-            untouched = Untouched(args, kwargs) if head.reads_only else None
-            with running(head.mark, head.title, read_ns) if head.mark else _UNTRACED:
-                output = getattr(self._workers[head.role], head.method)(*args, **kwargs)
+            with reading_pairs() as opened:
+                args, kwargs = read(head, message, parts, kept, rank, opened)
+                read_ns = began, now_ns()
+                if self._turns.any:
+                    self._turns.take(head.role)
+                untouched = Untouched(args, kwargs) if head.reads_only else None
+                with running(head.mark, head.title, read_ns) if head.mark else _UNTRACED:
+                    output = getattr(self._workers[head.role], head.method)(*args, **kwargs)
             self._shelf.check_lent(head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -213,12 +214,14 @@ class Host:
         kept, reply, title = self._shelf.publication(token), None, ""
         try:
             pairs, title = kept.pairs()
+            if self._turns.any:
+                self._turns.take(title.rpartition(".")[0])
             steps = made(pairs, title, offer)
             while True:
-                reply = ray.get(steps.send(reply))
+                reply = ray.get(steps.send(reply)[1])
         except StopIteration as end:
             return int(end.value)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             role, _, method = title.rpartition(".")
             raise self._failure(role, method, error) from None
 
@@ -360,16 +363,17 @@ class AsyncHost(Host):
         place: Kept | None,
     ) -> Any:
         began, rank = now_ns(), self._context.rank
-        if parts or not isinstance(message, Message) or message.held:
-            args, kwargs = await in_thread(read, head, message, parts, kept, rank)
-        else:
-            args, kwargs = read(head, message, parts, kept, rank)
-        read_ns = began, now_ns()
-        untouched = Untouched(args, kwargs) if head.reads_only else None
         try:
-            with running(head.mark, head.title, read_ns):
-                output = method(*args, **kwargs)
-                output = await output if inspect.isawaitable(output) else output
+            with reading_pairs() as opened:
+                if parts or not isinstance(message, Message) or message.held:
+                    args, kwargs = await in_thread(read, head, message, parts, kept, rank, opened)
+                else:
+                    args, kwargs = read(head, message, parts, kept, rank, opened)
+                read_ns = began, now_ns()
+                untouched = Untouched(args, kwargs) if head.reads_only else None
+                with running(head.mark, head.title, read_ns):
+                    output = method(*args, **kwargs)
+                    output = await output if inspect.isawaitable(output) else output
             self._shelf.check_lent(head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         finally:
@@ -392,10 +396,10 @@ class AsyncHost(Host):
             pairs, title = kept.pairs()
             steps = made(pairs, title, offer)
             while True:
-                reply = await steps.send(reply)
+                reply = await steps.send(reply)[1]
         except StopIteration as end:
             return int(end.value)
-        except Exception as error:
+        except BaseException as error:
             role, _, method = title.rpartition(".")
             raise self._failure(role, method, error) from None
         finally:

@@ -125,8 +125,10 @@ def read(
     parts: Sequence[Any],
     kept: Mapping[tuple[str, int], Any],
     rank: int,
+    opened: list[Any],
 ) -> tuple[list[Any], dict[str, Any]]:
-    """A call's arguments on a rank, all here; `kept` are the results of this process among them.
+    """A call's arguments on a rank, all here; `kept` are the results of this process among them,
+    and `opened` gets the iterators.
 
     Raises:
         What reading them raises.
@@ -145,7 +147,7 @@ def read(
         late = [one for part in read_parts if isinstance(part, list) for one in part]
         for origin in origins(late):
             if hasattr(origin, "home"):
-                origin.kept, origin.reader = kept.get(origin.home), rank
+                origin.kept, origin.reader, origin.opened = kept.get(origin.home), rank, opened
         return arguments(message, read_parts, arrived)
 
 

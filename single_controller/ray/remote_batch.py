@@ -18,9 +18,22 @@ reads what) in the order in which the driver sent them. A task waits for earlier
 queue, for earlier calls whose rows it needs to know, and for what else it reads. All of these were
 sent before it: for a call, first the task that weighs, then the publications that wait for it, then
 the one that resolves; and all after the calls that make the batches. So the first unfinished task
-waits for nothing. A host on an event loop runs more than its first task at a time, and waits for no
-more: a call's turn comes after earlier calls have started, what waits for others does so in threads
-of their own, and only calls and releases have a turn.
+waits for nothing.
+
+Pairs that are yielded are made and read at the same time, by tasks that wait for each other. So all
+that is sent for a call that reads what comes later is sent together, under one lock: what must be
+published, then the tasks that make pairs, then the call. Take the first of these calls that has not
+ended. What its tasks find before them in their queues was sent for earlier ones, or waits for
+nothing but its own queue; so all get their turn, and then wait only for each other. None stands
+before another of them: a process that makes pairs for others either makes them in the very call
+that reads them, or is refused if it reads any. Two streams of one process are made one after the
+other; that all ranks read them in this order is left to the user, and so are drivers that pass
+pairs to and fro between the same groups at the same time.
+
+A host on an event loop runs more than its first task at a time, and waits for no more: a call's
+turn comes after earlier calls have started, what waits for others does so in threads of their own,
+and only calls, releases and the tasks that make pairs have a turn. A method that reads pairs in the
+loop itself stops it meanwhile: what makes them must not wait for what is awaited there.
 """
 
 from __future__ import annotations
@@ -38,7 +51,14 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from single_controller.base.dispatch import padding_setting
-from single_controller.base.message import Message, Outbox, Outgoing, packed
+from single_controller.base.message import (
+    ONLY_PASSED,
+    READ_BEFORE,
+    Message,
+    Outbox,
+    Outgoing,
+    packed,
+)
 from single_controller.base.method import Pending, Request
 from single_controller.base.plan import Call, Handle, origins
 from single_controller.base.trace import mark
@@ -58,14 +78,14 @@ from single_controller.ray.hosts import RayHosts, later
 from single_controller.ray.message import LARGE, SMALL, Answer, Head, Packer, sealed
 from single_controller.ray.placement import check_started
 from single_controller.ray.shelf import Kept
-from single_controller.ray.stream import Offer, borrowed, made_here
+from single_controller.ray.stream import Offer, Pairs, borrowed, made_here
 
 if TYPE_CHECKING:
     from protocol import DataProtoFuture
     from protocol.batches import Batch
 
-# Held while a call and those that make what it reads are sent: or two could wait for each other.
-_pairing = threading.Lock()
+# Held while a call and what it needs of others are sent: or two could wait for each other.
+_together = threading.RLock()
 Columns: TypeAlias = "tuple[tuple[str, ...], bool] | None"  # which, and whether all must be there
 # By rank how many rows there are, 1 for a value of any kind, None for no batch; or the value
 # itself, where it came along with the answer.
@@ -104,39 +124,39 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
     different = {id(out): out for out in outbox.by_rank if out is not None}
     # Before any is sent: ranks whose peers get no call would wait for them.
     routes = _Routes([(out, ranks[key]) for key, out in different.items()], hosts, request, began)
-    letters = {
-        key: (placed(out, len(ranks[key])), routes.parts(out)) for key, out in different.items()
-    }
-    made = RemoteCall(hosts, request, began)
     padding, answering = padding_setting(), frozenset(request.answers)
     sites, callables = hosts.sites(request.role, request.method), hosts.callables(request.title)
     lent = hosts.lent()
     alike: dict[Any, Any] = {}  # the same for ranks that are told the same
-    pairing = _pairing if routes.streams else contextlib.nullcontext()
-    with pairing, routes.meeting(made), hosts.sending_a_call() as refs:
-        for rank, outgoing in enumerate(outbox.by_rank):
-            if outgoing is None:
-                continue
-            head = Head(
-                request.role,
-                request.method,
-                request.materialize,
-                request.reads_only,
-                rank in answering,
-                request.opens,
-                hosts.turn(rank),
-                made.token if request.deferred and rank in answering else None,
-                tuple(routes.claims.get(rank, ())),
-                mark(request.record.number, hosts) if request.record.number else None,
-                padding,
-                request.bucket_bytes is not None and request.deferred,
-                lent,
-            )
-            key = id(outgoing), head
-            if key not in alike:
-                alike[key] = sealed(head, *letters[id(outgoing)])
-            refs.append(callables[rank].remote(*alike[key]))
-            made.sent(sites[rank], refs[-1], head.turn)
+    with routes.together():
+        letters = {
+            key: (placed(out, len(ranks[key])), routes.parts(out)) for key, out in different.items()
+        }
+        made = RemoteCall(hosts, request, began)
+        with routes.meeting(made), hosts.sending_a_call() as refs:
+            for rank, outgoing in enumerate(outbox.by_rank):
+                if outgoing is None:
+                    continue
+                head = Head(
+                    request.role,
+                    request.method,
+                    request.materialize,
+                    request.reads_only,
+                    rank in answering,
+                    request.opens,
+                    hosts.turn(rank),
+                    made.token if request.deferred and rank in answering else None,
+                    tuple(routes.claims.get(rank, ())),
+                    mark(request.record.number, hosts) if request.record.number else None,
+                    padding,
+                    request.bucket_bytes is not None and request.deferred,
+                    lent,
+                )
+                key = id(outgoing), head
+                if key not in alike:
+                    alike[key] = sealed(head, *letters[id(outgoing)])
+                refs.append(callables[rank].remote(*alike[key]))
+                made.sent(sites[rank], refs[-1], head.turn)
     routes.sent(made)
     made.publish_ahead()
     return made
@@ -259,10 +279,7 @@ class RemoteCall(Pending):
         """
         hold = self._checked_hold()
         if self.request.bucket_bytes is not None:
-            raise TypeError(
-                f"what {self.request.title} yields goes in buckets, from process to process: pass "
-                "the handle to a method of a group, which gets an iterator of the pairs"
-            )
+            raise TypeError(ONLY_PASSED.format(self.request.title))
         key = rank, columns, lends
         with self._lock:
             if not ahead:
@@ -319,6 +336,12 @@ class RemoteCall(Pending):
         if len(hold.sizes) == 1:
             sizes = partial(_if_ready, hosts, hold.sizes, self._lock)
             self.record.count_later("bytes_between", sizes)
+
+    def check_unread(self, rank: int) -> None:
+        """Raise SendError where what a rank yields was passed on before."""
+        self._checked_hold()
+        if rank in self.streamed:
+            raise SendError(READ_BEFORE.format(self.request.title, rank))
 
     def stream(self, rank: int, offer: Offer) -> Any:
         """Have a rank make what it yields for others; the reference to its task."""
@@ -467,6 +490,7 @@ class RemoteBatch:
         self._rows, self.offer, self.columns = rows, offer, columns
         self.kept: Kept | None = None
         self.reader = -1  # the rank that reads it, in the process where it is
+        self.opened: list[Pairs] | None = None  # by the call that reads it
         self.session: Any = None  # in which it was pinned
 
     @property
@@ -561,13 +585,18 @@ class RemoteBatch:
             batch = select_keys(batch, *self.columns)
         return batch if whole else lend_rows(batch, start, stop)
 
-    def _pairs(self, offer: Offer) -> Iterator[tuple[str, Any]]:
+    def _pairs(self, offer: Offer) -> Pairs:
         from protocol.wire import reading
 
-        how = reading()
+        if self.opened is None:
+            raise SendError(f"what {self.title} yields was passed twice, and can be read once")
         if self.kept is None:
-            return borrowed(offer, self.reader, how)
-        return made_here(*self.kept.pairs(), offer, how)
+            found = borrowed(offer, self.reader, reading())
+        else:
+            found = made_here(*self.kept.pairs(), offer, reading())
+        self.opened.append(found)
+        self.opened = None
+        return found
 
     def _check_there(self) -> None:
         if self.session not in (None, session()):
@@ -675,16 +704,23 @@ class _Routes:
     ) -> None:
         self.claims: dict[int, dict[tuple[str, int], None]] = {}  # by rank: what it has itself
         self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
-        self.streams: list[tuple[RemoteBatch, Offer, int | None]] = []  # and who makes it itself
+        self._streams: list[tuple[RemoteBatch, Offer, int | None]] = []  # and who reads its own
         self._parts: dict[int, Any] = {}  # by id of what is sent: its futures
         self._called = [(out, ranks) for out, ranks in called if out.futures]
         self._hosts, self._request = hosts, request
-        if self._called:
-            self._plan(began)
+        self._futures = {id(future): future for out, _ in self._called for future in out.futures}
+        self._known = _learn_rows([*self._futures.values()], request, began)
 
-    def _plan(self, began: float) -> None:
-        futures = {id(future): future for out, _ in self._called for future in out.futures}
-        known = _learn_rows([*futures.values()], self._request, began)
+    @contextlib.contextmanager
+    def together(self) -> Generator[None]:
+        """Within this context the call is sent; what it needs of others is."""
+        with _together if self._called else contextlib.nullcontext():
+            if self._called:
+                self._plan()
+            yield
+
+    def _plan(self) -> None:
+        futures, known = self._futures, self._known
         if known:
             futures = {key: future.resolved() for key, future in futures.items()}
         lists = [[futures[id(future)] for future in out.futures] for out, _ in self._called]
@@ -694,6 +730,7 @@ class _Routes:
             for batch in _remote(read):
                 readers[batch.key].append(i)
         offers, perhaps = self._offers(batches, readers, known)
+        self._check_streams()
         first = self._hosts.handles[self._called[0][1][0]]
         if perhaps:
             reading = [(ranks, read) for (_, ranks), read in zip(self._called, lists, strict=True)]
@@ -722,12 +759,12 @@ class _Routes:
             call, rank, offers[key] = batch.call, batch.site.rank, batch.offer
             if call is None or batch.came:
                 continue
+            if call.request.bucket_bytes is not None:
+                offers[key] = self._stream(batch)
+                continue
             here = call.hosts is hosts and number.get(rank) in readers[key]
             if here:
                 self.claims.setdefault(rank, {})[batch.home] = None
-            if call.request.bucket_bytes is not None:
-                offers[key] = self._stream(batch, rank if here else None)
-                continue
             others = partial(self._others, readers[key], rank if here else None)
             if next(others(), None) is None and not keeps:
                 continue
@@ -740,28 +777,50 @@ class _Routes:
                 offers[key] = call.publish(*where)
         return offers, perhaps
 
-    def _stream(self, batch: RemoteBatch, here: int | None) -> Offer:
+    def _stream(self, batch: RemoteBatch) -> Offer:
         """How all ranks that are passed the handle read what is yielded, together."""
-        call, rank, source = batch.call, batch.site.rank, batch.home
+        call, rank = batch.call, batch.site.rank
         assert call is not None
         size = call.request.bucket_bytes
         assert size is not None
-        if rank in call.streamed:
+        call.check_unread(rank)
+        if not self._request.materialize:
             raise SendError(
-                f"what {batch.title} yields on rank {rank} was passed on before, and can be read "
-                "once: call it again"
+                f"{self._request.title} is registered with materialize_futures=False, and what "
+                f"{batch.title} yields is read in the call that it is passed to"
             )
         passed = [
             i
             for i, (out, _) in enumerate(self._called)
             if any(one.key == batch.key for one in _remote(out.futures))
         ]
-        others = tuple(self._others(passed, here))
+        ranks = {reader for i in passed for reader in self._called[i][1]}
+        here = rank if call.hosts is self._hosts and rank in ranks else None
+        others = tuple(sorted(ranks - {here}))
+        if here is not None:
+            self.claims.setdefault(rank, {})[batch.home] = None
         lends = bool(others) and call.can_lend(rank, self._hosts, others)
-        relay = call.hosts.relay() if others else None
-        offer = Offer(source, relay, others, size, lends)
-        self.streams.append((batch, offer, here))
+        offer = Offer(batch.home, call.hosts.relay() if others else None, others, size, lends)
+        self._streams.append((batch, offer, here))
         return offer
+
+    def _check_streams(self) -> None:
+        """Raise SendError where a process would have to read before it has made what others read
+        with it.
+        """
+        infos = self._hosts.infos
+        read = {
+            r for _, offer, here in self._streams for r in (*offer.readers, here) if r is not None
+        }
+        reading = {(infos[rank].node_ip, infos[rank].pid) for rank in read}
+        for batch, _, here in self._streams:
+            site = batch.site
+            if here is None and (site.node_ip, site.pid) in reading:
+                raise SendError(
+                    f"rank {site.rank} of {batch.title} is to read what another rank yields, and "
+                    "to make for others what it does not read itself: pass it that, too, or send "
+                    "one call after another"
+                )
 
     def _others(self, numbers: Iterable[int], rank: int | None) -> Iterator[int]:
         return (other for i in numbers for other in self._called[i][1] if other != rank)
@@ -781,18 +840,16 @@ class _Routes:
     def meeting(self, made: RemoteCall) -> Generator[None]:
         """Within this context readers of streams are sent their call; the makers have theirs."""
         makers: list[Any] = []
-        for batch, offer, here in self.streams:
-            call, rank = batch.call, batch.site.rank
-            assert call is not None
-            call.streamed.add(rank)
-            makers.append(call.stream(rank, offer) if offer.at and here is None else None)
         try:
+            for batch, offer, here in self._streams:
+                assert batch.call is not None
+                batch.call.streamed.add(batch.site.rank)
+                alone = offer.at is None or here is not None
+                makers.append(None if alone else batch.call.stream(batch.site.rank, offer))
             yield
         finally:
-            calls: dict[int, Any] = {}
-            for site, ref in zip(made.sites, made.refs, strict=True):
-                calls[site.rank] = site, [ref]
-            for (batch, offer, here), ref in zip(self.streams, makers, strict=True):
+            calls = {s.rank: (s, [ref]) for s, ref in zip(made.sites, made.refs, strict=False)}
+            for (batch, offer, here), ref in zip(self._streams, makers, strict=False):
                 if offer.at is not None:
                     maker = (batch.site, [ref]) if here is None else calls.get(here)
                     readers = [calls[rank] for rank in offer.readers if rank in calls]

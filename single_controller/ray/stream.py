@@ -7,30 +7,34 @@ one is begun when all readers are done with the one before the last. Whoever fai
 with its cause; the relay sees the end of each by the reference to its call.
 
 All readers must read what they are passed, and several streams in the same order: a maker waits for
-the slowest of its readers.
+the slowest of its readers. One that ends its call early is not waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+import contextlib
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import ray
 
-from single_controller.base.message import Message
+from single_controller.base.message import Message, checked_pair
 from single_controller.errors import SharedMemoryWriteError
-from single_controller.ray.failure import CallSite, raised, translate
+from single_controller.ray.failure import CallSite, get_ours, raised, translate
 from single_controller.ray.message import SMALL, Packer
 from single_controller.ray.shelf import in_thread, version
 
-__all__ = ["Offer", "borrowed", "made", "made_here", "relay"]
+__all__ = ["Offer", "Pairs", "borrowed", "made", "made_here", "reading_pairs", "relay"]
 
 _Pair: TypeAlias = "tuple[str, Any]"
 _Key: TypeAlias = "tuple[str, int]"
 _Watched: TypeAlias = "tuple[CallSite, list[Any]]"  # a call, and its reference, which stays one
+
+
+_LATE = 100  # streams that have ended: what was sent before may come after
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,19 @@ class _Stream:
             self.changed.notify_all()
             await self.changed.wait_for(holds)
 
-    async def note(self) -> None:
-        await self.until(lambda: True)
+    def end(self, error: Exception | None = None) -> None:
+        if self.error is None:
+            self.error, self.over = error, True
 
 
 class _Relay:
     """Where makers leave buckets for their readers."""
 
     def __init__(self) -> None:
+        # Ray warns of a `ray.get` that would block the loop; the one here waits in a thread.
+        ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
         self._streams: dict[_Key, _Stream] = defaultdict(_Stream)
+        self._ended: deque[_Key] = deque()
 
     async def give(self, key: _Key, at: int, bucket: Any, readers: Sequence[int]) -> bool:
         """Leave bucket number `at`, and wait for room for the next; whether anyone wants that."""
@@ -79,7 +87,7 @@ class _Relay:
             return [] if stream.over else [r for r in readers if r not in stream.gone]
 
         def room() -> bool:
-            done = min((stream.done[reader] for reader in reading()), default=at)
+            done = min((stream.done[reader] for reader in reading()), default=at + 1)
             for old in [number for number in stream.buckets if number < done]:
                 del stream.buckets[old]
             return done >= at
@@ -87,23 +95,21 @@ class _Relay:
         await stream.until(room)
         return bool(reading())
 
-    async def take(self, key: _Key, at: int) -> Any:
-        """Bucket number `at`, once it is there; None behind the last. Raises what ended it."""
+    async def take(self, key: _Key, at: int, reader: int) -> Any:
+        """Bucket number `at`, once it is there, for a reader that is done with those before; None
+        behind the last. Raises what ended it.
+        """
         stream = self._streams[key]
+        stream.done[reader] = at
         await stream.until(lambda: at in stream.buckets or stream.over)
         if stream.error is not None:
             raise stream.error
         return stream.buckets.get(at)
 
-    async def done(self, key: _Key, reader: int, count: int) -> None:
-        """A reader is done with so many buckets."""
-        self._streams[key].done[reader] = count
-        await self._streams[key].note()
-
     async def end(self, key: _Key, count: int, readers: Sequence[int]) -> None:
         """There were so many buckets; wait until readers are done with all of them."""
         stream = self._streams[key]
-        stream.over = True
+        stream.end()
         await stream.until(
             lambda: (
                 stream.error is not None
@@ -126,11 +132,17 @@ class _Relay:
                 if ref in reading:
                     stream.gone.add(reading[ref])
                 elif not (error or stream.over or stream.gone >= {*offer.readers}):
-                    error = RuntimeError("it has ended, and not sent its last bucket")
-                if error is not None and stream.error is None:
-                    stream.error, stream.over = translate(error, site), True
-                await stream.note()
-        del self._streams[offer.key]
+                    error = RuntimeError(
+                        "it has ended, and not made all that other ranks read, too"
+                    )
+                if error is not None:
+                    stream.end(translate(error, site))
+                await stream.until(lambda: True)
+        stream.end()
+        stream.buckets.clear()
+        self._ended.append(offer.key)
+        if len(self._ended) > _LATE:
+            del self._streams[self._ended.popleft()]
 
 
 def _first(refs: list[Any]) -> Any:
@@ -150,16 +162,19 @@ class _Bucket:
         self.pairs: list[_Pair] = []
         self.size = 0
         self._title, self._versions = title, list[int]()
+        self._sent: Message | None = None  # with what others map
 
     def add(self, name: str, tensor: Any) -> None:
         self.pairs.append((name, tensor.detach()))
         self._versions.append(version(tensor))
         self.size += tensor.nbytes
 
-    def message(self, lends: bool) -> Message:
-        """What others get of it."""
+    def give(self, at: int, offer: Offer) -> tuple[Any, int]:
+        """Leave it for others: the relay's answer, and the bytes."""
         self.check()
-        return Message.of(self.pairs, Packer, lends=lends)
+        self._sent = message = Message.of(self.pairs, Packer, lends=offer.lends)
+        packed = message if message.size < SMALL else [ray.put(message)]
+        return offer.at.give.remote(offer.key, at, packed, offer.readers), message.size
 
     def check(self) -> None:
         """Raise SharedMemoryWriteError where a tensor was written to since it was made."""
@@ -170,103 +185,138 @@ class _Bucket:
             )
 
 
-def _buckets(pairs: Any, most: int, title: str) -> Iterator[_Bucket]:
+def _buckets(pairs: Any, most: int, title: str) -> Generator[_Bucket]:
     """So many bytes at most in each, but for tensors that are larger."""
-    import torch
-
     bucket = _Bucket(title)
-    try:
+    with contextlib.closing(pairs):
         for pair in pairs:
-            named = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
-            if not (named and isinstance(pair[1], torch.Tensor)):
-                raise TypeError(
-                    f"{title} must yield pairs of a name and a tensor, to be sent in buckets; got "
-                    f"{pair if isinstance(pair, str | int | float) else type(pair).__name__}"
-                )
-            if bucket.pairs and bucket.size + pair[1].nbytes > most:
+            name, tensor = checked_pair(pair)
+            if bucket.pairs and bucket.size + tensor.nbytes > most:
                 yield bucket
                 bucket = _Bucket(title)
-            bucket.add(*pair)
+            bucket.add(name, tensor)
         if bucket.pairs:
             yield bucket
-    finally:
-        pairs.close()
 
 
-def _given(bucket: _Bucket, at: int, offer: Offer) -> tuple[Any, Message]:
-    message = bucket.message(offer.lends)
-    packed = message if message.size < SMALL else [ray.put(message)]
-    return offer.at.give.remote(offer.key, at, packed, offer.readers), message
-
-
-def made(pairs: Any, title: str, offer: Offer) -> Generator[Any, Any, int]:
-    """Send all pairs, in steps: each is a reference, whose value is to be sent back. Returns the
-    bytes that were moved.
+def made(
+    pairs: Any, title: str, offer: Offer, here: bool = False
+) -> Generator[tuple[list[_Pair], Any], Any, int]:
+    """Make all buckets, until nobody wants more. Each comes with the relay's answer: its value is
+    to be sent back, or False where there is none. `here`: they are also read in this process.
+    Returns the bytes that were moved.
 
     Raises:
         TypeError: what is yielded are no pairs. SharedMemoryWriteError: it was written to since.
         What making them raises.
     """
-    moved, count, wanted = 0, 0, True
-    alive: list[tuple[_Bucket, Message]] = []  # also what others map
-    buckets = _buckets(pairs, offer.bucket_bytes, title)
-    while wanted and (bucket := next(buckets, None)) is not None:
-        given, message = _given(bucket, count, offer)
-        count, moved = count + 1, moved + message.size
-        alive.append((bucket, message))
-        del bucket, message
-        wanted = yield given
-        for old, _ in alive[:-1]:
-            old.check()
-        del alive[:-1]
-    if wanted:
-        yield offer.at.end.remote(offer.key, count, offer.readers)
-        for old, _ in alive:
-            old.check()
+    moved, count, others = 0, 0, offer.at is not None
+    before: _Bucket | None = None
+    with contextlib.closing(_buckets(pairs, offer.bucket_bytes, title)) as buckets:
+        for bucket in buckets:
+            given, size = bucket.give(count, offer) if others else (None, 0)
+            count, moved = count + 1, moved + size
+            others = yield bucket.pairs, given
+            if before is not None:
+                before.check()
+            before = bucket
+            if not (others or here):
+                return moved
+    yield [], offer.at.end.remote(offer.key, count, offer.readers) if others else None
+    if before is not None:
+        before.check()
     return moved
 
 
-def made_here(pairs: Any, title: str, offer: Offer, how: str) -> Iterator[_Pair]:
-    """The pairs, in the process that makes them; others get them, too, and also those that the
-    reader here does not want any more.
+class Pairs(Iterator[_Pair]):
+    """What a reader gets; it ends with the call that it was passed to. `others`: some read the same
+    buckets, and wait for these to be made.
     """
-    count, others, here = 0, offer.at is not None, True
-    for bucket in _buckets(pairs, offer.bucket_bytes, title):
-        given: Any = None
-        if others:
-            given, _lent = _given(bucket, count, offer)
-        count += 1
-        try:
-            for name, tensor in bucket.pairs if here else ():
-                yield name, tensor if how == "view" else tensor.clone()
-        except GeneratorExit:
-            here = False
-        others = others and bool(ray.get(given))
-        bucket.check()
-        if not (others or here):
-            return
-    if others:
-        ray.get(offer.at.end.remote(offer.key, count, offer.readers))
+
+    def __init__(
+        self,
+        buckets: Generator[tuple[list[_Pair], bool]],
+        others: bool = False,
+        copies: bool = False,
+    ) -> None:
+        self._buckets, self._others, self._copies = buckets, others, copies
+        self._pairs: list[_Pair] = []  # the next one is the last
+        self._ended = False
+
+    def __next__(self) -> _Pair:
+        if self._ended:
+            raise RuntimeError(
+                "what is sent in buckets is read in the call that it was passed to, and that has "
+                "ended"
+            )
+        while not self._pairs:
+            self._pairs, self._others = next(self._buckets)
+        name, tensor = self._pairs.pop()
+        return name, tensor.clone() if self._copies else tensor
+
+    def finish(self) -> None:
+        """Let others have what is not read here."""
+        self._ended, self._pairs = True, []
+        while self._others:
+            _, self._others = next(self._buckets, ([], False))
+
+    def close(self) -> None:
+        """Make no more of them."""
+        self._ended, self._pairs = True, []
+        self._buckets.close()
 
 
-def borrowed(offer: Offer, reader: int, how: Any) -> Iterator[_Pair]:
+@contextlib.contextmanager
+def reading_pairs() -> Generator[list[Pairs]]:
+    """Within this context a call reads those in the list, and later nobody can."""
+    found: list[Pairs] = []
+    try:
+        yield found
+        for pairs in found:
+            pairs.finish()
+    finally:
+        for pairs in found:
+            pairs.close()
+
+
+def made_here(pairs: Any, title: str, offer: Offer, how: Any) -> Pairs:
+    """The pairs, in the process that makes them, for others, too."""
+
+    def buckets() -> Generator[tuple[list[_Pair], bool]]:
+        reply: Any = None
+        steps = made(pairs, title, offer, here=True)
+        with contextlib.closing(steps), contextlib.suppress(StopIteration):
+            while True:
+                found, given = steps.send(reply)
+                yield found[::-1], given is not None
+                reply = given is not None and ray.get(given)
+
+    return Pairs(buckets(), offer.at is not None, copies=how != "view")
+
+
+def borrowed(offer: Offer, reader: int, how: Any) -> Pairs:
     """The pairs, in another process.
 
     Raises:
         WorkerError: the maker failed, or another reader.
     """
-    from protocol.device_memory import settle
+
+    def buckets() -> Generator[tuple[list[_Pair], bool]]:
+        from protocol.device_memory import settle
+
+        take, count = offer.at.take.remote, 0
+        while (packed := get_ours(take(offer.key, count, reader), None)) is not None:
+            yield _opened(packed, how), False
+            del packed
+            settle()
+            count += 1
+
+    return Pairs(buckets())
+
+
+def _opened(packed: Any, how: Any) -> list[_Pair]:
     from protocol.wire import read_as
 
-    count, coming = 0, offer.at.take.remote(offer.key, 0)
-    while (packed := ray.get(coming)) is not None:
-        coming = offer.at.take.remote(offer.key, count + 1)
-        message = packed if isinstance(packed, Message) else ray.get(packed[0])
-        with read_as(how):
-            pairs = message.read()[::-1]
-        del packed, message
-        while pairs:
-            yield pairs.pop()
-        settle()
-        count += 1
-        offer.at.done.remote(offer.key, reader, count)
+    message = packed if isinstance(packed, Message) else ray.get(packed[0])
+    with read_as(how):
+        return message.read()[::-1]  # type: ignore[no-any-return]
