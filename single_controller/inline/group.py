@@ -378,7 +378,7 @@ class InlineReference(InProcess):
     def _returned(self, output: Any, keep: bool) -> None:
         output = checked_output(output, self.pairs)
         if self.pairs:
-            output = [(name, x.detach()) for name, x in map(checked_pair, output)]
+            output = [(name, x.detach().clone()) for name, x in map(checked_pair, output)]
         self.output = _copied(Message.of(output if keep else None, Packer))
         self._end()
 

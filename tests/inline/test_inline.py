@@ -368,3 +368,20 @@ def test_the_fixture_makes_groups_and_closes_them(inline_group: InlineGroups) ->
     for group in (actor, both.a):
         with pytest.raises(GroupBrokenError, match="the group is closed"):
             group.name()
+
+
+class Refilling(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def pieces(self) -> Any:
+        buffer = torch.zeros(2)
+        for i in range(3):
+            yield str(i), buffer.fill_(i)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load(self, pieces: Any) -> list[float]:
+        return [float(tensor[0]) for _, tensor in pieces]
+
+
+def test_what_is_yielded_arrives_as_it_was_then() -> None:
+    with InlineWorkerGroup(ResourcePool([1]), ClassWithInitArgs(Refilling)) as group:
+        assert group.load(group.pieces()[0]) == [[0.0, 1.0, 2.0]]
