@@ -168,7 +168,7 @@ class _Mapped:
         if self._told is not lender:
             self._told = lender
             _, _, number, alive, anchor = lender
-            for old in [n for n in self.storages if n < number and n not in alive]:
+            for old in [n for n in [*self.storages] if n < number and n not in alive]:
                 self.storages.pop(old, None)
             self._map(anchor)
         return self._map(shared)
@@ -185,6 +185,7 @@ class _Mapped:
 
 
 _NO_COUNTER = b"/no/counter"  # a name that no file there can have: torch counts nothing down
+_mapping = threading.Lock()
 _lenders: dict[str, _Mapped] = {}
 _borrowed: list[tuple[ref[torch.Tensor], int]] = []  # and which device was current
 
@@ -218,9 +219,10 @@ def borrow(
         return torch.empty_strided(shape, steps, dtype=dtype, device=here)
     pid, name, *_ = lender
     try:
-        if name not in _lenders:
-            _lenders[name] = _Mapped(pid, name)
-        storage = _lenders[name].storage(lender, shared)
+        with _mapping:
+            if name not in _lenders:
+                _lenders[name] = _Mapped(pid, name)
+            storage = _lenders[name].storage(lender, shared)
     except RuntimeError as error:
         raise BatchError(
             f"device memory of process {pid} cannot be mapped here: that process, which made what "
@@ -244,7 +246,7 @@ def settle() -> None:
         del _borrowed[: len(seen)]
         _borrowed.extend(one for one in seen if one[0]() is not None)  # of calls that go on
         for lender in [*_lenders.values()]:
-            for number in [n for n, (_, stays) in lender.storages.items() if not stays]:
+            for number in [n for n, (_, stays) in [*lender.storages.items()] if not stays]:
                 lender.storages.pop(number, None)
 
 

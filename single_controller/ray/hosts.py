@@ -84,7 +84,8 @@ class RayHosts(Generation):
         self._caller = uuid.uuid4().hex
         self._turns = None if ordered else [0] * len(self.handles)
         self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
-        self._noting = threading.Lock()  # held for `broken` and `_running`, never while waiting
+        # Held for `broken`, `_running` and `_lent`, never while waiting.
+        self._noting = threading.Lock()
         self._relay: Any = None
         self._lent: list[_Loan] = []
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
@@ -165,13 +166,15 @@ class RayHosts(Generation):
 
     def lend(self, loan: _Loan) -> None:
         """Note what calls that may not have ended read in the memory of these hosts."""
-        if loan not in self._lent:
-            self._lent.append(loan)
+        with self._noting:
+            if loan not in self._lent:
+                self._lent.append(loan)
 
     def lent(self) -> tuple[str, ...]:
         """The tokens of results that calls read there which have not ended."""
-        self._lent = [loan for loan in self._lent if loan.lasts()]
-        return tuple([loan.token for loan in self._lent])
+        with self._noting:
+            self._lent = [loan for loan in self._lent if loan.lasts()]
+            return tuple([loan.token for loan in self._lent])
 
     def relay(self) -> Any:
         """The relay of what its ranks send in buckets."""

@@ -363,7 +363,7 @@ class RemoteCall(Pending):
     def lent_to(self, refs: Iterable[Any]) -> None:
         """Keep the memory at least until these calls have ended."""
         assert self._hold is not None
-        self._hold.borrowers = list(dict.fromkeys([*self._hold.borrowers, *refs]))
+        self._hold.lend(refs)
         self.hosts.lend(self._hold)
 
 
@@ -402,6 +402,7 @@ class _Hold:
         self.publications = dict.fromkeys(request.answers, 0)  # by rank: how many tasks were sent
         self.published: dict[tuple[int, Columns, bool], Any] = {}
         self.sizes: list[Any] = []  # of publications: references to bytes, not counted yet
+        self._lock = threading.Lock()
         self.borrowers: list[Any] = []
         self.unread = set[tuple[int, Columns, bool]]()  # published ahead, and nobody asked
 
@@ -422,19 +423,26 @@ class _Hold:
             for rank, count in self.publications.items() if not hosts.ended else ():
                 hosts.handles[rank].release.remote(self.token, count, hosts.turn(rank))
 
+    def lend(self, refs: Iterable[Any]) -> None:
+        """Note calls that borrow."""
+        with self._lock:
+            self.borrowers = list(dict.fromkeys([*self.borrowers, *refs]))
+
     def lasts(self) -> bool:
         """Whether a call that borrows has not ended."""
-        if self.borrowers and not self._hosts.gone:
-            count = len(self.borrowers)
-            _, left = ray.wait(self.borrowers, num_returns=count, timeout=0, fetch_local=False)
-            self.borrowers = left
-        return bool(self.borrowers)
+        with self._lock:
+            if self.borrowers and not self._hosts.gone:
+                count = len(self.borrowers)
+                _, left = ray.wait(self.borrowers, num_returns=count, timeout=0, fetch_local=False)
+                self.borrowers = left
+            return bool(self.borrowers)
 
     def _release_after(self) -> None:
         borrowers = self.borrowers
         with contextlib.suppress(Exception):  # the cluster is gone
             ray.wait(borrowers, num_returns=len(borrowers), timeout=None, fetch_local=False)
-        self.borrowers = []
+        with self._lock:
+            self.borrowers = []
         later(self.release)
 
 
