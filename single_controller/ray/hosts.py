@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 from weakref import finalize
 
 import ray
@@ -53,15 +53,6 @@ _GONE_S = 10.0
 _HARVEST_S = 10.0
 
 
-class _Loan(Protocol):
-    """A result in device memory that other processes read."""
-
-    token: str
-
-    def lasts(self) -> bool:
-        """Whether a call that reads it has not ended."""
-
-
 class RayHosts(Generation):
     """Handles of the processes that were started together, or attached to, one per rank."""
 
@@ -87,7 +78,7 @@ class RayHosts(Generation):
         # Held for `broken`, `_running` and `_lent`, never while waiting.
         self._noting = threading.Lock()
         self._relay: Any = None
-        self._lent: list[_Loan] = []
+        self._lent: list[Any] = []  # results in device memory that other processes read
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
         if _started.acquire(blocking=False):  # here, since no garbage collection may start it
@@ -164,7 +155,7 @@ class RayHosts(Generation):
         self._turns[rank] = number + 1
         return self._caller, number
 
-    def lend(self, loan: _Loan) -> None:
+    def lend(self, loan: Any) -> None:
         """Note what calls that may not have ended read in the memory of these hosts."""
         with self._noting:
             if loan not in self._lent:

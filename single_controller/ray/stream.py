@@ -171,8 +171,11 @@ class _Bucket:
 
     def give(self, at: int, offer: Offer) -> tuple[Any, int]:
         """Leave it for others: the relay's answer, and the bytes."""
+        from protocol.wire import Tensors
+
         self.check()
-        self._sent = message = Message.of(self.pairs, Packer, lends=offer.lends)
+        names, tensors = zip(*self.pairs, strict=True)
+        self._sent = message = Message.of((names, Tensors(tensors)), Packer, lends=offer.lends)
         packed = message if message.size < SMALL else [ray.put(message)]
         return offer.at.give.remote(offer.key, at, packed, offer.readers), message.size
 
@@ -317,6 +320,7 @@ def borrowed(offer: Offer, reader: int, how: Any) -> Pairs:
 def _opened(packed: Any, how: Any) -> list[_Pair]:
     from protocol.wire import read_as
 
-    message = packed if isinstance(packed, Message) else ray.get(packed[0])
+    message: Any = packed if isinstance(packed, Message) else ray.get(packed[0])
     with read_as(how):
-        return message.read()[::-1]  # type: ignore[no-any-return]
+        names, tensors = message.read()
+    return [*zip(names, tensors, strict=True)][::-1]
