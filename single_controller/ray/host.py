@@ -178,7 +178,7 @@ class Host:
         try:
             began = now_ns()
             kept, rank = self._claimed(head), self._context.rank
-            with reading_pairs() as opened:
+            with reading_pairs() if parts else contextlib.nullcontext([]) as opened:
                 args, kwargs = read(head, message, parts, kept, rank, opened)
                 read_ns = began, now_ns()
                 if self._turns.any:
@@ -186,7 +186,8 @@ class Host:
                 untouched = Untouched(args, kwargs) if head.reads_only else None
                 with running(head.mark, head.title, read_ns) if head.mark else _UNTRACED:
                     output = getattr(self._workers[head.role], head.method)(*args, **kwargs)
-            self._shelf.check_lent(head.lent, head.title)
+            if head.lent:
+                self._shelf.check_lent(head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             if place is not None:
@@ -364,7 +365,7 @@ class AsyncHost(Host):
     ) -> Any:
         began, rank = now_ns(), self._context.rank
         try:
-            with reading_pairs() as opened:
+            with reading_pairs() if parts else contextlib.nullcontext([]) as opened:
                 if parts or not isinstance(message, Message) or message.held:
                     args, kwargs = await in_thread(read, head, message, parts, kept, rank, opened)
                 else:
@@ -374,7 +375,8 @@ class AsyncHost(Host):
                 with running(head.mark, head.title, read_ns):
                     output = method(*args, **kwargs)
                     output = await output if inspect.isawaitable(output) else output
-            self._shelf.check_lent(head.lent, head.title)
+            if head.lent:
+                self._shelf.check_lent(head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         finally:
             _settle()
