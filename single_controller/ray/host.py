@@ -42,6 +42,7 @@ from single_controller.ray.stream import Offer, made, reading_pairs
 __all__ = ["AsyncHost", "Host", "HostInfo", "HostPlace"]
 
 _UNTRACED = contextlib.nullcontext()
+_NO_PAIRS: Any = contextlib.nullcontext([])
 _TOLD_S = 1.0  # how long the answer to a call that asks for the end of a process may take
 _OURS = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
 
@@ -178,7 +179,7 @@ class Host:
         try:
             began = now_ns()
             kept, rank = self._claimed(head), self._context.rank
-            with reading_pairs() if parts else contextlib.nullcontext([]) as opened:
+            with reading_pairs() if parts else _NO_PAIRS as opened:
                 args, kwargs = read(head, message, parts, kept, rank, opened)
                 read_ns = began, now_ns()
                 if self._turns.any:
@@ -365,7 +366,7 @@ class AsyncHost(Host):
     ) -> Any:
         began, rank = now_ns(), self._context.rank
         try:
-            with reading_pairs() if parts else contextlib.nullcontext([]) as opened:
+            with reading_pairs() if parts else _NO_PAIRS as opened:
                 if parts or not isinstance(message, Message) or message.held:
                     args, kwargs = await in_thread(read, head, message, parts, kept, rank, opened)
                 else:
