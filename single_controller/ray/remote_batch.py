@@ -57,6 +57,7 @@ from single_controller.base.message import (
     Message,
     Outbox,
     Outgoing,
+    how_to_read,
     packed,
 )
 from single_controller.base.method import Pending, Request
@@ -133,7 +134,8 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
             key: (placed(out, len(ranks[key])), routes.parts(out)) for key, out in different.items()
         }
         made = RemoteCall(hosts, request, began)
-        with routes.meeting(made), hosts.sending_a_call() as refs:
+        meeting = routes.meeting(made) if routes.streams else contextlib.nullcontext()
+        with meeting, hosts.sending_a_call() as refs:
             for rank, outgoing in enumerate(outbox.by_rank):
                 if outgoing is None:
                     continue
@@ -594,14 +596,12 @@ class RemoteBatch:
         return batch if whole else lend_rows(batch, start, stop)
 
     def _pairs(self, offer: Offer) -> Pairs:
-        from protocol.wire import reading
-
         if self.opened is None:
             raise SendError(f"what {self.title} yields was passed twice, and can be read once")
         if self.kept is None:
-            found = borrowed(offer, self.reader, reading())
+            found = borrowed(offer, self.reader, how_to_read())
         else:
-            found = made_here(*self.kept.pairs(), offer, reading())
+            found = made_here(*self.kept.pairs(), offer, how_to_read())
         self.opened.append(found)
         self.opened = None
         return found
@@ -712,7 +712,7 @@ class _Routes:
     ) -> None:
         self.claims: dict[int, dict[tuple[str, int], None]] = {}  # by rank: what it has itself
         self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
-        self._streams: list[tuple[RemoteBatch, Offer, int | None]] = []  # and who reads its own
+        self.streams: list[tuple[RemoteBatch, Offer, int | None]] = []  # and who reads its own
         self._parts: dict[int, Any] = {}  # by id of what is sent: its futures
         self._called = [(out, ranks) for out, ranks in called if out.futures]
         self._hosts, self._request = hosts, request
@@ -809,7 +809,7 @@ class _Routes:
             self.claims.setdefault(rank, {})[batch.home] = None
         lends = bool(others) and call.can_lend(rank, self._hosts, others)
         offer = Offer(batch.home, call.hosts.relay() if others else None, others, size, lends)
-        self._streams.append((batch, offer, here))
+        self.streams.append((batch, offer, here))
         return offer
 
     def _check_streams(self) -> None:
@@ -818,10 +818,10 @@ class _Routes:
         """
         infos = self._hosts.infos
         read = {
-            r for _, offer, here in self._streams for r in (*offer.readers, here) if r is not None
+            r for _, offer, here in self.streams for r in (*offer.readers, here) if r is not None
         }
         reading = {(infos[rank].node_ip, infos[rank].pid) for rank in read}
-        for batch, _, here in self._streams:
+        for batch, _, here in self.streams:
             site = batch.site
             if here is None and (site.node_ip, site.pid) in reading:
                 raise SendError(
@@ -849,7 +849,7 @@ class _Routes:
         """Within this context readers of streams are sent their call; the makers have theirs."""
         makers: list[Any] = []
         try:
-            for batch, offer, here in self._streams:
+            for batch, offer, here in self.streams:
                 assert batch.call is not None
                 batch.call.streamed.add(batch.site.rank)
                 alone = offer.at is None or here is not None
@@ -857,7 +857,7 @@ class _Routes:
             yield
         finally:
             calls = {s.rank: (s, [ref]) for s, ref in zip(made.sites, made.refs, strict=False)}
-            for (batch, offer, here), ref in zip(self._streams, makers, strict=False):
+            for (batch, offer, here), ref in zip(self.streams, makers, strict=False):
                 if offer.at is not None:
                     maker = (batch.site, [ref]) if here is None else calls.get(here)
                     readers = [calls[rank] for rank in offer.readers if rank in calls]

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,16 @@ class AsyncStreams(Streams):
         return [(name, float(x[0]), x.numel()) for name, x in pairs]
 
 
+@contextmanager
+def two_ranks(cls: type[Streams]) -> Iterator[Any]:
+    """A group in processes of its own."""
+    with (
+        RayResourcePool([2], cpus_per_process=0.1) as pool,
+        RayWorkerGroup(pool, RayClassWithInitArgs(cls), call_timeout_s=60) as group,
+    ):
+        yield group
+
+
 @pytest.fixture(scope="module")
 def roles(cluster: None) -> Iterator[Colocated]:
     with (
@@ -300,19 +311,13 @@ def maker(roles: Colocated) -> Any:
 
 @pytest.fixture(scope="module")
 def reader(cluster: None) -> Iterator[Any]:
-    with (
-        RayResourcePool([2], cpus_per_process=0.1) as pool,
-        RayWorkerGroup(pool, RayClassWithInitArgs(Streams), call_timeout_s=60) as group,
-    ):
+    with two_ranks(Streams) as group:
         yield group
 
 
 @pytest.fixture(scope="module")
 def on_a_loop(cluster: None) -> Iterator[Any]:
-    with (
-        RayResourcePool([2], cpus_per_process=0.1) as pool,
-        RayWorkerGroup(pool, RayClassWithInitArgs(AsyncStreams), call_timeout_s=60) as group,
-    ):
+    with two_ranks(AsyncStreams) as group:
         yield group
 
 
