@@ -676,7 +676,7 @@ def register(
         execute_mode: whether all ranks run the method or only rank 0.
         blocking: whether a call waits for its result. Otherwise it returns at once, and what the
             method returns stays with its worker: behind a `DataProtoFuture` (modes that join
-            batches), or behind `Handle`s in the shape of the result.
+            batches), or behind a `Handle` for each output, in the shape of the result.
         materialize_futures: whether the worker gets what a `DataProtoFuture` or a `Handle` stands
             for, or these themselves.
         uneven: let shards differ by one row, so that any batch fits any number of ranks.
