@@ -7,17 +7,13 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import importlib.util
-import logging
 import os
-import select
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cached_property
 from importlib.machinery import ModuleSpec
 from types import FrameType
@@ -51,9 +47,6 @@ NO_BATCH = (
     "{role}.{method} returned no batch, and its mode joins the ranks' outputs to one: return a "
     "DataProto or TensorDict"
 )
-_ALONE_S = 10.0  # how long ranks that meet without rank 0 wait for it to import torch
-_MODULE = "torch.distributed.rendezvous"
-_logger = logging.getLogger(__name__)
 _ENVIRONMENT = {  # variable → field of the context
     "RANK": "rank",
     "WORLD_SIZE": "world_size",
@@ -332,11 +325,14 @@ class Worker:
 
 
 class Rendezvous:
-    """A port held in rank 0's process, and the store that listens on it.
+    """A port that rank 0's process keeps for torch, from before anyone is told of it.
 
-    The socket is bound at once, so that no other program can take the port between its choice
-    and its use; torch is needed only once a rank comes to the store. `port` 0 lets the system
-    choose; with `port_range`, `[first, last]`, it is the first free one of these.
+    It is bound and does not listen: nobody else can have it, but who says, as torch's store does,
+    that addresses may be in use already. `port` 0 lets the system choose; with `port_range`,
+    `[first, last]`, it is the first free one of these.
+
+    Raises:
+        ResourceError: no such port is free.
     """
 
     def __init__(
@@ -346,14 +342,11 @@ class Rendezvous:
         ports = [port] if port_range is None else range(port_range[0], port_range[-1] + 1)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._store: Any = None
-        self._started = threading.Event()
         for candidate in ports:
             with contextlib.suppress(OSError, OverflowError):
                 self._socket.bind(("", candidate))
-                # From here on: nobody else could bind it, and torch can as soon as it is closed.
+                # Not sooner, or another group could be given the same port.
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                self._socket.listen(2048)
                 self.port: int = self._socket.getsockname()[1]
                 return
         self._socket.close()
@@ -362,59 +355,14 @@ class Rendezvous:
             f"{asked} cannot be bound on {address}: name a free port, or none to have one chosen"
         )
 
+    def hand_over(self) -> None:
+        """Let torch listen there. Other systems than Linux need the port to be free for that."""
+        if sys.platform != "linux":
+            self.close()
+
     def close(self) -> None:
-        """Give the port back, unless a store serves it."""
+        """Give the port back."""
         self._socket.close()
-
-    def serve(self) -> None:
-        """Let ranks join a store from now on. It starts as soon as this process has torch: before
-        rank 0's own code can ask torch for one, which finds this one then, since both are
-        `multi_tenant`. Workers that never meet need no torch, which takes seconds to import.
-        """
-        module = sys.modules.get(_MODULE)
-        if hasattr(module, "TCPStore"):
-            self._start(module)
-        else:
-            sys.meta_path.insert(0, OnImport(_MODULE, self._start))
-            threading.Thread(target=self._fetch_torch, daemon=True, name="rendezvous").start()
-
-    def _start(self, module: Any) -> None:
-        made = module.TCPStore
-
-        def join(*args: Any, **kwargs: Any) -> Any:
-            """Leave the store to torch once rank 0 joins it: it ends with their group, so that
-            ranks can meet again, where what they wrote here first would lead them astray.
-            """
-            store = made(*args, **kwargs)
-            if store.port == self.port and kwargs.get("is_master", True in args[3:4]):
-                module.TCPStore, self._store = made, None
-            return store
-
-        here = "::1" if self._socket.family == socket.AF_INET6 else "127.0.0.1"
-        how: Any = {"is_master": True, "wait_for_workers": False, "timeout": timedelta(minutes=5)}
-        listening = self._socket.detach()
-        try:
-            self._store = made(
-                here, self.port, master_listen_fd=listening, multi_tenant=True, **how
-            )
-        except Exception:  # not to be raised by whoever imports torch; rank 0 binds the port anew
-            _logger.exception("the store that ranks meet in could not start")
-            with contextlib.suppress(OSError):
-                os.close(listening)
-        else:
-            module.TCPStore = join
-        self._started.set()
-
-    def _fetch_torch(self) -> None:
-        """Import torch where ranks come to the store and this rank's own code does not. While that
-        code does, this waits: two threads that import it at once may dead-lock.
-        """
-        waiting = select.poll()
-        waiting.register(self._socket, select.POLLIN)
-        waiting.poll()
-        self._started.wait(_ALONE_S)
-        if "torch" not in sys.modules:
-            importlib.import_module("torch")
 
 
 class OnImport(importlib.abc.MetaPathFinder):

@@ -123,7 +123,7 @@ class Host:
         os.environ.pop(AGENT_STORE, None)  # where torchrun has started Ray
         os.environ.update(self._context.environment())
         if self._rendezvous is not None:
-            self._rendezvous.serve()
+            self._rendezvous.hand_over()
         self._kind = kind
         self._identity = identify(kind, self._context.local_rank, self._process.node_id)
         if self._identity is not None and self._context.local_rank:
