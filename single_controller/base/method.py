@@ -23,8 +23,6 @@ __all__ = [
     "MethodBinding",
     "Pending",
     "Request",
-    "callers_signature",
-    "shown",
 ]
 
 
@@ -151,13 +149,13 @@ class MethodBinding:
 
     def __init__(self, name: str, function: Callable[..., Any], spec: MethodSpec) -> None:
         self.name, self.function, self.spec, self.mode = name, function, spec, spec.mode()
-        self.signature = callers_signature(function)
-        self.shown = shown(self.signature)
+        self.signature = _callers_signature(function)
+        self.shown = _shown(self.signature)
 
 
-def callers_signature(method: Any, follow_wrapped: bool = True) -> inspect.Signature:
+def _callers_signature(method: Any) -> inspect.Signature:
     """The signature of a method as its callers see it, without `self`."""
-    signature = inspect.signature(method, follow_wrapped=follow_wrapped)
+    signature = inspect.signature(method)
     parameters = list(signature.parameters.values())
     if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
         del parameters[0]  # self
@@ -166,7 +164,7 @@ def callers_signature(method: Any, follow_wrapped: bool = True) -> inspect.Signa
     return signature.replace(parameters=parameters)
 
 
-def shown(signature: inspect.Signature) -> str:
+def _shown(signature: inspect.Signature) -> str:
     """A signature as its author wrote it: `(batch: DataProto) -> DataProto`."""
 
     def bare(annotation: Any) -> Any:

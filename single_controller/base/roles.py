@@ -6,20 +6,17 @@ Starting processes, and options of the processes, are left to the backends.
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec
 
 from single_controller.base.explain import Explanation, GroupTable
-from single_controller.base.method import callers_signature, shown
 from single_controller.base.plan import ResourcePool
 from single_controller.base.trace import StatsTable
 from single_controller.base.worker import Worker, WorkerContext, building
 from single_controller.device import Turns
-from single_controller.errors import RegistrationError, UnknownRoleError
+from single_controller.errors import RegistrationError
 
 if TYPE_CHECKING:
     from typing_extensions import Self, TypeVar
@@ -39,7 +36,6 @@ __all__ = [
     "FusedWorker",
     "RoleSpec",
     "build_roles",
-    "check_constructors",
     "create_fused_worker_cls",
     "has_async_method",
     "restore_hooks",
@@ -157,24 +153,6 @@ def worker_class(cls: Any, role: str) -> type[Worker]:
     return cls
 
 
-def check_constructors(roles: Mapping[str, RoleSpec]) -> None:
-    """Refuse arguments that a constructor would not take, with a RegistrationError; one whose
-    parameters cannot be told, as under a decorator, takes any.
-    """
-    for role, spec in roles.items():
-        init: Any = spec.cls.__init__
-        if not inspect.isfunction(init) or type(spec.cls).__call__ is not type.__call__:
-            continue
-        signature = callers_signature(init, follow_wrapped=False)
-        try:
-            signature.bind(*spec.args, **spec.kwargs)
-        except TypeError as error:
-            takes = shown(signature.replace(return_annotation=signature.empty))
-            raise RegistrationError(
-                f"role {role!r} cannot be built: {spec.cls.__name__}{takes}: {error}"
-            ) from None
-
-
 def has_async_method(roles: Mapping[str, RoleSpec]) -> bool:
     """Whether any role has an `async def` method."""
     methods = (getattr(role.cls, name, None) for role in roles.values() for name in dir(role.cls))
@@ -232,27 +210,14 @@ class Colocated:
 
     @classmethod
     def of(cls, roles: Colocated) -> Self:
-        """`roles`, as a value of this type, whose annotations are the views of its roles:
+        """`roles`, as type checkers see them: a value of this type, whose annotations are the views
+        of its roles.
 
             class Team(Colocated):
                 actor: ActorGroup  # class ActorGroup(GroupView, Actor): ...
 
             team = Team.of(colocate(pool, actor=Actor))
-
-        Raises:
-            RegistrationError: a role is missing, or of another worker class than its view.
         """
-        try:
-            views = get_type_hints(cls)
-        except NameError:  # classes of a function, which nobody outside can look up
-            views = dict(cls.__annotations__)
-        for role, view in views.items():
-            if role not in roles.roles:
-                raise RegistrationError(
-                    f"{cls.__name__} has the role {role!r}; there are {list(roles.roles)}"
-                )
-            if isinstance(view, type):
-                roles.roles[role]._check_view(view)
         made: Any = roles
         return made  # type: ignore[no-any-return]
 
@@ -270,15 +235,10 @@ class Colocated:
         """What a call would do, without calling: `explain("actor.update", batch)`.
 
         Raises:
-            UnknownRoleError: there is no such role. What `WorkerGroup.explain` raises.
+            AttributeError: there is no such role. What `WorkerGroup.explain` raises.
         """
         role, _, method = method_name.rpartition(".")
-        if role not in self.roles:
-            raise UnknownRoleError(
-                f"explain needs a role and its method, as {next(iter(self.roles), 'role')}.update; "
-                f"got {method_name!r}, and the roles are {list(self.roles)}"
-            )
-        told: Explanation = self.roles[role].explain(method, *args, **kwargs)
+        told: Explanation = getattr(self, role).explain(method, *args, **kwargs)
         return told
 
     def stacks(self) -> dict[int, str]:
@@ -309,18 +269,17 @@ class Colocated:
 class Colocate:
     """Starts one process per process of a pool, with every role in it.
 
+        team = colocate(pool, actor=Actor, critic=RayClassWithInitArgs(Critic, 0.1), detached=True)
+        team.actor.update(batch)
+
     Args:
         pool: where the processes go.
-        bin_pack … max_restarts: as for the backend's `group`, `RayWorkerGroup` or
-            `InlineWorkerGroup`.
-        roles: by name, a worker class, or the backend's `spec` where it takes arguments:
-            `RayClassWithInitArgs` or `ClassWithInitArgs`.
-
-    Returns:
-        An object with a group per role: `colocate(pool, actor=Actor).actor.update(batch)`.
+        given: by name, roles and options. A role is a worker class, or where it takes arguments
+            the backend's `spec` of it: `RayClassWithInitArgs` or `ClassWithInitArgs`. The options
+            are those of the backend's `group`, `RayWorkerGroup` or `InlineWorkerGroup`.
 
     Raises:
-        ValueError: a role has the name of an option, or of an attribute of what is returned.
+        ValueError: a role has the name of an attribute of what is returned.
         RegistrationError: a role is no worker class. What the `group` raises.
     """
 
@@ -328,48 +287,12 @@ class Colocate:
     classes: Callable[[Mapping[str, ClassWithInitArgs]], ClassWithInitArgs]
     spec: Callable[[Any], ClassWithInitArgs]
 
-    def __call__(
-        self,
-        pool: ResourcePool | None = None,
-        *,
-        bin_pack: bool = True,
-        name_prefix: str | None = None,
-        detached: bool = False,
-        device_name: str | None = None,
-        worker_env: Mapping[str, str] | None = None,
-        master_addr: str | None = None,
-        master_port: int | None = None,
-        master_port_range: Sequence[int] | None = None,
-        startup_timeout_s: float = 600,
-        call_timeout_s: float | None = None,
-        on_failure: str = "raise",
-        max_restarts: int = 3,
-        **roles: ClassWithInitArgs | type[Worker],
-    ) -> Colocated:
-        options = {name: value for name, value in locals().items() if name not in ("self", "roles")}
-        specs = {}
-        for name, role in {**options, **roles}.items():
-            found = self._spec(role)
-            taken = name in options or hasattr(Colocated, name) or name in ("hosts", "roles")
-            if taken and (found is not None or name in roles):
-                has = "colocate has that option" if name in options else "every Colocated has that"
-                raise ValueError(f"a role cannot be called {name!r}: {has}")
-            if found is not None:
-                specs[name] = found
-            elif name in roles:
-                close = difflib.get_close_matches(name, options, n=1)
-                hint = f": did you mean {close[0]!r}?" if close else "."
-                raise RegistrationError(
-                    f"role {name!r} needs a subclass of single_controller.base.Worker, or "
-                    f"{self.spec.__name__}(cls, ...); got {role!r}{hint} "
-                    f"Options are {', '.join(options)}"
-                )
-        return Colocated(self.group(options.pop("pool"), self.classes(specs), **options), specs)
-
-    def _spec(self, role: Any) -> ClassWithInitArgs | None:
-        """What to start for a role; None for what is no worker class."""
-        with contextlib.suppress(RegistrationError):
-            made = role if isinstance(role, ClassWithInitArgs) else self.spec(role)
-            made.roles()
-            return made
-        return None
+    def __call__(self, pool: ResourcePool | None = None, **given: Any) -> Colocated:
+        roles = {name: value for name, value in given.items() if callable(value)}
+        options = {name: value for name, value in given.items() if name not in roles}
+        for name, role in roles.items():
+            if hasattr(Colocated, name) or name in ("hosts", "roles"):
+                raise ValueError(f"a role cannot be called {name!r}: every Colocated has that")
+            if not isinstance(role, ClassWithInitArgs):
+                roles[name] = self.spec(role)
+        return Colocated(self.group(pool, self.classes(roles), **options), roles)

@@ -50,7 +50,6 @@ from single_controller.base.roles import (
     RoleSpec,
     W,
     build_roles,
-    check_constructors,
     create_fused_worker_cls,
     has_async_method,
     restore_hooks,
@@ -655,7 +654,6 @@ class InlineWorkerGroup(WorkerGroup[W]):
         if not pool.world_size:
             raise ValueError("process_on_nodes must name the processes of at least one node")
         roles = ray_cls_with_init.roles()
-        check_constructors(roles)
         start = partial(
             Ranks,
             pool,

@@ -17,7 +17,7 @@ import ray
 from single_controller.base.explain import Carrier
 from single_controller.base.hosts import Hosts, RestartPolicy
 from single_controller.base.plan import Call
-from single_controller.base.roles import Colocate, W, check_constructors
+from single_controller.base.roles import Colocate, W
 from single_controller.base.worker_group import WorkerGroup
 from single_controller.device import CPU
 from single_controller.errors import RegistrationError
@@ -129,7 +129,6 @@ class RayWorkerGroup(WorkerGroup[W]):
                 master_port_range=master_port_range,
                 startup_timeout_s=startup_timeout_s,
             )
-            check_constructors(recipe.spec.roles)
             hosts = Hosts(recipe.start(), partial(recipe.start, restored=True), policy)
             if not detached:
                 end_when_dropped(hosts)

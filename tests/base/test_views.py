@@ -61,14 +61,6 @@ class Team(Colocated):
     actor: ActorGroup
 
 
-class OtherTeam(Colocated):
-    actor: OtherGroup
-
-
-class LargeTeam(Team):
-    critic: OtherGroup
-
-
 def test_register_returns_the_function_itself() -> None:
     assert inspect.isfunction(Actor.update)
     assert inspect.isfunction(Base.where)
@@ -103,22 +95,11 @@ def test_a_view_of_another_worker_class_is_refused(inline_group: InlineGroups) -
             view.of(group)
 
 
-def test_roles_are_viewed_as_a_team_whose_members_are_checked(inline_group: InlineGroups) -> None:
+def test_roles_are_viewed_as_a_team(inline_group: InlineGroups) -> None:
     roles = inline_group.colocate(2, actor=ClassWithInitArgs(Actor))
     team = Team.of(roles)
     assert team is roles
     assert team.actor.where(1) == [1, 2]
-    with pytest.raises(RegistrationError, match="OtherGroup is a view of groups of Other; this"):
-        OtherTeam.of(roles)
-    with pytest.raises(RegistrationError, match=r"has the role 'critic'; there are \['actor'\]"):
-        LargeTeam.of(roles)
-
-    class Local(GroupView, Actor): ...
-
-    class LocalTeam(Colocated):
-        actor: Local
-
-    assert LocalTeam.of(roles).actor.where(1) == [1, 2]
 
 
 def test_help_completion_and_signature_are_the_workers(inline_group: InlineGroups) -> None:

@@ -3,11 +3,9 @@ started or sent."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
-import ray
 
 from single_controller import (
     ClassWithInitArgs,
@@ -19,7 +17,7 @@ from single_controller import (
     trace,
 )
 from single_controller import ray as on_ray
-from single_controller.inline import InlineWorkerGroup, colocate
+from single_controller.inline import InlineWorkerGroup
 from single_controller.ray import placement
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -47,14 +45,6 @@ def test_an_option_that_no_call_could_use_is_refused_by_name(
         InlineWorkerGroup(ResourcePool([1]), ClassWithInitArgs(Worker), **options)
     with pytest.raises(error, match=match):
         on_ray_group(**options)
-
-
-@pytest.mark.parametrize("option", ["call_timeout_s", "startup_timeout_s"])
-def test_colocate_refuses_what_groups_refuse(option: str) -> None:
-    for make in (colocate, on_ray.colocate):
-        pool = ResourcePool([1]) if make is colocate else on_ray.RayResourcePool([1])
-        with pytest.raises(ValueError, match=f"{option} must be seconds"):
-            make(pool, actor=Worker, **{option: "x"})  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -136,62 +126,3 @@ def test_a_trace_keeps_at_least_one_span_in_a_file_of_its_own() -> None:
             trace("never_written.json", capacity=capacity)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"os\.PathLike"):
         trace(5)  # type: ignore[arg-type]
-
-
-class Named(Worker):
-    def __init__(self, name: str, *, size: int = 1) -> None: ...
-
-
-def forgiving(function: Any) -> Any:
-    @functools.wraps(function)
-    def init(self: Any, *_: Any, **__: Any) -> None:
-        function(self, "x")
-
-    return init
-
-
-class Forgiving(Worker):
-    @forgiving
-    def __init__(self, name: str) -> None: ...
-
-
-class Doubled(type):
-    def __call__(cls, *args: Any) -> Any:
-        return super().__call__(*args, *args)
-
-
-class Twice(Worker, metaclass=Doubled):
-    def __init__(self, a: int, b: int) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "match"),
-    [
-        (("a",), {"zz": 1}, "got an unexpected keyword argument 'zz'"),
-        ((), {}, "missing a required argument: 'name'"),
-        (("a", 2), {}, "too many positional arguments"),
-    ],
-)
-@pytest.mark.parametrize("remote", [False, True])
-def test_what_a_constructor_does_not_take_is_refused_before_anything_is_started(
-    monkeypatch: pytest.MonkeyPatch, args: Any, kwargs: Any, match: str, remote: bool
-) -> None:
-    monkeypatch.setattr(placement.ray, "is_initialized", lambda: False)
-    cls: Any = ray.remote(Named) if remote else Named
-    one: Any = on_ray.RayClassWithInitArgs(cls, *args, **kwargs)
-    known = r"Named\(name: str, \*, size: int = 1\): "
-    for role, made in {"Named": one, "a": on_ray.create_colocated_worker_cls({"a": one})}.items():
-        for start in (
-            lambda made=made: on_ray.RayWorkerGroup(on_ray.RayResourcePool([1]), made),
-            lambda made=made: InlineWorkerGroup(None, made),
-        ):
-            with pytest.raises(
-                RegistrationError, match=f"role '{role}' cannot be built: {known}{match}"
-            ):
-                start()
-
-
-@pytest.mark.parametrize("spec", [(Forgiving, "a", 2), (Twice, 1), (Named, "a"), (Worker,)])
-def test_a_constructor_whose_parameters_cannot_be_told_is_left_to_the_worker(spec: Any) -> None:
-    with InlineWorkerGroup(None, ClassWithInitArgs(*spec)) as group:
-        assert type(group.workers[0]) is spec[0]

@@ -21,7 +21,6 @@ from single_controller.cli.port import ported
 from single_controller.ray import (
     RayResourcePool,
     RayWorkerGroup,
-    colocate,
 )
 from tests.compat.verl_names import BEGIN, here
 
@@ -121,8 +120,6 @@ def test_every_option_is_documented_with_its_default() -> None:
     )
     assert pool == taken(RayResourcePool)
     assert {**both, **group} == taken(RayWorkerGroup)
-    colocated = taken(colocate)
-    assert both == {name: colocated[name] for name in colocated if name not in ("pool", "roles")}
     assert method == taken(register)
     assert call == taken(BoundMethod.options)
 
