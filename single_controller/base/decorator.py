@@ -47,7 +47,6 @@ from single_controller.base.plan import Call, Handle, Layout, Plan
 from single_controller.errors import DispatchError, RegistrationError, check_seconds
 
 if TYPE_CHECKING:
-    import torch
     from typing_extensions import Required, Self, Unpack
 
     from protocol import DataProtoFuture
@@ -460,7 +459,6 @@ class GroupMethod(Protocol[P, G_co]):
         *,
         timeout_s: float | None = None,
         ranks: Iterable[int] | None = None,
-        map_location: torch.device | str | None = None,
         bucket_bytes: int | None = None,
     ) -> GroupMethod[P, G_co]: ...
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, TypeAlias
 
-from single_controller.base.plan import Call, Handle, Layout, Plan, is_late
+from single_controller.base.plan import Call, Handle, Layout, Plan, holds_late
 
 __all__ = [
     "Carrier",
@@ -89,7 +89,7 @@ class Carrier:
 
     def way(self, value: Any) -> str:
         """In a few words, how an argument travels."""
-        return "fetched by the rank" if is_late(value) else "by value"
+        return "fetched by the rank" if holds_late(value) else "by value"
 
     def size(self, value: Any) -> int | None:
         """The bytes of an argument on its way; None where that cannot be told."""
@@ -181,7 +181,7 @@ def explain_arguments(
         for name, value in _named(call, signature)
     ]
     values = {id(value): value for *_, value in sent}
-    late = {key for key, value in values.items() if is_late(value)}
+    late = {key for key, value in values.items() if holds_late(value)}
     padding = None if late else plan.padding
     sizes = {key: None if key in late else carrier.size(v) for key, v in values.items()}
     ranks_of: dict[int, dict[int, None]] = {}

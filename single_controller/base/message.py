@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
-from single_controller.base.plan import NESTS, Call, Handle, PerRank, is_future, is_late, replaced
+from single_controller.base.plan import Call, PerRank, is_late
 from single_controller.errors import SendError, SingleControllerError
 
 __all__ = [
@@ -39,8 +39,9 @@ __all__ = [
     "packed",
 ]
 
-# What a value holds and its pickle does not: functions that pickle calls can be told in no way.
-held: ContextVar[Sequence[Any]] = ContextVar("held")
+# What a value holds and its pickle does not, and what has arrived for what was late: functions that
+# pickle calls can be told in no way.
+held: ContextVar[tuple[Sequence[Any], Sequence[Any]]] = ContextVar("held")
 _TINY = 1_000  # characters
 
 ONLY_PASSED = (
@@ -52,32 +53,37 @@ READ_BEFORE = (
 )
 
 
-def _take(at: int) -> Any:
-    return held.get()[at]
+def _take(of: int, at: int) -> Any:
+    return held.get()[of][at]
 
 
 class Packing:
-    """Makes a pickler leave `kept` values out of the pickle, and lets `protocol.wire` pack tensors
-    and batches wherever they are.
+    """Makes a pickler leave `kept` values out of the pickle, and futures and handles too where they
+    are to go into a list, `late`; lets `protocol.wire` pack tensors and batches wherever they are.
 
     That is imported when the first one is met: a worker that has none needs not wait for it.
     """
 
     kept: tuple[type, ...] = ()
 
-    def __init__(self, file: io.BytesIO, lends: bool = False) -> None:
+    def __init__(
+        self, file: io.BytesIO, lends: bool = False, late: list[Any] | None = None
+    ) -> None:
         self.buffers: list[Any] = []
         self.held: list[Any] = []
         self.sent: Any = None
-        self._lends = lends
+        self.late, self._lends = late, lends
         super().__init__(file, protocol=5, buffer_callback=self.buffers.append)  # type: ignore[call-arg]
 
     def without(self, value: Any) -> Any:
         """The reduction of a value that is left out."""
         self.held.append(value)
-        return _take, (len(self.held) - 1,)
+        return _take, (0, len(self.held) - 1)
 
     def reducer_override(self, value: Any) -> Any:
+        if self.late is not None and is_late(value):
+            self.late.append(value)
+            return _take, (1, len(self.late) - 1)
         if isinstance(value, self.kept) and value is not _take:
             return self.without(value)
         ours = is_packed(value)
@@ -160,8 +166,9 @@ class Message:
         """The bytes that leave with it."""
         return len(self.data) + sum(memoryview(buffer).nbytes for buffer in self.buffers)
 
-    def read(self) -> Any:
-        """The value, in memory of the reader's own, or as it asked (`protocol.wire.read_as`).
+    def read(self, late: Sequence[Any] = ()) -> Any:
+        """The value, in memory of the reader's own, or as it asked (`protocol.wire.read_as`), with
+        what has arrived for what was `late`.
 
         Raises:
             What reading it raises.
@@ -171,7 +178,7 @@ class Message:
             buffers = list(buffers)
             for i in self.foreign:
                 buffers[i] = bytearray(memoryview(buffers[i]))
-        token = held.set(self.held)
+        token = held.set((self.held, late))
         try:
             return pickle.loads(self.data, buffers=buffers)
         finally:
@@ -191,15 +198,15 @@ class Part(NamedTuple):
     at: int
 
 
-# A call's values; the names by which the last go; which are batches in which `Part`s stand for what
-# all rows share; and which have handles in them, in whose places are `Part`s.
-_Body: TypeAlias = "tuple[tuple[Any, ...], tuple[str, ...], tuple[int, ...], tuple[int, ...]]"
-NOTHING = Message(pickle.dumps(((), (), (), ())))  # of a call without values
+# A call's values; the names by which the last go; and which are batches in which `Part`s stand for
+# what all rows share.
+_Body: TypeAlias = "tuple[tuple[Any, ...], tuple[str, ...], tuple[int, ...]]"
+NOTHING = Message(pickle.dumps(((), (), ())))  # of a call without values
 
 
 class Outgoing(NamedTuple):
-    """What the ranks that are called alike get: a message, its parts, and futures and handles to go
-    too. `size` are the bytes of the message's own values.
+    """What the ranks that are called alike get: a message, its parts, and what was left out of it:
+    `futures` and handles. `size` are the bytes of the message's own values.
     """
 
     message: Message
@@ -228,7 +235,6 @@ class Outbox:
     ) -> None:
         self._packer = packer
         self.stored: dict[int, tuple[Any, int]] = {}  # by id: the part, and the number in it
-        self._late = set[int]()  # ids of values that futures or handles are in
         groups: dict[Any, int] = {}
         at = [None if c is None else groups.setdefault(_key(c), len(groups)) for c in calls]
         different: list[Call] = []
@@ -250,15 +256,12 @@ class Outbox:
         for number, call in enumerate(calls):
             for value in call.values():
                 for item in (value, *_shared_values(value).values()):
-                    if _is_tiny(item):
+                    if _is_tiny(item) or is_late(item):
                         continue
-                    if is_late(item):
-                        self._late.add(id(item))
-                    else:
-                        values[id(item)] = item
-                        of = readers.setdefault(id(item), [])
-                        if of[-1:] != [number]:
-                            of.append(number)
+                    values[id(item)] = item
+                    of = readers.setdefault(id(item), [])
+                    if of[-1:] != [number]:
+                        of.append(number)
         together: dict[tuple[int, ...], list[Any]] = {}
         for key, of in readers.items():
             if len(of) > 1 or counts[of[0]] > 1:
@@ -266,46 +269,35 @@ class Outbox:
         for calls_of, found in together.items():
             within = {id(item) for value in found for item in _shared_values(value).values()}
             found = [value for value in found if id(value) not in within]
-            message = packed(tuple(found), self._packer)
-            part = share(message, sum(counts[number] for number in calls_of))
+            late: list[Any] = []
+            message = packed(tuple(found), self._packer, late=late)
+            ranks = sum(counts[number] for number in calls_of)
+            part = None if late else share(message, ranks)
             if part is not None:
                 self.stored.update({id(value): (part, i) for i, value in enumerate(found)})
 
     def _packed_call(self, call: Call) -> Outgoing:
         parts: dict[int, Any] = {}
-        futures: dict[int, tuple[int, Any]] = {}
-
-        def put_off(value: Any) -> Part:
-            return Part(-1, futures.setdefault(id(value), (len(futures), value))[0])
 
         def place(value: Any) -> Any:
-            if is_future(value):
-                return put_off(value)
-            if id(value) in self._late:  # looking through all that a value holds takes time
-                return replaced(value, Handle, put_off)
             if id(value) not in self.stored:
                 return value
             part, at = self.stored[id(value)]
             parts.setdefault(id(part), part)
             return Part(list(parts).index(id(part)), at)
 
-        given = call.values()
-        values, lacking = [place(value) for value in given], []
-        late = [
-            i for i, value in enumerate(values) if type(value) in NESTS and value is not given[i]
-        ]
+        values, lacking = [place(value) for value in call.values()], []
         for i, value in enumerate(values):
             shared = _shared_values(value) if self.stored else {}
             found = {k: place(item) for k, item in shared.items() if id(item) in self.stored}
             if found:
                 values[i] = _with_shared(copy.copy(value), found)
                 lacking.append(i)
-        body: _Body = tuple(values), tuple(call.kwargs), tuple(lacking), tuple(late)
-        message = packed(body, self._packer) if values else NOTHING
-        size = 0 if all(type(value) is Part for value in values) else message.size
-        return Outgoing(
-            message, size, list(parts.values()), [future for _, future in futures.values()]
-        )
+        body: _Body = tuple(values), tuple(call.kwargs), tuple(lacking)
+        futures: list[Any] = []
+        message = packed(body, self._packer, late=futures) if values else NOTHING
+        away = all(type(value) is Part or is_late(value) for value in values)
+        return Outgoing(message, 0 if away else message.size, list(parts.values()), futures)
 
 
 def _key(call: Call) -> Any:
@@ -327,22 +319,21 @@ def packed(value: Any, packer: Packer, **options: Any) -> Message:
 
 
 def arguments(
-    message: Message, parts: Sequence[Any], arrived: Callable[[Any], Any]
+    message: Message, parts: Sequence[Any], late: Sequence[Any], fetched: Callable[[Any], Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """A call's arguments. `parts` are those of its message, read; `arrived` says what the method
-    gets for a value, such as a future.
+    """A call's arguments. `parts` are those of its message, read; `late` is what has arrived for
+    its futures and handles; `fetched` says what the method gets for another value, such as a
+    reference.
 
     Raises:
         What reading it raises.
     """
-    body: _Body = message.read()
+    body: _Body = message.read(late)
 
     def part(found: Part) -> Any:
-        return arrived(parts[found.part][found.at])
+        return fetched(parts[found.part][found.at])
 
-    values = [part(v) if type(v) is Part else arrived(v) for v in body[0]]
-    for i in body[3]:
-        values[i] = replaced(values[i], Part, part)
+    values = [part(v) if type(v) is Part else fetched(v) for v in body[0]]
     for i in body[2]:
         shared = _shared_values(values[i])
         _with_shared(values[i], {k: part(v) for k, v in shared.items() if type(v) is Part})
@@ -375,7 +366,7 @@ def not_sent(title: str, named: Iterable[tuple[str, Any]], packer: Packer) -> Se
     """
     for name, value in named:
         try:
-            Message.of(value, packer)
+            Message.of(value, packer, late=[])
         except Exception as error:
             for where, part in _parts_of(value):
                 found = not_sent(title, [(f"{name}: {where}", part)], packer)

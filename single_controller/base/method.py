@@ -7,12 +7,12 @@ import asyncio
 import inspect
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from single_controller.base.decorator import MethodSpec, Transport, check_bytes
 from single_controller.base.dispatch import CustomMode
 from single_controller.base.explain import Explanation
-from single_controller.base.plan import Call, Layout, Plan, named_arguments, placed
+from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.trace import CallRecord
 from single_controller.errors import DispatchError, check_seconds
 
@@ -32,7 +32,6 @@ class CallOptions:
 
     timeout_s: float | None = None
     ranks: tuple[int, ...] | None = None
-    map_location: Any = None
     bucket_bytes: int | None = None
 
 
@@ -140,6 +139,12 @@ class CallFuture:
             return self.result()
         return await asyncio.to_thread(self.result)  # finding out why takes seconds
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a CallFuture stays on the driver: use .result(), or register the method with "
+            "blocking=False"
+        )
+
     def __repr__(self) -> str:
         return f"<future of {self._method.title}, {'done' if self.done() else 'running'}>"
 
@@ -204,23 +209,19 @@ class BoundMethod:
         *,
         timeout_s: float | None = None,
         ranks: Iterable[int] | None = None,
-        map_location: Any = None,
         bucket_bytes: int | None = None,
     ) -> BoundMethod:
-        """The same method with a deadline, on some ranks only, or with a place for its result.
+        """The same method with a deadline, or on some ranks only.
 
         `timeout_s` goes before what the method is registered with, and that before the group's
         `call_timeout_s`; `math.inf` is no deadline. With `ranks`, the call goes as if these, in
-        this order, were the whole group. Tensors of workers' devices come to the CPU;
-        `map_location`, a `torch.device` or its name, is where batches and tensors that the call
-        returns, also in lists, tuples and dicts, go from there. `bucket_bytes` is that of a method
-        which yields.
+        this order, were the whole group. `bucket_bytes` is that of a method which yields.
 
         Raises:
             ValueError: a rank that the group does not have, no rank, or no time.
         """
         size = self.group.world_size
-        given: dict[str, Any] = {"timeout_s": timeout_s, "map_location": map_location}
+        given: dict[str, Any] = {"timeout_s": timeout_s}
         if ranks is not None:
             given["ranks"] = chosen = tuple(ranks) if isinstance(ranks, Iterable) else ()
             known = chosen and all(rank in range(size) for rank in chosen)
@@ -249,20 +250,14 @@ class BoundMethod:
 
         Raises:
             TypeError: the worker's method would not take these arguments.
-            DispatchError: they cannot be spread, or only the driver can use one.
+            DispatchError: they cannot be spread.
         """
-        if self.mode.signature_kept:
-            try:
-                self.binding.signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{self.title}: {error}") from None
         try:
-            for name, value in named_arguments(args, kwargs) if self.mode.signature_kept else ():
-                if isinstance(value, CallFuture):
-                    raise DispatchError(
-                        f"{name} is a CallFuture, which stays on the driver: use .result(), or "
-                        "register the method with blocking=False"
-                    )
+            if self.mode.signature_kept:
+                self.binding.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.title}: {error}") from None
+        try:
             return self.mode.dispatch(layout, args, kwargs)
         except DispatchError as error:
             raise DispatchError(f"{self.title}: {error}") from error.__cause__
@@ -273,17 +268,13 @@ class BoundMethod:
             outputs = pending.wait(timeout_s)
         try:
             with pending.record.span("collect"):
-                return placed(self.mode.collect(plan, outputs), self.call_options.map_location)
+                return self.mode.collect(plan, outputs)
         except DispatchError as error:
             raise DispatchError(f"{self.title}: {error}") from error.__cause__
 
     def promise(self, plan: Plan, pending: Pending) -> Any:
         """What stands for the result of a call that does not block."""
-        batched, handles = self.mode.batched, pending.handles(self.mode.batched)
-        promised = self.mode.promise(plan, handles)
-        for one in [promised] if batched else handles:
-            one.map_location = self.call_options.map_location
-        return promised
+        return self.mode.promise(plan, pending.handles(self.mode.batched))
 
     @property
     def title(self) -> str:

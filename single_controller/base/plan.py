@@ -6,16 +6,13 @@ The modes that make plans are in `dispatch`; reserving anything for a pool is le
 from __future__ import annotations
 
 import asyncio
-import copy
 import sys
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
 from single_controller.errors import DispatchError
 
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
     from protocol import DataProtoFuture
 
 __all__ = [
-    "NESTS",
     "Broadcast",
     "Call",
     "Handle",
@@ -32,17 +28,15 @@ __all__ = [
     "PerRank",
     "Plan",
     "ResourcePool",
+    "holds_late",
     "is_future",
     "is_late",
     "named_arguments",
     "origins",
-    "placed",
-    "replaced",
 ]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-_Kind: TypeAlias = "type | tuple[type, ...]"
 
 
 class ResourcePool:
@@ -136,16 +130,14 @@ class PerRank(_Mark[T]):
 class Handle(_Mark[T_co]):
     """What one rank of a call has returned, or will: it stays there until someone asks.
 
-    Passed to a method of a group, alone or in a list, tuple or dict, it arrives as the value; a
-    role of the same process whose method is `reads_only` gets that itself.
+    Passed to a method of a group, alone or within an argument, it arrives as the value; a role of
+    the same process whose method is `reads_only` gets that itself.
 
         weights = trainer.weights()  # registered with blocking=False: a handle per rank
         rollout.load(weights[0])     # the value of rank 0, from process to process
 
     Tensors arrive without their gradients. Once nobody holds a handle, its worker lets go.
     """
-
-    map_location: Any = None
 
     def __init__(self, source: Any) -> None:
         self._source = source
@@ -155,23 +147,16 @@ class Handle(_Mark[T_co]):
         """Where it is: what a future of rows is made of, too. Its one row is the value."""
         return self._source
 
-    def get(self, timeout: float | None = None, map_location: Any = None) -> T_co:
-        """Wait for all ranks of the call, and fetch this one's value.
-
-        Args:
-            map_location: where its tensors go; by default where the call was told, else on the
-                driver to the CPU.
+    def get(self, timeout: float | None = None) -> T_co:
+        """Wait for all ranks of the call, and fetch this one's value; tensors come to the CPU.
 
         Raises:
-            WorkerError: a rank raised. TimeoutError: it was not here within `timeout` seconds.
+            WorkerError: a rank raised. TimeoutError: the ranks, or then the value, took longer than
+                `timeout` seconds.
             GroupBrokenError: its group was closed or restarted.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        self._source.rows(timeout)
-        left = None if end is None else max(0.0, end - time.monotonic())
-        value = self._source.fetch(0, 1, left)
-        place = self.map_location if map_location is None else map_location
-        return placed(value, place)  # type: ignore[no-any-return]
+        value: T_co = self._source.fetch(0, 1, timeout)
+        return value
 
     def done(self) -> bool:
         """Whether its rank has finished, well or not."""
@@ -189,11 +174,9 @@ class Handle(_Mark[T_co]):
         return self.get()
 
     def resolved(self) -> Handle[T_co]:
-        """Itself, once all ranks of its call have finished; or one that raises what went wrong."""
-        try:
+        """Itself, once all ranks of its call have finished, well or not."""
+        with suppress(Exception):  # which whoever reads it runs into
             self._source.rows(None)
-        except Exception as error:
-            return Handle(_Failed(error, self._source.title, self._source.rank))
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -201,68 +184,6 @@ class Handle(_Mark[T_co]):
 
     def __repr__(self) -> str:
         return f"<handle of {self._source.title}, rank {self._source.rank}>"
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """The source of a value that there will not be."""
-
-    error: Exception
-    title: str
-    rank: int
-
-    def rows(self, *_: Any) -> Any:
-        raise self.error
-
-    def done(self) -> bool:
-        return True
-
-    async def arrive(self, whole: bool) -> bool:
-        raise self.error
-
-    fetch = rows
-
-
-def replaced(value: Any, kind: _Kind, place: Callable[[Any], Any]) -> Any:
-    """The value with what `place` says for each of this kind in it, at any depth of lists, tuples
-    and dicts; itself where there is none.
-    """
-    with suppress(RecursionError):  # one that holds itself: pickling it will say so
-        return _replaced(value, kind, place)
-    return value
-
-
-def _replaced(value: Any, kind: _Kind, place: Callable[[Any], Any]) -> Any:
-    if isinstance(value, kind):
-        return place(value)
-    if type(value) not in NESTS:
-        return value
-    items = [*value.values()] if isinstance(value, dict) else value
-    if not any(k in NESTS or issubclass(k, kind) for k in {*map(type, items)}):
-        return value
-    made = [_replaced(item, kind, place) for item in items]
-    if all(new is old for new, old in zip(made, items, strict=True)):
-        return value
-    if not isinstance(value, dict):
-        return type(value)(made)
-    found = copy.copy(value)
-    found.update(zip(value, made, strict=True))
-    return found
-
-
-NESTS = (list, tuple, dict, OrderedDict)
-
-
-def placed(result: Any, place: Any) -> Any:
-    """Batches and tensors, also in lists, tuples and dicts, on a device; others as they are."""
-    if place is None:
-        return result
-    import torch
-    from tensordict import TensorDict
-
-    from protocol import DataProto
-
-    return replaced(result, (torch.Tensor, TensorDict, DataProto), lambda item: item.to(place))
 
 
 @dataclass(frozen=True)
@@ -402,21 +323,15 @@ def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
 
 
 def is_late(value: Any) -> bool:
-    """Whether it is a future or a handle, or has one in it: it is fetched where it is read."""
-    with suppress(RecursionError):
-        return is_future(value) or _holds_handles(value)
-    return False
+    """Whether it is a future or a handle, which is fetched where it is read."""
+    return isinstance(value, Handle) or is_future(value)
 
 
-def _holds_handles(value: Any) -> bool:
-    if type(value) not in NESTS:
-        return isinstance(value, Handle)
-    items = value.values() if isinstance(value, dict) else value
-    kinds = {*map(type, items)}
-    return any(issubclass(kind, Handle) for kind in kinds) or (
-        not kinds.isdisjoint(NESTS)
-        and any(_holds_handles(item) for item in items if type(item) in NESTS)
-    )
+def holds_late(value: Any) -> bool:
+    """Whether it is one, or a list, tuple or dict with one in it."""
+    if isinstance(value, list | tuple | dict):
+        return any(map(holds_late, value.values() if isinstance(value, dict) else value))
+    return is_late(value)
 
 
 def origins(late: Sequence[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from single_controller.base.explain import Carrier, Explanation, GroupTable, exp
 from single_controller.base.hosts import Generation, Hosts
 from single_controller.base.message import Packer, not_sent
 from single_controller.base.method import BoundMethod, MethodBinding, Pending, Request
-from single_controller.base.plan import Call, Layout, Plan, ResourcePool, is_late, named_arguments
+from single_controller.base.plan import Call, Layout, Plan, ResourcePool, named_arguments
 from single_controller.base.roles import ClassWithInitArgs, W, worker_class
 from single_controller.base.trace import Recorder, StatsTable
 from single_controller.base.worker import Worker, check_worker_env
@@ -191,7 +191,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         try:
             return self._submit(hosts, request, calls)
         except SendError as error:
-            named = ((n, v) for n, v in named_arguments(args, kwargs) if not is_late(v))
+            named = named_arguments(args, kwargs)
             found = not_sent(title, named, self._packer) if error.__cause__ else None
             raise found or SendError(f"{title}: {error}") from error.__cause__
 

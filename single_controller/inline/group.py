@@ -41,7 +41,7 @@ from single_controller.base.message import (
     packed,
 )
 from single_controller.base.method import Pending, Request
-from single_controller.base.plan import Call, Handle, ResourcePool, is_future, origins
+from single_controller.base.plan import Call, Handle, ResourcePool, origins
 from single_controller.base.roles import (
     ClassWithInitArgs,
     Colocate,
@@ -131,7 +131,7 @@ def _dumps(value: Any) -> bytes:
     message = Message.of(value, Packer)
     if message.buffers:
         raise ValueError("it cannot be read without its buffers")
-    held.set(message.held)
+    held.set((message.held, ()))
     return message.data
 
 
@@ -725,18 +725,15 @@ def _reader(out: Outgoing, request: Request) -> _Read:
 
         shared = partial(read_as, "view")
 
-    def arrived(value: Any) -> Any:
-        if isinstance(value, InlineReference):
-            return value.get()
-        late = is_future(value) or isinstance(value, Handle)
-        return value.get() if request.materialize and late else value
+    def fetched(value: Any) -> Any:
+        return value.get() if isinstance(value, InlineReference) else value
 
     def read() -> tuple[Sequence[Any], Mapping[str, Any]]:
         with shared():
             parts = [part.read() for part in out.parts]
-            return arguments(
-                message, parts if futures is None else [*parts, futures.read()], arrived
-            )
+            late: list[Any] = [] if futures is None else futures.read()
+            values = [one.get() for one in late] if request.materialize else late
+            return arguments(message, parts, values, fetched)
 
     return read
 

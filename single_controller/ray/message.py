@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 
 from single_controller.base.explain import Carrier
 from single_controller.base.message import NOTHING, Message, Outbox, Packing, arguments
-from single_controller.base.plan import Call, Handle, is_future, is_late, origins
+from single_controller.base.plan import Call, Handle, holds_late, origins
 from single_controller.base.trace import CallMark
 from single_controller.errors import SendError
 from single_controller.ray.failure import StaysError, ours
@@ -49,13 +49,13 @@ class Packer(Packing, cloudpickle.Pickler):
     kept = (ray.ObjectRef, ActorHandle)
 
     def __init__(
-        self, file: io.BytesIO, lends: bool = False, offers: Mapping[Any, Any] | None = None
+        self, file: io.BytesIO, offers: Mapping[Any, Any] | None = None, **options: Any
     ) -> None:
-        super().__init__(file, lends)
+        super().__init__(file, **options)
         self._offers = offers
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, Handle):  # Ray's own is a reference besides
+        if self.late is None and isinstance(value, Handle):  # Ray's own is a reference besides
             return value.__reduce__()
         if self._offers is not None and hasattr(type(value), "offered"):
             return value.offered(self._offers)
@@ -134,9 +134,7 @@ def read(
         What reading them raises.
     """
 
-    def arrived(value: Any) -> Any:
-        if head.materialize and (is_future(value) or isinstance(value, Handle)):
-            return value.get()
+    def fetched(value: Any) -> Any:
         return ray.get(value) if isinstance(value, ray.ObjectRef) else value
 
     with _reading("view") if head.reads_only else contextlib.nullcontext():
@@ -144,11 +142,13 @@ def read(
         found = dict(zip(refs, ray.get(refs), strict=True)) if refs else {}
         message = found.get(message, message) if refs else message
         read_parts = [(found.get(part, part) if refs else part).read() for part in parts]
-        late = [one for part in read_parts if isinstance(part, list) for one in part]
+        # What is late comes as a list, behind parts that are tuples.
+        late: list[Any] = read_parts.pop() if parts and isinstance(read_parts[-1], list) else []
         for origin in origins(late):
             if hasattr(origin, "home"):
                 origin.kept, origin.reader, origin.opened = kept.get(origin.home), rank, opened
-        return arguments(message, read_parts, arrived)
+        values = [one.get() for one in late] if head.materialize else late
+        return arguments(message, read_parts, values, fetched)
 
 
 @contextmanager
@@ -195,12 +195,16 @@ class RayCarrier(Carrier):
             self._alone = frozenset(outbox.stored)
 
     def way(self, value: Any) -> str:
-        if isinstance(value, ray.ObjectRef) or is_late(value):
+        if isinstance(value, ray.ObjectRef) or holds_late(value):
             return "fetched by the rank"
         return "by reference, stored once" if id(value) in self._alone else "by value"
 
     def size(self, value: Any) -> int | None:
         try:
-            return None if isinstance(value, ray.ObjectRef) else Message.of(value, Packer).size
+            return (
+                None
+                if isinstance(value, ray.ObjectRef)
+                else Message.of(value, Packer, late=[]).size
+            )
         except Exception:
             return None

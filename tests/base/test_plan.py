@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import pickle
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from single_controller import DispatchError, Handle, PerRank, ResourcePool
-from single_controller.base import plan
+from single_controller import DispatchError, PerRank, ResourcePool
 from single_controller.base.plan import Layout
 
 # rank = pp * 4 + dp * 2 + tp; the last pipeline stage answers, its first tp rank alone
@@ -95,14 +92,3 @@ def test_a_layout_is_made_once_for_what_it_holds_and_knows_who_answers() -> None
 def test_what_has_no_value_for_each_rank_is_refused(values: Any) -> None:
     with pytest.raises(DispatchError, match="a list is needed, one value per rank; got "):
         PerRank(values)
-
-
-def test_the_time_of_a_handle_is_for_the_call_and_the_value_together(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = itertools.count(10, 3)  # of which the call takes three seconds
-    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=clock.__next__))
-    source: Any = SimpleNamespace(rows=lambda timeout: 1, fetch=lambda start, stop, left: left)
-    assert Handle[Any](source).get(timeout=5) == 2
-    assert Handle[Any](source).get(timeout=1) == 0
-    assert Handle[Any](source).get() is None

@@ -42,11 +42,8 @@ def reader(shared_card: RayResourcePool) -> Iterator[RayWorkerGroup]:
         yield group
 
 
-def test_what_a_call_returns_comes_to_the_cpu_or_where_it_is_told(team: Any) -> None:
+def test_what_a_call_returns_comes_to_the_cpu_and_a_future_where_it_is_told(team: Any) -> None:
     assert team.producer.to_driver(rows()).batch["x"].device.type == "cpu"
-    there = team.producer.to_driver.options(map_location="cuda:0")(rows())
-    assert there.batch["x"].device == torch.device("cuda:0")
-    assert there.batch["x"].tolist() == [2.0 * i for i in range(ROWS)]
     future = team.producer.by_device(rows())
     assert future.get().batch["x"].device.type == "cpu"
     assert future.get(map_location="cuda").batch["x"].device.type == "cuda"

@@ -93,7 +93,6 @@ async def by_the_workers_method(group: RayWorkerGroup[Actor], batch: DataProto) 
     assert_type(group[Actor.loss].submit(batch).result(timeout=3), list[float])
     assert_type(await group[Actor.loss].submit(batch), list[float])
     assert_type(group[Actor.loss].options(ranks=[0])(batch), list[float])
-    assert_type(group[Actor.loss].options(map_location="cpu")(batch), list[float])
     group[Actor.loss](3)  # E
     group[Actor.update](batch, epoch=2)  # E
     group[Actor.update]()  # E
