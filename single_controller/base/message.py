@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
-from single_controller.base.plan import Call, PerRank, is_late
+from single_controller.base.plan import Call, is_late
 from single_controller.errors import SendError, SingleControllerError
 
 __all__ = [
@@ -50,6 +50,9 @@ ONLY_PASSED = (
 )
 READ_BEFORE = (
     "what {0} yields on rank {1} was passed on before, and can be read once: call it again"
+)
+_MUST_YIELD = (
+    "the method is registered with bucket_bytes and must yield pairs of a name and a tensor"
 )
 
 
@@ -361,17 +364,11 @@ def _is_tiny(value: Any) -> bool:
 
 
 def not_sent(title: str, named: Iterable[tuple[str, Any]], packer: Packer) -> SendError | None:
-    """The error for the first of these values that cannot be pickled, and for a batch its column;
-    None if all can.
-    """
+    """The error for the first of these values that cannot be pickled; None if all can."""
     for name, value in named:
         try:
             Message.of(value, packer, late=[])
         except Exception as error:
-            for where, part in _parts_of(value):
-                found = not_sent(title, [(f"{name}: {where}", part)], packer)
-                if found is not None:
-                    return found
             made = SendError(
                 f"{title}: {name} cannot be sent: {str(error) or type(error).__name__}"
             )
@@ -381,46 +378,25 @@ def not_sent(title: str, named: Iterable[tuple[str, Any]], packer: Packer) -> Se
 
 
 def checked_output(output: Any, pairs: bool = False) -> Any:
-    """What a method returned. Raises TypeError where it is no value that could be sent, or no
-    generator, which alone can be of `pairs`.
+    """What a method returned. Raises TypeError for a generator, which cannot be sent, or with
+    `pairs` for anything else.
     """
-    if inspect.iscoroutine(output):
-        output.close()
-        raise TypeError(
-            "the method returned a coroutine: it is async under a decorator that hides it; let the "
-            "decorator's own function be `async def`"
-        )
-    if inspect.isasyncgen(output) or (inspect.isgenerator(output) and not pairs):
+    if inspect.isgenerator(output) and not pairs:
         raise TypeError(
             "the method returned a generator, which cannot be sent; return a list, or yield pairs "
             "of a name and a tensor and register it with blocking=False, bucket_bytes=256 << 20"
         )
     if pairs and not inspect.isgenerator(output):
-        raise TypeError(
-            "the method is registered with bucket_bytes and must yield pairs of a name and a "
-            f"tensor; it returned {type(output).__name__}"
-        )
+        raise TypeError(f"{_MUST_YIELD}; it returned {type(output).__name__}")
     return output
 
 
 def checked_pair(pair: Any) -> tuple[str, Any]:
     """What a method yielded. Raises TypeError where it is no name and tensor."""
-    torch: Any = sys.modules.get("torch")
-    found = [type(one) for one in pair] if isinstance(pair, tuple) else type(pair)
-    if torch and isinstance(found, list) and len(found) == 2:
-        name, tensor = pair
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
+    import torch
+
+    match pair:
+        case (str() as name, torch.Tensor() as tensor):
             return name, tensor
-    raise TypeError(
-        "the method is registered with bucket_bytes and must yield pairs of a name and a tensor; "
-        f"it yielded {found}"
-    )
-
-
-def _parts_of(value: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, PerRank):
-        return [(f"rank {rank}", part) for rank, part in enumerate(value.values)]
-    if hasattr(value, "non_tensor_batch"):
-        columns = ((f"non_tensor_batch[{k!r}]", v) for k, v in value.non_tensor_batch.items())
-        return [*columns, *((f"meta_info[{k!r}]", v) for k, v in value.meta_info.items())]
-    return [(f"[{key!r}]", part) for key, part in _shared_values(value).items()]
+    found = [type(one) for one in pair] if isinstance(pair, tuple) else type(pair)
+    raise TypeError(f"{_MUST_YIELD}; it yielded {found}")
