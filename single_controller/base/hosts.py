@@ -11,13 +11,12 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from single_controller.base.explain import RankState
 from single_controller.errors import GroupBrokenError, WorkerDiedError
 
-__all__ = ["Generation", "Hosts", "RestartPolicy"]
+__all__ = ["Generation", "Hosts", "allowed_restarts"]
 
 _logger = logging.getLogger(__name__)
 
@@ -83,41 +82,33 @@ class Generation(abc.ABC):
         """End them, and return when they are gone; calls then raise GroupBrokenError with `why`."""
 
 
-@dataclass(frozen=True)
-class RestartPolicy:
-    """What the next call on a broken group does: raise, or start the group anew first, at most
-    `max_restarts` times.
+def allowed_restarts(on_failure: str, max_restarts: int) -> int:
+    """How often a call on a broken group may start it anew before it is sent.
 
     Raises:
         ValueError: neither "raise" nor "restart", or less than no restart.
     """
-
-    on_failure: str = "raise"
-    max_restarts: int = 3
-
-    def __post_init__(self) -> None:
-        if self.on_failure not in ("raise", "restart"):
-            raise ValueError(f"on_failure must be 'raise' or 'restart'; got {self.on_failure!r}")
-        if not (isinstance(self.max_restarts, int) and self.max_restarts >= 0):
-            raise ValueError(f"max_restarts must be a count; got {self.max_restarts!r}")
+    if on_failure not in ("raise", "restart"):
+        raise ValueError(f"on_failure must be 'raise' or 'restart'; got {on_failure!r}")
+    if not (isinstance(max_restarts, int) and max_restarts >= 0):
+        raise ValueError(f"max_restarts must be a count; got {max_restarts!r}")
+    return max_restarts if on_failure == "restart" else 0
 
 
 class Hosts:
     """The present generation of a group's hosts, which all views on them share.
 
-    `start_again` starts others like them; None where they were not started from here.
+    `start_again` starts others like them; None where they were not started from here. Calls do so
+    themselves while there were fewer than the `allowed` restarts.
     """
 
     def __init__(
-        self,
-        now: Any,
-        start_again: Callable[[], Any] | None = None,
-        policy: RestartPolicy | None = None,
+        self, now: Any, start_again: Callable[[], Any] | None = None, allowed: int = 0
     ) -> None:
         self.current: list[Any] = [now]  # for who outlives this
         self.restarts = 0
         self.closed = False
-        self._start_again, self._policy = start_again, policy or RestartPolicy()
+        self._start_again, self._allowed = start_again, allowed
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,19 +132,11 @@ class Hosts:
             try:
                 self.now.check_usable()
             except GroupBrokenError as error:
-                self._restart_after(error)
+                if self.closed or self._start_again is None or self.restarts >= self._allowed:
+                    raise
+                _logger.warning("restarting the group after %s", error)
+                self.restart()
             return self.now
-
-    def _restart_after(self, error: GroupBrokenError) -> None:
-        if self.closed or self._start_again is None or self._policy.on_failure == "raise":
-            raise error
-        limit = self._policy.max_restarts
-        if self.restarts >= limit:
-            raise GroupBrokenError(
-                f"{error} It was restarted {self.restarts} times, and max_restarts={limit}"
-            ) from None
-        _logger.warning("restarting the group (%d of %d): %s", self.restarts + 1, limit, error)
-        self.restart()
 
     def restart(self) -> None:
         """End the hosts and start others from what these were started from, in their places.
@@ -192,39 +175,24 @@ class Hosts:
         """Look every so often, in a thread, for a rank that has ended, until the group does.
 
         Raises:
-            ValueError: `every_n_seconds` is no interval. TypeError: `on_death` is no function.
+            ValueError: `every_n_seconds` is no interval.
         """
         if not 0 < every_n_seconds <= threading.TIMEOUT_MAX:
             raise ValueError(f"every_n_seconds must be above 0 and finite; got {every_n_seconds!r}")
-        if on_death is not None and not callable(on_death):
-            raise TypeError(f"on_death must be a function, or None; got {on_death!r}")
         mine = weakref.ref(self)
 
         def watch() -> None:
             pause, reported = threading.Event(), None
             while (hosts := mine()) is not None and not hosts.closed and not hosts.now.gone:
                 now = hosts.now
-                if now is not reported and (death := _found_dead(now)) is not None:
-                    reported = now
-                    if on_death is not None:
-                        _tell(on_death, death)
+                try:
+                    if now is not reported and (death := now.find_dead()) is not None:
+                        reported = now
+                        if on_death is not None:
+                            on_death(death)
+                except (Exception, SystemExit):  # on_death's, too: there is more to watch
+                    _logger.exception("the aliveness check failed")
                 del hosts, now
                 pause.wait(every_n_seconds)
 
         threading.Thread(target=watch, daemon=True, name="aliveness").start()
-
-
-def _found_dead(now: Generation) -> WorkerDiedError | None:
-    try:
-        return now.find_dead()
-    except Exception:
-        _logger.exception("the aliveness check could not look at the group")
-        return None
-
-
-def _tell(on_death: Callable[[WorkerDiedError], object], death: WorkerDiedError) -> None:
-    """What a user's callback raises is logged: whoever tells has more to do."""
-    try:
-        on_death(death)
-    except (Exception, SystemExit):
-        _logger.exception("on_death raised when it was told: %s", death.args[0])

@@ -475,7 +475,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         once (or restart the group, with `on_failure="restart"`). What `on_death` raises is logged.
 
         Raises:
-            ValueError: `every_n_seconds` is not above 0. TypeError: `on_death` is no function.
+            ValueError: `every_n_seconds` is not above 0.
         """
         self._hosts.watch(every_n_seconds, on_death)
 

@@ -26,7 +26,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from single_controller.base.explain import RankState
-from single_controller.base.hosts import Generation, Hosts, RestartPolicy
+from single_controller.base.hosts import Generation, Hosts, allowed_restarts
 from single_controller.base.message import (
     ONLY_PASSED,
     READ_BEFORE,
@@ -640,7 +640,7 @@ class InlineWorkerGroup(WorkerGroup[W]):
         super().__init__(resource_pool)
         startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
         self._check_options(name_prefix, worker_env, startup_timeout_s, call_timeout_s)
-        policy = RestartPolicy(on_failure, max_restarts)
+        allowed = allowed_restarts(on_failure, max_restarts)
         if worker_names or worker_handles:
             raise ValueError(_NO_ATTACHING)
         if not isinstance(ray_cls_with_init, ClassWithInitArgs):
@@ -664,7 +664,7 @@ class InlineWorkerGroup(WorkerGroup[W]):
             master_port or 0,
             master_port_range,
         )
-        self._take(Hosts(start(), partial(start, restored=True), policy), ray_cls_with_init)
+        self._take(Hosts(start(), partial(start, restored=True), allowed), ray_cls_with_init)
 
     @classmethod
     def from_detached(cls, *_: Any, **__: Any) -> Self:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from single_controller.base.explain import Carrier
-from single_controller.base.hosts import Hosts, RestartPolicy
+from single_controller.base.hosts import Hosts, allowed_restarts
 from single_controller.base.plan import Call
 from single_controller.base.roles import Colocate, W
 from single_controller.base.worker_group import WorkerGroup
@@ -102,7 +102,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         self._check_options(name_prefix, worker_env, startup_timeout_s, call_timeout_s)
         if not isinstance(resource_pool, RayResourcePool | None):
             raise TypeError(f"resource_pool must be a RayResourcePool; got {resource_pool!r}")
-        policy = RestartPolicy(on_failure, max_restarts)
+        allowed = allowed_restarts(on_failure, max_restarts)
         if resource_pool is None:
             hosts = Hosts(_attach(worker_names, worker_handles, startup_timeout_s))
         elif not isinstance(ray_cls_with_init, RayClassWithInitArgs):
@@ -129,7 +129,7 @@ class RayWorkerGroup(WorkerGroup[W]):
                 master_port_range=master_port_range,
                 startup_timeout_s=startup_timeout_s,
             )
-            hosts = Hosts(recipe.start(), partial(recipe.start, restored=True), policy)
+            hosts = Hosts(recipe.start(), partial(recipe.start, restored=True), allowed)
             if not detached:
                 end_when_dropped(hosts)
         self._take(hosts, ray_cls_with_init)

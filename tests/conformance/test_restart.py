@@ -92,7 +92,7 @@ def test_a_group_restarts_itself_after_a_death_as_often_as_it_was_told(both: Any
     for _ in range(2 - before):
         with pytest.raises(WorkerDiedError):
             both.mortal.fail(PerRank(["not", "die"]))
-    with pytest.raises(GroupBrokenError, match=r"lost a rank.*restart\(\).*max_restarts=1"):
+    with pytest.raises(GroupBrokenError, match=r"lost a rank.*restart\(\)"):
         both.mortal.look()
     both.restart()
     assert both.mortal.look() == ["restored on 0", "restored on 1"]
