@@ -28,8 +28,6 @@ __all__ = [
     "Outgoing",
     "Packer",
     "Packing",
-    "Part",
-    "arguments",
     "checked_output",
     "checked_pair",
     "held",
@@ -39,9 +37,10 @@ __all__ = [
     "packed",
 ]
 
-# What a value holds and its pickle does not, and what has arrived for what was late: functions that
-# pickle calls can be told in no way.
-held: ContextVar[tuple[Sequence[Any], Sequence[Any]]] = ContextVar("held")
+# What a value holds and its pickle does not, what has arrived for what was late, and the parts that
+# go beside it: functions that pickle calls can be told in no way.
+held: ContextVar[Sequence[Sequence[Any]]] = ContextVar("held")
+_LATE, _PARTS = 1, 2
 _TINY = 1_000  # characters
 
 ONLY_PASSED = (
@@ -86,7 +85,7 @@ class Packing:
     def reducer_override(self, value: Any) -> Any:
         if self.late is not None and is_late(value):
             self.late.append(value)
-            return _take, (1, len(self.late) - 1)
+            return _take, (_LATE, len(self.late) - 1)
         if isinstance(value, self.kept) and value is not _take:
             return self.without(value)
         ours = is_packed(value)
@@ -169,9 +168,9 @@ class Message:
         """The bytes that leave with it."""
         return len(self.data) + sum(memoryview(buffer).nbytes for buffer in self.buffers)
 
-    def read(self, late: Sequence[Any] = ()) -> Any:
+    def read(self, late: Sequence[Any] = (), parts: Iterable[Sequence[Any]] = ()) -> Any:
         """The value, in memory of the reader's own, or as it asked (`protocol.wire.read_as`), with
-        what has arrived for what was `late`.
+        what has arrived for what was `late`, and with the values of its `parts`.
 
         Raises:
             What reading it raises.
@@ -181,7 +180,7 @@ class Message:
             buffers = list(buffers)
             for i in self.foreign:
                 buffers[i] = bytearray(memoryview(buffers[i]))
-        token = held.set((self.held, late))
+        token = held.set((self.held, late, *parts))
         try:
             return pickle.loads(self.data, buffers=buffers)
         finally:
@@ -194,22 +193,23 @@ def how_to_read() -> Any:
     return "own" if wire is None else wire.reading()
 
 
-class Part(NamedTuple):
-    """Stands in a message for value number `at` of its part number `part`."""
+class _Part(NamedTuple):
+    """Stands in a message for a value of one of its parts, and arrives as that."""
 
-    part: int
+    of: int
     at: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _take, (_PARTS + self.of, self.at)
 
-# A call's values; the names by which the last go; and which are batches in which `Part`s stand for
-# what all rows share.
-_Body: TypeAlias = "tuple[tuple[Any, ...], tuple[str, ...], tuple[int, ...]]"
-NOTHING = Message(pickle.dumps(((), (), ())))  # of a call without values
+
+NOTHING = Message(pickle.dumps(((), {})))  # of a call without arguments
 
 
 class Outgoing(NamedTuple):
-    """What the ranks that are called alike get: a message, its parts, and what was left out of it:
-    `futures` and handles. `size` are the bytes of the message's own values.
+    """What the ranks that are called alike get: a message, which reads as arguments and keyword
+    arguments; its parts; and what was left out of it, `futures` and handles. `size` are the bytes
+    of the message's own values.
     """
 
     message: Message
@@ -238,73 +238,62 @@ class Outbox:
     ) -> None:
         self._packer = packer
         self.stored: dict[int, tuple[Any, int]] = {}  # by id: the part, and the number in it
-        groups: dict[Any, int] = {}
-        at = [None if c is None else groups.setdefault(_key(c), len(groups)) for c in calls]
-        different: list[Call] = []
-        counts = [0] * len(groups)
-        for call, group in zip(calls, at, strict=True):
-            if call is not None and group is not None:
-                if group == len(different):
-                    different.append(call)
-                counts[group] += 1
-        self._share(different, counts, share)
-        packed = [self._packed_call(call) for call in different]
-        self.by_rank = [None if group is None else packed[group] for group in at]
+        groups: dict[Any, tuple[Call, list[int]]] = {}  # by what they get: ranks
+        for rank, call in enumerate(calls):
+            if call is not None:
+                key = (len(call.args), *call.kwargs, *map(id, call.values()))
+                groups.setdefault(key, (call, []))[1].append(rank)
+        self._share([*groups.values()], share)
+        self.by_rank: list[Outgoing | None] = [None] * len(calls)
+        for call, ranks in groups.values():
+            sent = self._packed_call(call)
+            for rank in ranks:
+                self.by_rank[rank] = sent
 
     def _share(
-        self, calls: Sequence[Call], counts: Sequence[int], share: Callable[[Message, int], Any]
+        self, groups: Sequence[tuple[Call, list[int]]], share: Callable[[Message, int], Any]
     ) -> None:
-        readers: dict[int, list[int]] = {}  # by id of a value: calls that have it
-        values: dict[int, Any] = {}
-        for number, call in enumerate(calls):
+        readers: dict[int, tuple[Any, list[int]]] = {}  # by id: a value, and the groups that get it
+        for number, (call, _) in enumerate(groups):
             for value in call.values():
                 for item in (value, *_shared_values(value).values()):
-                    if _is_tiny(item) or is_late(item):
-                        continue
-                    values[id(item)] = item
-                    of = readers.setdefault(id(item), [])
-                    if of[-1:] != [number]:
-                        of.append(number)
+                    if not (_is_tiny(item) or is_late(item)):
+                        of = readers.setdefault(id(item), (item, []))[1]
+                        if of[-1:] != [number]:
+                            of.append(number)
         together: dict[tuple[int, ...], list[Any]] = {}
-        for key, of in readers.items():
-            if len(of) > 1 or counts[of[0]] > 1:
-                together.setdefault(tuple(of), []).append(values[key])
-        for calls_of, found in together.items():
+        for value, of in readers.values():
+            together.setdefault(tuple(of), []).append(value)
+        for numbers, found in together.items():
+            count = sum(len(groups[number][1]) for number in numbers)
+            if count == 1:
+                continue
             within = {id(item) for value in found for item in _shared_values(value).values()}
             found = [value for value in found if id(value) not in within]
             late: list[Any] = []
             message = packed(tuple(found), self._packer, late=late)
-            ranks = sum(counts[number] for number in calls_of)
-            part = None if late else share(message, ranks)
+            part = None if late else share(message, count)
             if part is not None:
                 self.stored.update({id(value): (part, i) for i, value in enumerate(found)})
 
     def _packed_call(self, call: Call) -> Outgoing:
         parts: dict[int, Any] = {}
 
-        def place(value: Any) -> Any:
-            if id(value) not in self.stored:
-                return value
-            part, at = self.stored[id(value)]
-            parts.setdefault(id(part), part)
-            return Part(list(parts).index(id(part)), at)
-
-        values, lacking = [place(value) for value in call.values()], []
-        for i, value in enumerate(values):
+        def placed(value: Any) -> Any:
+            if id(value) in self.stored:
+                part, at = self.stored[id(value)]
+                parts.setdefault(id(part), part)
+                return _Part([*parts].index(id(part)), at)
             shared = _shared_values(value) if self.stored else {}
-            found = {k: place(item) for k, item in shared.items() if id(item) in self.stored}
-            if found:
-                values[i] = _with_shared(copy.copy(value), found)
-                lacking.append(i)
-        body: _Body = tuple(values), tuple(call.kwargs), tuple(lacking)
+            found = {k: placed(item) for k, item in shared.items() if id(item) in self.stored}
+            return _with_shared(copy.copy(value), found) if found else value
+
+        args, kwargs = [*map(placed, call.args)], {k: placed(v) for k, v in call.kwargs.items()}
         futures: list[Any] = []
-        message = packed(body, self._packer, late=futures) if values else NOTHING
-        away = all(type(value) is Part or is_late(value) for value in values)
+        message = packed((args, kwargs), self._packer, late=futures) if args or kwargs else NOTHING
+        values = (*args, *kwargs.values())
+        away = all(type(value) is _Part or is_late(value) for value in values)
         return Outgoing(message, 0 if away else message.size, list(parts.values()), futures)
-
-
-def _key(call: Call) -> Any:
-    return (len(call.args), *call.kwargs, *map(id, call.values()))
 
 
 def packed(value: Any, packer: Packer, **options: Any) -> Message:
@@ -319,29 +308,6 @@ def packed(value: Any, packer: Packer, **options: Any) -> Message:
         raise
     except Exception as error:
         raise SendError(f"its arguments cannot be sent: {error}") from error
-
-
-def arguments(
-    message: Message, parts: Sequence[Any], late: Sequence[Any], fetched: Callable[[Any], Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """A call's arguments. `parts` are those of its message, read; `late` is what has arrived for
-    its futures and handles; `fetched` says what the method gets for another value, such as a
-    reference.
-
-    Raises:
-        What reading it raises.
-    """
-    body: _Body = message.read(late)
-
-    def part(found: Part) -> Any:
-        return fetched(parts[found.part][found.at])
-
-    values = [part(v) if type(v) is Part else fetched(v) for v in body[0]]
-    for i in body[2]:
-        shared = _shared_values(values[i])
-        _with_shared(values[i], {k: part(v) for k, v in shared.items() if type(v) is Part})
-    split = len(values) - len(body[1])
-    return values[:split], dict(zip(body[1], values[split:], strict=True))
 
 
 def _shared_values(value: Any) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from single_controller.base.message import (
     Outbox,
     Outgoing,
     Packing,
-    arguments,
     checked_output,
     checked_pair,
     held,
@@ -733,7 +732,8 @@ def _reader(out: Outgoing, request: Request) -> _Read:
             parts = [part.read() for part in out.parts]
             late: list[Any] = [] if futures is None else futures.read()
             values = [one.get() for one in late] if request.materialize else late
-            return arguments(message, parts, values, fetched)
+            args, kwargs = message.read(values, parts)
+            return [*map(fetched, args)], {name: fetched(value) for name, value in kwargs.items()}
 
     return read
 

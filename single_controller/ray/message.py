@@ -16,7 +16,7 @@ from ray import cloudpickle
 from ray.actor import ActorHandle
 
 from single_controller.base.explain import Carrier
-from single_controller.base.message import NOTHING, Message, Outbox, Packing, arguments
+from single_controller.base.message import NOTHING, Message, Outbox, Packing
 from single_controller.base.plan import Call, Handle, holds_late, origins
 from single_controller.base.trace import CallMark
 from single_controller.errors import SendError
@@ -148,7 +148,8 @@ def read(
             if hasattr(origin, "home"):
                 origin.kept, origin.reader, origin.opened = kept.get(origin.home), rank, opened
         values = [one.get() for one in late] if head.materialize else late
-        return arguments(message, read_parts, values, fetched)
+        args, kwargs = message.read(values, read_parts)
+        return [*map(fetched, args)], {name: fetched(value) for name, value in kwargs.items()}
 
 
 @contextmanager
