@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import copy
 import inspect
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
@@ -19,20 +20,10 @@ from single_controller.errors import DispatchError, check_seconds
 __all__ = [
     "BoundMethod",
     "CallFuture",
-    "CallOptions",
     "MethodBinding",
     "Pending",
     "Request",
 ]
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """What a caller may ask of one call beyond its arguments."""
-
-    timeout_s: float | None = None
-    ranks: tuple[int, ...] | None = None
-    bucket_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -185,12 +176,11 @@ def _shown(signature: inspect.Signature) -> str:
 class BoundMethod:
     """A role's method on a group: call it, `submit` it, or set `options` first."""
 
-    def __init__(
-        self, group: Any, binding: MethodBinding, options: CallOptions | None = None
-    ) -> None:
-        mode = binding.mode
+    def __init__(self, group: Any, binding: MethodBinding) -> None:
+        mode, spec = binding.mode, binding.spec
         self.group, self.binding = group, binding
-        self.call_options = options or CallOptions(binding.spec.timeout_s)
+        self.timeout_s, self.bucket_bytes = spec.timeout_s, spec.bucket_bytes
+        self.ranks: tuple[int, ...] | None = None
         self.mode = replace(mode, group=group) if isinstance(mode, CustomMode) else mode
         self.__name__ = binding.name
         self.__doc__ = binding.function.__doc__
@@ -220,10 +210,9 @@ class BoundMethod:
         Raises:
             ValueError: a rank that the group does not have, no rank, or no time.
         """
-        size = self.group.world_size
-        given: dict[str, Any] = {"timeout_s": timeout_s}
+        made, size = copy.copy(self), self.group.world_size
         if ranks is not None:
-            given["ranks"] = chosen = tuple(ranks) if isinstance(ranks, Iterable) else ()
+            made.ranks = chosen = tuple(ranks) if isinstance(ranks, Iterable) else ()
             known = chosen and all(rank in range(size) for rank in chosen)
             if not known or len(set(chosen)) < len(chosen):
                 raise ValueError(
@@ -231,12 +220,13 @@ class BoundMethod:
                     f"{chosen or ranks!r}"
                 )
         check_seconds("timeout_s", timeout_s)
+        if timeout_s is not None:
+            made.timeout_s = timeout_s
         if bucket_bytes is not None:
-            if self.binding.spec.bucket_bytes is None:
+            if self.bucket_bytes is None:
                 raise ValueError(f"{self.title} sends nothing in buckets: see register")
-            given["bucket_bytes"] = check_bytes(bucket_bytes)
-        said = {name: value for name, value in given.items() if value is not None}
-        return BoundMethod(self.group, self.binding, replace(self.call_options, **said))
+            made.bucket_bytes = check_bytes(bucket_bytes)
+        return made
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What the call would do, without calling: see `WorkerGroup.explain`."""

@@ -145,7 +145,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         record, spec = self._recorder.call(self.role, method.__name__), method.binding.spec
         with record.span("dispatch"):
             hosts = self._hosts.usable()
-            ranks = method.call_options.ranks
+            ranks = method.ranks
             plan, asked = method.dispatch(self._layout(method.mode, ranks, hosts), args, kwargs)
             answers, calls = self._spread(ranks, plan, asked)
             request = Request(
@@ -153,14 +153,14 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 method=method.__name__,
                 answers=answers,
                 record=record,
-                timeout_s=self._limit(method.call_options.timeout_s),
+                timeout_s=self._limit(method.timeout_s),
                 materialize=spec.materialize_futures,
                 reads_only=spec.reads_only,
                 deferred=deferred,
                 awaited=awaited,
                 opens=deferred and not method.mode.batched,
                 transport=spec.transport,
-                bucket_bytes=method.call_options.bucket_bytes or spec.bucket_bytes,
+                bucket_bytes=method.bucket_bytes,
             )
             return plan, self._submitted(method.title, hosts, request, calls, args, kwargs)
 
@@ -240,9 +240,9 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _explain(
         self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Explanation:
-        layout = self._layout(method.mode, method.call_options.ranks)
+        layout = self._layout(method.mode, method.ranks)
         plan, calls = method.dispatch(layout, args, kwargs)
-        ranks = method.call_options.ranks or range(self.world_size)
+        ranks = method.ranks or range(self.world_size)
         signature = method.__signature__ if method.mode.signature_kept else None
         arguments = explain_arguments(signature, layout, plan, calls, ranks, self._carrier(calls))
         return Explanation(
