@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec
 
 from single_controller.base.explain import Explanation, GroupTable
@@ -34,22 +34,12 @@ __all__ = [
     "Colocated",
     "ColocatedClasses",
     "FusedWorker",
-    "RoleSpec",
     "build_roles",
     "create_fused_worker_cls",
     "has_async_method",
     "restore_hooks",
     "worker_class",
 ]
-
-
-@dataclass(frozen=True)
-class RoleSpec:
-    """One role of a host: its class and what to construct it with."""
-
-    cls: type[Worker]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ClassWithInitArgs(Generic[W]):
@@ -73,15 +63,15 @@ class ClassWithInitArgs(Generic[W]):
         """The role that a group made from this calls; "" if it calls none."""
         return str(getattr(self.cls, "__name__", self.cls))
 
-    def roles(self) -> dict[str, RoleSpec]:
+    def roles(self) -> dict[str, ClassWithInitArgs[Any]]:
         """The roles of each host, in the order to build them; later changes do not reach them.
 
         Raises:
             RegistrationError: the class is not a subclass of `Worker`.
         """
         cls = worker_class(self.cls, self.role)
-        fused: Mapping[str, RoleSpec] = getattr(cls, "fused_roles", {})
-        return {**fused, self.role: RoleSpec(cls, tuple(self.args), dict(self.kwargs))}
+        fused: Mapping[str, ClassWithInitArgs] = getattr(cls, "fused_roles", {})
+        return {**fused, self.role: ClassWithInitArgs(cls, *self.args, **self.kwargs)}
 
 
 class ColocatedClasses(ClassWithInitArgs[Any]):
@@ -111,8 +101,8 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
     def role(self) -> str:
         return ""
 
-    def roles(self) -> dict[str, RoleSpec]:
-        found: dict[str, RoleSpec] = {}
+    def roles(self) -> dict[str, ClassWithInitArgs]:
+        found: dict[str, ClassWithInitArgs] = {}
         for role, spec in self.specs.items():
             for name, role_spec in spec.roles().items():
                 name = role if name == spec.role else name
@@ -130,7 +120,7 @@ class FusedWorker(Worker):
     The roles are built before it, in the same process.
     """
 
-    fused_roles: ClassVar[Mapping[str, RoleSpec]] = {}
+    fused_roles: ClassVar[Mapping[str, ClassWithInitArgs]] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name in type(self).fused_roles:
@@ -153,7 +143,7 @@ def worker_class(cls: Any, role: str) -> type[Worker]:
     return cls
 
 
-def has_async_method(roles: Mapping[str, RoleSpec]) -> bool:
+def has_async_method(roles: Mapping[str, ClassWithInitArgs]) -> bool:
     """Whether any role has an `async def` method."""
     methods = (getattr(role.cls, name, None) for role in roles.values() for name in dir(role.cls))
     return any(map(inspect.iscoroutinefunction, methods))
@@ -161,7 +151,7 @@ def has_async_method(roles: Mapping[str, RoleSpec]) -> bool:
 
 def build_roles(
     context: WorkerContext,
-    roles: Mapping[str, RoleSpec],
+    roles: Mapping[str, ClassWithInitArgs],
     turns: Turns,
     failure: Callable[[str, BaseException], BaseException],
 ) -> Iterator[tuple[str, Worker]]:
@@ -173,7 +163,7 @@ def build_roles(
     for role, spec in roles.items():
         try:
             with building(context):
-                worker = spec.cls(*spec.args, **spec.kwargs)
+                worker = spec()
             if worker.takes_turns and has_async_method(roles):
                 raise RegistrationError(
                     f"role {role!r} takes turns on the device, which needs calls that run one "

@@ -46,7 +46,6 @@ from single_controller.base.roles import (
     Colocate,
     ColocatedClasses,
     FusedWorker,
-    RoleSpec,
     W,
     build_roles,
     create_fused_worker_cls,
@@ -199,7 +198,7 @@ class Ranks(Generation, InProcess):
     def __init__(
         self,
         pool: ResourcePool,
-        roles: Mapping[str, RoleSpec],
+        roles: Mapping[str, ClassWithInitArgs],
         env: Mapping[str, str],
         prefix: str = "",
         device_name: str | None = None,

@@ -21,7 +21,7 @@ from ray.exceptions import RayTaskError
 from single_controller.base.dispatch import AUTO_PADDING
 from single_controller.base.message import Message, checked_output
 from single_controller.base.plan import origins
-from single_controller.base.roles import RoleSpec, build_roles, restore_hooks
+from single_controller.base.roles import ClassWithInitArgs, build_roles, restore_hooks
 from single_controller.base.trace import Event, harvest, note, now_ns, running
 from single_controller.base.worker import (
     AGENT_STORE,
@@ -131,7 +131,7 @@ class Host:
             get_torch_device().set_device(self._context.local_rank)
         return self._identity
 
-    def build(self, roles: Mapping[str, RoleSpec], padding: str | None) -> HostInfo:
+    def build(self, roles: Mapping[str, ClassWithInitArgs], padding: str | None) -> HostInfo:
         """Build the roles, in their order."""
         self._pad(padding)
         for stream in (sys.stdout, sys.stderr):  # by this, Ray says whose the lines below are

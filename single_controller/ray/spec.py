@@ -15,7 +15,6 @@ from single_controller.base.roles import (
     ColocatedClasses,
     FusedWorker,
     P,
-    RoleSpec,
     W,
     create_fused_worker_cls,
     worker_class,
@@ -36,7 +35,7 @@ __all__ = [
 class ActorSpec:
     """One host: its roles by name, and Ray's options for its process."""
 
-    roles: Mapping[str, RoleSpec]
+    roles: Mapping[str, ClassWithInitArgs]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from single_controller.base.dispatch import padding_setting
 from single_controller.base.message import not_sent
 from single_controller.base.plan import named_arguments
-from single_controller.base.roles import RoleSpec, has_async_method
+from single_controller.base.roles import ClassWithInitArgs, has_async_method
 from single_controller.base.worker import check_worker_env
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
@@ -134,7 +134,7 @@ def _share(amount: float, parts: int) -> float:
     return math.floor(amount / parts * 10_000) / 10_000
 
 
-def _stored(roles: Mapping[str, RoleSpec]) -> Any:
+def _stored(roles: Mapping[str, ClassWithInitArgs]) -> Any:
     try:
         return ray.put(dict(roles))
     except (TypeError, AttributeError, PicklingError) as error:
