@@ -198,7 +198,8 @@ class Worker:
         """
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return self._context.node_ip or _node_ip(), str(probe.getsockname()[1])
+            here = self._context.node_ip or socket.gethostbyname(socket.gethostname())
+            return here, str(probe.getsockname()[1])
 
     get_availale_master_addr_port = get_available_master_addr_port  # veRL's spelling
 
@@ -289,27 +290,18 @@ class Worker:
     def set_dispatch_collect(
         self, mesh_name: str, dispatch_dp_rank: dict[str, int], collect_dp_rank: dict[str, bool]
     ) -> None:
-        """Take over the meshes of a nested worker, `mesh_name` among them.
+        """Take over a mesh of a nested worker: that of this name, or the only one.
 
         Raises:
-            DispatchError: `mesh_name` is registered already, or the nested worker lacks a mesh.
-            ValueError: another mesh is registered already, with other values.
+            DispatchError: it has neither, or `mesh_name` is registered already.
         """
-        if mesh_name in self._meshes:
-            raise DispatchError(f"mesh {mesh_name!r} is registered already")
-        if mesh_name not in dispatch_dp_rank and len(dispatch_dp_rank) == len(collect_dp_rank) == 1:
-            dispatch_dp_rank = {mesh_name: next(iter(dispatch_dp_rank.values()))}
-            collect_dp_rank = {mesh_name: next(iter(collect_dp_rank.values()))}
-        names = [*dict.fromkeys([mesh_name, *dispatch_dp_rank])]
-        if lost := [n for n in names if n not in dispatch_dp_rank or n not in collect_dp_rank]:
+        meant = [mesh_name] if mesh_name in dispatch_dp_rank else [*dispatch_dp_rank]
+        if mesh_name in self._meshes or len(meant) != 1:
             raise DispatchError(
-                f"meshes {lost} need a dp rank and whether they collect; got {dispatch_dp_rank} "
-                f"and {collect_dp_rank}. Register them in the nested worker first"
+                f"mesh {mesh_name!r} is registered already, or the nested worker has neither it "
+                f"nor one mesh alone; it has {meant or 'none'}"
             )
-        for name in names:
-            self._register_dispatch_collect_info(
-                name, dispatch_dp_rank[name], collect_dp_rank[name]
-            )
+        self._meshes[mesh_name] = dispatch_dp_rank[meant[0]], collect_dp_rank[meant[0]]
 
     @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO_WITH_FUNC)
     def execute_with_func_generator(
@@ -387,12 +379,10 @@ def check_worker_env(env: Mapping[str, str] | None, argument: str = "worker_env"
     """Refuse what a user cannot add to the environment of all ranks: what is no dict of strings
     is a TypeError, a name that the group sets a ValueError.
     """
-    pairs = env.items() if isinstance(env, Mapping) else () if env is None else [(argument, env)]
-    for name, value in pairs:
-        if not (isinstance(name, str) and isinstance(value, str)):
-            wanted = "a dict of strings by name, or None"
-            raise TypeError(f"{argument} must be {wanted}; got {name!r}: {value!r}")
-    if taken := sorted({*_ENVIRONMENT, AGENT_STORE} & {name for name, _ in pairs}):
+    env = {} if env is None else env
+    if not (isinstance(env, Mapping) and all(isinstance(x, str) for x in (*env, *env.values()))):
+        raise TypeError(f"{argument} must be a dict of strings by name, or None; got {env!r}")
+    if taken := sorted({*_ENVIRONMENT, AGENT_STORE} & {*env}):
         raise ValueError(f"{argument} must not set {', '.join(taken)}: the group does so itself")
 
 
@@ -433,12 +423,3 @@ def coroutine_stacks(coroutines: Iterable[Any], hidden: Sequence[str]) -> str:
             coroutine = getattr(coroutine, "cr_await", None)
         shown.append("\n".join(own_frames(frames, hidden)) or "  waits for its arguments")
     return "\n  -- another coroutine --\n".join(shown)
-
-
-def _node_ip() -> str:
-    """The address that this node's packets leave from; asking sends none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        with contextlib.suppress(OSError):
-            probe.connect(("192.0.2.1", 9))
-            return str(probe.getsockname()[0])
-        return "127.0.0.1"

@@ -187,39 +187,22 @@ def test_an_unknown_mesh_names_the_known_ones_and_is_caught_as_verls_error() -> 
             ask("critic")
 
 
-def test_a_worker_takes_over_all_meshes_of_the_worker_it_nests() -> None:
+def test_a_worker_takes_over_a_mesh_of_the_worker_it_nests() -> None:
     outer, inner = Worker(), Worker()
     inner._register_dispatch_collect_info("train", 1, True)
-    inner._register_dispatch_collect_info("infer", 2, False)
-    outer.set_dispatch_collect("train", **inner.get_dispatch_collect())
-    assert outer.get_dispatch_collect() == {
-        "dispatch_dp_rank": {"train": 1, "infer": 2},
-        "collect_dp_rank": {"train": True, "infer": False},
-    }
     # veRL's engine workers register one, "train", and are taken over as "ref" and "actor".
-    outer = Worker()
-    for name, dp_rank in (("ref", 0), ("actor", 1)):
-        inner = Worker()
-        inner._register_dispatch_collect_info("train", dp_rank, True)
-        outer.set_dispatch_collect(mesh_name=name, **inner.get_dispatch_collect())
-    assert [outer._query_dispatch_info(name) for name in ("ref", "actor")] == [0, 1]
-
-
-def test_a_mesh_that_the_nested_worker_lacks_or_that_is_registered_already_is_named() -> None:
-    outer = Worker()
-    outer._register_dispatch_collect_info("infer", 1, False)
-    lacks = r"meshes \['actor'.*nested worker first"
-    for taken, dp_ranks, collects, match in (
-        ("actor", {}, {}, lacks),
-        ("actor", {"train": 0}, {}, lacks),
-        ("actor", {"a": 0, "b": 1}, {"a": True, "b": True}, lacks),
-        ("infer", {"infer": 0}, {"infer": True}, "'infer' is registered already"),
-        ("actor", {"actor": 0, "infer": 0}, {"actor": True, "infer": True}, "'infer' is reg"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            outer.set_dispatch_collect(taken, dp_ranks, collects)
+    outer.set_dispatch_collect(mesh_name="ref", **inner.get_dispatch_collect())
+    inner._register_dispatch_collect_info("infer", 2, False)
+    outer.set_dispatch_collect("infer", **inner.get_dispatch_collect())
+    assert outer.get_dispatch_collect() == {
+        "dispatch_dp_rank": {"ref": 1, "infer": 2},
+        "collect_dp_rank": {"ref": True, "infer": False},
+    }
     outer.get_dispatch_collect()["dispatch_dp_rank"]["infer"] = 7
-    assert outer._query_dispatch_info("infer") == 1
+    assert outer._query_dispatch_info("infer") == 2
+    for taken, nested in (("infer", inner), ("actor", inner), ("actor", Worker())):
+        with pytest.raises(ValueError, match=f"mesh '{taken}' is registered already, or .* has"):
+            outer.set_dispatch_collect(taken, **nested.get_dispatch_collect())
 
 
 def test_a_function_sent_to_a_worker_runs_with_it_or_on_rank_zero_without() -> None:

@@ -25,9 +25,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"call_timeout_s": -1}, ValueError, "call_timeout_s must be seconds, at least 0, .*; got -1"),
     ({"call_timeout_s": True}, ValueError, "call_timeout_s must be seconds, .*; got True"),
     ({"startup_timeout_s": "x"}, ValueError, "startup_timeout_s must be seconds, .*; got 'x'"),
-    ({"worker_env": ["A"]}, TypeError, r"worker_env must be a dict of strings .*: \['A'\]"),
-    ({"worker_env": {"A": 1}}, TypeError, "worker_env must be a dict of strings .*; got 'A': 1"),
-    ({"worker_env": {1: "A"}}, TypeError, "worker_env must be a dict of strings .*; got 1: 'A'"),
+    ({"worker_env": ["A"]}, TypeError, r"worker_env must be a dict of strings .*got \['A'\]"),
+    ({"worker_env": {"A": 1}}, TypeError, r"worker_env must be a dict of strings .*\{'A': 1\}"),
 ]
 
 
