@@ -14,6 +14,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from single_controller.base.plan import Call, is_late
@@ -124,24 +125,18 @@ def _is_packed(kind: Any) -> bool:
 Packer: TypeAlias = "Callable[..., Any]"  # a pickler's class that is `Packing`
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Message:
     """A pickled value. `foreign` are the buffers that no batch takes care of, which whoever reads
     must make private; `held` is what the pickle has not; `lent` are tensors that others
     map, to be kept until they have read them.
     """
 
-    __slots__ = ("buffers", "data", "foreign", "held", "lent")
-
-    def __init__(
-        self,
-        data: bytes,
-        buffers: Sequence[Any] = (),
-        foreign: Sequence[int] = (),
-        held: Sequence[Any] = (),
-        lent: Sequence[Any] = (),
-    ) -> None:
-        self.data, self.buffers, self.foreign = data, buffers, foreign
-        self.held, self.lent = held, lent
+    data: bytes
+    buffers: Sequence[Any] = ()
+    foreign: Sequence[int] = ()
+    held: Sequence[Any] = ()
+    lent: Sequence[Any] = ()
 
     @classmethod
     def of(cls, value: Any, packer: Packer, **options: Any) -> Message:

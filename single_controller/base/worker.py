@@ -123,6 +123,12 @@ class Worker:
     roles that do not fit together: then `offload` and `onload` go around calls. May be set by
     `__init__`, too. Needs a process whose roles have no `async def` method."""
 
+    local_rank: int = 0
+    """Index of this worker's device among the devices that its process sees."""
+
+    local_world_size: int = 1
+    """How many ranks of this group its node has."""
+
     _context: WorkerContext
     _rank: int  # these four are read by programs that were written for veRL
     _world_size: int
@@ -135,11 +141,16 @@ class Worker:
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             worker = super().__new__(cls)
             context = _building.get() or WorkerContext.from_environment()
-            worker._context = context
-            worker._rank, worker._world_size = context.rank, context.world_size
-            worker._local_rank = context.local_rank
-            worker._local_world_size = context.local_world_size
-            worker._meshes = {}
+            vars(worker).update(
+                _context=context,
+                _meshes={},
+                _rank=context.rank,
+                _world_size=context.world_size,
+                _local_rank=context.local_rank,
+                _local_world_size=context.local_world_size,
+                local_rank=context.local_rank,
+                local_world_size=context.local_world_size,
+            )
             return worker
 
     def __init__(self, cuda_visible_devices: str | None = None) -> None:
@@ -158,16 +169,6 @@ class Worker:
     @property
     def world_size(self) -> int:
         return self._world_size
-
-    @cached_property  # may be assigned, as veRL's programs do
-    def local_rank(self) -> int:
-        """Index of this worker's device among the devices that its process sees."""
-        return self._local_rank
-
-    @cached_property
-    def local_world_size(self) -> int:
-        """How many ranks of this group its node has."""
-        return self._local_world_size
 
     @cached_property
     def device(self) -> torch.device:
