@@ -141,23 +141,20 @@ class CallFuture:
 
 
 class MethodBinding:
-    """What calls of a registered method need and a group knows once: mode, signature, checks."""
+    """What calls of a registered method need and a group knows once. `signature` is that of its
+    callers, without `self`.
+    """
 
     def __init__(self, name: str, function: Callable[..., Any], spec: MethodSpec) -> None:
         self.name, self.function, self.spec, self.mode = name, function, spec, spec.mode()
-        self.signature = _callers_signature(function)
+        signature = inspect.signature(function)
+        parameters = [*signature.parameters.values()]
+        if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+            del parameters[0]  # self
+        # @ray.remote adds this one to the methods of a class and of its bases
+        parameters = [p for p in parameters if p.name != "_ray_trace_ctx"]
+        self.signature = signature.replace(parameters=parameters)
         self.shown = _shown(self.signature)
-
-
-def _callers_signature(method: Any) -> inspect.Signature:
-    """The signature of a method as its callers see it, without `self`."""
-    signature = inspect.signature(method)
-    parameters = list(signature.parameters.values())
-    if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
-        del parameters[0]  # self
-    # @ray.remote adds this one to the methods of a class and of its bases
-    parameters = [p for p in parameters if p.name != "_ray_trace_ctx"]
-    return signature.replace(parameters=parameters)
 
 
 def _shown(signature: inspect.Signature) -> str:

@@ -140,12 +140,7 @@ class Handle(_Mark[T_co]):
     """
 
     def __init__(self, source: Any) -> None:
-        self._source = source
-
-    @property
-    def source(self) -> Any:
-        """Where it is: what a future of rows is made of, too. Its one row is the value."""
-        return self._source
+        self.source = source  # as those of a future of rows; its one row is the value
 
     def get(self, timeout: float | None = None) -> T_co:
         """Wait for all ranks of the call, and fetch this one's value; tensors come to the CPU.
@@ -155,12 +150,12 @@ class Handle(_Mark[T_co]):
                 `timeout` seconds.
             GroupBrokenError: its group was closed or restarted.
         """
-        value: T_co = self._source.fetch(0, 1, timeout)
+        value: T_co = self.source.fetch(0, 1, timeout)
         return value
 
     def done(self) -> bool:
         """Whether its rank has finished, well or not."""
-        return bool(self._source.done())
+        return bool(self.source.done())
 
     def __await__(self) -> Generator[Any, None, T_co]:
         """What `get` gives, while the event loop runs on."""
@@ -168,22 +163,22 @@ class Handle(_Mark[T_co]):
 
     async def _arrived(self) -> T_co:
         for whole in (False, True):
-            if not await self._source.arrive(whole):
+            if not await self.source.arrive(whole):
                 return await asyncio.to_thread(self.get)  # finding out why takes seconds
-            self._source.rows(None)
+            self.source.rows(None)
         return self.get()
 
     def resolved(self) -> Handle[T_co]:
         """Itself, once all ranks of its call have finished, well or not."""
         with suppress(Exception):  # which whoever reads it runs into
-            self._source.rows(None)
+            self.source.rows(None)
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Handle, (self._source,)
+        return Handle, (self.source,)
 
     def __repr__(self) -> str:
-        return f"<handle of {self._source.title}, rank {self._source.rank}>"
+        return f"<handle of {self.source.title}, rank {self.source.rank}>"
 
 
 @dataclass(frozen=True)
@@ -248,7 +243,7 @@ class Call:
 
     def values(self) -> tuple[Any, ...]:
         """The positional ones, then those by name."""
-        return (*self.args, *self.kwargs.values()) if self.kwargs else self.args
+        return (*self.args, *self.kwargs.values())
 
 
 @dataclass(frozen=True)

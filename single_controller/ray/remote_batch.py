@@ -685,10 +685,7 @@ class RayHandle(Handle[Any], ray.ObjectRef):  # type: ignore[type-arg]  # 2.41 h
 
     def __init__(self, source: Any, ref: ray.ObjectRef[Any]) -> None:
         ray.ObjectRef.__init__(self, ref.binary(), ref.owner_address(), ref.call_site())
-        self._source = source
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Handle, (self._source,)
+        self.source = source
 
 
 def _remote(late: Sequence[Any]) -> list[RemoteBatch]:
