@@ -209,13 +209,10 @@ class BoundMethod:
         """
         made, size = copy.copy(self), self.group.world_size
         if ranks is not None:
-            made.ranks = chosen = tuple(ranks) if isinstance(ranks, Iterable) else ()
-            known = chosen and all(rank in range(size) for rank in chosen)
-            if not known or len(set(chosen)) < len(chosen):
-                raise ValueError(
-                    f"ranks must be some of 0 … {size - 1}, each once, as ranks=[0]; got "
-                    f"{chosen or ranks!r}"
-                )
+            made.ranks = tuple(ranks)
+            if not made.ranks or len({*made.ranks} & {*range(size)}) < len(made.ranks):
+                wanted = f"some of 0 … {size - 1}, each once, as ranks=[0]"
+                raise ValueError(f"ranks must be {wanted}; got {made.ranks}")
         check_seconds("timeout_s", timeout_s)
         if timeout_s is not None:
             made.timeout_s = timeout_s

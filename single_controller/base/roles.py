@@ -82,15 +82,13 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
     """
 
     def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
-        wanted = "RayClassWithInitArgs(cls, ...), or ClassWithInitArgs, of one worker class"
-        if not (isinstance(class_dict, Mapping) and class_dict):
-            raise RegistrationError(
-                f"class_dict must be a dict of {wanted}, with at least one role; got {class_dict!r}"
-            )
-        self.specs = {role: self._spec(spec) for role, spec in class_dict.items()}
-        for role, spec in self.specs.items():
+        self.specs = {role: self._spec(spec) for role, spec in dict(class_dict).items()}
+        for role, spec in self.specs.items() or [("?", None)]:
             if isinstance(spec, ColocatedClasses) or not isinstance(spec, ClassWithInitArgs):
-                raise RegistrationError(f"role {role!r} needs {wanted}; got {spec!r}")
+                raise RegistrationError(
+                    f"role {role!r} needs RayClassWithInitArgs(cls, ...), or ClassWithInitArgs, of "
+                    f"one worker class; got {class_dict!r}"
+                )
         self.roles()
 
     def _spec(self, given: Any) -> Any:

@@ -394,15 +394,11 @@ def exit_code(request: SystemExit) -> int:
 
 
 def own_traceback(error: BaseException, hidden: Sequence[str]) -> str:
-    """The traceback with its causes, without the frames of files in the `hidden` folders."""
-    shown: traceback.TracebackException | None
-    shown = whole = traceback.TracebackException.from_exception(error)
-    ours = (os.path.dirname(__file__), *hidden)
-    while shown is not None:
-        own = [frame for frame in shown.stack if not frame.filename.startswith(ours)]
-        shown.stack = traceback.StackSummary.from_list(own or shown.stack)
-        shown = shown.__cause__ or shown.__context__
-    return "".join(["On the worker: ", *whole.format()])
+    """The traceback with its causes, from the first frame in none of the `hidden` folders."""
+    ours, at = (os.path.dirname(__file__), *hidden), error.__traceback__
+    while at and at.tb_next and at.tb_frame.f_code.co_filename.startswith(ours):
+        at = at.tb_next
+    return "On the worker: " + "".join(traceback.format_exception(type(error), error, at))
 
 
 def own_frames(frames: Iterable[FrameType], hidden: Sequence[str]) -> list[str]:
