@@ -203,12 +203,10 @@ NOTHING = Message(pickle.dumps(((), {})))  # of a call without arguments
 
 class Outgoing(NamedTuple):
     """What the ranks that are called alike get: a message, which reads as arguments and keyword
-    arguments; its parts; and what was left out of it, `futures` and handles. `size` are the bytes
-    of the message's own values.
+    arguments; its parts; and what was left out of it, `futures` and handles.
     """
 
     message: Message
-    size: int
     parts: list[Any]
     futures: list[Any]
 
@@ -286,12 +284,10 @@ class Outbox:
         args, kwargs = [*map(placed, call.args)], {k: placed(v) for k, v in call.kwargs.items()}
         futures: list[Any] = []
         message = packed((args, kwargs), self._packer, late=futures) if args or kwargs else NOTHING
-        values = (*args, *kwargs.values())
-        away = all(type(value) is _Part or is_late(value) for value in values)
-        return Outgoing(message, 0 if away else message.size, list(parts.values()), futures)
+        return Outgoing(message, [*parts.values()], futures)
 
 
-def packed(value: Any, packer: Packer, **options: Any) -> Message:
+def packed(value: Any, packer: Packer, what: str = "its arguments", **options: Any) -> Message:
     """A message of arguments.
 
     Raises:
@@ -302,7 +298,7 @@ def packed(value: Any, packer: Packer, **options: Any) -> Message:
     except SingleControllerError:
         raise
     except Exception as error:
-        raise SendError(f"its arguments cannot be sent: {error}") from error
+        raise SendError(f"{what} cannot be sent: {error}") from error
 
 
 def _shared_values(value: Any) -> dict[str, Any]:
@@ -328,13 +324,9 @@ def not_sent(title: str, named: Iterable[tuple[str, Any]], packer: Packer) -> Se
     """The error for the first of these values that cannot be pickled; None if all can."""
     for name, value in named:
         try:
-            Message.of(value, packer, late=[])
-        except Exception as error:
-            made = SendError(
-                f"{title}: {name} cannot be sent: {str(error) or type(error).__name__}"
-            )
-            made.__cause__ = error
-            return made
+            packed(value, packer, f"{title}: {name}", late=[])
+        except SendError as error:
+            return error
     return None
 
 

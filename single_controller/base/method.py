@@ -6,6 +6,7 @@ import abc
 import asyncio
 import copy
 import inspect
+import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -158,16 +159,10 @@ class MethodBinding:
 
 
 def _shown(signature: inspect.Signature) -> str:
-    """A signature as its author wrote it: `(batch: DataProto) -> DataProto`."""
-
-    def bare(annotation: Any) -> Any:
-        plain = type(annotation) is type and annotation is not inspect.Signature.empty
-        name = annotation.__name__ if plain else annotation
-        # A signature quotes strings, and shows a built-in class by its name alone.
-        return type(name, (), {"__module__": "builtins"}) if isinstance(name, str) else annotation
-
-    parameters = [p.replace(annotation=bare(p.annotation)) for p in signature.parameters.values()]
-    return str(inspect.Signature(parameters, return_annotation=bare(signature.return_annotation)))
+    """A signature as its author wrote it: Python quotes annotations that are strings, and names the
+    modules of others.
+    """
+    return re.sub(r"'|\b[A-Za-z_][\w.]*\.(?=[A-Z])", "", str(signature))
 
 
 class BoundMethod:

@@ -122,8 +122,7 @@ class PerRank(_Mark[T]):
     values: Sequence[T]
 
     def __post_init__(self) -> None:
-        listed = hasattr(self.values, "__getitem__") and not isinstance(self.values, Mapping)
-        if not listed or getattr(self.values, "shape", None) == ():
+        if isinstance(self.values, Mapping) or not hasattr(self.values, "__getitem__"):
             raise DispatchError(f"a list is needed, one value per rank; got {self.values!r}")
 
 

@@ -56,7 +56,7 @@ class ClassWithInitArgs(Generic[W]):
         return made
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({getattr(self.cls, '__name__', self.cls)})"
+        return f"{type(self).__name__}({self.role})"
 
     @property
     def role(self) -> str:
@@ -107,9 +107,6 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
                 if found.setdefault(name, role_spec) is not role_spec:
                     raise RegistrationError(f"two roles of one host are called {name!r}")
         return found
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.specs})"
 
 
 class FusedWorker(Worker):

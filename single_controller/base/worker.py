@@ -268,9 +268,8 @@ class Worker:
         if mesh_name in self._meshes:
             return self._meshes[mesh_name]
         raise DispatchError(
-            f"mesh {mesh_name!r} is not registered on rank {self.rank} of {type(self).__name__}; "
-            f"registered: {sorted(self._meshes) or 'none'}. Call register_mesh, or "
-            "_register_dispatch_collect_info, before the first call"
+            f"mesh {mesh_name!r} is not registered on rank {self.rank} of {type(self).__name__}: "
+            f"call register_mesh first. It has {sorted(self._meshes) or 'none'}"
         )
 
     def _query_dispatch_info(self, mesh_name: str) -> int:
