@@ -78,22 +78,18 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
     """Roles by name, to be built in one host per rank.
 
     Raises:
-        RegistrationError: no role, or a role that is not `ClassWithInitArgs` of a `Worker`.
+        RegistrationError: no role, one that is not of a `Worker`, or two of one name.
     """
 
-    def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
-        self.specs = {role: self._spec(spec) for role, spec in dict(class_dict).items()}
-        for role, spec in self.specs.items() or [("?", None)]:
-            if isinstance(spec, ColocatedClasses) or not isinstance(spec, ClassWithInitArgs):
-                raise RegistrationError(
-                    f"role {role!r} needs RayClassWithInitArgs(cls, ...), or ClassWithInitArgs, of "
-                    f"one worker class; got {class_dict!r}"
-                )
+    def __init__(self, class_dict: Mapping[str, Any]) -> None:
+        if not class_dict:
+            raise RegistrationError("class_dict must have at least one role; got none")
+        self.specs = {role: self._spec(spec) for role, spec in class_dict.items()}
         self.roles()
 
     def _spec(self, given: Any) -> Any:
         """A role's spec as this backend needs it."""
-        return given
+        return given if isinstance(given, ClassWithInitArgs) else ClassWithInitArgs(given)
 
     @property
     def role(self) -> str:
@@ -260,8 +256,8 @@ class Colocate:
     Args:
         pool: where the processes go.
         given: by name, roles and options. A role is a worker class, or where it takes arguments
-            the backend's `spec` of it: `RayClassWithInitArgs` or `ClassWithInitArgs`. The options
-            are those of the backend's `group`, `RayWorkerGroup` or `InlineWorkerGroup`.
+            `RayClassWithInitArgs` or `ClassWithInitArgs` of it. The options are those of the
+            backend's `group`, `RayWorkerGroup` or `InlineWorkerGroup`.
 
     Raises:
         ValueError: a role has the name of an attribute of what is returned.
@@ -269,15 +265,12 @@ class Colocate:
     """
 
     group: Callable[..., Any]
-    classes: Callable[[Mapping[str, ClassWithInitArgs]], ClassWithInitArgs]
-    spec: Callable[[Any], ClassWithInitArgs]
+    classes: Callable[[Mapping[str, Any]], ClassWithInitArgs]
 
     def __call__(self, pool: ResourcePool | None = None, **given: Any) -> Colocated:
         roles = {name: value for name, value in given.items() if callable(value)}
         options = {name: value for name, value in given.items() if name not in roles}
-        for name, role in roles.items():
+        for name in roles:
             if hasattr(Colocated, name) or name in ("hosts", "roles"):
                 raise ValueError(f"a role cannot be called {name!r}: every Colocated has that")
-            if not isinstance(role, ClassWithInitArgs):
-                roles[name] = self.spec(role)
         return Colocated(self.group(pool, self.classes(roles), **options), roles)

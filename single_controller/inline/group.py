@@ -768,5 +768,5 @@ def create_colocated_worker_cls_fused(
     return ClassWithInitArgs(create_colocated_worker_raw_cls(class_dict))
 
 
-colocate = Colocate(InlineWorkerGroup, create_colocated_worker_cls, ClassWithInitArgs)
+colocate = Colocate(InlineWorkerGroup, create_colocated_worker_cls)
 """Every role on each rank of the pool, by default on one rank, in this process: see `Colocate`."""

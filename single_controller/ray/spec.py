@@ -96,9 +96,10 @@ class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
         self.actor_spec()
 
     def _spec(self, given: Any) -> Any:
-        if type(given) is ClassWithInitArgs:
-            return RayClassWithInitArgs(given.cls, *given.args, **given.kwargs)
-        return given
+        if isinstance(given, RayClassWithInitArgs):
+            return given
+        spec = super()._spec(given)
+        return RayClassWithInitArgs(spec.cls, *spec.args, **spec.kwargs)
 
     def _own_options(self) -> dict[str, Any]:
         options = super()._own_options()

@@ -207,5 +207,5 @@ def _attach(
     return RayHosts.attach(handles, names or [], timeout_s)
 
 
-colocate = Colocate(RayWorkerGroup, create_colocated_worker_cls, RayClassWithInitArgs)
+colocate = Colocate(RayWorkerGroup, create_colocated_worker_cls)
 """Start one process per process of the pool, each with every role in it: see `Colocate`."""

@@ -101,11 +101,10 @@ def test_a_pool_or_group_before_ray_was_started_says_so(
             use()
 
 
-@pytest.mark.parametrize("class_dict", [{}, {"a": Worker}])
-def test_what_names_no_role_is_refused(class_dict: Any) -> None:
+def test_what_names_no_role_is_refused() -> None:
     for create in (on_ray.create_colocated_worker_cls, inline.create_colocated_worker_cls):
-        with pytest.raises(RegistrationError, match=r"role '.' needs RayClassWithInitArgs"):
-            create(class_dict)
+        with pytest.raises(RegistrationError, match="class_dict must have at least one role"):
+            create({})
 
 
 def test_a_trace_keeps_at_least_one_span_in_a_file_of_its_own() -> None:
