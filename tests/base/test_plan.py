@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from single_controller import DispatchError, PerRank, ResourcePool
 from single_controller.base.plan import Layout
@@ -52,16 +50,6 @@ def test_a_count_that_is_no_positive_integer_is_refused_by_name(wrong: Any) -> N
         ResourcePool([1, wrong])
     with pytest.raises(ValueError, match="max_colocate_count must be a whole number, at least 1; "):
         ResourcePool([1], max_colocate_count=wrong)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 9), max_size=6))
-def test_every_rank_has_a_place_on_exactly_one_node(store: list[int]) -> None:
-    pool = ResourcePool(store)
-    ranks, sizes = pool.local_rank_list(), pool.local_world_size_list()
-    assert len(ranks) == len(sizes) == pool.world_size
-    assert all(rank < size for rank, size in zip(ranks, sizes, strict=True))
-    assert ranks.count(0) == len(store)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -78,15 +78,18 @@ def test_a_worker_made_outside_a_group_reads_its_place_from_the_environment(
     assert WorkerContext.from_environment().environment() == KEYS
 
 
-def test_a_subclass_without_super_init_knows_its_place_from_the_first_line_on() -> None:
+def test_a_subclass_without_super_init_knows_its_place_and_peers_from_the_first_line_on() -> None:
     class Forgetful(Worker):
         def __init__(self, x: int, *, y: int) -> None:
             self.seen = (self.rank, x, y)
             self.inner = Worker()  # stands in the same place, with meshes of its own
             self.inner._register_dispatch_collect_info("m", 1, True)
 
-    with building(CONTEXT):
+    with building(replace(CONTEXT, peers={})):
         worker = Forgetful(1, y=2)
+    worker.fused_worker_dict["forgetful"] = worker  # as a group does
+    assert worker.inner.get_fused_worker_by_name("forgetful") is worker
+    assert worker.get_fused_worker_by_name("other") is None
     with pytest.raises(KeyError), building(CONTEXT):
         raise KeyError("constructor")
     assert Worker().world_size == 1
@@ -96,26 +99,16 @@ def test_a_subclass_without_super_init_knows_its_place_from_the_first_line_on() 
     assert worker.inner._query_dispatch_info("m") == 1
 
 
-def test_roles_of_one_process_see_each_other_by_name() -> None:
-    peers: dict[str, Any] = {}
-    with building(WorkerContext(peers=peers)):
-        peers["actor"], peers["critic"] = Worker(), Worker()
-    assert peers["actor"].get_fused_worker_by_name("critic") is peers["critic"]
-    assert peers["actor"].get_fused_worker_by_name("other") is None
-    assert peers["actor"].fused_worker_dict == peers
-
-
-def test_the_device_is_the_ranks_own() -> None:
+def test_the_device_is_the_ranks_own_and_visible_are_those_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert here(device_name="cpu", local_rank=2).device == torch.device("cpu")
     assert here(device_name="cuda", local_rank=2).device == torch.device("cuda", 2)
-
-
-def test_visible_devices_are_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert Worker().get_cuda_visible_devices() == "not set"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert Worker().get_cuda_visible_devices() == "3"
     assert Worker("0,1").get_cuda_visible_devices() == "0,1"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert Worker().get_cuda_visible_devices() == "not set"
 
 
 def test_an_address_for_the_users_own_rendezvous_can_be_bound() -> None:
