@@ -219,15 +219,11 @@ def collect_nd_compute_dataproto(
 ) -> Any:
     """The outputs of the ranks whose mask is set, as one batch."""
     kept = collect_nd_compute(collect_mask, worker_group, output)
-    ranks = tuple(rank for rank, collects in enumerate(collect_mask) if collects)
-    return ByRows().collect(Plan(ranks, tuple(range(len(ranks)))), kept)
+    ranks = [rank for rank, collects in enumerate(collect_mask) if collects]
+    return ByRows().collect(Plan(tuple(ranks)), kept)
 
 
 def _mapped(dp_rank_mapping: Sequence[int], dp_size: int) -> Layout:
-    if any(not 0 <= dp_rank < dp_size for dp_rank in dp_rank_mapping):
-        raise DispatchError(
-            f"dp_rank_mapping must hold numbers from 0 to {dp_size - 1}; got {dp_rank_mapping}"
-        )
     return Layout(tuple(dp_rank_mapping), (True,) * len(dp_rank_mapping), dp_size)
 
 
@@ -262,51 +258,45 @@ dispatch_all_to_all = partial(_dispatch, AllToAll())
 length, else each once per rank.
 """
 
+collect_all_to_all = partial(_collect, AllToAll())
+"""The outputs as they are."""
+
 dispatch_dp_compute = partial(_dispatch, PerElement())
 """Lists with one element per rank, checked."""
-
-dispatch_dp_compute_data_proto = partial(_dispatch, ByRows())
-"""Batches split by rows: each argument as a list with one shard per rank."""
-
-dispatch_dp_compute_data_proto_with_func = partial(_dispatch, ByRows(function_first=True))
-"""The same behind a function, which every rank gets."""
 
 collect_dp_compute = partial(_collect, PerElement())
 """The outputs, one per rank."""
 
+dispatch_dp_compute_data_proto = partial(_dispatch, ByRows())
+"""Batches split by rows: each argument as a list with one shard per rank."""
+
 collect_dp_compute_data_proto = partial(_collect, ByRows())
 """The outputs, one per rank, as one batch."""
+
+dispatch_dp_compute_data_proto_with_func = partial(_dispatch, ByRows(function_first=True))
+"""The same behind a function, which every rank gets."""
 
 dummy_direct_rollout_call = partial(_dispatch, Direct())
 """Raises NotImplementedError: the method is called on workers, not through a group."""
 
-
-def collect_all_to_all(worker_group: Any, output: Any) -> Any:
-    """The outputs as they are."""
-    return output
-
-
-def _pair(dispatch_fn: Any, collect_fn: Any) -> Functions:
-    return {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
-
-
-_split, _join = dispatch_dp_compute_data_proto, collect_dp_compute_data_proto
-_with_func = dispatch_dp_compute_data_proto_with_func
-
-BUILT_IN: dict[str, tuple[Mode, Functions]] = {
-    "RANK_ZERO": (RankZero(), _pair(partial(_dispatch, RankZero()), partial(_collect, RankZero()))),
-    "ONE_TO_ALL": (OneToAll(), _pair(dispatch_one_to_all, collect_all_to_all)),
-    "ALL_TO_ALL": (AllToAll(), _pair(dispatch_all_to_all, collect_all_to_all)),
-    "DP_COMPUTE": (PerElement(), _pair(dispatch_dp_compute, collect_dp_compute)),
-    "DP_COMPUTE_PROTO": (ByRows(), _pair(_split, _join)),
-    "DP_COMPUTE_PROTO_WITH_FUNC": (ByRows(function_first=True), _pair(_with_func, _join)),
-    "DP_COMPUTE_METRIC": (ByRows(merge="list"), _pair(_split, collect_dp_compute)),
-    "DIRECT_ROLLOUT_METHOD": (Direct(), _pair(*[dummy_direct_rollout_call] * 2)),
+BUILT_IN: dict[str, Mode] = {
+    "RANK_ZERO": RankZero(),
+    "ONE_TO_ALL": OneToAll(),
+    "ALL_TO_ALL": AllToAll(),
+    "DP_COMPUTE": PerElement(),
+    "DP_COMPUTE_PROTO": ByRows(),
+    "DP_COMPUTE_PROTO_WITH_FUNC": ByRows(function_first=True),
+    "DP_COMPUTE_METRIC": ByRows(merge="list"),
+    "DIRECT_ROLLOUT_METHOD": Direct(),
 }
-"""The built-in modes by the names of `Dispatch`, each with its functions in veRL's shape."""
+"""The built-in modes by the names of `Dispatch`."""
 
 DISPATCH_MODE_FN_REGISTRY: dict[Dispatch, Functions] = {
-    Dispatch.register(name): functions for name, (_, functions) in BUILT_IN.items()
+    Dispatch.register(name): {
+        "dispatch_fn": partial(_dispatch, mode),
+        "collect_fn": partial(_collect, mode),
+    }
+    for name, mode in BUILT_IN.items()
 }
 
 
@@ -323,7 +313,7 @@ def register_dispatch_mode(
         raise RegistrationError(
             f"dispatch_mode_name {dispatch_mode_name!r} is taken; update_dispatch_mode changes it"
         )
-    functions = _pair(dispatch_fn, collect_fn)
+    functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
     _check_dispatch_mode(functions)
     DISPATCH_MODE_FN_REGISTRY[Dispatch.register(dispatch_mode_name)] = functions
 
@@ -337,7 +327,7 @@ def update_dispatch_mode(
         RegistrationError: the mode is unknown, or a function cannot be called.
     """
     get_predefined_dispatch_fn(dispatch_mode)
-    functions = _pair(dispatch_fn, collect_fn)
+    functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
     _check_dispatch_mode(functions)
     DISPATCH_MODE_FN_REGISTRY[dispatch_mode] = functions
 
@@ -380,9 +370,6 @@ def _check_dispatch_mode(dispatch_mode: Any) -> Mode:
     Raises:
         RegistrationError: it is neither, or the mode is unknown, or a function cannot be called.
     """
-    if inspect.isroutine(dispatch_mode):
-        name = getattr(dispatch_mode, "__name__", "?")
-        raise RegistrationError(f"register needs parentheses: @register() above {name}")
     if isinstance(dispatch_mode, Dispatch):
         dispatch_mode = get_predefined_dispatch_fn(dispatch_mode)
     given = dispatch_mode if isinstance(dispatch_mode, Mapping) else {}
@@ -392,13 +379,16 @@ def _check_dispatch_mode(dispatch_mode: Any) -> Mode:
             'dispatch_mode must be a Dispatch member, or a dict with callables under "dispatch_fn" '
             f'and "collect_fn"; got {dispatch_mode!r}'
         )
-    for mode, known in BUILT_IN.values():
-        if pair == [*known.values()]:
-            return mode
-    lazy = [dispatch_lazy_compute_data_proto, collect_lazy_compute_data_proto]
-    if [getattr(f, "func", None) for f in pair] == lazy and pair[0].args == pair[1].args:
-        return ByRows(mesh=pair[0].args[0])
-    return CustomMode(*pair)
+    spreads, merges = map(_mode_of, pair)
+    return spreads if spreads is not None and spreads == merges else CustomMode(*pair)
+
+
+def _mode_of(function: Any) -> Mode | None:
+    """The mode that one of the functions above is of."""
+    of = getattr(function, "func", None)
+    if of in (dispatch_lazy_compute_data_proto, collect_lazy_compute_data_proto):
+        return ByRows(mesh=function.args[0])
+    return function.args[0] if of in (_dispatch, _collect) else None
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def test_options_of_register_choose_the_mode(options: dict[str, Any], mode: Mode
         ({"transport": "device"}, 'with blocking=False "device"; got .device'),
         ({"dispatch_mode": Dispatch.ONE_TO_ALL, "uneven": True}, "uneven=True.*ONE_TO_ALL"),
         ({"dispatch_mode": FUNCTIONS, "uneven": True}, "uneven"),
-        ({"dispatch_mode": lambda self: None}, r"parentheses: @register\(\) above <lambda>"),
+        ({"dispatch_mode": lambda self: None}, "dispatch_mode must be .*; got <function"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_at_once(options: Any, named: str) -> None:
@@ -291,7 +291,7 @@ def test_a_dispatch_function_that_returns_something_else_is_named(spread: Any, n
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_mode_as_functions_is_the_mode_again(name: str) -> None:
     functions = get_predefined_dispatch_fn(getattr(Dispatch, name))
-    assert _check_dispatch_mode(functions) == BUILT_IN[name][0]
+    assert _check_dispatch_mode(functions) == BUILT_IN[name]
     mixed = {**functions, "collect_fn": join}
     assert _check_dispatch_mode(mixed) == CustomMode(functions["dispatch_fn"], join)
 
@@ -342,9 +342,6 @@ def test_nd_compute_sends_what_the_mapping_says_and_keeps_what_the_mask_says() -
     (shards,), named = split([1, 0], 2, group, proto(1, 2), k=proto(3, 4))
     assert (columns(shards), columns(named["k"])) == ([[2], [1]], [[4], [3]])
     assert column(join(mask, group, [proto(1), None, proto(2)])) == [1, 2]
-    for mapping in ([0, 2], [-1, 0]):
-        with pytest.raises(DispatchError, match="0 to 1"):
-            decorator.dispatch_nd_compute(mapping, 2, group, ["a", "b"])
     with pytest.raises(DispatchError, match="length 3"):
         decorator.dispatch_nd_compute([0, 1], 2, group, [1, 2, 3])
     with pytest.raises(ValueError, match=r"shorter|longer"):
