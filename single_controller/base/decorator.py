@@ -48,7 +48,7 @@ from single_controller.errors import DispatchError, RegistrationError, check_sec
 
 if TYPE_CHECKING:
     import torch
-    from typing_extensions import Required, Self, Unpack
+    from typing_extensions import Self, Unpack
 
     from protocol import DataProtoFuture
     from single_controller.base.explain import Explanation, GroupTable
@@ -104,7 +104,6 @@ _Plain: TypeAlias = Callable[Concatenate[Any, P], R]
 _Async: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
 
 _OnAll: TypeAlias = "Literal[Execute.ALL]"
-_OnFirst: TypeAlias = "Literal[Execute.RANK_ZERO]"
 
 BUCKET_BYTES = 256 << 20
 _SPEC = "__single_controller_spec__"
@@ -118,8 +117,8 @@ class Dispatch:
 
     RANK_ZERO: ClassVar[_FirstRank]
     ONE_TO_ALL: ClassVar[_Whole]
-    ALL_TO_ALL: ClassVar[_Lists]
-    DP_COMPUTE: ClassVar[_Lists]
+    ALL_TO_ALL: ClassVar[Dispatch]
+    DP_COMPUTE: ClassVar[Dispatch]
     DP_COMPUTE_PROTO: ClassVar[_Rows]
     DP_COMPUTE_PROTO_WITH_FUNC: ClassVar[_Rows]
     DP_COMPUTE_METRIC: ClassVar[_Whole]
@@ -157,8 +156,6 @@ if TYPE_CHECKING:  # kinds of members, by which `register` tells what a group re
     class _FirstRank(Dispatch): ...
 
     class _Whole(Dispatch): ...
-
-    class _Lists(Dispatch): ...
 
     class _Rows(Dispatch): ...
 
@@ -400,13 +397,14 @@ class MethodSpec:
     blocking: bool
     materialize_futures: bool
     uneven: bool
-    reads_only: bool = False
-    timeout_s: float | None = None
-    transport: Transport = "host"
-    bucket_bytes: int | None = None
+    reads_only: bool
+    timeout_s: float | None
+    transport: Transport
+    bucket_bytes: int | None
 
     def mode(self) -> Mode:
         """The mode that carries this method's calls, if it can do what the method asks of it."""
+        _check_execute_mode(self.execute_mode)
         mode = self.dispatch_mode
         if not isinstance(mode, Mode):
             mode = _check_dispatch_mode(mode)
@@ -420,7 +418,12 @@ class MethodSpec:
             mode = replace(mode, uneven=True)
         if self.execute_mode is Execute.ALL or isinstance(mode, Direct):
             return mode
-        return replace(mode, rank_zero=True) if isinstance(mode, CustomMode) else RankZero()
+        if isinstance(mode, CustomMode):
+            raise RegistrationError(
+                "Execute.RANK_ZERO gives rank 0 all arguments as they are, and has no use for "
+                f"dispatch and collect functions of your own; got {self.dispatch_mode!r}"
+            )
+        return RankZero()
 
 
 class GroupFuture(Protocol[G_co]):
@@ -433,10 +436,8 @@ class GroupFuture(Protocol[G_co]):
 
 
 class GroupMethod(Protocol[P, G_co]):
-    """A worker's method on a group.
-
-    Type checkers know no way to say `submit(…, timeout_s=…)` of a method's own parameters: they
-    check them without a deadline, or where it is given by `options(timeout_s=…).submit(…)`.
+    """A worker's method on a group. With `timeout_s`, type checkers cannot check what else `submit`
+    is given; they can where it is `options(timeout_s=…).submit(…)`.
     """
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> G_co: ...
@@ -526,30 +527,8 @@ class _ToList(Protocol):
     def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, list[R]]]: ...
 
 
-class _ToListOfAny(Protocol):
-    """The same, where a group takes lists with one element per rank instead of the parameters."""
-
-    @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[..., list[R]]]: ...
-    @overload
-    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[..., list[R]]]: ...
-
-
-class _ToHandle(Protocol):
-    """As `_ToOne`, where the group does not wait."""
-
-    @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[P, Handle[R]]]: ...
-    @overload
-    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, Handle[R]]]: ...
-
-
 class _ToHandles(Protocol):
-    """As `_ToList`, where the group does not wait."""
+    """The same, where the group does not wait."""
 
     @overload
     def __call__(
@@ -561,89 +540,52 @@ class _ToHandles(Protocol):
     ) -> Registered[P, R, GroupMethod[P, list[Handle[R]]]]: ...
 
 
-class _ToHandlesOfAny(Protocol):
-    """As `_ToListOfAny`, where the group does not wait."""
-
-    @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[..., list[Handle[R]]]]: ...
-    @overload
-    def __call__(
-        self, method: _Plain[P, R], /
-    ) -> Registered[P, R, GroupMethod[..., list[Handle[R]]]]: ...
-
-
 class _Options(TypedDict, total=False):
     """What `register` takes by name, which does not change types."""
 
+    materialize_futures: bool
     uneven: bool
     reads_only: bool
     timeout_s: float | None
     transport: Transport
-
-
-class _Waited(_Options, total=False):
-    """The same for methods whose groups wait for the result."""
-
-    blocking: Literal[True]
-    materialize_futures: bool
-
-
-class _Deferred(_Options, total=False):
-    """The same for methods whose groups do not."""
-
-    blocking: Required[Literal[False]]
-    materialize_futures: bool
     bucket_bytes: int | None
 
 
 @overload
 def register(
-    dispatch_mode: Any = ..., *, execute_mode: _OnFirst, **more: Unpack[_Waited]
-) -> _ToOne: ...
-@overload
-def register(
     dispatch_mode: _Rows | _FirstRank | MeshFunctions,
     execute_mode: _OnAll = ...,
-    **more: Unpack[_Waited],
+    blocking: Literal[True] = ...,
+    **more: Unpack[_Options],
 ) -> _ToOne: ...
 @overload
 def register(
-    dispatch_mode: _Rows | MeshFunctions, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
+    dispatch_mode: _Rows | MeshFunctions,
+    execute_mode: _OnAll = ...,
+    *,
+    blocking: Literal[False],
+    **more: Unpack[_Options],
 ) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[P, DataProtoFuture]]]: ...
 @overload
 def register(
-    dispatch_mode: Any = ..., *, execute_mode: _OnFirst, **more: Unpack[_Deferred]
-) -> _ToHandle: ...
-@overload
-def register(
-    dispatch_mode: _FirstRank, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
-) -> _ToHandle: ...
-@overload
-def register(
-    dispatch_mode: _Whole, execute_mode: _OnAll = ..., **more: Unpack[_Waited]
+    dispatch_mode: _Whole,
+    execute_mode: _OnAll = ...,
+    blocking: Literal[True] = ...,
+    **more: Unpack[_Options],
 ) -> _ToList: ...
 @overload
 def register(
-    dispatch_mode: _Whole, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
+    dispatch_mode: _Whole,
+    execute_mode: _OnAll = ...,
+    *,
+    blocking: Literal[False],
+    **more: Unpack[_Options],
 ) -> _ToHandles: ...
-@overload
-def register(
-    dispatch_mode: _Lists = ..., execute_mode: _OnAll = ..., **more: Unpack[_Waited]
-) -> _ToListOfAny: ...
-@overload
-def register(
-    dispatch_mode: _Lists = ..., execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
-) -> _ToHandlesOfAny: ...
 @overload
 def register(
     dispatch_mode: Dispatch | Mapping[str, Any] = ...,
     execute_mode: Execute = ...,
     blocking: bool = ...,
-    materialize_futures: bool = ...,
-    *,
-    bucket_bytes: int | None = ...,
     **more: Unpack[_Options],
 ) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[..., Any]]]: ...
 def register(
@@ -688,23 +630,28 @@ def register(
     Raises:
         RegistrationError: an argument is none of these. ValueError: `timeout_s` is no time.
     """
-    how = (uneven, reads_only, timeout_s, transport)
-    spec = MethodSpec(dispatch_mode, execute_mode, blocking, materialize_futures, *how)
-    if bucket_bytes is not None:
-        check_bytes(bucket_bytes)
-        if blocking or spec.mode().batched:
-            raise RegistrationError(
-                "bucket_bytes needs blocking=False and a mode that gives one output per rank, as "
-                f"ONE_TO_ALL; got blocking={blocking} and {dispatch_mode!r}"
-            )
-        spec = replace(spec, bucket_bytes=bucket_bytes)
+    spec = MethodSpec(
+        dispatch_mode,
+        execute_mode,
+        blocking,
+        materialize_futures,
+        uneven,
+        reads_only,
+        timeout_s,
+        transport,
+        bucket_bytes,
+    )
+    may_yield = not (spec.mode().batched or blocking)
+    if bucket_bytes is not None and not (check_bytes(bucket_bytes) and may_yield):
+        raise RegistrationError(
+            "bucket_bytes needs blocking=False and a mode that gives one output per rank, as "
+            f"ONE_TO_ALL; got blocking={blocking} and {dispatch_mode!r}"
+        )
     check_seconds("timeout_s", timeout_s)
     if transport not in (("host",) if blocking else ("host", "device")):
         raise RegistrationError(
             f'transport must be "host", or with blocking=False "device"; got {transport!r}'
         )
-    _check_execute_mode(execute_mode)
-    spec.mode()
 
     def mark(method: Any) -> Any:
         if not inspect.isfunction(method):
@@ -716,9 +663,9 @@ def register(
         registered = types.FunctionType(code, names, method.__name__, method.__defaults__, closure)
         registered.__kwdefaults__ = method.__kwdefaults__
         functools.update_wrapper(registered, method)
-        default = None if blocking or spec.mode().batched else BUCKET_BYTES
-        buckets = inspect.isgeneratorfunction(method) and bucket_bytes is None
-        setattr(registered, _SPEC, replace(spec, bucket_bytes=default) if buckets else spec)
+        yields = may_yield and inspect.isgeneratorfunction(method)
+        size = bucket_bytes or (BUCKET_BYTES if yields else None)
+        setattr(registered, _SPEC, replace(spec, bucket_bytes=size))
         return registered
 
     return mark

@@ -240,13 +240,11 @@ class CustomMode(Mode):
 
     `dispatch_fn(worker_group, *args, **kwargs)` returns the arguments and keyword arguments as
     lists with one element per rank; `collect_fn(worker_group, output)` gets the list of all
-    ranks' outputs (handles of them where the call does not block). With `rank_zero`, what
-    `dispatch_fn` returns goes to rank 0 as it is, and `collect_fn` gets its output alone.
+    ranks' outputs (handles of them where the call does not block).
     """
 
     dispatch_fn: Callable[..., Any]
     collect_fn: Callable[..., Any]
-    rank_zero: bool = False
     group: Any = field(default=None, compare=False)
 
     signature_kept = False
@@ -260,9 +258,6 @@ class CustomMode(Mode):
                 f"element per rank; got {type(spread).__name__}"
             )
         lists, named = spread
-        if self.rank_zero:
-            calls: Calls = [Call(tuple(lists), dict(named)), *[None] * (layout.world_size - 1)]
-            return Plan((0,)), calls
         try:
             marked = {name: PerRank(values) for name, values in named.items()}
             return OneToAll().dispatch(layout, tuple(map(PerRank, lists)), marked)
@@ -270,7 +265,7 @@ class CustomMode(Mode):
             raise DispatchError(f"{self.name}: {error}") from None
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
-        return self.collect_fn(self.group, outputs[0] if self.rank_zero else list(outputs))
+        return self.collect_fn(self.group, list(outputs))
 
     @property
     def name(self) -> str:

@@ -85,8 +85,8 @@ def join(group: Any, output: Any) -> Any:
     return group.world_size, output
 
 
-def custom(dispatch_fn: Any = scatter, **options: Any) -> CustomMode:
-    return CustomMode(dispatch_fn, join, group=SimpleNamespace(world_size=2), **options)
+def custom(dispatch_fn: Any = scatter) -> CustomMode:
+    return CustomMode(dispatch_fn, join, group=SimpleNamespace(world_size=2))
 
 
 @pytest.fixture
@@ -140,10 +140,6 @@ FUNCTIONS = {"dispatch_fn": scatter, "collect_fn": join}
         ),
         ({"dispatch_mode": FUNCTIONS}, CustomMode(scatter, join)),
         (
-            {"dispatch_mode": FUNCTIONS, "execute_mode": Execute.RANK_ZERO},
-            CustomMode(scatter, join, rank_zero=True),
-        ),
-        (
             {"dispatch_mode": Dispatch.DIRECT_ROLLOUT_METHOD, "execute_mode": Execute.RANK_ZERO},
             Direct(),
         ),
@@ -168,6 +164,7 @@ def test_options_of_register_choose_the_mode(options: dict[str, Any], mode: Mode
         ({"transport": "device"}, 'with blocking=False "device"; got .device'),
         ({"dispatch_mode": Dispatch.ONE_TO_ALL, "uneven": True}, "uneven=True.*ONE_TO_ALL"),
         ({"dispatch_mode": FUNCTIONS, "uneven": True}, "uneven"),
+        ({"dispatch_mode": FUNCTIONS, "execute_mode": Execute.RANK_ZERO}, "of your own"),
         ({"dispatch_mode": lambda self: None}, "dispatch_mode must be .*; got <function"),
     ],
 )
@@ -261,10 +258,6 @@ def test_a_users_functions_get_the_group_and_decide_both_ways() -> None:
     assert mode.promise(plan, ["h0", "h1"]) == (2, ["h0", "h1"])
     assert (mode.signature_kept, OneToAll().signature_kept) == (False, True)
     assert custom() == CustomMode(scatter, join), "whatever its group"
-    mode = custom(rank_zero=True)  # to whom the spread goes as it is
-    plan, calls = mode.dispatch(FLAT2, ("x",), {})
-    assert (plan.answers, calls) == ((0,), [Call(([(0, "x"), (1, "x")],)), None])
-    assert mode.collect(plan, ["o0"]) == (2, "o0")
 
 
 @pytest.mark.parametrize(

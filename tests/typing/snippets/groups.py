@@ -64,10 +64,6 @@ class Actor(Worker):
     def scatter(self, x: int) -> int:
         return x
 
-    @register(dispatch_mode={"dispatch_fn": print, "collect_fn": print})
-    def custom(self, x: int) -> int:
-        return x
-
 
 class ActorGroup(GroupView, Actor): ...
 
@@ -87,9 +83,9 @@ async def by_the_workers_method(group: RayWorkerGroup[Actor], batch: DataProto) 
     assert_type(group[Actor.later](batch), DataProtoFuture)
     assert_type(group[Actor.meshed](batch), DataProto)
     assert_type(group[Actor.metric](batch), list[dict[str, float]])
-    assert_type(group[Actor.save]("path"), str)
+    group[Actor.save]("path")
     assert_type(group[Actor.version](), int)
-    assert_type(group[Actor.scatter]([1, 2]), list[int])
+    group[Actor.scatter]([1, 2])
     assert_type(group[Actor.loss].submit(batch).result(timeout=3), list[float])
     assert_type(await group[Actor.loss].submit(batch), list[float])
     assert_type(group[Actor.loss].options(ranks=[0])(batch), list[float])
@@ -168,21 +164,9 @@ class Trainer(Worker):
     def first(self) -> str:
         return ""
 
-    @register(execute_mode=Execute.RANK_ZERO, blocking=False)
-    async def lead(self, path: str) -> str:
-        return path
-
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, blocking=False)
     def metrics(self, batch: DataProto) -> float:
         return 0.0
-
-    @register(blocking=False)
-    def each(self, x: int) -> str:
-        return ""
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE, blocking=False)
-    async def shards(self, x: int) -> str:
-        return ""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load(self, weights: dict[str, str]) -> None:
@@ -197,11 +181,8 @@ async def handles(
     assert_type(weights[0].get(timeout=3), dict[str, str])
     assert_type(await weights[0], dict[str, str])
     assert_type(group[Trainer.state](), list[Handle[str]])
-    assert_type(group[Trainer.first](), Handle[str])
-    assert_type(group[Trainer.lead]("path"), Handle[str])
+    group[Trainer.load](group[Trainer.first]().as_input())
     assert_type(group[Trainer.metrics](batch), list[Handle[float]])
-    assert_type(group[Trainer.each]([1, 2]), list[Handle[str]])
-    assert_type(group[Trainer.shards]([1, 2]), list[Handle[str]])
     assert_type(group[Trainer.load](weights[0].as_input()), list[None])
     group[Trainer.load](PerRank([one.as_input() for one in weights]).as_input())
     group[Trainer.load](any_one.as_input())  # E
