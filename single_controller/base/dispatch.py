@@ -66,14 +66,12 @@ class Mode(abc.ABC):
     `mesh` names the mesh whose layout the mode needs; None: every rank is a dp rank.
     `signature_kept`: the driver passes what the method's signature says.
     `batched`: without blocking, the result is a `DataProtoFuture`.
-    `returns`: what collect makes, in words.
     """
 
     mesh: str | None = field(default=None, kw_only=True)
 
     signature_kept = True
     batched = False
-    returns = "the list of outputs"
 
     def plan(self, layout: Layout) -> Plan:
         """Whose outputs count, as far as the arguments do not matter."""
@@ -165,8 +163,6 @@ class OneToAll(Mode):
 class RankZero(Mode):
     """Only rank 0 is called; the result is its output."""
 
-    returns = "the output"
-
     def plan(self, layout: Layout) -> Plan:
         return Plan((0,))
 
@@ -248,7 +244,6 @@ class CustomMode(Mode):
     group: Any = field(default=None, compare=False)
 
     signature_kept = False
-    returns = "what collect_fn makes of the outputs"
 
     def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
         spread = self.dispatch_fn(self.group, *args, **kwargs)
@@ -294,10 +289,6 @@ class ByRows(Mode):
     @property
     def batched(self) -> bool:  # type: ignore[override]
         return self.merge == "concat"
-
-    @property
-    def returns(self) -> str:  # type: ignore[override]
-        return "one batch, the rows" if self.batched else Mode.returns
 
     def plan(self, layout: Layout) -> Plan:
         if self.batched and layout.shards != tuple(range(layout.dp_size)):

@@ -11,13 +11,14 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from single_controller.base.decorator import GroupView, Registered, registered_methods
 from single_controller.base.dispatch import Mode, OneToAll, RankZero
-from single_controller.base.explain import Carrier, Explanation, GroupTable, explain_arguments
+from single_controller.base.explain import Explanation, GroupTable, explain_arguments
 from single_controller.base.hosts import Generation, Hosts
-from single_controller.base.message import Packer, not_sent
+from single_controller.base.message import Message, Packer, not_sent
 from single_controller.base.method import BoundMethod, MethodBinding, Pending, Request
 from single_controller.base.plan import Call, Layout, Plan, ResourcePool, is_late, named_arguments
 from single_controller.base.roles import ClassWithInitArgs, W, worker_class
@@ -225,7 +226,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
 
     def explain(self, method_name: str, *args: Any, **kwargs: Any) -> Explanation:
         """What `group.<method_name>(*args, **kwargs)` would do, as a value that prints as a table:
-        which rank gets which rows, keys and bytes, how they travel, what comes back.
+        which ranks get which rows, keys and bytes, and whose outputs count.
 
         Nothing is sent, save that the workers are asked once where they stand in a mesh. A
         dispatch function of the user's own runs.
@@ -240,23 +241,20 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _explain(
         self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Explanation:
-        layout = self._layout(method.mode, method.call_options.ranks)
-        plan, calls = method.dispatch(layout, args, kwargs)
+        def size(value: Any) -> int | None:
+            with suppress(Exception):
+                return Message.of(value, self._packer).size
+            return None
+
         ranks = method.call_options.ranks or range(self.world_size)
-        signature = method.__signature__ if method.mode.signature_kept else None
-        arguments = explain_arguments(signature, layout, plan, calls, ranks, self._carrier(calls))
+        plan, calls = method.dispatch(self._layout(method.mode, ranks), args, kwargs)
         return Explanation(
             title=method.title,
             mode=method.mode_title,
             ranks=tuple(rank for rank, call in zip(ranks, calls, strict=True) if call),
             answers=tuple(ranks[i] for i in plan.answers),
-            returns=method.returns,
-            arguments=arguments,
+            arguments=explain_arguments(method.__signature__, ranks, calls, size),
         )
-
-    def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
-        """How the arguments of a call would travel."""
-        return Carrier()
 
     def _bind(self, cls: type[Worker]) -> None:
         """Give the group a callable for each registered method of `cls`.
