@@ -19,7 +19,7 @@ from single_controller.base.plan import ResourcePool
 from single_controller.base.trace import StatsTable
 from single_controller.base.worker import Worker, WorkerContext, building
 from single_controller.device import Turns
-from single_controller.errors import RegistrationError, UnknownRoleError
+from single_controller.errors import RegistrationError
 
 if TYPE_CHECKING:
     from typing_extensions import Self, TypeVar
@@ -270,11 +270,11 @@ class Colocated:
         """What a call would do, without calling: `explain("actor.update", batch)`.
 
         Raises:
-            UnknownRoleError: there is no such role. What `WorkerGroup.explain` raises.
+            ValueError: there is no such role. What `WorkerGroup.explain` raises.
         """
         role, _, method = method_name.rpartition(".")
         if role not in self.roles:
-            raise UnknownRoleError(
+            raise ValueError(
                 f"explain needs a role and its method, as {next(iter(self.roles), 'role')}.update; "
                 f"got {method_name!r}, and the roles are {list(self.roles)}"
             )

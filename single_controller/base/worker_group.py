@@ -6,10 +6,8 @@ Starting hosts, moving arguments and waiting are left to the backends.
 from __future__ import annotations
 
 import abc
-import difflib
-import inspect
 import math
-import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -28,7 +26,6 @@ from single_controller.errors import (
     RegistrationError,
     SendError,
     UnknownMethodError,
-    UnknownRoleError,
     WorkerDiedError,
     check_seconds,
 )
@@ -147,8 +144,11 @@ class WorkerGroup(abc.ABC, Generic[W]):
         with record.span("dispatch"):
             hosts = self._hosts.usable()
             ranks = method.call_options.ranks
-            plan, asked = method.dispatch(self._layout(method.mode, ranks, hosts), args, kwargs)
-            answers, calls = self._spread(ranks, plan, asked)
+            plan, calls = method.dispatch(self._layout(method.mode, ranks, hosts), args, kwargs)
+            answers = plan.answers
+            if ranks:
+                answers, of = tuple(ranks[i] for i in answers), dict(zip(ranks, calls, strict=True))
+                calls = [of.get(rank) for rank in range(self.world_size)]
             request = Request(
                 role=self.role,
                 method=method.__name__,
@@ -169,16 +169,6 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """What a call has, asked for by itself or its method: that of the group, or no limit."""
         found = self.call_timeout_s if timeout_s is None else timeout_s
         return None if found is None or math.isinf(found) else found
-
-    def _spread(
-        self, ranks: tuple[int, ...] | None, plan: Plan, calls: Sequence[Call | None]
-    ) -> tuple[tuple[int, ...], Sequence[Call | None]]:
-        """Who answers, and the calls of all ranks, where only `ranks` are asked for."""
-        if not ranks:
-            return plan.answers, calls
-        at = dict(zip(ranks, calls, strict=True))
-        answers = tuple(ranks[i] for i in plan.answers)
-        return answers, [at.get(rank) for rank in range(self.world_size)]
 
     def _submitted(
         self,
@@ -287,18 +277,13 @@ class WorkerGroup(abc.ABC, Generic[W]):
         if not self.role:
             roles = list(self._hosts.now.roles)
             return f"this group is the host of roles {roles}: call {name!r} on spawn({roles})[role]"
-        cls = self._worker_cls
-        if cls is None:
-            return f"this group has no method {name!r}: no worker class is bound to it"
-        if inspect.isfunction(getattr(cls, name, None)):
+        if callable(getattr(self._worker_cls, name, None)):
             return (
-                f"{cls.__name__}.{name} is not registered: decorate it with @register(...) to call "
+                f"{self.role}.{name} is not registered: decorate it with @register(...) to call "
                 f"it on a group, or use execute_all({name!r}, ...)"
             )
-        methods = sorted(registered_methods(cls))
-        close = difflib.get_close_matches(name, methods, n=1)
-        hint = f": did you mean {close[0]!r}?" if close else "."
-        return f"{self.role} has no method {name!r}{hint} It has {', '.join(methods)}"
+        known = ", ".join(sorted(self._methods)) or "none: no worker class is bound to it"
+        return f"{self.role} has no method {name!r}; it has {known}"
 
     def __getitem__(self, method: Registered[Any, Any, M]) -> M:
         """A method by that of the worker class: `group[Actor.update](batch)`.
@@ -309,38 +294,26 @@ class WorkerGroup(abc.ABC, Generic[W]):
         Raises:
             UnknownMethodError: it is not a registered method of this group's workers.
         """
-        name = getattr(method, "__name__", None)
-        if name is None:
-            raise TypeError(
-                "a group finds a method by that of the worker class, group[Actor.update]; by name "
-                f"it is an attribute, group.{method}"
+        name = getattr(method, "__name__", "")
+        classes = self._worker_cls.__mro__ if self._worker_cls else ()
+        if name not in self._methods or not any(vars(c).get(name) is method for c in classes):
+            raise UnknownMethodError(
+                f"{getattr(method, '__qualname__', repr(method))} is no registered method of the "
+                f"class of {self.role}, by which group[Actor.update] finds one"
             )
         found: Any = getattr(self, name)
-        classes = () if self._worker_cls is None else self._worker_cls.__mro__
-        if not any(vars(cls).get(name) is method for cls in classes):
-            raise UnknownMethodError(
-                f"{getattr(method, '__qualname__', name)} is no method of {self.role}, a group "
-                f"of {getattr(self._worker_cls, '__name__', 'no class')}"
-            )
         return found  # type: ignore[no-any-return]
 
     def _check_view(self, view: type) -> None:
         """Raise RegistrationError where this is no group of the view's worker class."""
         bases = [c for c in view.__mro__ if issubclass(c, Worker) and not issubclass(c, GroupView)]
-        if not bases:
+        mine = self._worker_cls
+        if not bases or mine is None or not issubclass(mine, bases[0]):
             raise RegistrationError(
-                f"{view.__name__} is a view of no worker class: say class "
-                f"{view.__name__}(GroupView, Actor)"
+                f"{view.__name__} is a view of groups of "
+                f"{bases[0].__name__ if bases else 'no worker class'}; this is of "
+                f"{mine.__name__ if mine else 'none'}"
             )
-        if self._worker_cls is None or not issubclass(self._worker_cls, bases[0]):
-            mine = getattr(self._worker_cls, "__name__", "no class")
-            raise RegistrationError(
-                f"{view.__name__} is a view of groups of {bases[0].__name__}; this is of {mine}"
-            )
-
-    def execute_all(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """As `execute_all_async`: a reference to each rank's output."""
-        return self.execute_all_async(method_name, *args, **kwargs)
 
     def execute_all_sync(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Run any method of the worker, registered or not, on all ranks; the list of outputs.
@@ -353,10 +326,6 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """As `execute_all_sync`, but a reference to each rank's output, at once."""
         return self._execute(OneToAll(), method_name, args, kwargs).handles(False)
 
-    def execute_rank_zero(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As `execute_rank_zero_async`: a reference to rank 0's output."""
-        return self.execute_rank_zero_async(method_name, *args, **kwargs)
-
     def execute_rank_zero_sync(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
         """Run any method of the worker, registered or not, on rank 0; its output."""
         return self._execute(RankZero(), method_name, args, kwargs, awaited=True).wait(None)[0]
@@ -364,6 +333,8 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def execute_rank_zero_async(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
         """As `execute_rank_zero_sync`, but a reference to the output, at once."""
         return self._execute(RankZero(), method_name, args, kwargs).handles(False)[0]
+
+    execute_all, execute_rank_zero = execute_all_async, execute_rank_zero_async
 
     def _execute(
         self,
@@ -401,7 +372,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         this group, ends them all.
 
         Raises:
-            UnknownRoleError: the hosts hold no such role.
+            ValueError: the hosts hold no such role.
         """
         wanted = [prefix_set] if isinstance(prefix_set, str) else prefix_set
         return {role: self._view(role) for role in wanted}
@@ -410,7 +381,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """Make each named role's group an attribute of this one: `group.actor.update(batch)`.
 
         Raises:
-            UnknownRoleError: the hosts hold no such role.
+            ValueError: the hosts hold no such role.
         """
         views = self.spawn(prefix_set)
         for role in views:
@@ -422,9 +393,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _view(self, role: str) -> Self:
         roles = self._hosts.now.roles
         if role not in roles:
-            close = difflib.get_close_matches(str(role), roles, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else "."
-            raise UnknownRoleError(f"unknown role {role!r}{hint} The hosts hold {list(roles)}")
+            raise ValueError(f"unknown role {role!r}: the hosts hold {list(roles)}")
         view = object.__new__(type(self))
         WorkerGroup.__init__(view, self.resource_pool)
         view.ray_cls_with_init, view.call_timeout_s = self.ray_cls_with_init, self.call_timeout_s
@@ -512,6 +481,5 @@ def check_workers_alive(
     workers: Sequence[Any], is_alive: Callable[[Any], bool], gap_time: float = 1
 ) -> None:
     """Return when a worker has died, looking every `gap_time` seconds."""
-    pause = threading.Event()
-    while all(is_alive(worker) for worker in workers):
-        pause.wait(gap_time)
+    while all(map(is_alive, workers)):
+        time.sleep(gap_time)

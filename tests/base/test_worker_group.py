@@ -177,8 +177,7 @@ def test_what_cannot_be_a_call_sends_nothing_however_it_is_made(
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("wher", ["did you mean 'where'?", "Actor", "each, execute_func_rank_zero"]),
-        ("zzz", ["Actor has no method 'zzz'", "each"]),
+        ("wher", ["Actor has no method 'wher'; it has", "each, execute_func_rank_zero", "where"]),
         ("plain", ["Actor.plain is not registered", "@register(...)", "execute_all('plain'"]),
     ],
 )
@@ -192,7 +191,6 @@ def test_a_method_that_is_not_bound_is_explained(group: Any, name: str, parts: l
             use()
         assert isinstance(caught.value, UnknownMethodError)
         assert all(part in str(caught.value) for part in parts)
-        assert ("did you mean" in str(caught.value)) is (name == "wher")
     assert not hasattr(group, name)
 
 

@@ -16,7 +16,7 @@ import ray
 import torch
 
 from protocol import DataProto
-from single_controller import RegistrationError, UnknownRoleError, inline
+from single_controller import RegistrationError, inline
 from single_controller import ray as on_ray
 from single_controller.base.decorator import Dispatch, register
 from tests.conformance.conftest import Backend
@@ -110,7 +110,7 @@ def test_what_cannot_be_a_role_or_a_team_is_refused_by_name(backend: Backend, ho
     pool, colocate = backend.pool([2]), backend.module.colocate
     colocated, no_role = backend.module.create_colocated_worker_cls, "a role cannot be called"
     for use, error, match in (
-        (lambda: hosts.spawn(["critc"]), UnknownRoleError, "role 'critc': did you mean 'critic'"),
+        (lambda: hosts.spawn(["critc"]), ValueError, r"role 'critc': .*'critic'"),
         (lambda: hosts.add(zeros()), AttributeError, r"host of roles .*'actor'"),
         (lambda: backend.group(backend.spec(cls=Plain)), RegistrationError, "'Plain' needs a sub"),
         (lambda: colocated({"a": Actor}), RegistrationError, "role 'a' needs RayClassWithInitArgs"),
@@ -186,7 +186,7 @@ def test_what_is_asked_of_a_team_is_asked_of_all_its_roles(team: Any) -> None:
     assert team.stats()["actor.add"].calls == calls + 1
     assert {row.method.partition(".")[0] for row in team.stats()} <= {"actor", "critic"}
     assert str(team.explain("critic.sub", zeros())).startswith("critic.sub(data: DataProto)")
-    with pytest.raises(UnknownRoleError, match=r"as actor\.update; got 'add', and the roles"):
+    with pytest.raises(ValueError, match=r"as actor\.update; got 'add', and the roles"):
         team.explain("add", zeros())
     assert len(team.describe().rows) == 4
     assert set(team.stacks()) == {0, 1}
