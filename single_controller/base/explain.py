@@ -111,7 +111,6 @@ class Explanation(Printed):
     """
 
     title: str
-    mode: str
     ranks: tuple[int, ...]
     answers: tuple[int, ...]
     arguments: tuple[SentArgument, ...]
@@ -119,7 +118,7 @@ class Explanation(Printed):
     def __str__(self) -> str:
         head = ("ranks", "argument", "rows", "keys", "bytes")
         table = [aligned([head, *(a.cells() for a in self.arguments)])] if self.arguments else []
-        lines = [f"{self.title} [{self.mode}]", *table, f"ranks called: {_shown(self.ranks)}"]
+        lines = [self.title, *table, f"ranks called: {_shown(self.ranks)}"]
         if self.answers != self.ranks:
             lines[-1] += f"; answers of: {_shown(self.answers)}"
         return "\n".join(lines)

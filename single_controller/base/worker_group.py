@@ -10,9 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
-from single_controller.base.decorator import GroupView, Registered, registered_methods
+from single_controller.base.decorator import registered_methods
 from single_controller.base.dispatch import Mode, OneToAll, RankZero
 from single_controller.base.explain import Explanation, GroupTable, explain_arguments
 from single_controller.base.hosts import Generation, Hosts
@@ -32,8 +32,6 @@ from single_controller.errors import (
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-M = TypeVar("M")
 
 __all__ = ["ClassWithInitArgs", "WorkerGroup", "check_workers_alive", "worker_class"]
 
@@ -236,11 +234,11 @@ class WorkerGroup(abc.ABC, Generic[W]):
                 return Message.of(value, self._packer).size
             return None
 
-        ranks = method.call_options.ranks or range(self.world_size)
-        plan, calls = method.dispatch(self._layout(method.mode, ranks), args, kwargs)
+        asked = method.call_options.ranks
+        plan, calls = method.dispatch(self._layout(method.mode, asked), args, kwargs)
+        ranks = asked or range(self.world_size)
         return Explanation(
-            title=method.title,
-            mode=method.mode_title,
+            title=f"{method.title} [{method.mode_title}]",
             ranks=tuple(rank for rank, call in zip(ranks, calls, strict=True) if call),
             answers=tuple(ranks[i] for i in plan.answers),
             arguments=explain_arguments(method.__signature__, ranks, calls, size),
@@ -284,36 +282,6 @@ class WorkerGroup(abc.ABC, Generic[W]):
             )
         known = ", ".join(sorted(self._methods)) or "none: no worker class is bound to it"
         return f"{self.role} has no method {name!r}; it has {known}"
-
-    def __getitem__(self, method: Registered[Any, Any, M]) -> M:
-        """A method by that of the worker class: `group[Actor.update](batch)`.
-
-        The same as `group.update`, with the parameters and the collected result known to type
-        checkers, and to tools that rename.
-
-        Raises:
-            UnknownMethodError: it is not a registered method of this group's workers.
-        """
-        name = getattr(method, "__name__", "")
-        classes = self._worker_cls.__mro__ if self._worker_cls else ()
-        if name not in self._methods or not any(vars(c).get(name) is method for c in classes):
-            raise UnknownMethodError(
-                f"{getattr(method, '__qualname__', repr(method))} is no registered method of the "
-                f"class of {self.role}, by which group[Actor.update] finds one"
-            )
-        found: Any = getattr(self, name)
-        return found  # type: ignore[no-any-return]
-
-    def _check_view(self, view: type) -> None:
-        """Raise RegistrationError where this is no group of the view's worker class."""
-        bases = [c for c in view.__mro__ if issubclass(c, Worker) and not issubclass(c, GroupView)]
-        mine = self._worker_cls
-        if not bases or mine is None or not issubclass(mine, bases[0]):
-            raise RegistrationError(
-                f"{view.__name__} is a view of groups of "
-                f"{bases[0].__name__ if bases else 'no worker class'}; this is of "
-                f"{mine.__name__ if mine else 'none'}"
-            )
 
     def execute_all_sync(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Run any method of the worker, registered or not, on all ranks; the list of outputs.
