@@ -71,7 +71,7 @@ def _words(text: str) -> list[str]:
     text = re.sub(r"^\S*\(raylet\).*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\b\d+\.\d+\.\d+\.\d+\b(:\d+)?", "ADDRESS", text)
     text = re.sub(r"\bpid \d+", "pid PID", text)
-    text = re.sub(r"\d+( +by value)", r"BYTES\1", text)
+    text = re.sub(r"(: DataProto +\d+ +\w+ +)\d+", r"\1BYTES", text)
     text = re.sub(r"(ADDRESS +\w+ +)\d+", r"\1PID", text)
     return re.sub(r"\b\d+\.\d+ (ms|s)\b", r"TIME \1", text).split()
 

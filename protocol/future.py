@@ -165,8 +165,7 @@ class DataProtoFuture(_View):
     def as_input(self) -> DataProto:
         """This future itself, as the batch that a method declares, for type checkers:
 
-        future = rollout[Rollout.generate](prompts)
-        actor[Actor.update](future.as_input())
+        actor.update(rollout.generate(prompts).as_input())
         """
         itself: Any = self
         return itself  # type: ignore[no-any-return]

@@ -25,7 +25,6 @@ from single_controller.errors import (
     SharedMemoryWriteError,
     SingleControllerError,
     UnknownMethodError,
-    UnknownRoleError,
     WorkerDiedError,
     WorkerError,
 )
@@ -47,7 +46,6 @@ __all__ = [
     "SharedMemoryWriteError",
     "SingleControllerError",
     "UnknownMethodError",
-    "UnknownRoleError",
     "Worker",
     "WorkerDiedError",
     "WorkerError",

@@ -20,7 +20,6 @@ __all__ = [
     "SharedMemoryWriteError",
     "SingleControllerError",
     "UnknownMethodError",
-    "UnknownRoleError",
     "WorkerDiedError",
     "WorkerError",
     "check_seconds",
@@ -37,10 +36,6 @@ class RegistrationError(SingleControllerError, TypeError, AssertionError):
 
 class UnknownMethodError(SingleControllerError, AttributeError):
     """A group was asked for a method that its role does not register."""
-
-
-class UnknownRoleError(SingleControllerError, ValueError, AssertionError):
-    """A role was asked for that the hosts do not hold."""
 
 
 class DispatchError(SingleControllerError, ValueError, AssertionError):

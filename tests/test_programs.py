@@ -42,7 +42,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def without_the_machine(text: str) -> list[str]:
     """The words of a text, with addresses, process ids and sizes of pickles made equal."""
-    text = re.sub(r"\d+( +by value)", r"BYTES\1", text)
+    text = re.sub(r"(: DataProto +\d+ +\w+ +)\d+", r"\1BYTES", text)
     text = re.sub(r"\b\d+\.\d+\.\d+\.\d+\b(:\d+)?", "ADDRESS", text)
     return re.sub(r"(ADDRESS +cpu +)\d+", r"\1PID", text).split()
 

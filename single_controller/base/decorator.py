@@ -47,7 +47,7 @@ from single_controller.base.plan import Call, Handle, Layout, Plan
 from single_controller.errors import DispatchError, RegistrationError, check_seconds
 
 if TYPE_CHECKING:
-    from typing_extensions import Required, Self, Unpack
+    from typing_extensions import Self, Unpack
 
     from protocol import DataProtoFuture
     from single_controller.base.explain import Explanation, GroupTable
@@ -103,7 +103,6 @@ _Plain: TypeAlias = Callable[Concatenate[Any, P], R]
 _Async: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
 
 _OnAll: TypeAlias = "Literal[Execute.ALL]"
-_OnFirst: TypeAlias = "Literal[Execute.RANK_ZERO]"
 
 BUCKET_BYTES = 256 << 20
 _SPEC = "__single_controller_spec__"
@@ -117,8 +116,8 @@ class Dispatch:
 
     RANK_ZERO: ClassVar[_FirstRank]
     ONE_TO_ALL: ClassVar[_Whole]
-    ALL_TO_ALL: ClassVar[_Lists]
-    DP_COMPUTE: ClassVar[_Lists]
+    ALL_TO_ALL: ClassVar[Dispatch]
+    DP_COMPUTE: ClassVar[Dispatch]
     DP_COMPUTE_PROTO: ClassVar[_Rows]
     DP_COMPUTE_PROTO_WITH_FUNC: ClassVar[_Rows]
     DP_COMPUTE_METRIC: ClassVar[_Whole]
@@ -156,8 +155,6 @@ if TYPE_CHECKING:  # kinds of members, by which `register` tells what a group re
     class _FirstRank(Dispatch): ...
 
     class _Whole(Dispatch): ...
-
-    class _Lists(Dispatch): ...
 
     class _Rows(Dispatch): ...
 
@@ -218,15 +215,11 @@ def collect_nd_compute_dataproto(
 ) -> Any:
     """The outputs of the ranks whose mask is set, as one batch."""
     kept = collect_nd_compute(collect_mask, worker_group, output)
-    ranks = tuple(rank for rank, collects in enumerate(collect_mask) if collects)
-    return ByRows().collect(Plan(ranks, tuple(range(len(ranks)))), kept)
+    ranks = [rank for rank, collects in enumerate(collect_mask) if collects]
+    return ByRows().collect(Plan(tuple(ranks)), kept)
 
 
 def _mapped(dp_rank_mapping: Sequence[int], dp_size: int) -> Layout:
-    if any(not 0 <= dp_rank < dp_size for dp_rank in dp_rank_mapping):
-        raise DispatchError(
-            f"dp_rank_mapping must hold numbers from 0 to {dp_size - 1}; got {dp_rank_mapping}"
-        )
     return Layout(tuple(dp_rank_mapping), (True,) * len(dp_rank_mapping), dp_size)
 
 
@@ -261,51 +254,45 @@ dispatch_all_to_all = partial(_dispatch, AllToAll())
 length, else each once per rank.
 """
 
+collect_all_to_all = partial(_collect, AllToAll())
+"""The outputs as they are."""
+
 dispatch_dp_compute = partial(_dispatch, PerElement())
 """Lists with one element per rank, checked."""
-
-dispatch_dp_compute_data_proto = partial(_dispatch, ByRows())
-"""Batches split by rows: each argument as a list with one shard per rank."""
-
-dispatch_dp_compute_data_proto_with_func = partial(_dispatch, ByRows(function_first=True))
-"""The same behind a function, which every rank gets."""
 
 collect_dp_compute = partial(_collect, PerElement())
 """The outputs, one per rank."""
 
+dispatch_dp_compute_data_proto = partial(_dispatch, ByRows())
+"""Batches split by rows: each argument as a list with one shard per rank."""
+
 collect_dp_compute_data_proto = partial(_collect, ByRows())
 """The outputs, one per rank, as one batch."""
+
+dispatch_dp_compute_data_proto_with_func = partial(_dispatch, ByRows(function_first=True))
+"""The same behind a function, which every rank gets."""
 
 dummy_direct_rollout_call = partial(_dispatch, Direct())
 """Raises NotImplementedError: the method is called on workers, not through a group."""
 
-
-def collect_all_to_all(worker_group: Any, output: Any) -> Any:
-    """The outputs as they are."""
-    return output
-
-
-def _pair(dispatch_fn: Any, collect_fn: Any) -> Functions:
-    return {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
-
-
-_split, _join = dispatch_dp_compute_data_proto, collect_dp_compute_data_proto
-_with_func = dispatch_dp_compute_data_proto_with_func
-
-BUILT_IN: dict[str, tuple[Mode, Functions]] = {
-    "RANK_ZERO": (RankZero(), _pair(partial(_dispatch, RankZero()), partial(_collect, RankZero()))),
-    "ONE_TO_ALL": (OneToAll(), _pair(dispatch_one_to_all, collect_all_to_all)),
-    "ALL_TO_ALL": (AllToAll(), _pair(dispatch_all_to_all, collect_all_to_all)),
-    "DP_COMPUTE": (PerElement(), _pair(dispatch_dp_compute, collect_dp_compute)),
-    "DP_COMPUTE_PROTO": (ByRows(), _pair(_split, _join)),
-    "DP_COMPUTE_PROTO_WITH_FUNC": (ByRows(function_first=True), _pair(_with_func, _join)),
-    "DP_COMPUTE_METRIC": (ByRows(merge="list"), _pair(_split, collect_dp_compute)),
-    "DIRECT_ROLLOUT_METHOD": (Direct(), _pair(*[dummy_direct_rollout_call] * 2)),
+BUILT_IN: dict[str, Mode] = {
+    "RANK_ZERO": RankZero(),
+    "ONE_TO_ALL": OneToAll(),
+    "ALL_TO_ALL": AllToAll(),
+    "DP_COMPUTE": PerElement(),
+    "DP_COMPUTE_PROTO": ByRows(),
+    "DP_COMPUTE_PROTO_WITH_FUNC": ByRows(function_first=True),
+    "DP_COMPUTE_METRIC": ByRows(merge="list"),
+    "DIRECT_ROLLOUT_METHOD": Direct(),
 }
-"""The built-in modes by the names of `Dispatch`, each with its functions in veRL's shape."""
+"""The built-in modes by the names of `Dispatch`."""
 
 DISPATCH_MODE_FN_REGISTRY: dict[Dispatch, Functions] = {
-    Dispatch.register(name): functions for name, (_, functions) in BUILT_IN.items()
+    Dispatch.register(name): {
+        "dispatch_fn": partial(_dispatch, mode),
+        "collect_fn": partial(_collect, mode),
+    }
+    for name, mode in BUILT_IN.items()
 }
 
 
@@ -317,14 +304,11 @@ def register_dispatch_mode(
     Raises:
         RegistrationError: the name is taken, or a function cannot be called.
     """
-    known = Dispatch._members.get(dispatch_mode_name)
-    if known in DISPATCH_MODE_FN_REGISTRY or (not known and hasattr(Dispatch, dispatch_mode_name)):
+    if getattr(Dispatch, dispatch_mode_name, None) in DISPATCH_MODE_FN_REGISTRY:
         raise RegistrationError(
             f"dispatch_mode_name {dispatch_mode_name!r} is taken; update_dispatch_mode changes it"
         )
-    functions = _pair(dispatch_fn, collect_fn)
-    _check_dispatch_mode(functions)
-    DISPATCH_MODE_FN_REGISTRY[Dispatch.register(dispatch_mode_name)] = functions
+    update_dispatch_mode(Dispatch.register(dispatch_mode_name), dispatch_fn, collect_fn)
 
 
 def update_dispatch_mode(
@@ -333,10 +317,9 @@ def update_dispatch_mode(
     """Give an existing mode other functions, for groups that are made from now on.
 
     Raises:
-        RegistrationError: the mode is unknown, or a function cannot be called.
+        RegistrationError: a function cannot be called.
     """
-    get_predefined_dispatch_fn(dispatch_mode)
-    functions = _pair(dispatch_fn, collect_fn)
+    functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
     _check_dispatch_mode(functions)
     DISPATCH_MODE_FN_REGISTRY[dispatch_mode] = functions
 
@@ -379,9 +362,6 @@ def _check_dispatch_mode(dispatch_mode: Any) -> Mode:
     Raises:
         RegistrationError: it is neither, or the mode is unknown, or a function cannot be called.
     """
-    if inspect.isroutine(dispatch_mode):
-        name = getattr(dispatch_mode, "__name__", "?")
-        raise RegistrationError(f"register needs parentheses: @register() above {name}")
     if isinstance(dispatch_mode, Dispatch):
         dispatch_mode = get_predefined_dispatch_fn(dispatch_mode)
     given = dispatch_mode if isinstance(dispatch_mode, Mapping) else {}
@@ -391,13 +371,16 @@ def _check_dispatch_mode(dispatch_mode: Any) -> Mode:
             'dispatch_mode must be a Dispatch member, or a dict with callables under "dispatch_fn" '
             f'and "collect_fn"; got {dispatch_mode!r}'
         )
-    for mode, known in BUILT_IN.values():
-        if pair == [*known.values()]:
-            return mode
-    lazy = [dispatch_lazy_compute_data_proto, collect_lazy_compute_data_proto]
-    if [getattr(f, "func", None) for f in pair] == lazy and pair[0].args == pair[1].args:
-        return ByRows(mesh=pair[0].args[0])
-    return CustomMode(*pair)
+    spreads, merges = map(_mode_of, pair)
+    return spreads if spreads is not None and spreads == merges else CustomMode(*pair)
+
+
+def _mode_of(function: Any) -> Mode | None:
+    """The mode that one of the functions above is of."""
+    of = getattr(function, "func", None)
+    if of in (dispatch_lazy_compute_data_proto, collect_lazy_compute_data_proto):
+        return ByRows(mesh=function.args[0])
+    return function.args[0] if of in (_dispatch, _collect) else None
 
 
 @dataclass(frozen=True)
@@ -409,13 +392,14 @@ class MethodSpec:
     blocking: bool
     materialize_futures: bool
     uneven: bool
-    reads_only: bool = False
-    timeout_s: float | None = None
-    transport: Transport = "host"
-    bucket_bytes: int | None = None
+    reads_only: bool
+    timeout_s: float | None
+    transport: Transport
+    bucket_bytes: int | None
 
     def mode(self) -> Mode:
         """The mode that carries this method's calls, if it can do what the method asks of it."""
+        _check_execute_mode(self.execute_mode)
         mode = self.dispatch_mode
         if not isinstance(mode, Mode):
             mode = _check_dispatch_mode(mode)
@@ -429,7 +413,12 @@ class MethodSpec:
             mode = replace(mode, uneven=True)
         if self.execute_mode is Execute.ALL or isinstance(mode, Direct):
             return mode
-        return replace(mode, rank_zero=True) if isinstance(mode, CustomMode) else RankZero()
+        if isinstance(mode, CustomMode):
+            raise RegistrationError(
+                "Execute.RANK_ZERO gives rank 0 all arguments as they are, and has no use for "
+                f"dispatch and collect functions of your own; got {self.dispatch_mode!r}"
+            )
+        return RankZero()
 
 
 class GroupFuture(Protocol[G_co]):
@@ -442,10 +431,8 @@ class GroupFuture(Protocol[G_co]):
 
 
 class GroupMethod(Protocol[P, G_co]):
-    """A worker's method on a group.
-
-    Type checkers know no way to say `submit(…, timeout_s=…)` of a method's own parameters: they
-    check them without a deadline, or where it is given by `options(timeout_s=…).submit(…)`.
+    """A worker's method on a group. With `timeout_s`, type checkers cannot check what else `submit`
+    is given; they can where it is `options(timeout_s=…).submit(…)`.
     """
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> G_co: ...
@@ -471,17 +458,12 @@ class GroupView:
         actor = ActorGroup.of(group)  # group itself
         actor.update(batch)  # the collected type, where `self.update` is one rank's
 
-    It is never constructed.
+    It is never constructed, and nothing is checked when the program runs.
     """
 
     @classmethod
     def of(cls, group: Any) -> Self:
-        """`group`, as a value of this type.
-
-        Raises:
-            RegistrationError: it is a group of another worker class.
-        """
-        group._check_view(cls)
+        """`group`, as a value of this type."""
         view: Self = group
         return view
 
@@ -534,30 +516,8 @@ class _ToList(Protocol):
     def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, list[R]]]: ...
 
 
-class _ToListOfAny(Protocol):
-    """The same, where a group takes lists with one element per rank instead of the parameters."""
-
-    @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[..., list[R]]]: ...
-    @overload
-    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[..., list[R]]]: ...
-
-
-class _ToHandle(Protocol):
-    """As `_ToOne`, where the group does not wait."""
-
-    @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[P, Handle[R]]]: ...
-    @overload
-    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, Handle[R]]]: ...
-
-
 class _ToHandles(Protocol):
-    """As `_ToList`, where the group does not wait."""
+    """The same, where the group does not wait."""
 
     @overload
     def __call__(
@@ -569,89 +529,52 @@ class _ToHandles(Protocol):
     ) -> Registered[P, R, GroupMethod[P, list[Handle[R]]]]: ...
 
 
-class _ToHandlesOfAny(Protocol):
-    """As `_ToListOfAny`, where the group does not wait."""
-
-    @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[..., list[Handle[R]]]]: ...
-    @overload
-    def __call__(
-        self, method: _Plain[P, R], /
-    ) -> Registered[P, R, GroupMethod[..., list[Handle[R]]]]: ...
-
-
 class _Options(TypedDict, total=False):
     """What `register` takes by name, which does not change types."""
 
+    materialize_futures: bool
     uneven: bool
     reads_only: bool
     timeout_s: float | None
     transport: Transport
-
-
-class _Waited(_Options, total=False):
-    """The same for methods whose groups wait for the result."""
-
-    blocking: Literal[True]
-    materialize_futures: bool
-
-
-class _Deferred(_Options, total=False):
-    """The same for methods whose groups do not."""
-
-    blocking: Required[Literal[False]]
-    materialize_futures: bool
     bucket_bytes: int | None
 
 
 @overload
 def register(
-    dispatch_mode: Any = ..., *, execute_mode: _OnFirst, **more: Unpack[_Waited]
-) -> _ToOne: ...
-@overload
-def register(
     dispatch_mode: _Rows | _FirstRank | MeshFunctions,
     execute_mode: _OnAll = ...,
-    **more: Unpack[_Waited],
+    blocking: Literal[True] = ...,
+    **more: Unpack[_Options],
 ) -> _ToOne: ...
 @overload
 def register(
-    dispatch_mode: _Rows | MeshFunctions, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
+    dispatch_mode: _Rows | MeshFunctions,
+    execute_mode: _OnAll = ...,
+    *,
+    blocking: Literal[False],
+    **more: Unpack[_Options],
 ) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[P, DataProtoFuture]]]: ...
 @overload
 def register(
-    dispatch_mode: Any = ..., *, execute_mode: _OnFirst, **more: Unpack[_Deferred]
-) -> _ToHandle: ...
-@overload
-def register(
-    dispatch_mode: _FirstRank, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
-) -> _ToHandle: ...
-@overload
-def register(
-    dispatch_mode: _Whole, execute_mode: _OnAll = ..., **more: Unpack[_Waited]
+    dispatch_mode: _Whole,
+    execute_mode: _OnAll = ...,
+    blocking: Literal[True] = ...,
+    **more: Unpack[_Options],
 ) -> _ToList: ...
 @overload
 def register(
-    dispatch_mode: _Whole, execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
+    dispatch_mode: _Whole,
+    execute_mode: _OnAll = ...,
+    *,
+    blocking: Literal[False],
+    **more: Unpack[_Options],
 ) -> _ToHandles: ...
-@overload
-def register(
-    dispatch_mode: _Lists = ..., execute_mode: _OnAll = ..., **more: Unpack[_Waited]
-) -> _ToListOfAny: ...
-@overload
-def register(
-    dispatch_mode: _Lists = ..., execute_mode: _OnAll = ..., **more: Unpack[_Deferred]
-) -> _ToHandlesOfAny: ...
 @overload
 def register(
     dispatch_mode: Dispatch | Mapping[str, Any] = ...,
     execute_mode: Execute = ...,
     blocking: bool = ...,
-    materialize_futures: bool = ...,
-    *,
-    bucket_bytes: int | None = ...,
     **more: Unpack[_Options],
 ) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[..., Any]]]: ...
 def register(
@@ -696,23 +619,28 @@ def register(
     Raises:
         RegistrationError: an argument is none of these. ValueError: `timeout_s` is no time.
     """
-    how = (uneven, reads_only, timeout_s, transport)
-    spec = MethodSpec(dispatch_mode, execute_mode, blocking, materialize_futures, *how)
-    if bucket_bytes is not None:
-        check_bytes(bucket_bytes)
-        if blocking or spec.mode().batched:
-            raise RegistrationError(
-                "bucket_bytes needs blocking=False and a mode that gives one output per rank, as "
-                f"ONE_TO_ALL; got blocking={blocking} and {dispatch_mode!r}"
-            )
-        spec = replace(spec, bucket_bytes=bucket_bytes)
+    spec = MethodSpec(
+        dispatch_mode,
+        execute_mode,
+        blocking,
+        materialize_futures,
+        uneven,
+        reads_only,
+        timeout_s,
+        transport,
+        bucket_bytes,
+    )
+    may_yield = not (spec.mode().batched or blocking)
+    if bucket_bytes is not None and not (check_bytes(bucket_bytes) and may_yield):
+        raise RegistrationError(
+            "bucket_bytes needs blocking=False and a mode that gives one output per rank, as "
+            f"ONE_TO_ALL; got blocking={blocking} and {dispatch_mode!r}"
+        )
     check_seconds("timeout_s", timeout_s)
     if transport not in (("host",) if blocking else ("host", "device")):
         raise RegistrationError(
             f'transport must be "host", or with blocking=False "device"; got {transport!r}'
         )
-    _check_execute_mode(execute_mode)
-    spec.mode()
 
     def mark(method: Any) -> Any:
         if not inspect.isfunction(method):
@@ -724,9 +652,9 @@ def register(
         registered = types.FunctionType(code, names, method.__name__, method.__defaults__, closure)
         registered.__kwdefaults__ = method.__kwdefaults__
         functools.update_wrapper(registered, method)
-        default = None if blocking or spec.mode().batched else BUCKET_BYTES
-        buckets = inspect.isgeneratorfunction(method) and bucket_bytes is None
-        setattr(registered, _SPEC, replace(spec, bucket_bytes=default) if buckets else spec)
+        yields = may_yield and inspect.isgeneratorfunction(method)
+        size = bucket_bytes or (BUCKET_BYTES if yields else None)
+        setattr(registered, _SPEC, replace(spec, bucket_bytes=size))
         return registered
 
     return mark

@@ -66,14 +66,12 @@ class Mode(abc.ABC):
     `mesh` names the mesh whose layout the mode needs; None: every rank is a dp rank.
     `signature_kept`: the driver passes what the method's signature says.
     `batched`: without blocking, the result is a `DataProtoFuture`.
-    `returns`: what collect makes, in words.
     """
 
     mesh: str | None = field(default=None, kw_only=True)
 
     signature_kept = True
     batched = False
-    returns = "the list of outputs"
 
     def plan(self, layout: Layout) -> Plan:
         """Whose outputs count, as far as the arguments do not matter."""
@@ -114,9 +112,11 @@ def _per_rank(layout: Layout, args: Args, kwargs: Kwargs, spread: Spread) -> Cal
         if isinstance(value, PerRank):
             if (came := len(value.values)) != size:
                 raise DispatchError(f"{name} needs one value for each of {size} ranks; got {came}")
-            return _checked(name, value.values)
+            return value.values
         whole = value.value if isinstance(value, Broadcast) else value
-        _checked(name, [whole])
+        module = sys.modules.get("protocol.data_proto")  # where it is not loaded, there is none
+        if module and isinstance(whole, module.DataProto):
+            _named(name, whole.check_consistency)
         return [whole] * size if isinstance(value, Broadcast) else spread(name, whole)
 
     made: dict[tuple[int, ...], Call] = {}  # by the identity of the values
@@ -129,16 +129,6 @@ def _per_rank(layout: Layout, args: Args, kwargs: Kwargs, spread: Spread) -> Cal
             made[key] = Call(values[: len(args)], named)
         calls.append(made[key])
     return calls
-
-
-def _checked(name: str, values: Sequence[Any]) -> Sequence[Any]:
-    """Raise DispatchError for a DataProto whose columns somebody made differ in rows."""
-    module = sys.modules.get("protocol.data_proto")  # where it is not loaded, there is none
-    for i, value in enumerate(values):
-        if module and isinstance(value, module.DataProto):
-            where = name if len(values) == 1 else f"{name}, element {i}"
-            _named(where, value.check_consistency)
-    return values
 
 
 def _named(name: str, function: Callable[[], T]) -> T:
@@ -164,8 +154,6 @@ class OneToAll(Mode):
 @dataclass(frozen=True)
 class RankZero(Mode):
     """Only rank 0 is called; the result is its output."""
-
-    returns = "the output"
 
     def plan(self, layout: Layout) -> Plan:
         return Plan((0,))
@@ -197,7 +185,7 @@ class AllToAll(Mode):
                     f"{name} is a list of length {len(value)}, and ALL_TO_ALL scatters lists over "
                     f"{size} ranks: pass {size} elements, or say Broadcast(x) to send it whole"
                 )
-            return _checked(name, value) if scatter else [value] * size
+            return value if scatter else [value] * size
 
         return self.plan(layout), _per_rank(layout, args, kwargs, spread)
 
@@ -217,7 +205,6 @@ class PerElement(Mode):
                     f"{name} must be a list of {layout.dp_size} elements, one per data-parallel "
                     f"rank; got {type(value).__name__} ({came}). Broadcast(x) sends a value whole"
                 )
-            _checked(name, value)
             return [value[dp_rank] for dp_rank in layout.dp_ranks]
 
         return self.plan(layout), _per_rank(layout, args, kwargs, spread)
@@ -240,17 +227,14 @@ class CustomMode(Mode):
 
     `dispatch_fn(worker_group, *args, **kwargs)` returns the arguments and keyword arguments as
     lists with one element per rank; `collect_fn(worker_group, output)` gets the list of all
-    ranks' outputs (handles of them where the call does not block). With `rank_zero`, what
-    `dispatch_fn` returns goes to rank 0 as it is, and `collect_fn` gets its output alone.
+    ranks' outputs (handles of them where the call does not block).
     """
 
     dispatch_fn: Callable[..., Any]
     collect_fn: Callable[..., Any]
-    rank_zero: bool = False
     group: Any = field(default=None, compare=False)
 
     signature_kept = False
-    returns = "what collect_fn makes of the outputs"
 
     def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
         spread = self.dispatch_fn(self.group, *args, **kwargs)
@@ -260,9 +244,6 @@ class CustomMode(Mode):
                 f"element per rank; got {type(spread).__name__}"
             )
         lists, named = spread
-        if self.rank_zero:
-            calls: Calls = [Call(tuple(lists), dict(named)), *[None] * (layout.world_size - 1)]
-            return Plan((0,)), calls
         try:
             marked = {name: PerRank(values) for name, values in named.items()}
             return OneToAll().dispatch(layout, tuple(map(PerRank, lists)), marked)
@@ -270,7 +251,7 @@ class CustomMode(Mode):
             raise DispatchError(f"{self.name}: {error}") from None
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
-        return self.collect_fn(self.group, outputs[0] if self.rank_zero else list(outputs))
+        return self.collect_fn(self.group, list(outputs))
 
     @property
     def name(self) -> str:
@@ -287,7 +268,7 @@ class ByRows(Mode):
     Ranks of one dp group get the same shard object. `uneven`: shards may differ by one row;
     otherwise rows must divide, unless the batch has padding enabled: then its last row is
     repeated, and what comes back is cut; all batches of the call then need equally many rows, and
-    a future that has others is refused where it is read. `merge`: "concat" joins the outputs to
+    of several the futures' rows are waited for. `merge`: "concat" joins the outputs to
     one batch, "list" returns them as they are. `function_first`: the first argument is a function
     that every rank gets whole.
     """
@@ -299,10 +280,6 @@ class ByRows(Mode):
     @property
     def batched(self) -> bool:  # type: ignore[override]
         return self.merge == "concat"
-
-    @property
-    def returns(self) -> str:  # type: ignore[override]
-        return "one batch, the rows" if self.batched else Mode.returns
 
     def plan(self, layout: Layout) -> Plan:
         if self.batched and layout.shards != tuple(range(layout.dp_size)):
@@ -323,18 +300,15 @@ class ByRows(Mode):
         plan = self.plan(layout)
         named = named_arguments(args, kwargs)
         batches = {n: v for n, v in named if is_future(v) or (is_batch(v) and has_rows(v))}
-        late: dict[int, DataProtoFuture] = {}
         if any(map(_may_be_padded, batches.values())):
             plan = replace(plan, auto_padding=True)
             if not self.uneven:
-                rows, late = _same_rows(batches)
-                plan = replace(plan, padding=Padding(rows, layout.dp_size))
+                plan = replace(plan, padding=Padding(_same_rows(batches), layout.dp_size))
         cut: dict[int, Sequence[Any]] = {}  # by id: a batch in two arguments has one set of shards
 
         def spread(name: str, value: Any) -> Sequence[Any]:
             if id(value) not in cut:
-                batch = late.get(id(value), value)
-                shards = self._shards(name, batch, layout.dp_size, plan.padding is not None)
+                shards = self._shards(name, value, layout.dp_size, plan.padding is not None)
                 cut[id(value)] = [shards[dp_rank] for dp_rank in layout.dp_ranks]
             return cut[id(value)]
 
@@ -441,33 +415,20 @@ def _may_be_padded(batch: Any) -> bool:
     return DataProtoConfig.auto_padding or (is_future(batch) and batch.auto_padding)
 
 
-def _same_rows(
-    batches: Mapping[str, Any],
-) -> tuple[int | DataProtoFuture, dict[int, DataProtoFuture]]:
-    """The rows that all these arguments have, or the future that will tell, and by id what goes
-    in place of the futures whose rows are still to be compared: they raise when they are read.
-    """
+def _same_rows(batches: Mapping[str, Any]) -> int | DataProtoFuture:
+    """The rows that all these arguments have; for a future alone itself, which will tell."""
     from protocol.batches import batch_rows
 
-    here = {n: _named(n, partial(batch_rows, b)) for n, b in batches.items() if not is_future(b)}
-    first = next(iter(here or batches))
-    for name, count in here.items():
-        _compared(first, name, count, here[first])
-    rows: Any = here[first] if here else batches[first]
-    known, asked = ({"wanted": rows}, []) if here else ({}, [rows])
-    return rows, {
-        id(batch): batch.counted(partial(_compared, first, name, **known), *asked)
-        for name, batch in batches.items()
-        if is_future(batch) and batch is not rows
-    }
-
-
-def _compared(first: str, name: str, rows: int, wanted: int) -> int:
-    """The rows of argument `name`, which must be as many as those of the `first`."""
-    if rows != wanted:
-        raise DispatchError(
-            f"batches that are padded, or go with one that is, need equally many rows; {first} has "
-            f"{wanted}, {name} has {rows}. Broadcast(x) sends a batch whole, PerRank([...]) one to "
-            "each rank"
-        )
-    return rows
+    if len({id(batch) for batch in batches.values()}) == 1:
+        batch = next(iter(batches.values()))
+        return batch if is_future(batch) else batch_rows(batch)
+    rows = {n: len(b) if is_future(b) else batch_rows(b) for n, b in batches.items()}
+    (first, wanted), *others = rows.items()
+    for name, count in others:
+        if count != wanted:
+            raise DispatchError(
+                f"batches that are padded, or go with one that is, need equally many rows; {first} "
+                f"has {wanted}, {name} has {count}. Broadcast(x) sends a batch whole, "
+                "PerRank([...]) one to each rank"
+            )
+    return wanted

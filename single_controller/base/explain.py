@@ -1,34 +1,29 @@
 """Values that print as tables: what a call would do, and where the ranks of a group are.
 
-Deciding what a call does is left to the modes, and what travels how to the backends; nothing is
-sent here.
+Deciding what a call does is left to the modes; nothing is sent here.
 """
 
 from __future__ import annotations
 
 import html
 import inspect
-import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, TypeAlias
 
-from single_controller.base.plan import Call, Handle, Layout, Plan, holds_late
+from single_controller.base.plan import Call, Handle, is_late
 
 __all__ = [
-    "Carrier",
     "Explanation",
     "GroupTable",
     "Printed",
-    "RankArgument",
     "RankRow",
     "RankState",
+    "SentArgument",
     "aligned",
     "explain_arguments",
 ]
-
-_MOST_NAMED = 8
 
 RankState: TypeAlias = Literal["alive", "dead", "broken"]
 
@@ -84,134 +79,73 @@ class GroupTable(Printed):
         return f"{ranks}\ncluster {self.cluster}" if self.cluster else ranks
 
 
-class Carrier:
-    """How a backend moves the arguments of one call. This one gives each rank its own copy."""
-
-    def way(self, value: Any) -> str:
-        """In a few words, how an argument travels."""
-        return "fetched by the rank" if holds_late(value) else "by value"
-
-    def size(self, value: Any) -> int | None:
-        """The bytes of an argument on its way; None where that cannot be told."""
-        buffers: list[pickle.PickleBuffer] = []
-        try:
-            data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        except Exception:
-            return None
-        return len(data) + sum(buffer.raw().nbytes for buffer in buffers)
-
-
 @dataclass(frozen=True)
-class RankArgument:
-    """One argument as one rank gets it.
+class SentArgument:
+    """One argument, as some ranks get it.
 
-    `rows`, of which `padding` are copies of the last one, and `keys` are None where it is no
-    batch, or one that is still in the workers; `bytes` where they cannot be told. `receivers` are
-    the ranks that get the same object, which all of these have in one tuple.
+    `rows`, padding included, and `keys` are None where it is no batch, or one that is still in the
+    workers; `bytes`, of its pickle, where they cannot be told.
     """
 
-    rank: int
+    ranks: tuple[int, ...]
     name: str
     type: str
     rows: int | None
-    padding: int
     keys: tuple[str, ...] | None
     bytes: int | None
-    travels: str
-    receivers: tuple[int, ...]
-
-    @property
-    def shared_with(self) -> tuple[int, ...]:
-        """The other ranks that get the same object."""
-        return tuple(rank for rank in self.receivers if rank != self.rank)
 
     def cells(self) -> tuple[object, ...]:
-        peers = len(self.receivers)
-        named = _ranks(self.receivers) if peers <= _MOST_NAMED else f"{peers} ranks"
-        rows = "-" if self.rows is None else f"{self.rows - self.padding}"
         return (
-            self.rank,
+            _shown(self.ranks),
             f"{self.name}: {self.type}",
-            f"{rows} + {self.padding} padding" if self.padding else rows,
+            "-" if self.rows is None else self.rows,
             "-" if self.keys is None else ", ".join(self.keys) or "none",
             "?" if self.bytes is None else f"{self.bytes:,}",
-            self.travels + (f", shared by {named}" if peers > 1 else ""),
         )
 
 
 @dataclass(frozen=True)
 class Explanation(Printed):
-    """What a call would do; it prints as a table.
-
-    `ranks` are called, `answers` are those whose outputs count, in this order.
+    """What a call would do; it prints as a table. `ranks` are called, and the outputs of `answers`
+    count, in this order.
     """
 
     title: str
-    mode: str
     ranks: tuple[int, ...]
     answers: tuple[int, ...]
-    returns: str
-    arguments: tuple[RankArgument, ...]
+    arguments: tuple[SentArgument, ...]
 
     def __str__(self) -> str:
-        head = ("rank", "argument", "rows", "keys", "bytes", "travels")
+        head = ("ranks", "argument", "rows", "keys", "bytes")
         table = [aligned([head, *(a.cells() for a in self.arguments)])] if self.arguments else []
-        cut = ", less the padding" if any(a.padding for a in self.arguments) else ""
-        result = f"returns {self.returns} of {_ranks(self.answers)}{cut}"
-        lines = [f"{self.title} [{self.mode}]", *table, f"calls {_ranks(self.ranks)}; {result}"]
+        lines = [self.title, *table, f"ranks called: {_shown(self.ranks)}"]
+        if self.answers != self.ranks:
+            lines[-1] += f"; answers of: {_shown(self.answers)}"
         return "\n".join(lines)
 
 
 def explain_arguments(
-    signature: inspect.Signature | None,
-    layout: Layout,
-    plan: Plan,
-    calls: Sequence[Call | None],
+    signature: inspect.Signature,
     ranks: Sequence[int],
-    carrier: Carrier,
-) -> tuple[RankArgument, ...]:
-    """What dispatch decided for each argument of each rank.
+    calls: Sequence[Call | None],
+    size: Callable[[Any], int | None],
+) -> tuple[SentArgument, ...]:
+    """What dispatch decided for `ranks`, each value once; `size` gives the bytes of one."""
+    called: dict[int, tuple[Call, list[int]]] = {}
+    for rank, call in zip(ranks, calls, strict=True):
+        if call is not None:
+            called.setdefault(id(call), (call, []))[1].append(rank)
+    found: dict[tuple[str, int], tuple[Any, list[int]]] = {}
+    for call, alike in called.values():
+        for name, value in signature.bind(*call.args, **call.kwargs).arguments.items():
+            found.setdefault((name, id(value)), (value, []))[1].extend(alike)
 
-    `ranks` are those that `layout` and `calls` are of; `signature` has the arguments' names.
-    """
-    sent = [
-        (rank, shard, name, value)
-        for rank, shard, call in zip(ranks, layout.dp_ranks, calls, strict=True)
-        if call is not None
-        for name, value in _named(call, signature)
-    ]
-    values = {id(value): value for *_, value in sent}
-    late = {key for key, value in values.items() if holds_late(value)}
-    padding = None if late else plan.padding
-    sizes = {key: None if key in late else carrier.size(v) for key, v in values.items()}
-    ranks_of: dict[int, dict[int, None]] = {}
-    for rank, _, _, value in sent:
-        ranks_of.setdefault(id(value), {})[rank] = None
-    receivers = {key: tuple(found) for key, found in ranks_of.items()}
-
-    def argument(rank: int, shard: int, name: str, value: Any) -> RankArgument:
-        rows, keys = _contents(value)
-        padded = 0
-        if rows and padding is not None and rows == padding.shard_rows:
-            padded = rows - padding.real_rows(shard, rows)
-        # Small values that are one object by chance are not shared.
-        chance = isinstance(value, int | float | bool | str | bytes | type(None))
-        same = (rank,) if chance else receivers[id(value)]
-        size, way = sizes[id(value)], carrier.way(value)
+    def sent(name: str, value: Any, receivers: list[int]) -> SentArgument:
         kind = (Handle if isinstance(value, Handle) else type(value)).__name__
-        return RankArgument(rank, name, kind, rows, padded, keys, size, way, same)
+        taken = None if is_late(value) else size(value)
+        return SentArgument(tuple(receivers), name, kind, *_contents(value), taken)
 
-    return tuple(argument(*one) for one in sent)
-
-
-def _named(call: Call, signature: inspect.Signature | None) -> Iterator[tuple[str, Any]]:
-    """A call's values under the names that the worker's method has for them."""
-    parameters = signature.parameters.values() if signature else ()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "argument")
-    for i, value in enumerate(call.args):
-        yield names[i] if i < len(names) else f"{rest}[{i - len(names)}]", value
-    yield from call.kwargs.items()
+    return tuple([sent(name, *entry) for (name, _), entry in found.items()])
 
 
 def _contents(value: Any) -> tuple[int | None, tuple[str, ...] | None]:
@@ -224,9 +158,7 @@ def _contents(value: Any) -> tuple[int | None, tuple[str, ...] | None]:
     return batches.batch_rows(value), (*keys, *getattr(value, "non_tensor_batch", ()))
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
+def _shown(ranks: Sequence[int]) -> str:
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"ranks {ranks[0]} … {ranks[-1]}"
-    return f"ranks {', '.join(map(str, ranks))}"
+        return f"{ranks[0]} … {ranks[-1]}"
+    return ", ".join(map(str, ranks))

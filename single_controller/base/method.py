@@ -268,13 +268,5 @@ class BoundMethod:
             return f"mesh {mode.mesh!r}"
         return mode.name if isinstance(mode, CustomMode) else repr(self.binding.spec.dispatch_mode)
 
-    @property
-    def returns(self) -> str:
-        """What a call gives, in words."""
-        if self.mode.batched and not self.binding.spec.blocking:
-            return "a DataProtoFuture"
-        at_once = "" if self.binding.spec.blocking else "at once, as handles, "
-        return at_once + self.mode.returns
-
     def __repr__(self) -> str:
         return f"<{self.title}, {self.binding.spec.dispatch_mode}>"

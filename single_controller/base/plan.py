@@ -28,7 +28,6 @@ __all__ = [
     "PerRank",
     "Plan",
     "ResourcePool",
-    "holds_late",
     "is_future",
     "is_late",
     "named_arguments",
@@ -319,13 +318,6 @@ def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
 def is_late(value: Any) -> bool:
     """Whether it is a future or a handle, which is fetched where it is read."""
     return isinstance(value, Handle) or is_future(value)
-
-
-def holds_late(value: Any) -> bool:
-    """Whether it is one, or a list, tuple or dict with one in it."""
-    if isinstance(value, list | tuple | dict):
-        return any(map(holds_late, value.values() if isinstance(value, dict) else value))
-    return is_late(value)
 
 
 def origins(late: Sequence[Any]) -> list[Any]:

@@ -216,10 +216,15 @@ class Colocated:
         """What a call would do, without calling: `explain("actor.update", batch)`.
 
         Raises:
-            AttributeError: there is no such role. What `WorkerGroup.explain` raises.
+            ValueError: there is no such role. What `WorkerGroup.explain` raises.
         """
         role, _, method = method_name.rpartition(".")
-        told: Explanation = getattr(self, role).explain(method, *args, **kwargs)
+        if role not in self.roles:
+            raise ValueError(
+                f"explain needs a role and its method, as {next(iter(self.roles), 'role')}.update; "
+                f"got {method_name!r}, and the roles are {list(self.roles)}"
+            )
+        told: Explanation = self.roles[role].explain(method, *args, **kwargs)
         return told
 
     def stacks(self) -> dict[int, str]:

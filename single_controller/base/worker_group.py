@@ -6,18 +6,17 @@ Starting hosts, moving arguments and waiting are left to the backends.
 from __future__ import annotations
 
 import abc
-import difflib
-import inspect
 import math
-import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Generic
 
-from single_controller.base.decorator import GroupView, Registered, registered_methods
+from single_controller.base.decorator import registered_methods
 from single_controller.base.dispatch import Mode, OneToAll, RankZero
-from single_controller.base.explain import Carrier, Explanation, GroupTable, explain_arguments
+from single_controller.base.explain import Explanation, GroupTable, explain_arguments
 from single_controller.base.hosts import Generation, Hosts
-from single_controller.base.message import Packer, not_sent
+from single_controller.base.message import Message, Packer, not_sent
 from single_controller.base.method import BoundMethod, MethodBinding, Pending, Request
 from single_controller.base.plan import Call, Layout, Plan, ResourcePool, named_arguments
 from single_controller.base.roles import ClassWithInitArgs, W, worker_class
@@ -27,15 +26,12 @@ from single_controller.errors import (
     RegistrationError,
     SendError,
     UnknownMethodError,
-    UnknownRoleError,
     WorkerDiedError,
     check_seconds,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-M = TypeVar("M")
 
 __all__ = ["ClassWithInitArgs", "WorkerGroup", "check_workers_alive", "worker_class"]
 
@@ -144,10 +140,12 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """
         record, spec = self._recorder.call(self.role, method.__name__), method.binding.spec
         with record.span("dispatch"):
-            hosts = self._hosts.usable()
-            ranks = method.ranks
-            plan, asked = method.dispatch(self._layout(method.mode, ranks, hosts), args, kwargs)
-            answers, calls = self._spread(ranks, plan, asked)
+            hosts, ranks = self._hosts.usable(), method.ranks
+            plan, calls = method.dispatch(self._layout(method.mode, ranks, hosts), args, kwargs)
+            answers = plan.answers
+            if ranks:
+                answers, of = tuple(ranks[i] for i in answers), dict(zip(ranks, calls, strict=True))
+                calls = [of.get(rank) for rank in range(self.world_size)]
             request = Request(
                 role=self.role,
                 method=method.__name__,
@@ -168,16 +166,6 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """What a call has, asked for by itself or its method: that of the group, or no limit."""
         found = self.call_timeout_s if timeout_s is None else timeout_s
         return None if found is None or math.isinf(found) else found
-
-    def _spread(
-        self, ranks: tuple[int, ...] | None, plan: Plan, calls: Sequence[Call | None]
-    ) -> tuple[tuple[int, ...], Sequence[Call | None]]:
-        """Who answers, and the calls of all ranks, where only `ranks` are asked for."""
-        if not ranks:
-            return plan.answers, calls
-        at = dict(zip(ranks, calls, strict=True))
-        answers = tuple(ranks[i] for i in plan.answers)
-        return answers, [at.get(rank) for rank in range(self.world_size)]
 
     def _submitted(
         self,
@@ -225,7 +213,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
 
     def explain(self, method_name: str, *args: Any, **kwargs: Any) -> Explanation:
         """What `group.<method_name>(*args, **kwargs)` would do, as a value that prints as a table:
-        which rank gets which rows, keys and bytes, how they travel, what comes back.
+        which ranks get which rows, keys and bytes, and whose outputs count.
 
         Nothing is sent, save that the workers are asked once where they stand in a mesh. A
         dispatch function of the user's own runs.
@@ -240,23 +228,20 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _explain(
         self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Explanation:
-        layout = self._layout(method.mode, method.ranks)
-        plan, calls = method.dispatch(layout, args, kwargs)
-        ranks = method.ranks or range(self.world_size)
-        signature = method.__signature__ if method.mode.signature_kept else None
-        arguments = explain_arguments(signature, layout, plan, calls, ranks, self._carrier(calls))
+        def size(value: Any) -> int | None:
+            with suppress(Exception):
+                return Message.of(value, self._packer, late=[]).size
+            return None
+
+        asked = method.ranks
+        plan, calls = method.dispatch(self._layout(method.mode, asked), args, kwargs)
+        ranks = asked or range(self.world_size)
         return Explanation(
-            title=method.title,
-            mode=method.mode_title,
+            title=f"{method.title} [{method.mode_title}]",
             ranks=tuple(rank for rank, call in zip(ranks, calls, strict=True) if call),
             answers=tuple(ranks[i] for i in plan.answers),
-            returns=method.returns,
-            arguments=arguments,
+            arguments=explain_arguments(method.__signature__, ranks, calls, size),
         )
-
-    def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
-        """How the arguments of a call would travel."""
-        return Carrier()
 
     def _bind(self, cls: type[Worker]) -> None:
         """Give the group a callable for each registered method of `cls`.
@@ -289,60 +274,13 @@ class WorkerGroup(abc.ABC, Generic[W]):
         if not self.role:
             roles = list(self._hosts.now.roles)
             return f"this group is the host of roles {roles}: call {name!r} on spawn({roles})[role]"
-        cls = self._worker_cls
-        if cls is None:
-            return f"this group has no method {name!r}: no worker class is bound to it"
-        if inspect.isfunction(getattr(cls, name, None)):
+        if callable(getattr(self._worker_cls, name, None)):
             return (
-                f"{cls.__name__}.{name} is not registered: decorate it with @register(...) to call "
+                f"{self.role}.{name} is not registered: decorate it with @register(...) to call "
                 f"it on a group, or use execute_all({name!r}, ...)"
             )
-        methods = sorted(registered_methods(cls))
-        close = difflib.get_close_matches(name, methods, n=1)
-        hint = f": did you mean {close[0]!r}?" if close else "."
-        return f"{self.role} has no method {name!r}{hint} It has {', '.join(methods)}"
-
-    def __getitem__(self, method: Registered[Any, Any, M]) -> M:
-        """A method by that of the worker class: `group[Actor.update](batch)`.
-
-        The same as `group.update`, with the parameters and the collected result known to type
-        checkers, and to tools that rename.
-
-        Raises:
-            UnknownMethodError: it is not a registered method of this group's workers.
-        """
-        name = getattr(method, "__name__", None)
-        if name is None:
-            raise TypeError(
-                "a group finds a method by that of the worker class, group[Actor.update]; by name "
-                f"it is an attribute, group.{method}"
-            )
-        found: Any = getattr(self, name)
-        classes = () if self._worker_cls is None else self._worker_cls.__mro__
-        if not any(vars(cls).get(name) is method for cls in classes):
-            raise UnknownMethodError(
-                f"{getattr(method, '__qualname__', name)} is no method of {self.role}, a group "
-                f"of {getattr(self._worker_cls, '__name__', 'no class')}"
-            )
-        return found  # type: ignore[no-any-return]
-
-    def _check_view(self, view: type) -> None:
-        """Raise RegistrationError where this is no group of the view's worker class."""
-        bases = [c for c in view.__mro__ if issubclass(c, Worker) and not issubclass(c, GroupView)]
-        if not bases:
-            raise RegistrationError(
-                f"{view.__name__} is a view of no worker class: say class "
-                f"{view.__name__}(GroupView, Actor)"
-            )
-        if self._worker_cls is None or not issubclass(self._worker_cls, bases[0]):
-            mine = getattr(self._worker_cls, "__name__", "no class")
-            raise RegistrationError(
-                f"{view.__name__} is a view of groups of {bases[0].__name__}; this is of {mine}"
-            )
-
-    def execute_all(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """As `execute_all_async`: a reference to each rank's output."""
-        return self.execute_all_async(method_name, *args, **kwargs)
+        known = ", ".join(sorted(self._methods)) or "none: no worker class is bound to it"
+        return f"{self.role} has no method {name!r}; it has {known}"
 
     def execute_all_sync(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Run any method of the worker, registered or not, on all ranks; the list of outputs.
@@ -355,10 +293,6 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """As `execute_all_sync`, but a reference to each rank's output, at once."""
         return self._execute(OneToAll(), method_name, args, kwargs).handles(False)
 
-    def execute_rank_zero(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As `execute_rank_zero_async`: a reference to rank 0's output."""
-        return self.execute_rank_zero_async(method_name, *args, **kwargs)
-
     def execute_rank_zero_sync(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
         """Run any method of the worker, registered or not, on rank 0; its output."""
         return self._execute(RankZero(), method_name, args, kwargs, awaited=True).wait(None)[0]
@@ -366,6 +300,8 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def execute_rank_zero_async(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
         """As `execute_rank_zero_sync`, but a reference to the output, at once."""
         return self._execute(RankZero(), method_name, args, kwargs).handles(False)[0]
+
+    execute_all, execute_rank_zero = execute_all_async, execute_rank_zero_async
 
     def _execute(
         self,
@@ -403,7 +339,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         this group, ends them all.
 
         Raises:
-            UnknownRoleError: the hosts hold no such role.
+            ValueError: the hosts hold no such role.
         """
         wanted = [prefix_set] if isinstance(prefix_set, str) else prefix_set
         return {role: self._view(role) for role in wanted}
@@ -412,7 +348,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """Make each named role's group an attribute of this one: `group.actor.update(batch)`.
 
         Raises:
-            UnknownRoleError: the hosts hold no such role.
+            ValueError: the hosts hold no such role.
         """
         views = self.spawn(prefix_set)
         for role in views:
@@ -424,9 +360,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
     def _view(self, role: str) -> Self:
         roles = self._hosts.now.roles
         if role not in roles:
-            close = difflib.get_close_matches(str(role), roles, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else "."
-            raise UnknownRoleError(f"unknown role {role!r}{hint} The hosts hold {list(roles)}")
+            raise ValueError(f"unknown role {role!r}: the hosts hold {list(roles)}")
         view = object.__new__(type(self))
         WorkerGroup.__init__(view, self.resource_pool)
         view.ray_cls_with_init, view.call_timeout_s = self.ray_cls_with_init, self.call_timeout_s
@@ -514,6 +448,5 @@ def check_workers_alive(
     workers: Sequence[Any], is_alive: Callable[[Any], bool], gap_time: float = 1
 ) -> None:
     """Return when a worker has died, looking every `gap_time` seconds."""
-    pause = threading.Event()
-    while all(is_alive(worker) for worker in workers):
-        pause.wait(gap_time)
+    while all(map(is_alive, workers)):
+        time.sleep(gap_time)

@@ -15,11 +15,9 @@ import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
 
-from single_controller.base.explain import Carrier
-from single_controller.base.message import NOTHING, Message, Outbox, Packing
-from single_controller.base.plan import Call, Handle, holds_late, origins
+from single_controller.base.message import NOTHING, Message, Packing
+from single_controller.base.plan import Handle, origins
 from single_controller.base.trace import CallMark
-from single_controller.errors import SendError
 from single_controller.ray.failure import StaysError, ours
 
 __all__ = [
@@ -28,7 +26,6 @@ __all__ = [
     "Answer",
     "Head",
     "Packer",
-    "RayCarrier",
     "opened",
     "packed_value",
     "read",
@@ -184,28 +181,3 @@ def packed_value(output: Any, title: str = "", opens: bool = False) -> Any:
         return output
     message = Message.of(output, Packer)
     return Answer(title, message) if opens else message
-
-
-class RayCarrier(Carrier):
-    """How the arguments of a call would travel."""
-
-    def __init__(self, calls: Sequence[Call | None]) -> None:
-        self._alone: frozenset[int] = frozenset()
-        with contextlib.suppress(SendError):  # there is no telling, and it will not leave
-            outbox = Outbox(calls, Packer, lambda m, _: m if m.size >= SMALL else None)
-            self._alone = frozenset(outbox.stored)
-
-    def way(self, value: Any) -> str:
-        if isinstance(value, ray.ObjectRef) or holds_late(value):
-            return "fetched by the rank"
-        return "by reference, stored once" if id(value) in self._alone else "by value"
-
-    def size(self, value: Any) -> int | None:
-        try:
-            return (
-                None
-                if isinstance(value, ray.ObjectRef)
-                else Message.of(value, Packer, late=[]).size
-            )
-        except Exception:
-            return None

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from single_controller.base.explain import Carrier
 from single_controller.base.hosts import Hosts, allowed_restarts
-from single_controller.base.plan import Call
 from single_controller.base.roles import Colocate, W
 from single_controller.base.worker_group import WorkerGroup
 from single_controller.device import CPU
 from single_controller.errors import RegistrationError
 from single_controller.ray.hosts import RayHosts, end_when_dropped
-from single_controller.ray.message import Packer, RayCarrier
+from single_controller.ray.message import Packer
 from single_controller.ray.placement import RayResourcePool, at_once, check_started
 from single_controller.ray.remote_batch import send
 from single_controller.ray.spec import RayClassWithInitArgs, create_colocated_worker_cls
@@ -184,9 +182,6 @@ class RayWorkerGroup(WorkerGroup[W]):
     def worker_names(self) -> list[str]:
         """The hosts' actor names by rank, for `from_detached`."""
         return list(self._hosts.now.names)
-
-    def _carrier(self, calls: Sequence[Call | None]) -> Carrier:
-        return RayCarrier(calls)
 
 
 def get_random_string(length: int) -> str:

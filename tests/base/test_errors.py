@@ -18,7 +18,6 @@ from single_controller.errors import (
     ResourceError,
     SingleControllerError,
     UnknownMethodError,
-    UnknownRoleError,
     WorkerDiedError,
     WorkerError,
 )
@@ -73,7 +72,7 @@ CAUSES: list[Exception] = [
     NoReduceError("x"),
     ValueError(lambda: "unpicklable"),
     ValueError("x" * 200_000),
-    UnknownRoleError("no role"),
+    DispatchError("no list"),
     GroupBrokenError("closed"),
     CallTimeoutError("late", [1, 2]),
 ]
@@ -160,8 +159,8 @@ def test_errors_can_be_imported_from_the_package_and_caught_as_what_programs_cat
     assert raised <= set(single_controller.__all__)
     for caught, kinds in {
         TypeError: (RegistrationError,),
-        ValueError: (DispatchError, UnknownRoleError),
-        AssertionError: (DispatchError, UnknownRoleError),
+        ValueError: (DispatchError,),
+        AssertionError: (DispatchError,),
         RuntimeError: (ResourceError, WorkerError, GroupBrokenError),
         AttributeError: (UnknownMethodError,),
     }.items():

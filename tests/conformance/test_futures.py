@@ -41,7 +41,7 @@ def test_a_future_that_does_not_divide_is_refused_where_its_rows_are_known(group
     assert "register" not in str(plain.value)
 
 
-def test_a_future_that_differs_in_rows_from_a_padded_batch_is_refused_where_it_is_read(
+def test_a_future_that_differs_in_rows_from_a_padded_batch_is_refused(
     group: Any, wider: Any
 ) -> None:
     padded = batch(4, auto_padding=True)

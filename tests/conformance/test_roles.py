@@ -15,7 +15,7 @@ import ray
 import torch
 
 from protocol import DataProto
-from single_controller import RegistrationError, UnknownRoleError
+from single_controller import RegistrationError
 from single_controller.base.decorator import Dispatch, register
 from tests.conformance.conftest import Backend
 from tests.conformance.probe import Unreadable, values
@@ -108,7 +108,7 @@ def test_what_cannot_be_a_role_or_a_team_is_refused_by_name(backend: Backend, ho
     pool, colocate = backend.pool([2]), backend.module.colocate
     colocated, no_role = backend.module.create_colocated_worker_cls, "a role cannot be called"
     for use, error, match in (
-        (lambda: hosts.spawn(["critc"]), UnknownRoleError, "role 'critc': did you mean 'critic'"),
+        (lambda: hosts.spawn(["critc"]), ValueError, r"role 'critc': .*'critic'"),
         (lambda: hosts.add(zeros()), AttributeError, r"host of roles .*'actor'"),
         (lambda: backend.group(backend.spec(cls=Plain)), RegistrationError, "'Plain' needs a sub"),
         (lambda: colocated({"a": dict}), RegistrationError, "role 'dict' needs a subclass .* <cl"),
@@ -173,9 +173,7 @@ def test_what_is_asked_of_a_team_is_asked_of_all_its_roles(team: Any) -> None:
     assert team.stats()["actor.add"].calls == calls + 1
     assert {row.method.partition(".")[0] for row in team.stats()} <= {"actor", "critic"}
     assert str(team.explain("critic.sub", zeros())).startswith("critic.sub(data: DataProto)")
-    with pytest.raises(
-        AttributeError, match=r"no role 'actr'; the roles are \['actor', 'critic'\]"
-    ):
-        team.explain("actr.add", zeros())
+    with pytest.raises(ValueError, match=r"as actor\.update; got 'add', and the roles"):
+        team.explain("add", zeros())
     assert len(team.describe().rows) == 4
     assert set(team.stacks()) == {0, 1}

@@ -4,7 +4,6 @@ ranks are twice the work.
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +14,6 @@ import pytest
 import ray
 
 from single_controller.base import Worker
-from single_controller.base.explain import Carrier, Explanation, explain_arguments
-from single_controller.base.plan import Call, Layout, Plan
 from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
@@ -153,15 +150,6 @@ def failed(ranks: int) -> int:
     return Ref.work
 
 
-def explained(ranks: int) -> int:
-    """The bytes of what is told of a value that all ranks get, and of its text."""
-    plan, calls = Plan(tuple(range(ranks))), [Call((object(),))] * ranks
-    told = explain_arguments(None, Layout.flat(ranks), plan, calls, range(ranks), Carrier())
-    assert told[0].shared_with == tuple(range(1, ranks))
-    told_of = Explanation("t", "m", plan.answers, plan.answers, "nothing", told)
-    return len(pickle.dumps(told_of)) + len(str(told_of))
-
-
 def given_back(ranks: int) -> int:
     """The work for the placement groups of actors that have ended."""
 
@@ -216,7 +204,7 @@ def refused(ranks: int) -> int:
     return Ref.work
 
 
-@pytest.mark.parametrize("work", [late, failed, explained, given_back, ended, refused])
+@pytest.mark.parametrize("work", [late, failed, given_back, ended, refused])
 def test_four_times_the_ranks_are_four_times_the_work(
     stand_ins: None, work: Callable[[int], int]
 ) -> None:

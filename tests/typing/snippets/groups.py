@@ -64,10 +64,6 @@ class Actor(Worker):
     def scatter(self, x: int) -> int:
         return x
 
-    @register(dispatch_mode={"dispatch_fn": print, "collect_fn": print})
-    def custom(self, x: int) -> int:
-        return x
-
 
 class ActorGroup(GroupView, Actor): ...
 
@@ -80,53 +76,46 @@ def on_the_worker(actor: Actor, batch: DataProto) -> None:
     actor.loss("batch")  # E
 
 
-async def by_the_workers_method(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
-    assert_type(group[Actor.update](batch, epochs=2), DataProto)
-    assert_type(group[Actor.loss](batch), list[float])
-    assert_type(group[Actor.generate]("x"), list[str])
-    assert_type(group[Actor.later](batch), DataProtoFuture)
-    assert_type(group[Actor.meshed](batch), DataProto)
-    assert_type(group[Actor.metric](batch), list[dict[str, float]])
-    assert_type(group[Actor.save]("path"), str)
-    assert_type(group[Actor.version](), int)
-    assert_type(group[Actor.scatter]([1, 2]), list[int])
-    assert_type(group[Actor.loss].submit(batch).result(timeout=3), list[float])
-    assert_type(await group[Actor.loss].submit(batch), list[float])
-    assert_type(group[Actor.loss].options(ranks=[0])(batch), list[float])
-    group[Actor.loss](3)  # E
-    group[Actor.update](batch, epoch=2)  # E
-    group[Actor.update]()  # E
-    group[Actor.nothing]  # E
+async def on_the_group(group: ActorGroup, batch: DataProto) -> None:
+    assert_type(group.update(batch, epochs=2), DataProto)
+    assert_type(group.loss(batch), list[float])
+    assert_type(group.generate("x"), list[str])
+    assert_type(group.later(batch), DataProtoFuture)
+    assert_type(group.meshed(batch), DataProto)
+    assert_type(group.metric(batch), list[dict[str, float]])
+    group.save("path")
+    assert_type(group.version(), int)
+    group.scatter([1, 2])
+    assert_type(group.loss.submit(batch).result(timeout=3), list[float])
+    assert_type(await group.loss.submit(batch), list[float])
+    assert_type(group.loss.options(ranks=[0])(batch), list[float])
+    group.loss(3)  # E
+    group.update(batch, epoch=2)  # E
+    group.update()  # E
+    group.nothing()  # E
 
 
-def what_stands_for_a_value(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
-    future = group[Actor.later](batch)
-    assert_type(group[Actor.update](future.as_input()), DataProto)
-    assert_type(group[Actor.update](batch, epochs=PerRank([1, 2]).as_input()), DataProto)
-    assert_type(group[Actor.update](batch, epochs=Broadcast(1).as_input()), DataProto)
-    group[Actor.update](future)  # E
-    group[Actor.update](batch, epochs=PerRank(["1", "2"]).as_input())  # E
-    group[Actor.update](batch, epochs=Broadcast(1))  # E
+def what_stands_for_a_value(group: ActorGroup, batch: DataProto) -> None:
+    future = group.later(batch)
+    assert_type(group.update(future.as_input()), DataProto)
+    assert_type(group.update(batch, epochs=PerRank([1, 2]).as_input()), DataProto)
+    assert_type(group.update(batch, epochs=Broadcast(1).as_input()), DataProto)
+    group.update(future)  # E
+    group.update(batch, epochs=PerRank(["1", "2"]).as_input())  # E
+    group.update(batch, epochs=Broadcast(1))  # E
 
 
-def deadlines(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
-    assert_type(group[Actor.loss].submit(batch, timeout_s=3).result(), list[float])
-    assert_type(group[Actor.loss].options(timeout_s=3).submit(batch).result(), list[float])
-    group[Actor.loss].submit(3)  # E
-    group[Actor.loss].submit(batch, timeout=3)  # E
-    group[Actor.loss].options(timeout_s=3).submit(3)  # E
+def deadlines(group: ActorGroup, batch: DataProto) -> None:
+    assert_type(group.loss.submit(batch, timeout_s=3).result(), list[float])
+    assert_type(group.loss.options(timeout_s=3).submit(batch).result(), list[float])
+    group.loss.submit(3)  # E
+    group.loss.submit(batch, timeout=3)  # E
+    group.loss.options(timeout_s=3).submit(3)  # E
 
 
-def by_a_view(group: RayWorkerGroup[Actor], batch: DataProto) -> None:
-    actor = ActorGroup.of(group)
-    assert_type(actor, ActorGroup)
-    assert_type(actor.update(batch), DataProto)
-    assert_type(actor.loss(batch), list[float])
-    assert_type(actor.later(batch), DataProtoFuture)
-    assert_type(actor.loss.submit(batch).result(), list[float])
-    actor.loss(3)  # E
-    actor.nothing()  # E
-    with actor:
+def by_a_view(group: RayWorkerGroup[Actor]) -> None:
+    with ActorGroup.of(group) as actor:
+        assert_type(actor, ActorGroup)
         assert_type(str(actor.describe()), str)
 
 
@@ -167,43 +156,29 @@ class Trainer(Worker):
     def first(self) -> str:
         return ""
 
-    @register(execute_mode=Execute.RANK_ZERO, blocking=False)
-    async def lead(self, path: str) -> str:
-        return path
-
     @register(dispatch_mode=Dispatch.DP_COMPUTE_METRIC, blocking=False)
     def metrics(self, batch: DataProto) -> float:
         return 0.0
-
-    @register(blocking=False)
-    def each(self, x: int) -> str:
-        return ""
-
-    @register(dispatch_mode=Dispatch.DP_COMPUTE, blocking=False)
-    async def shards(self, x: int) -> str:
-        return ""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def load(self, weights: dict[str, str]) -> None:
         assert_type(self.first(), str)
 
 
-async def handles(
-    group: RayWorkerGroup[Trainer], batch: DataProto, any_one: Handle[object]
-) -> None:
-    weights = group[Trainer.weights](since=3)
+class TrainerGroup(GroupView, Trainer): ...
+
+
+async def handles(group: TrainerGroup, batch: DataProto, any_one: Handle[object]) -> None:
+    weights = group.weights(since=3)
     assert_type(weights, list[Handle[dict[str, str]]])
     assert_type(weights[0].get(timeout=3), dict[str, str])
     assert_type(await weights[0], dict[str, str])
-    assert_type(group[Trainer.state](), list[Handle[str]])
-    assert_type(group[Trainer.first](), Handle[str])
-    assert_type(group[Trainer.lead]("path"), Handle[str])
-    assert_type(group[Trainer.metrics](batch), list[Handle[float]])
-    assert_type(group[Trainer.each]([1, 2]), list[Handle[str]])
-    assert_type(group[Trainer.shards]([1, 2]), list[Handle[str]])
-    assert_type(group[Trainer.load](weights[0].as_input()), list[None])
-    group[Trainer.load](PerRank([one.as_input() for one in weights]).as_input())
-    group[Trainer.load](any_one.as_input())  # E
-    group[Trainer.load](weights[0])  # E
-    group[Trainer.weights](since="now")  # E
+    assert_type(group.state(), list[Handle[str]])
+    group.load(group.first().as_input())
+    assert_type(group.metrics(batch), list[Handle[float]])
+    assert_type(group.load(weights[0].as_input()), list[None])
+    group.load(PerRank([one.as_input() for one in weights]).as_input())
+    group.load(any_one.as_input())  # E
+    group.load(weights[0])  # E
+    group.weights(since="now")  # E
     any_one = weights[0]
