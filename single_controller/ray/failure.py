@@ -45,7 +45,6 @@ from single_controller.ray.process import (
     collective,
     read_ends,
     read_stacks,
-    readable,
 )
 
 __all__ = [
@@ -58,7 +57,6 @@ __all__ = [
     "all_arrived",
     "diagnose",
     "died",
-    "dumps",
     "explain_death",
     "get_all",
     "get_ours",
@@ -67,6 +65,7 @@ __all__ = [
     "raised",
     "session",
     "shown_seconds",
+    "stacks_of",
     "standing",
     "stuck_ranks",
     "translate",
@@ -397,8 +396,8 @@ def raised(ref: Any) -> Exception | None:
     return None
 
 
-def dumps(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
-    """By rank, what faulthandler says of each process, or why there is nothing."""
+def stacks_of(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
+    """By rank, what each process does, or why it does not say."""
     found = beside(read_stacks, list(processes.values()), _NODE_S)
     return {
         rank: text or f"no stack: node {process.node_ip} did not answer"
@@ -412,11 +411,11 @@ def stuck_ranks(
     """The ranks that wait in a collective, in the same one after half a second, or after whatever
     `pause` does; their stacks.
     """
-    found = {rank: collective(dump) for rank, dump in dumps(processes).items()}
+    found = {rank: collective(stacks) for rank, stacks in stacks_of(processes).items()}
     before = {rank: stack for rank, stack in found.items() if stack}
     if pause is not None:
         pause()
     elif before:
         time.sleep(_GRACE_S)
-    now = dumps({rank: processes[rank] for rank in before})
-    return {rank: readable(dump) for rank, dump in now.items() if collective(dump) == before[rank]}
+    now = stacks_of({rank: processes[rank] for rank in before})
+    return {rank: stacks for rank, stacks in now.items() if collective(stacks) == before[rank]}

@@ -27,7 +27,6 @@ from single_controller.base.worker import (
     AGENT_STORE,
     Rendezvous,
     WorkerContext,
-    coroutine_stacks,
     exit_code,
     own_traceback,
 )
@@ -89,10 +88,12 @@ class Host:
         self._rendezvous: Rendezvous | None = None  # of rank 0
         self._padding = os.environ.get(AUTO_PADDING)
         self._ending: WorkerDiedError | None = None  # why this process is about to end
+        self._awaiting: set[Coroutine[Any, Any, Any]] = set()  # calls of `async def` methods
 
     def arrive(self) -> tuple[ProcessInfo, Mapping[str, str]]:
         """Say where this process is, and what versions it has found; let others see its stacks."""
-        self._process, found = arrive(ray.get_runtime_context().get_node_id(), _node_ip())
+        node_id = ray.get_runtime_context().get_node_id()
+        self._process, found = arrive(node_id, _node_ip(), self._awaiting)
         return self._process, found
 
     def bind(self, port: int, port_range: Sequence[int] | None, address: str) -> tuple[str, int]:
@@ -326,7 +327,6 @@ class AsyncHost(Host):
         self._next: dict[str, int] = {}
         self._waiting: dict[tuple[str, int], asyncio.Event] = {}
         self._dropped: set[tuple[str, int]] = set()
-        self._awaiting: set[Coroutine[Any, Any, Any]] = set()
 
     async def call(self, arrived: Any = None) -> Any:
         head, message, parts = self._opened(arrived)
@@ -431,10 +431,6 @@ class AsyncHost(Host):
     async def leave(self, code: int) -> None:  # type: ignore[override]
         await asyncio.sleep(_TOLD_S)  # tasks interleave, and the answer is to leave before this
         os._exit(code)  # sys.exit would end the loop and leave the process
-
-    async def coroutines(self) -> str:
-        """What the calls in this process await, where its loop runs."""
-        return coroutine_stacks(self._awaiting, _OURS)
 
     async def drop(self, turn: tuple[str, int]) -> None:
         """Do not run a call whose turn has not come."""

@@ -29,25 +29,25 @@ from single_controller.ray.failure import (
     CallSite,
     diagnose,
     died,
-    dumps,
     explain_death,
     get_all,
     not_ready,
     raised,
     session,
     shown_seconds,
+    stacks_of,
     stuck_ranks,
 )
 from single_controller.ray.host import HostInfo
 from single_controller.ray.placement import actor_info, dead, give_back
-from single_controller.ray.process import ProcessInfo, beside, end, readable
+from single_controller.ray.process import ProcessInfo, beside, end
 from single_controller.ray.stream import relay
 
 __all__ = ["RayHosts", "end_processes", "end_when_dropped", "later"]
 
 _logger = logging.getLogger(__name__)
 
-_LOOP_S = 0.5  # how long a host with a loop gets to say what its calls await
+_SETTLE_S = 0.5  # how long Ray gets to see that ranks were ended
 _END_S = 2.0  # how long processes get to end at Ray's request before they are killed
 _GONE_S = 10.0
 _HARVEST_S = 10.0
@@ -252,29 +252,16 @@ class RayHosts(Generation):
         return found
 
     def stacks(self, ranks: Iterable[int] | None = None) -> dict[int, str]:
-        """By rank, the Python stacks of the threads that run the user's code, whatever the
-        process is doing; with `async def` methods, what their coroutines await as well.
+        """By rank, the Python stacks of the threads that run the user's code, and what coroutines
+        of `async def` methods await; or why the process does not say.
 
         Raises:
             GroupBrokenError: Ray was shut down.
         """
         self.check_there()
-        chosen = range(len(self.infos)) if ranks is None else list(ranks)
         processes = self.processes
-        awaited = self._awaited(chosen)
-        found = dumps({rank: processes[rank] for rank in chosen if not awaited.get(rank)})
-        return {rank: awaited.get(rank) or readable(found[rank]) for rank in chosen}
-
-    def _awaited(self, ranks: Iterable[int]) -> dict[int, str]:
-        if self._turns is None:
-            return {}
-        refs = {self.handles[rank].coroutines.remote(): rank for rank in ranks}
-        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_LOOP_S)
-        found = {}
-        for ref in ready:
-            with contextlib.suppress(Exception):  # the rank is gone, and its stack says so
-                found[refs[ref]] = ray.get(ref)
-        return found
+        asked = processes if ranks is None else ranks
+        return stacks_of({rank: processes[rank] for rank in asked})
 
     def harvest(self) -> tuple[dict[str, tuple[int, Sequence[Event]]], list[str]]:
         """By name, each process's time and its notes for a trace; whose are missing, and why."""
@@ -375,7 +362,7 @@ class RayHosts(Generation):
             end_processes(
                 [self.handles[rank] for rank in stuck], [self.infos[r].process for r in stuck], 0
             )
-            self.settle(_LOOP_S)
+            self.settle(_SETTLE_S)
 
     def _break(self, why: str) -> None:
         with self._noting:

@@ -1,33 +1,36 @@
 """Where a rank runs: its process, as others on its node see it, and its device.
 
-`arrive` prepares the process itself. All else runs beside it, also where it never comes back from C
-code: its stacks, its log, its end, and the end of what it has started.
+`arrive` prepares the process itself. All else is done beside it: reading its stacks and its log,
+its end, and the end of what it has started.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import fcntl
 import logging
 import os
 import platform
-import re
 import signal
+import socket
+import struct
 import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from traceback import walk_stack
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from single_controller.base.worker import coroutine_stacks, own_frames
 from single_controller.device import DeviceKind
 from single_controller.errors import ResourceError
 
@@ -44,7 +47,6 @@ __all__ = [
     "log_tail",
     "read_ends",
     "read_stacks",
-    "readable",
     "versions",
 ]
 
@@ -52,12 +54,9 @@ _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SIGNAL = getattr(signal, "SIGRTMIN", 0) + 7  # a real-time one: programs use those with names
-_STACKS = "stacks"  # the file in memory that they are written to
 _POLL_S = 0.01
-_QUIET_S = 0.03
-_ASKED_S = 0.5  # how long a process gets to write its stacks by itself; it takes milliseconds
-_STACKS_S = 1.0  # how long when it is made to
+_ASKED_S = 1.0  # how long a process gets to tell its stacks; it takes milliseconds
+_CREDENTIALS = struct.Struct("3i")  # the process, user and group at the other end of a socket
 _EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
 _MAY_LACK = ("single-controller", "safetensors")  # PYTHONPATH has the one; few need the other
 _LOG_BYTES, _LOG_LINES = 16_384, 20
@@ -89,32 +88,37 @@ class ProcessInfo:
     log: str = ""
 
 
-def arrive(node_id: str, node_ip: str) -> tuple[ProcessInfo, dict[str, str]]:
-    """Let this process write all threads' stacks when asked to; who it is, with what versions.
-
-    A thread does, which needs the GIL: nothing else runs Python meanwhile. Only while another one
-    holds the GIL for good, a signal is needed, in whose handler C code writes; where threads ran
-    on, that would now and then read what they have just freed, and crash. The file is in memory and
-    goes with the process; its name has the pipe to ask by.
+def arrive(
+    node_id: str, node_ip: str, coroutines: Collection[Any]
+) -> tuple[ProcessInfo, dict[str, str]]:
+    """Let others on this node see this process's stacks, and what its `coroutines` await; who it
+    is, with what versions.
     """
-    if hasattr(os, "memfd_create"):
-        asked, asks = os.pipe()
-        descriptor = os.memfd_create(f"{_STACKS}:{asks}:")
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # whoever reads it empties it
-        faulthandler.register(_SIGNAL, file=descriptor, all_threads=True)
-        answers = asked, descriptor
-        threading.Thread(target=_answer, args=answers, name=_STACKS, daemon=True).start()
     found, log = _stat(os.getpid()), ""
     with contextlib.suppress(OSError):
         log = os.readlink("/proc/self/fd/2")
     process = ProcessInfo(node_id, node_ip, os.getpid(), found.started if found else 0, log)
+    with contextlib.suppress(OSError):  # no Linux
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(_address(process.pid, process.started))
+        listening.listen()
+        answers = listening, coroutines
+        threading.Thread(target=_answer, args=answers, name="stacks", daemon=True).start()
     _have_heirs_ended(process)
     return process, versions()
 
 
-def _answer(asked: int, descriptor: int) -> None:
-    while os.read(asked, 1_024):
-        faulthandler.dump_traceback(descriptor, all_threads=True)
+def _address(pid: int, started: int) -> str:
+    return f"\0single_controller:{pid}:{started}"  # in no folder, and gone with the process
+
+
+def _answer(listening: socket.socket, coroutines: Collection[Any]) -> None:
+    while True:
+        asks, _ = listening.accept()
+        with asks, contextlib.suppress(OSError):  # whoever asked has left
+            who = asks.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            if _CREDENTIALS.unpack(who)[1] in (0, os.getuid()):
+                asks.sendall(_own_stacks(coroutines).encode())
 
 
 def _have_heirs_ended(process: ProcessInfo) -> None:
@@ -231,124 +235,68 @@ def beside(
 
 
 def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
-    """The stack of every thread of each process, as faulthandler writes them, or why not."""
-    files = {process: file for process in processes if (file := _emptied(process))}
-    found: dict[ProcessInfo, str] = {}
-    for tell, seconds in ((_ask, _ASKED_S), (_signal, _STACKS_S)):
-        told = []
-        for process in files.keys() - {process for process, text in found.items() if text}:
-            with contextlib.suppress(OSError):  # it has ended, or has closed the file
-                tell(process, files[process])
-                told.append(process)
-        deadline = time.monotonic() + seconds
-        with ThreadPoolExecutor(len(told) or 1) as threads:
-            texts = threads.map(_written, [files[p] for p in told], [deadline] * len(told))
-            found.update(zip(told, texts, strict=True))
-    return [found.get(process) or _silence(process) for process in processes]
+    """What each process does, as its `_own_stacks` tells, or why it does not say."""
+    with ThreadPoolExecutor(len(processes) or 1) as threads:
+        return [*threads.map(_stacks_of, processes)]
 
 
-def _emptied(process: ProcessInfo) -> Path | None:
-    """The file of a running process that its stacks go to."""
-    with contextlib.suppress(OSError):
-        for file in Path(f"/proc/{process.pid}/fd").iterdir() if is_running(process) else ():
-            if os.readlink(file).startswith(f"/memfd:{_STACKS}:"):
-                os.truncate(file, 0)
-                return file
-    return None
-
-
-def _ask(_: ProcessInfo, file: Path) -> None:
-    with open(file.parent / os.readlink(file).split(":")[2], "wb", buffering=0) as pipe:
-        pipe.write(b"?")
-
-
-def _signal(process: ProcessInfo, _: Path) -> None:
-    os.kill(process.pid, _SIGNAL)
-
-
-def _written(file: Path, deadline: float) -> str:
-    """What came, once no more comes."""
-    text, changed = "", time.monotonic()
-    with contextlib.suppress(OSError):  # it may end meanwhile
-        while True:  # once at least: others may have taken the time
-            before, text, now = text, file.read_text(errors="replace"), time.monotonic()
-            changed = changed if text == before else now
-            if now > deadline or (text and now - changed > _QUIET_S):
-                break
-            time.sleep(_POLL_S)
-    return text.strip() and text
-
-
-def _silence(process: ProcessInfo) -> str:
+def _stacks_of(process: ProcessInfo) -> str:
     found = _stat(process.pid) if is_running(process) else None
-    says = f"does not answer (its state is {found.state})" if found else "has ended"
-    return f"no stack: process {process.pid} {says}"
+    if found is None:
+        return f"no stack: process {process.pid} has ended"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as asks:
+        asks.settimeout(_ASKED_S)
+        asks.connect(_address(process.pid, found.started))
+        with asks.makefile(errors="replace") as told:
+            return told.read()
+    return f"no stack: process {process.pid} does not answer (its state is {found.state})"
 
 
-_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
 _COLLECTIVES = ("/torch/distributed/", "/ray/util/collective/")
-_PACKAGE = os.path.dirname(os.path.dirname(__file__))
-_BATCHES = os.path.join(os.path.dirname(_PACKAGE), "protocol")
-_OURS = tuple(folder + os.sep for folder in (_PACKAGE, _BATCHES, os.path.dirname(ray.__file__)))
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_BATCHES = os.path.join(os.path.dirname(os.path.dirname(_PACKAGE)), "protocol") + os.sep
+_RAY = os.path.dirname(ray.__file__) + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = ("/site-packages/", "/dist-packages/")
-_MAIN = "/default_worker.py"  # where Ray's processes start
-_SERVES = ("actor_method_executor", "async_func", "async_method_executor")  # Ray's side of a call
+_ANOTHER = "\n  -- another thread --\n"
 
 
-class _Frame(NamedTuple):
-    file: str
-    line: str
-    name: str
-
-
-def _is_machinery(frame: _Frame) -> bool:
+def _is_machinery(frame: FrameType) -> bool:
     """Whether it is Ray's, this package's or Python's own."""
-    python = frame.file.startswith(_LIBRARY) and not any(i in frame.file for i in _INSTALLED)
-    return python or frame.file.startswith(("<", *_OURS))
+    file = frame.f_code.co_filename
+    python = file.startswith(_LIBRARY) and not any(part in file for part in _INSTALLED)
+    return python or file.startswith(("<", _PACKAGE, _BATCHES, _RAY))
 
 
-def _threads(dump: str) -> Iterator[list[_Frame]]:
-    """The frames of each thread, the innermost first, as faulthandler writes them; of one that was
-    asked for its stack twice, the last ones.
+def _own_stacks(coroutines: Collection[Any]) -> str:
+    """The stacks of this process's threads that run the user's code, the innermost frame first,
+    and what its coroutines await. Frames below a call's start are Ray's and this package's, and
+    left out.
     """
-    parts = re.split(r"\n?(?:Current thread|Thread) (?=0x)", dump)
-    for part in {part.split(" ", 1)[0]: part for part in parts}.values():
-        if frames := [_Frame(**match.groupdict()) for match in _FRAME.finditer(part)]:
-            yield frames
-
-
-def readable(dump: str) -> str:
-    """The main thread and those that run the user's code, the innermost frame first.
-
-    Frames below a call's start are Ray's and this package's; they are left out, and so are
-    threads that only serve.
-    """
-    shown = []
-    for frames in _threads(dump):
-        main = frames[-1].file.endswith(_MAIN)
-        served = next((i for i, f in enumerate(frames) if f.name in _SERVES), len(frames))
-        if served == len(frames) if main else all(map(_is_machinery, frames)):
+    shown = [coroutine_stacks([*coroutines], (_PACKAGE, _RAY))] if coroutines else []
+    for thread, innermost in sys._current_frames().items():
+        frames = [frame for frame, _ in walk_stack(innermost)]
+        calls = thread == threading.main_thread().ident and any(
+            frame.f_code.co_filename.startswith(_PACKAGE) for frame in frames
+        )
+        if not calls and all(map(_is_machinery, frames)):
             continue  # between calls, or Ray's own
-        lines = [f'  File "{f.file}", line {f.line}, in {f.name}' for f in frames[:served]]
-        while len(lines) > 1 and _is_machinery(frames[len(lines) - 1]):
-            lines.pop()
-        shown.append("\n".join(lines))
-    if shown:
-        return "\n  -- another thread --\n".join(reversed(shown))
-    return dump.strip() if "File" not in dump else "  in no call"
+        while len(frames) > 1 and _is_machinery(frames[-1]):
+            frames.pop()
+        shown.append("\n".join(own_frames(frames, ())) or "  waits for its arguments")
+    return _ANOTHER.join(reversed(shown)) or "  in no call"
 
 
-def collective(dump: str) -> str | None:
+def collective(stacks: str) -> str | None:
     """The stack of a thread that waits in a collective, or to meet for one; None if none does.
 
     Only the innermost frame counts: a model wrapped by torch.distributed computes inside its
     frames. Waiting in the user's own frame, such as `tensor.item()` after an asynchronous
     collective, cannot be told from computing.
     """
-    for frames in _threads(dump):
-        if any(part in frames[0].file for part in _COLLECTIVES):
-            return str(frames)
+    for stack in stacks.split(_ANOTHER):
+        if any(part in stack.partition("\n")[0] for part in _COLLECTIVES):
+            return stack
     return None
 
 

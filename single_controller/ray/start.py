@@ -33,17 +33,17 @@ from single_controller.ray.failure import (
     CallSite,
     Wait,
     diagnose,
-    dumps,
     explain_death,
     get_all,
     not_ready,
+    stacks_of,
     standing,
 )
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import RayHosts, end_processes
 from single_controller.ray.message import Packer
 from single_controller.ray.placement import Bundle, RayResourcePool, at_once, check_started, crowded
-from single_controller.ray.process import DeviceIdentity, ProcessInfo, check_versions, readable
+from single_controller.ray.process import DeviceIdentity, ProcessInfo, check_versions
 from single_controller.ray.spec import ActorSpec
 
 __all__ = ["Recipe", "check_devices", "running_names"]
@@ -247,7 +247,7 @@ class _Starting:
                 f"ranks {ranks} had not {done} their roles {list(self.recipe.spec.roles)} after "
                 f"startup_timeout_s={timeout_s:g}",
                 ranks,
-                {rank: readable(dump) for rank, dump in dumps(processes).items()},
+                stacks_of(processes),
             ) from None
         except Exception as error:
             method = "__init__" if step == "build" else step

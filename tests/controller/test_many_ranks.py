@@ -7,7 +7,6 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -224,9 +223,7 @@ def test_four_times_the_ranks_are_four_times_the_work(
 
 
 def test_the_stacks_of_a_node_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_emptied", lambda process: Path("stacks"))
-    monkeypatch.setattr(process, "_ask", lambda *_: None)
-    monkeypatch.setattr(process, "_written", two_at_once(lambda *_: "a stack", lambda *_: True))
+    monkeypatch.setattr(process, "_stacks_of", two_at_once(lambda _: "a stack", lambda _: True))
     two = [ProcessInfo("node", "ip", pid) for pid in (1, 2)]
     assert process.read_stacks(two) == ["a stack"] * 2
 
