@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import signal
 import socket
 import struct
@@ -58,7 +57,6 @@ _POLL_S = 0.01
 _ASKED_S = 1.0  # how long a process gets to tell its stacks; it takes milliseconds
 _CREDENTIALS = struct.Struct("3i")  # the process, user and group at the other end of a socket
 _EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
-_MAY_LACK = ("single-controller", "safetensors")  # PYTHONPATH has the one; few need the other
 _LOG_BYTES, _LOG_LINES = 16_384, 20
 
 _MARK = "WG_PROCESS"  # what a process starts inherits it, also in a session of its own
@@ -145,8 +143,10 @@ def _have_heirs_ended(process: ProcessInfo) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of packages as they are installed; none is imported."""
-    found = {"python": platform.python_version()}
+    """Python's, without its last digit, and those of packages as they are installed; none is
+    imported.
+    """
+    found = {"python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
     for name in ("ray", "single-controller", "torch", "tensordict", "numpy", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
@@ -157,29 +157,23 @@ def check_versions(found: Sequence[Mapping[str, str]], processes: Sequence[Proce
     """Log which of the versions that ranks found are not this process's.
 
     Raises:
-        ResourceError: what one pickles, another may not read, or ranks may not meet.
+        ResourceError: what one pickles, another may not read.
     """
     own, others = versions(), defaultdict(list)
     for rank, theirs in enumerate(found):
-        for name in own.keys() | theirs.keys():
-            version, here = theirs.get(name, "none"), own.get(name, "none")
-            if version != here and not (name in _MAY_LACK and "none" in (version, here)):
-                others[name, version, here].append(rank)
-    told, fatal = [], len({_minor(theirs["torch"]) for theirs in found if "torch" in theirs}) > 1
-    for (name, version, here), ranks in sorted(others.items()):
+        for name in own.keys() & theirs.keys():
+            if theirs[name] != own[name]:
+                others[name, theirs[name]].append(rank)
+    if not others:
+        return
+    told = []
+    for (name, version), ranks in sorted(others.items()):
         nodes = ", ".join(sorted({processes[rank].node_ip for rank in ranks}))
-        told.append(f"{name} {version} instead of {here} on {nodes} (ranks {ranks})")
-        fatal |= name in ("ray", "single-controller") and "none" not in (version, here)
-        fatal |= name == "python" and _minor(version) != _minor(here)
+        told.append(f"{name} {version} instead of {own[name]} on {nodes} (ranks {ranks})")
     text = f"ranks have other versions than the driver: {'; '.join(told)}"
-    if fatal:
+    if {name for name, _ in others} & {"python", "ray", "single-controller"}:
         raise ResourceError(f"{text}. Install the same ones: calls travel by pickle")
-    if told:
-        _logger.warning(text)
-
-
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split(".")[:2])
+    _logger.warning(text)
 
 
 class _Stat(NamedTuple):
