@@ -57,18 +57,19 @@ _POLL_S = 0.01
 _ASKED_S = 1.0  # how long a process gets to tell its stacks; it takes milliseconds
 _CREDENTIALS = struct.Struct("3i")  # the process, user and group at the other end of a socket
 _EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
+_END_S = 5.0  # how long one that was killed may, with what it had started
 _LOG_BYTES, _LOG_LINES = 16_384, 20
 
 _MARK = "WG_PROCESS"  # what a process starts inherits it, also in a session of its own
-_PASSES = 3  # over all processes of the node: what is about to end may start others
-_WATCHER = f"""
-tail --pid="$1" -f /dev/null || exit
+_WATCHER = """
+echo $$
+exec >/dev/null
+tail -s 0.1 --pid="$1" -f /dev/null || exit
 kill -9 "-$1"
-for pass in $(seq {_PASSES}); do
-    for file in $(grep -lzsxF "$2" /proc/[0-9]*/environ); do
-        file=${{file%/environ}}
-        kill -9 "${{file#/proc/}}"
-    done
+for pass in $(seq 50); do
+    found=$(grep -lzsxF "$2" /proc/[0-9]*/environ | tr -dc '0-9\\n')
+    [ "$found" ] || break
+    kill -9 $found
 done
 """
 
@@ -76,7 +77,8 @@ done
 @dataclass(frozen=True)
 class ProcessInfo:
     """A process, its node, and where its log is. `started` is the kernel's time of its start, since
-    numbers of processes are used again; 0 where it is not known.
+    numbers of processes are used again; `watcher` ends what it has started, and then itself. Both
+    are 0 where they are not known.
     """
 
     node_id: str
@@ -84,6 +86,7 @@ class ProcessInfo:
     pid: int
     started: int = 0
     log: str = ""
+    watcher: int = 0
 
 
 def arrive(
@@ -93,16 +96,17 @@ def arrive(
     is, with what versions.
     """
     found, log = _stat(os.getpid()), ""
+    started = found.started if found else 0
     with contextlib.suppress(OSError):
         log = os.readlink("/proc/self/fd/2")
-    process = ProcessInfo(node_id, node_ip, os.getpid(), found.started if found else 0, log)
+    watcher = _watched(os.getpid(), started)
+    process = ProcessInfo(node_id, node_ip, os.getpid(), started, log, watcher)
     with contextlib.suppress(OSError):  # no Linux
         listening = socket.socket(socket.AF_UNIX)
-        listening.bind(_address(process.pid, process.started))
+        listening.bind(_address(process.pid, started))
         listening.listen()
         answers = listening, coroutines
         threading.Thread(target=_answer, args=answers, name="stacks", daemon=True).start()
-    _have_heirs_ended(process)
     return process, versions()
 
 
@@ -119,27 +123,22 @@ def _answer(listening: socket.socket, coroutines: Collection[Any]) -> None:
                 asks.sendall(_own_stacks(coroutines).encode())
 
 
-def _have_heirs_ended(process: ProcessInfo) -> None:
-    """End what this process starts when it ends itself, however that may be. Ray only kills
-    children, and only where their parent can still do it; so a shell watches. It is nobody's child.
-    Forks do not show the mark; a group of its own is what they have in common with this process.
+def _watched(pid: int, started: int) -> int:
+    """Have what this process starts ended when it ends itself, however that may be; the watcher's
+    number. Ray only kills children, and only where their parent can still do it; so a shell
+    watches, which is nobody's child. Forks do not show the mark; a group of its own is what they
+    have in common with this process.
     """
     with contextlib.suppress(OSError):  # it leads a session
         os.setpgid(0, 0)  # ray 2.41 starts it in its own group
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
-    os.environ[_MARK] = mark = f"{process.pid}:{process.started}"
-    watcher = ["sh", "-c", _WATCHER, "watcher", str(process.pid), f"{_MARK}={mark}"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no Linux, or a bare one
-        subprocess.run(
-            ["setsid", "--fork", *watcher],
-            env=environment,
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=5,
-            check=False,
-        )
+    os.environ[_MARK] = mark = f"{pid}:{started}"
+    command = ["setsid", "--fork", "sh", "-c", _WATCHER, "watcher", str(pid), f"{_MARK}={mark}"]
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):  # no Linux
+        options: Any = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 5}
+        told = subprocess.check_output(command, env=environment, cwd="/", **options)
+        return int(told)
+    return 0
 
 
 def versions() -> dict[str, str]:
@@ -178,7 +177,6 @@ def check_versions(found: Sequence[Mapping[str, str]], processes: Sequence[Proce
 
 class _Stat(NamedTuple):
     state: str
-    group: int
     started: int
 
 
@@ -188,7 +186,7 @@ def _stat(pid: int) -> _Stat | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else _Stat(fields[0], int(fields[2]), int(fields[19]))
+    return None if fields[0] in "ZX" else _Stat(fields[0], int(fields[19]))
 
 
 def is_running(process: ProcessInfo) -> bool:
@@ -313,46 +311,23 @@ def read_ends(processes: Sequence[ProcessInfo]) -> list[tuple[bool, str]]:
     return [(not is_running(process), log_tail(process)) for process in processes]
 
 
-def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0, wait_s: float = 5.0) -> list[bool]:
-    """Kill each process that does not end by itself within `grace_s`, and what they started;
-    whether each is gone.
+def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0) -> list[bool]:
+    """Kill each process that does not end by itself within `grace_s`, and wait for what they have
+    started to be ended, too; whether each is gone.
     """
     _await_end(processes, grace_s)
-    _kill([process for process in processes if is_running(process)], wait_s)
-    gone = {process for process in processes if not is_running(process)}
-    for _ in range(_PASSES):
-        if not (heirs := _heirs(gone)):
-            break
-        _kill(heirs, wait_s)
-    return [process in gone for process in processes]
-
-
-def _kill(processes: Sequence[ProcessInfo], wait_s: float) -> None:
-    for process in processes:
+    for process in filter(is_running, processes):
         with contextlib.suppress(OSError):
             os.kill(process.pid, signal.SIGKILL)
-    _await_end(processes, wait_s)
+    watchers = [ProcessInfo("", "", process.watcher) for process in processes if process.watcher]
+    _await_end([*processes, *watchers], _END_S)
+    return [not is_running(process) for process in processes]
 
 
 def _await_end(processes: Sequence[ProcessInfo], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(map(is_running, processes)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-
-
-def _heirs(ended: Collection[ProcessInfo]) -> list[ProcessInfo]:
-    """What processes that have ended left behind: their groups, and whatever has their mark."""
-    marks = {f"{_MARK}={process.pid}:{process.started}".encode() for process in ended}
-    # But not the group of another process that has got the number of one.
-    groups = {process.pid for process in ended if not _stat(process.pid)}
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc") if ended else ())):
-        own: set[bytes] = set()
-        with contextlib.suppress(OSError):  # another user's, or it has ended
-            own.update(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-        if (stat := _stat(pid)) and (marks & own or stat.group in groups):
-            found.append(ProcessInfo("", "", pid, stat.started))
-    return found
 
 
 _P2P_READ = 0  # NVML_P2P_CAPS_INDEX_READ, which pynvml has as a tuple that no call takes
