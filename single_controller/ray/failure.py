@@ -43,7 +43,7 @@ from single_controller.ray.process import (
     ProcessInfo,
     beside,
     collective,
-    read_ends,
+    read_logs,
     read_stacks,
 )
 
@@ -57,7 +57,6 @@ __all__ = [
     "all_arrived",
     "diagnose",
     "died",
-    "explain_death",
     "get_all",
     "get_ours",
     "not_ready",
@@ -69,6 +68,7 @@ __all__ = [
     "standing",
     "stuck_ranks",
     "translate",
+    "with_last_words",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -326,14 +326,9 @@ def died(site: CallSite, said: str) -> WorkerDiedError:
     )
 
 
-def explain_death(error: WorkerDiedError, process: ProcessInfo) -> WorkerDiedError:
-    """The error, now with the last lines that the process wrote, unless it has said so itself."""
-    found = None if error.exit_code is not None else beside(read_ends, [process], _NODE_S)[0]
-    if found is not None:
-        gone, log = found
-        how = "died" if gone else "cannot be reached"
-        error.args = (error.args[0].replace("died or cannot be reached", how),)
-        error.log_tail = log.rstrip()
+def with_last_words(error: WorkerDiedError, process: ProcessInfo) -> WorkerDiedError:
+    """The error, now with the last lines that the process wrote."""
+    error.log_tail = error.log_tail or beside(read_logs, [process], _NODE_S)[0] or ""
     return error
 
 

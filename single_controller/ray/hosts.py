@@ -29,7 +29,6 @@ from single_controller.ray.failure import (
     CallSite,
     diagnose,
     died,
-    explain_death,
     get_all,
     not_ready,
     raised,
@@ -37,6 +36,7 @@ from single_controller.ray.failure import (
     shown_seconds,
     stacks_of,
     stuck_ranks,
+    with_last_words,
 )
 from single_controller.ray.host import HostInfo
 from single_controller.ray.placement import actor_info, dead, give_back
@@ -214,7 +214,7 @@ class RayHosts(Generation):
         rank = ranks[0]
         site = self.sites("+".join(self.roles), "no call")[rank]
         death = died(site, str(actor_info(self._ids[rank]).death_cause))
-        death = explain_death(death, self.infos[rank].process)
+        death = with_last_words(death, self.infos[rank].process)
         self._break(self._ended_elsewhere(rank) or f"the group lost a rank: {death.args[0]}")
         return death
 
@@ -331,7 +331,7 @@ class RayHosts(Generation):
             if self.broken is None and (elsewhere := self._ended_elsewhere(first.rank)):
                 self._break(elsewhere)
                 return GroupBrokenError(elsewhere)
-            first = explain_death(first, self.infos[first.rank].process)
+            first = with_last_words(first, self.infos[first.rank].process)
         why = first.args[0]
         self._note_running(diagnosis.running, f"failed elsewhere: {why}")
         if diagnosis.own_death:

@@ -44,7 +44,7 @@ __all__ = [
     "identify",
     "is_running",
     "log_tail",
-    "read_ends",
+    "read_logs",
     "read_stacks",
     "versions",
 ]
@@ -293,22 +293,19 @@ def collective(stacks: str) -> str | None:
 
 
 def log_tail(process: ProcessInfo) -> str:
-    """The last lines on the process's stderr; where there is nothing, on its stdout."""
-    for name in (process.log, process.log.removesuffix(".err") + ".out"):
-        lines: list[str] = []
-        with contextlib.suppress(OSError), open(name, "rb") as file:
-            file.seek(max(0, os.path.getsize(name) - _LOG_BYTES))
-            lines = file.read(_LOG_BYTES).decode(errors="replace").splitlines()
-        lines = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
-        if lines:
-            return "\n".join(lines[-_LOG_LINES:])
-    return ""
+    """The last lines on the process's stderr."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError), open(process.log, "rb") as file:
+        file.seek(max(0, os.path.getsize(process.log) - _LOG_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    own = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
+    return "\n".join(own[-_LOG_LINES:]).rstrip()
 
 
-def read_ends(processes: Sequence[ProcessInfo]) -> list[tuple[bool, str]]:
-    """Whether each process, which Ray says is lost, is gone, and the last lines that it wrote."""
+def read_logs(processes: Sequence[ProcessInfo]) -> list[str]:
+    """The last lines that each process wrote, once it is gone, which Ray says it is."""
     _await_end(processes, _EXIT_S)
-    return [(not is_running(process), log_tail(process)) for process in processes]
+    return [*map(log_tail, processes)]
 
 
 def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0) -> list[bool]:

@@ -33,11 +33,11 @@ from single_controller.ray.failure import (
     CallSite,
     Wait,
     diagnose,
-    explain_death,
     get_all,
     not_ready,
     stacks_of,
     standing,
+    with_last_words,
 )
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import RayHosts, end_processes
@@ -258,7 +258,7 @@ class _Starting:
             sites = [CallSite(self.title, method, r, p.node_ip, p.pid) for r, p in enumerate(found)]
             first = diagnose(error, refs, sites, self.processes).error
             if isinstance(first, WorkerDiedError) and first.rank in self.processes:
-                first = explain_death(first, self.processes[first.rank])
+                first = with_last_words(first, self.processes[first.rank])
             raise first from None
 
 
