@@ -1,6 +1,5 @@
 """Waiting for ranks, and what ended the wait: on which rank a call failed first, why, and what the
-other ranks are doing. While a wait is long, a thread says how things stand: a line on a terminal,
-gone at the end, and after a minute the log.
+other ranks are doing. While a wait is long, a thread logs how things stand.
 
 What a failure means for the group is left to `hosts`.
 """
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import sys
 import threading
 import time
@@ -81,10 +79,8 @@ GONE = (
 _MOST_NAMED = 8
 _LONGEST_S = 1e9  # Ray cannot count for ever
 _LOOK_S = 1.0  # how often an `await` looks whether Ray is still there
-_LINE_S = 1.5
-_LOG_S = 60.0  # and then after twice as long, and so on
+_LOG_S = 60.0
 _EVERY_S = 0.5
-_CLEAR = "\r\x1b[2K"
 _GRACE_S = 0.5  # how long the other ranks of a failed call get to finish, twice
 _NODE_S = 3.0  # how long another node may take to answer
 _DEATHS = (
@@ -208,13 +204,13 @@ def standing(refs: Sequence[Any], what: str, ranks: Sequence[int]) -> str:
 
 
 class Wait:
-    """Within this context something is waited for. `tell` says how things stand, in few words; a
-    thread of its own asks it, and what it raises says that there is nothing to say.
+    """Within this context something is waited for. After a minute, then after two, four, eight …, a
+    thread logs how things stand: it asks `tell`, and what that raises says that there is nothing
+    to say.
     """
 
     def __init__(self, tell: Callable[[], str]) -> None:
-        self._tell, self.began, self._log_s = tell, time.monotonic(), _LOG_S
-        self._drawn = False
+        self._tell, self._began, self._log_s = tell, time.monotonic(), _LOG_S
 
     def __enter__(self) -> None:
         global _started
@@ -227,35 +223,17 @@ class Wait:
     def __exit__(self, *_: object) -> None:
         with _lock:
             _waits.discard(self)
-            self._tell = str  # what it asks is let go of here: in that thread, Ray may be ending
-            self._draw("")
+        self._tell = str  # what it asks is let go of here: in that thread, Ray may be ending
 
-    def look(self, free: bool) -> bool:
-        """Say what is due; whether this wait has the line of the terminal, if that is `free`."""
-        seconds = time.monotonic() - self.began
-        draws = free and seconds >= _LINE_S and sys.stderr.isatty()
-        logs = seconds >= self._log_s
-        try:
-            standing = self._tell() if draws or logs else ""
-        except Exception:  # what it asks is gone
-            return False
-        with _lock:
-            if not standing or self not in _waits:  # it may have ended meanwhile
-                return False
-            if logs:
-                self._log_s = 2 * seconds
-                self._draw("")
+    def look(self) -> None:
+        """Log what is due."""
+        seconds = time.monotonic() - self._began
+        if seconds < self._log_s:
+            return
+        self._log_s = 2 * seconds
+        with contextlib.suppress(Exception):  # what it asks is gone
+            if standing := self._tell():
                 _logger.warning("still waiting after %.0f s: %s", seconds, standing)
-            if draws:
-                self._draw(f"{standing}, {seconds:.0f} s")
-        return draws
-
-    def _draw(self, line: str) -> None:
-        """Put the line in place of what was drawn."""
-        if line or self._drawn:
-            sys.stderr.write(_CLEAR + line[: shutil.get_terminal_size().columns - 1])
-            sys.stderr.flush()
-        self._drawn = bool(line)
 
 
 _lock = threading.Lock()
@@ -266,11 +244,10 @@ _waits: weakref.WeakSet[Wait] = weakref.WeakSet()  # one that was interrupted is
 def _watch() -> None:
     pause = threading.Event()
     while not pause.wait(_EVERY_S):
-        free = True  # one line for all
         with _lock:
-            oldest_first = sorted(_waits, key=lambda wait: wait.began)
-        while oldest_first:  # none is held on to until the next look
-            free = not oldest_first.pop(0).look(free) and free
+            waits = [*_waits]
+        while waits:  # none is held on to until the next look
+            waits.pop().look()
 
 
 class CallDroppedError(Exception):
