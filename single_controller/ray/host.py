@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import os
 import sys
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,19 +77,25 @@ class HostInfo:
         return self.process.pid
 
 
-class Host:
-    """One rank's process. Calls run one after another on its main thread.
+class AsyncHost:
+    """One rank's process, with `async def` methods: those interleave, the others run in order on
+    its loop.
 
     Constructing it does nothing, so that all hosts of a group start at once; after `arrive`,
     `bind` on rank 0 gives the address that `setup` then takes everywhere; `build` comes last.
     """
 
+    ordered = False  # whether Ray starts its tasks in their order
+
     def __init__(self) -> None:
+        # Ray warns of a `ray.get` that would block the loop; the ones here wait in threads.
+        ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
         self._shelf = Shelf()
+        self._order = _Order()
         self._rendezvous: Rendezvous | None = None  # of rank 0
         self._padding = os.environ.get(AUTO_PADDING)
         self._ending: WorkerDiedError | None = None  # why this process is about to end
-        self._awaiting: set[Coroutine[Any, Any, Any]] = set()  # calls of `async def` methods
+        self._awaiting: set[Any] = set()  # what its calls wait for
 
     def arrive(self) -> tuple[ProcessInfo, Mapping[str, str]]:
         """Say where this process is, and what versions it has found; let others see its stacks."""
@@ -142,12 +149,14 @@ class Host:
         self._workers = dict(build_roles(self._context, roles, self._turns, self._not_built))
         return self._info()
 
-    def restore(self) -> None:
+    async def restore(self) -> None:
         """Call the workers' optional `restore()`: this process replaces one that ended."""
         for role, hook in restore_hooks(self._workers):
             try:
                 self._turns.take(role)
-                hook()
+                done = hook()
+                if not self.ordered and inspect.isawaitable(done):
+                    await done
             except (Exception, SystemExit) as error:
                 raise self._failure(role, "restore", error) from None
 
@@ -156,53 +165,63 @@ class Host:
         order of calls.
         """
         address = self._context.master_addr, self._context.master_port
-        return self._info(), address, not isinstance(self, AsyncHost)
+        return self._info(), address, self.ordered
 
     def _info(self) -> HostInfo:
         kind = self._kind
-        context = ray.get_runtime_context()
-        given = context.get_accelerator_ids().get(kind.resource, [])
-        names = f"{kind.name}:{self._context.local_rank} ({kind.resource} {','.join(given)})"
-        if self._identity is not None:
-            names = f"{names[:-1]}, {self._identity.uuid[:8]})"
+        given = ray.get_runtime_context().get_accelerator_ids().get(kind.resource, [])
+        name = f"{kind.name}:{self._context.local_rank} ({kind.resource} {','.join(given)})"
         return HostInfo(
             rank=self._context.rank,
             process=self._process,
-            device=names if given else kind.name,
+            device=name if given else kind.name,
             roles=tuple(self._workers),
             identity=self._identity,
         )
 
-    def call(self, arrived: Any = None) -> Any:
+    async def call(self, arrived: Any = None) -> Any:
         """Run one method of one role."""
         head, message, parts = self._opened(arrived)
         place = self._shelf.open(head.keeps) if head.keeps is not None else None
+        interleaves, on_loop, rank = False, not self.ordered, self._context.rank
         try:
+            if on_loop:
+                await self._order.begin(head.turn)
             began = now_ns()
-            kept, rank = self._claimed(head), self._context.rank
-            with reading_pairs() if parts else _NO_PAIRS as opened:
-                args, kwargs = read(head, message, parts, kept, rank, opened)
+            # What is here is claimed now: its release may have the next turn.
+            kept = self._shelf.claim(head.claims) if head.claims else {}
+            method = getattr(self._workers[head.role], head.method)
+            if on_loop and inspect.iscoroutinefunction(method):
+                interleaves = True
+                self._order.end(head.turn)
+            with reading_pairs() if parts else _NO_PAIRS as pairs:
+                reading = head, message, parts, kept, rank, pairs
+                if on_loop and (parts or not isinstance(message, Message) or message.held):
+                    args, kwargs = await _seen(self._awaiting, in_thread(read, *reading))
+                else:
+                    args, kwargs = read(*reading)
                 read_ns = began, now_ns()
                 if self._turns.any:
                     self._turns.take(head.role)
                 untouched = Untouched(args, kwargs) if head.reads_only else None
                 with running(head.mark, head.title, read_ns) if head.mark else _UNTRACED:
-                    output = getattr(self._workers[head.role], head.method)(*args, **kwargs)
+                    output = method(*args, **kwargs)
+                    if on_loop and inspect.isawaitable(output):
+                        output = await _seen(self._awaiting, output)
             if head.lent:
                 self._shelf.check_lent(head.lent, head.title)
             return _outgoing(head, output, place, untouched)
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
+        except BaseException as error:
             if place is not None:
                 place.fail()
             raise self._failure(head.role, head.method, error) from None
         finally:
+            if on_loop and not interleaves:
+                self._order.end(head.turn)
             _settle()
 
-    def _claimed(self, head: Head) -> Mapping[tuple[str, int], Kept]:
-        return self._shelf.claim(head.claims) if head.claims else {}
-
     @ray.method(num_returns=2)
-    def publish(
+    async def publish(
         self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
     ) -> tuple[Message | None, int]:
         """The batch of a call, or some columns of it, for shared memory, and how many bytes that
@@ -210,35 +229,47 @@ class Host:
         device is lent instead, until the release.
         """
         kept = self._shelf.publication(token)
-        return kept.published(columns, lends) if _is_needed(wanted) else (None, 0)
+        await kept.made.wait()
+        needed = wanted is None or await _aside(self.ordered, _is_needed, wanted)
+        return kept.published(columns, lends) if needed else (None, 0)
 
-    def stream(self, token: str, offer: Offer, turn: Any) -> int:
+    async def stream(self, token: str, offer: Offer, turn: Any) -> int:
         """Make what a method yields, for those that read it now; the bytes that moved."""
         kept, reply, title = self._shelf.publication(token), None, ""
         try:
+            await self._order.begin(turn)
+            await kept.made.wait()
             pairs, title = kept.pairs()
-            if self._turns.any:
-                self._turns.take(title.rpartition(".")[0])
+            self._turns.take(title.rpartition(".")[0])
             steps = made(pairs, title, offer)
             while True:
-                reply = ray.get(steps.send(reply)[1])
+                given = steps.send(reply)[1]
+                reply = ray.get(given) if self.ordered else await given
         except StopIteration as end:
             return int(end.value)
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
+        except BaseException as error:
             role, _, method = title.rpartition(".")
             raise self._failure(role, method, error) from None
+        finally:
+            self._order.end(turn)
 
-    def weigh(self, message: Message) -> Any:
+    async def weigh(self, message: Message) -> Any:
         """By batch, whether any rank but the one that made it reads rows of it."""
-        return _each(_read_elsewhere(message))
+        return _each(await _aside(self.ordered, _read_elsewhere, message))
 
-    def resolve(self, message: Message) -> Any:
+    async def resolve(self, message: Message) -> Any:
         """By list of futures, the same made of nothing that is not read."""
-        return _each(_resolved(message))
+        return _each(await _aside(self.ordered, _resolved, message))
 
-    def release(self, token: str, publications: int, turn: Any) -> None:
+    async def release(self, token: str, publications: int, turn: Any) -> None:
         """Let go of a result; calls that were sent before this have read it."""
+        await self._order.begin(turn)
+        self._order.end(turn)
         self._shelf.release(token, publications)
+
+    def drop(self, turn: tuple[str, int]) -> None:
+        """Do not run a call whose turn has not come."""
+        self._order.drop(turn)
 
     def _opened(self, arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
         if self._ending is not None:
@@ -259,44 +290,33 @@ class Host:
         return self._failure(role, "__init__", error)
 
     def _failure(self, role: str, method: str, error: BaseException) -> BaseException:
-        """What to raise for `error`; one that another worker raised passes as it is."""
+        """What to raise for `error`; one that another worker raised passes as it is, and so do
+        Ray's own requests to end, such as for SIGTERM.
+        """
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, WorkerError):
+        if isinstance(cause, WorkerError | CallDroppedError) or hasattr(cause, "ray_terminate_msg"):
             return cause
-        shown = own_traceback(error, _OURS)
         where: dict[str, Any] = {
             "role": role,
             "method": method,
             "rank": self._context.rank,
             "node_ip": self._process.node_ip,
             "pid": self._process.pid,
-            "remote_traceback": shown,
+            "remote_traceback": own_traceback(error, _OURS),
             "when": time.time(),
+            "log_tail": log_tail(self._process),
         }
-        if isinstance(error, SystemExit):
-            return self._ends(error, where)
-        return WorkerError.wrap(
-            error,
-            ray.cloudpickle.dumps,  # pyright: ignore[reportAttributeAccessIssue]
-            log_tail=log_tail(self._process),
-            **where,
-        )
-
-    def _ends(self, request: SystemExit, where: Mapping[str, Any]) -> BaseException:
-        """End this process as a worker asked, once the caller has been told: Ray would lose what
-        was said. Ray's own requests, such as for SIGTERM, are left to it.
-        """
-        if hasattr(request, "ray_terminate_msg"):
-            return request
-        with contextlib.suppress(OSError):
-            os.write(2, where["remote_traceback"].encode())
-        code = exit_code(request)
+        if not isinstance(error, SystemExit):
+            pickles: Any = ray.cloudpickle.dumps  # pyright: ignore[reportAttributeAccessIssue]
+            return WorkerError.wrap(error, pickles, **where)
+        # The process ends as the worker asked, once the caller has been told: Ray would lose what
+        # was said.
+        code = exit_code(error)
         self._ending = WorkerDiedError(
             "{role}.{method}: rank {rank} (node {node_ip}, pid {pid}) died: it exited with code "
-            "{code}, by sys.exit({asked!r})".format(**where, code=code, asked=request.code),
+            "{code}, by sys.exit({asked!r})".format(**where, code=code, asked=error.code),
             **where,
             exit_code=code,
-            log_tail=log_tail(self._process),
         )
         this = ray.get_runtime_context().current_actor  # kept: in ray 2.41 a method does not
         this.leave.remote(code)
@@ -306,138 +326,28 @@ class Host:
         """The time of this process, and what it noted for a trace."""
         return harvest()
 
-    def leave(self, code: int) -> None:
+    async def leave(self, code: int) -> None:
         """End this process."""
-        sys.exit(code)
+        await asyncio.sleep(_TOLD_S)  # tasks interleave, and the answer is to leave before this
+        os._exit(code)  # sys.exit would end the loop and leave the process
 
 
-class AsyncHost(Host):
-    """A host with `async def` methods: those interleave, the others run in order on its loop.
+class _Order:
+    """Starts calls in the order in which their caller sent them, which Ray does not keep for actors
+    on a loop.
 
-    Ray starts an async actor's tasks in any order, so each call waits for its turn: calls start
-    in the order in which their caller sent them. A turn ends when an async method has started
-    and when another has finished. While a turn waits for arguments the loop runs on, so that an
-    async method of this very host can produce them: a turn waits only for calls sent before it.
+    A turn ends when an async method has started and when another has finished. While a turn waits
+    for arguments the loop runs on, so that an async method of this very host can produce them: a
+    turn waits only for calls sent before it.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        # Ray warns of a `ray.get` that would block the loop; the ones here wait in threads.
-        ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
         self._next: dict[str, int] = {}
         self._waiting: dict[tuple[str, int], asyncio.Event] = {}
         self._dropped: set[tuple[str, int]] = set()
 
-    async def call(self, arrived: Any = None) -> Any:
-        head, message, parts = self._opened(arrived)
-        place = self._shelf.open(head.keeps) if head.keeps is not None else None
-        interleaves, run = False, None
-        try:
-            await self._turn(head.turn)
-            # What is here is claimed now: its release may have the next turn.
-            kept = self._claimed(head)
-            method = getattr(self._workers[head.role], head.method)
-            run = self._run(method, head, message, parts, kept, place)
-            interleaves = inspect.iscoroutinefunction(method)
-            if interleaves:
-                self._awaiting.add(run)
-                self._end_turn(head.turn)
-            return await run
-        except BaseException as error:
-            if place is not None:
-                place.fail()
-            if isinstance(error, CallDroppedError):
-                raise
-            raise self._failure(head.role, head.method, error) from None
-        finally:
-            if not interleaves:
-                self._end_turn(head.turn)
-            elif run is not None:
-                self._awaiting.discard(run)
-
-    async def _run(
-        self,
-        method: Any,
-        head: Head,
-        message: Any,
-        parts: Sequence[Any],
-        kept: Mapping[tuple[str, int], Kept],
-        place: Kept | None,
-    ) -> Any:
-        began, rank = now_ns(), self._context.rank
-        try:
-            with reading_pairs() if parts else _NO_PAIRS as opened:
-                if parts or not isinstance(message, Message) or message.held:
-                    args, kwargs = await in_thread(read, head, message, parts, kept, rank, opened)
-                else:
-                    args, kwargs = read(head, message, parts, kept, rank, opened)
-                read_ns = began, now_ns()
-                untouched = Untouched(args, kwargs) if head.reads_only else None
-                with running(head.mark, head.title, read_ns):
-                    output = method(*args, **kwargs)
-                    output = await output if inspect.isawaitable(output) else output
-            if head.lent:
-                self._shelf.check_lent(head.lent, head.title)
-            return _outgoing(head, output, place, untouched)
-        finally:
-            _settle()
-
-    @ray.method(num_returns=2)
-    async def publish(
-        self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
-    ) -> tuple[Message | None, int]:
-        kept = self._shelf.publication(token)
-        await kept.made.wait()
-        needed = wanted is None or await in_thread(_is_needed, wanted)
-        return kept.published(columns, lends) if needed else (None, 0)
-
-    async def stream(self, token: str, offer: Offer, turn: Any) -> int:  # type: ignore[override]
-        kept, reply, title = self._shelf.publication(token), None, ""
-        try:
-            await self._turn(turn)
-            await kept.made.wait()
-            pairs, title = kept.pairs()
-            steps = made(pairs, title, offer)
-            while True:
-                reply = await steps.send(reply)[1]
-        except StopIteration as end:
-            return int(end.value)
-        except BaseException as error:
-            role, _, method = title.rpartition(".")
-            raise self._failure(role, method, error) from None
-        finally:
-            self._end_turn(turn)
-
-    async def weigh(self, message: Message) -> Any:
-        return _each(await in_thread(_read_elsewhere, message))
-
-    async def resolve(self, message: Message) -> Any:
-        return _each(await in_thread(_resolved, message))
-
-    async def release(self, token: str, publications: int, turn: Any) -> None:  # type: ignore[override]
-        await self._turn(turn)
-        self._end_turn(turn)
-        self._shelf.release(token, publications)
-
-    async def restore(self) -> None:  # type: ignore[override]
-        for role, hook in restore_hooks(self._workers):
-            try:
-                done = hook()
-                if inspect.isawaitable(done):
-                    await done
-            except (Exception, SystemExit) as error:
-                raise self._failure(role, "restore", error) from None
-
-    async def leave(self, code: int) -> None:  # type: ignore[override]
-        await asyncio.sleep(_TOLD_S)  # tasks interleave, and the answer is to leave before this
-        os._exit(code)  # sys.exit would end the loop and leave the process
-
-    async def drop(self, turn: tuple[str, int]) -> None:
-        """Do not run a call whose turn has not come."""
-        if self._next.get(turn[0], 0) <= turn[1]:
-            self._dropped.add(turn)
-
-    async def _turn(self, turn: tuple[str, int] | None) -> None:
+    async def begin(self, turn: tuple[str, int] | None) -> None:
+        """Wait for the turn, if there are any. Raises CallDroppedError."""
         if turn is not None:
             caller, number = turn
             if self._next.setdefault(caller, 0) != number:
@@ -446,18 +356,70 @@ class AsyncHost(Host):
             if turn in self._dropped:
                 raise CallDroppedError
 
-    def _end_turn(self, turn: tuple[str, int] | None) -> None:
+    def end(self, turn: tuple[str, int] | None) -> None:
         """Let the next call begin, once the loop has passed on what this one returns."""
         if turn is not None:
-            asyncio.get_running_loop().call_soon(self._next_turn, turn)
+            asyncio.get_running_loop().call_soon(self._after, turn)
 
-    def _next_turn(self, turn: tuple[str, int]) -> None:
+    def drop(self, turn: tuple[str, int]) -> None:
+        if self._next.get(turn[0], 0) <= turn[1]:
+            self._dropped.add(turn)
+
+    def _after(self, turn: tuple[str, int]) -> None:
         caller, number = turn
         self._next[caller] = number + 1
         self._dropped.discard(turn)
         event = self._waiting.pop((caller, number + 1), None)
         if event is not None:
             event.set()
+
+
+def _at_once(task: Any) -> Any:
+    """The task as a plain function, for processes in which all that it awaits is there. Ray takes
+    an actor with any `async def` method for one on a loop.
+    """
+
+    @functools.wraps(task)
+    def run(self: Host, *args: Any) -> Any:
+        try:
+            task(self, *args).send(None)
+        except StopIteration as end:
+            return end.value
+        raise AssertionError(f"{task.__name__} waits, and nothing else runs in this process")
+
+    return run
+
+
+class Host(AsyncHost):
+    """One rank's process whose roles have no `async def` methods: calls run one after another on
+    its main thread. They come in order, so that what one reads is there.
+    """
+
+    ordered = True
+    restore = _at_once(AsyncHost.restore)
+    call = _at_once(AsyncHost.call)
+    publish = _at_once(AsyncHost.publish)
+    stream = _at_once(AsyncHost.stream)
+    weigh = _at_once(AsyncHost.weigh)
+    resolve = _at_once(AsyncHost.resolve)
+    release = _at_once(AsyncHost.release)
+
+    def leave(self, code: int) -> None:  # type: ignore[override]
+        sys.exit(code)
+
+
+async def _seen(awaiting: set[Any], awaitable: Any) -> Any:
+    """Await it, for all to see."""
+    awaiting.add(awaitable)
+    try:
+        return await awaitable
+    finally:
+        awaiting.discard(awaitable)
+
+
+async def _aside(here: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """What may wait: in a thread, or `here`, where there is no loop to keep up."""
+    return function(*args) if here else await in_thread(function, *args)
 
 
 def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched | None) -> Any:
