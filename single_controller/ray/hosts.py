@@ -51,6 +51,11 @@ _SETTLE_S = 0.5  # how long Ray gets to see that ranks were ended
 _END_S = 2.0  # how long processes get to end at Ray's request before they are killed
 _GONE_S = 10.0
 _HARVEST_S = 10.0
+_LOST = "the group lost a rank: {}"
+_ELSEWHERE = (
+    "the group was closed or restarted by another process, and these are its former processes: "
+    "take its new ones from there, or by from_detached"
+)
 
 
 class RayHosts(Generation):
@@ -74,11 +79,9 @@ class RayHosts(Generation):
         self._callables: dict[str, list[Any]] = {}
         self._caller = uuid.uuid4().hex
         self._turns = None if ordered else [0] * len(self.handles)
-        self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
-        # Held for `broken`, `_running` and `_lent`, never while waiting.
-        self._noting = threading.Lock()
+        self._running: dict[Any, tuple[int, str]] = {}  # by reference: which rank, and why
         self._relay: Any = None
-        self._lent: list[Any] = []  # results in device memory that other processes read
+        self._lent: dict[Any, None] = {}  # results in device memory that other processes read
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
         if _started.acquire(blocking=False):  # here, since no garbage collection may start it
@@ -97,30 +100,23 @@ class RayHosts(Generation):
             found = get_all(refs, timeout_s, "attaching", range(len(refs)))
         except GetTimeoutError:
             late = not_ready(refs, 0)
-            which = [names[i] for i in late] if names else f"number {late} of worker_handles"
             raise CallTimeoutError(
-                f"workers {which} had not answered after startup_timeout_s="
-                f"{shown_seconds(timeout_s)}: a call keeps them busy, perhaps another driver's. "
-                "Attach once it has ended, or give it more time",
+                f"workers {[names[i] for i in late] if names else late} had not answered after "
+                f"startup_timeout_s={timeout_s:g}: a call keeps them busy, perhaps another "
+                "driver's. Attach once it has ended, or give it more time",
                 late,
             ) from None
         infos = [info for info, _, _ in found]
+        if len(kinds := {(info.roles, ordered) for info, _, ordered in found}) > 1:
+            told = ", ".join(sorted("+".join(roles) for roles, _ in kinds))
+            raise ValueError(f"worker_handles must be workers with the same roles; got {told}")
         addresses = {address for _, address, _ in found}
         order = sorted(range(len(infos)), key=lambda i: infos[i].rank)
-        is_whole = len(addresses) == 1 and [infos[i].rank for i in order] == [*range(len(infos))]
-        if names and not is_whole:
-            raise ValueError(
-                f"workers must be all ranks of one group; got ranks {[i.rank for i in infos]}"
-            )
-        kinds = {(info.roles, ordered) for info, _, ordered in found}
-        if len(kinds) > 1 or len({info.process for info in infos}) < len(infos):
-            raise ValueError(
-                "worker_handles must be different workers with the same roles; got "
-                + ", ".join(f"{'+'.join(info.roles)} in process {info.pid}" for info in infos)
-            )
-        if not is_whole:
-            order = list(range(len(infos)))
-            addresses = {("", 0)}
+        if len(addresses) > 1 or [infos[i].rank for i in order] != [*range(len(infos))]:
+            if names:
+                ranks = [info.rank for info in infos]
+                raise ValueError(f"workers must be all ranks of one group; got ranks {ranks}")
+            order, addresses = [*range(len(infos))], {("", 0)}
         return cls(
             [handles[i] for i in order],
             [names[i] for i in order] if names else [],
@@ -157,15 +153,14 @@ class RayHosts(Generation):
 
     def lend(self, loan: Any) -> None:
         """Note what calls that may not have ended read in the memory of these hosts."""
-        with self._noting:
-            if loan not in self._lent:
-                self._lent.append(loan)
+        self._lent[loan] = None
 
     def lent(self) -> tuple[str, ...]:
         """The tokens of results that calls read there which have not ended."""
-        with self._noting:
-            self._lent = [loan for loan in self._lent if loan.lasts()]
-            return tuple([loan.token for loan in self._lent])
+        for loan in [*self._lent]:
+            if not loan.lasts():
+                self._lent.pop(loan, None)
+        return tuple([loan.token for loan in [*self._lent]])
 
     def relay(self) -> Any:
         """The relay of what its ranks send in buckets."""
@@ -215,7 +210,7 @@ class RayHosts(Generation):
         site = self.sites("+".join(self.roles), "no call")[rank]
         death = died(site, str(actor_info(self._ids[rank]).death_cause))
         death = with_last_words(death, self.infos[rank].process)
-        self._break(self._ended_elsewhere(rank) or f"the group lost a rank: {death.args[0]}")
+        self._break(_ELSEWHERE if self._ended_elsewhere(rank) else _LOST.format(death.args[0]))
         return death
 
     def states(self) -> list[RankState]:
@@ -264,35 +259,32 @@ class RayHosts(Generation):
         return stacks_of({rank: processes[rank] for rank in asked})
 
     def harvest(self) -> tuple[dict[str, tuple[int, Sequence[Event]]], list[str]]:
-        """By name, each process's time and its notes for a trace; whose are missing, and why."""
+        """By name, each process's time and its notes for a trace; whose are missing."""
         roles = "+".join(self.roles)
         names = [f"{roles} rank {i.rank} on {i.node_ip}, pid {i.pid}" for i in self.infos]
         if self.gone:
-            return {}, [f"{name}: Ray was shut down before it was asked" for name in names]
+            return {}, names
         refs = [handle.trace_harvest.remote() for handle in self.handles]
         ray.wait(refs, num_returns=len(refs), timeout=_HARVEST_S)
         found: dict[str, tuple[int, Sequence[Event]]] = {}
-        missing = []
         for name, ref in zip(names, refs, strict=True):
-            try:
+            with contextlib.suppress(Exception):  # it has ended, or is busy
                 found[name] = ray.get(ref, timeout=0)
-            except Exception as error:
-                missing.append(f"{name}: {type(error).__name__} when asked for its spans")
-        return found, missing
+        return found, [name for name in names if name not in found]
 
     def look(self) -> None:
         if self._half_sent:
             with self.sending:  # or it is merely being sent
                 self._check_whole()
-        if not self.settle(0) and (running := self._running):
-            why = running[0][2]
-            self._end_stuck(stuck_ranks(self._processes_of(running)), why)
-            if self.broken is None:
-                ranks = sorted({rank for rank, _, _ in running})
-                raise GroupBrokenError(
-                    f"ranks {ranks} are still in a call that {why}. Calls are taken again once it "
-                    "has ended; restart() the group to end it, or close() it"
-                )
+        if self.settle(0) or not (running := [*self._running.values()]):
+            return
+        why, ranks = running[0][1], sorted({rank for rank, _ in running})
+        self._end_stuck(stuck_ranks({rank: self.infos[rank].process for rank in ranks}), why)
+        if self.broken is None:
+            raise GroupBrokenError(
+                f"ranks {ranks} are still in a call that {why}. Calls are taken again once it has "
+                "ended; restart() the group to end it, or close() it"
+            )
 
     @property
     def gone(self) -> bool:
@@ -304,19 +296,13 @@ class RayHosts(Generation):
         if self.gone:
             raise GroupBrokenError(GONE)
 
-    def _processes_of(self, running: Iterable[tuple[int, Any, str]]) -> dict[int, ProcessInfo]:
-        processes = self.processes
-        return {rank: processes[rank] for rank, _, _ in running}
-
     def settle(self, timeout_s: float) -> bool:
         """Wait for the ranks that were still busy when a call failed; whether they finished."""
-        if self._running:
-            refs = [ref for _, ref, _ in self._running]
+        if refs := [*self._running]:
             done, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=False)
             _read(done)
-            ended = set(done)
-            with self._noting:
-                self._running = tuple(item for item in self._running if item[1] not in ended)
+            for ref in done:
+                self._running.pop(ref, None)
         return not self._running
 
     def failed(self, error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -> Exception:
@@ -328,33 +314,21 @@ class RayHosts(Generation):
         diagnosis = diagnose(error, refs, sites, self.processes)
         first = diagnosis.error
         if diagnosis.own_death and isinstance(first, WorkerDiedError):
-            if self.broken is None and (elsewhere := self._ended_elsewhere(first.rank)):
-                self._break(elsewhere)
-                return GroupBrokenError(elsewhere)
+            if self.broken is None and self._ended_elsewhere(first.rank):
+                self._break(_ELSEWHERE)
+                return GroupBrokenError(_ELSEWHERE)
             first = with_last_words(first, self.infos[first.rank].process)
         why = first.args[0]
         self._note_running(diagnosis.running, f"failed elsewhere: {why}")
         if diagnosis.own_death:
-            self._break(f"the group lost a rank: {why}")
+            self._break(_LOST.format(why))
         self._end_stuck(diagnosis.stuck, f"failed elsewhere: {why}")
         return first
 
-    def _ended_elsewhere(self, rank: int) -> str | None:
-        """What became of a group that another process closed, restarted or killed; None where the
-        rank ended by itself.
-        """
-        key = self._ids[rank]
-        found = actor_info(key)
-        context = found.death_cause.actor_died_error_context
-        if context.reason != type(context).RAY_KILL:  # by which groups are ended
-            return None
-        with contextlib.suppress(ValueError):  # there is nobody of that name
-            if ray.get_actor(found.name)._actor_id.hex() != key:
-                return (
-                    "the group was restarted by another process, and these are its former "
-                    "processes: take its new ones from there, or by from_detached"
-                )
-        return "the group was closed, or is being restarted, by another process"
+    def _ended_elsewhere(self, rank: int) -> bool:
+        """Whether a rank was ended as groups are, which this process knows nothing of."""
+        context = actor_info(self._ids[rank]).death_cause.actor_died_error_context
+        return bool(context.reason == type(context).RAY_KILL)
 
     def _end_stuck(self, stuck: Mapping[int, str], why: str) -> None:
         if stuck:
@@ -365,11 +339,9 @@ class RayHosts(Generation):
             self.settle(_SETTLE_S)
 
     def _break(self, why: str) -> None:
-        with self._noting:
-            if self.broken is not None:
-                return
+        if self.broken is None:
             self.broken = why
-        _logger.error(why)
+            _logger.error(why)
 
     def timed_out(
         self, refs: Sequence[Any], sites: Sequence[CallSite], timeout_s: float, give_up: bool
@@ -394,10 +366,8 @@ class RayHosts(Generation):
         self._note_running(ranks, "was interrupted")
 
     def _note_running(self, running: Sequence[tuple[int, Any]], why: str) -> None:
-        with self._noting:
-            known = {ref for _, ref, _ in self._running}
-            added = tuple((rank, ref, why) for rank, ref in running if ref not in known)
-            self._running = (*self._running, *added)
+        for rank, ref in running:
+            self._running.setdefault(ref, (rank, why))
 
     def end(self, why: str) -> None:
         was_ended, self.ended = self.ended is not None, self.ended or why
@@ -406,12 +376,11 @@ class RayHosts(Generation):
             end_processes(self.handles, list(self.processes.values()), _END_S)
             if self._relay is not None:
                 ray.kill(self._relay)
-            _read([ref for _, ref, _ in self._running])
+            _read([*self._running])
             if self.attached and not self.replaced:
                 # Detached placement groups that nothing else runs in go with them.
                 give_back(self._ids)
-        with self._noting:
-            self._running = ()
+        self._running.clear()
 
 
 def end_processes(handles: Sequence[Any], processes: Sequence[ProcessInfo], grace_s: float) -> None:

@@ -267,9 +267,8 @@ def test_workers_of_several_groups_are_the_ranks_of_one_in_the_order_of_their_ha
     assert (group.world_size, group.master_address) == (3, "")
     with pytest.raises(GroupBrokenError, match="attached to running hosts"):
         group.restart()
-    for wrong in ([*mixed, mixed[0]], []):
-        with pytest.raises(ValueError, match=r"different workers|needs a resource_pool"):
-            RayWorkerGroup(worker_handles=wrong, ray_cls_with_init=spec)
+    with pytest.raises(ValueError, match="needs a resource_pool"):
+        RayWorkerGroup(worker_handles=[], ray_cls_with_init=spec)
 
 
 def test_the_class_that_a_group_is_attached_with_says_which_methods_it_has(
