@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from pickle import PicklingError
 from typing import Any
 
 import ray
@@ -23,12 +22,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from single_controller.base.dispatch import padding_setting
-from single_controller.base.message import not_sent
-from single_controller.base.plan import named_arguments
 from single_controller.base.roles import RoleSpec, has_async_method
 from single_controller.base.worker import check_worker_env
 from single_controller.device import CPU, DeviceKind
-from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
+from single_controller.errors import CallTimeoutError, ResourceError, SendError, WorkerDiedError
 from single_controller.ray.failure import (
     CallSite,
     Wait,
@@ -41,7 +38,6 @@ from single_controller.ray.failure import (
 )
 from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
 from single_controller.ray.hosts import RayHosts, end_processes
-from single_controller.ray.message import Packer
 from single_controller.ray.placement import Bundle, RayResourcePool, at_once, check_started, crowded
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, check_versions
 from single_controller.ray.spec import ActorSpec
@@ -99,11 +95,6 @@ class Recipe:
     def _actor_options(self, kind: DeviceKind, is_async: bool) -> dict[str, Any]:
         """Ray's options for each host: its share of a bundle, and what the spec says."""
         parts, given = self.pool.max_colocate_count, dict(self.spec.options)
-        if given.get("max_restarts"):
-            raise ValueError(
-                "max_restarts among Ray's options would bring back a process without its roles; "
-                "on_failure='restart' of the group restarts all ranks with theirs"
-            )
         resources = dict(given.pop("resources", None) or {})
         share = _share(self.pool.gpus_per_process, parts)
         made: dict[str, Any] = {"num_cpus": _share(self.pool.cpus_per_process, parts)}
@@ -137,13 +128,10 @@ def _share(amount: float, parts: int) -> float:
 def _stored(roles: Mapping[str, RoleSpec]) -> Any:
     try:
         return ray.put(dict(roles))
-    except (TypeError, AttributeError, PicklingError) as error:
-        for role, spec in roles.items():
-            parts = [*named_arguments(spec.args, spec.kwargs), ("its class", spec.cls)]
-            found = not_sent(f"{role}.__init__", parts, Packer)
-            if found is not None:
-                raise found from error
-        raise
+    except Exception as error:
+        raise SendError(
+            f"an argument of the constructors of {[*roles]} cannot be sent: {error}"
+        ) from error
 
 
 class _Starting:
@@ -179,12 +167,19 @@ class _Starting:
         bound = self.handles[0].bind.remote(
             recipe.master_port or 0, recipe.master_port_range, recipe.master_addr
         )
-        pause, ends = self.wait_s, time.monotonic() + max(self.wait_s, recipe.startup_timeout_s)
+        pause, most_s = self.wait_s, max(self.wait_s, recipe.startup_timeout_s)
+        ends = time.monotonic() + most_s
         with Wait(lambda: standing(arrived, what, range(len(arrived)))):
             while ranks := not_ready(arrived, max(0.0, min(pause, ends - time.monotonic()))):
                 self._check_room(ranks)
                 if time.monotonic() > ends:
-                    raise self._not_started(ranks)
+                    raise CallTimeoutError(
+                        f"ranks {ranks} have no process after startup_timeout_s={most_s:g}, though "
+                        "their bundles have room: no Python could start for them, or not yet with "
+                        f"the runtime_env {recipe.spec.options.get('runtime_env')}. Ray's logs "
+                        "runtime_env_setup-*.log and raylet.out say more",
+                        ranks,
+                    )
                 pause = max(self.wait_s, _LOOK_S)
         processes, found = zip(*self._get(arrived, "arrive"), strict=True)
         self.processes = dict(enumerate(processes))
@@ -202,18 +197,6 @@ class _Starting:
                 f"{self.wait_s:g}: their bundles have no room left. Close "
                 "groups on this pool, or raise its max_colocate_count"
             )
-
-    def _not_started(self, ranks: Sequence[int]) -> CallTimeoutError:
-        env = self.recipe.spec.options.get("runtime_env")
-        doing = f"their runtime_env {env} is not set up yet, or" if env else "perhaps"
-        nodes = ", ".join(sorted({self.bundles[rank].node_ip for rank in ranks}))
-        waited_s = max(self.wait_s, self.recipe.startup_timeout_s)
-        return CallTimeoutError(
-            f"ranks {ranks} have no process after startup_timeout_s={waited_s:g}, though their "
-            f"bundles have room: {doing} no Python could start for them. Ray's logs "
-            f"runtime_env_setup-*.log and raylet.out on {nodes} say more",
-            ranks,
-        )
 
     def set_up(self, kind: DeviceKind, address: tuple[str, int]) -> list[DeviceIdentity | None]:
         """Tell all processes who they are; their devices."""
@@ -241,21 +224,19 @@ class _Starting:
             return get_all(refs, timeout_s, f"{step} of {self.title}", range(len(refs)))
         except GetTimeoutError:
             ranks = not_ready(refs, 0)
-            processes = {rank: self.processes[rank] for rank in ranks if rank in self.processes}
-            done = "restored" if step == "restore" else "built"
             raise CallTimeoutError(
-                f"ranks {ranks} had not {done} their roles {list(self.recipe.spec.roles)} after "
-                f"startup_timeout_s={timeout_s:g}",
+                f"ranks {ranks} had not finished {step!r} of their roles "
+                f"{list(self.recipe.spec.roles)} after startup_timeout_s={timeout_s:g}",
                 ranks,
-                stacks_of(processes),
+                stacks_of({rank: self.processes[rank] for rank in ranks if self.processes}),
             ) from None
         except Exception as error:
             method = "__init__" if step == "build" else step
-            found = [
-                self.processes.get(rank) or ProcessInfo("", bundle.node_ip, 0)
+            pids = {rank: process.pid for rank, process in self.processes.items()}
+            sites = [
+                CallSite(self.title, method, rank, bundle.node_ip, pids.get(rank, 0))
                 for rank, bundle in enumerate(self.bundles[: len(refs)])
             ]
-            sites = [CallSite(self.title, method, r, p.node_ip, p.pid) for r, p in enumerate(found)]
             first = diagnose(error, refs, sites, self.processes).error
             if isinstance(first, WorkerDiedError) and first.rank in self.processes:
                 first = with_last_words(first, self.processes[first.rank])
@@ -272,9 +253,8 @@ def check_devices(devices: Sequence[DeviceIdentity | None], per_process: float) 
     if shared and per_process >= 1:
         table = "; ".join(f"{uuid}: ranks {there}" for uuid, there in shared.items())
         raise ResourceError(
-            f"each rank was to have a device of its own, and some share one ({table}). Variables "
-            "such as CUDA_VISIBLE_DEVICES or RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES let them "
-            "see the same devices: unset these, or allow sharing with gpus_per_process=0.5"
+            f"each rank was to have a device of its own, and some share one ({table}): unset "
+            "variables such as CUDA_VISIBLE_DEVICES, or allow sharing with gpus_per_process=0.5"
         )
 
 
