@@ -81,7 +81,7 @@ _LONGEST_S = 1e9  # Ray cannot count for ever
 _LOOK_S = 1.0  # how often an `await` looks whether Ray is still there
 _LOG_S = 60.0
 _EVERY_S = 0.5
-_GRACE_S = 0.5  # how long the other ranks of a failed call get to finish, twice
+_GRACE_S = 0.5  # how long the other ranks of a failed call get to finish, or to go on, twice
 _NODE_S = 3.0  # how long another node may take to answer
 _DEATHS = (
     ActorDiedError,
@@ -198,9 +198,8 @@ def standing(refs: Sequence[Any], what: str, ranks: Sequence[int]) -> str:
         raise GroupBrokenError(GONE)
     pending = _pending(refs, 0)
     left = [str(rank) for rank, ref in zip(ranks, refs, strict=True) if ref in pending]
-    more = " …" if len(left) > _MOST_NAMED else ""
-    waits = f", waiting for {', '.join(left[:_MOST_NAMED])}{more}" if left else ""
-    return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready{waits}"
+    named = ", ".join([*left[:_MOST_NAMED], "…"] if len(left) > _MOST_NAMED else left)
+    return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready, waiting for {named}"
 
 
 class Wait:
@@ -328,8 +327,8 @@ def diagnose(
     if pending := _pending(refs, _GRACE_S):
         ranks = {at[ref].rank for ref in pending} & processes.keys()
         looked_at = {rank: processes[rank] for rank in sorted(ranks)}
-        stuck = stuck_ranks(looked_at, pause=lambda: _pending(refs, _GRACE_S))
-        pending = _pending(refs, 0)
+        stuck = stuck_ranks(looked_at)
+        pending = _pending(refs, 0 if stuck else _GRACE_S)
     failed = {ref: raised(ref) for ref in at if ref not in pending}
     errors = [translate(found, at[ref]) for ref, found in failed.items() if found is not None]
     own = {(process.node_ip, process.pid) for process in processes.values()}
@@ -377,17 +376,11 @@ def stacks_of(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
     }
 
 
-def stuck_ranks(
-    processes: Mapping[int, ProcessInfo], pause: Callable[[], object] | None = None
-) -> dict[int, str]:
-    """The ranks that wait in a collective, in the same one after half a second, or after whatever
-    `pause` does; their stacks.
-    """
+def stuck_ranks(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
+    """The ranks that wait in a collective, and a moment later in the same one; their stacks."""
     found = {rank: collective(stacks) for rank, stacks in stacks_of(processes).items()}
     before = {rank: stack for rank, stack in found.items() if stack}
-    if pause is not None:
-        pause()
-    elif before:
+    if before:
         time.sleep(_GRACE_S)
     now = stacks_of({rank: processes[rank] for rank in before})
     return {rank: stacks for rank, stacks in now.items() if collective(stacks) == before[rank]}
