@@ -49,7 +49,6 @@ __all__ = [
     "GONE",
     "CallDroppedError",
     "CallSite",
-    "Diagnosis",
     "StaysError",
     "Wait",
     "all_arrived",
@@ -59,6 +58,7 @@ __all__ = [
     "get_ours",
     "not_ready",
     "ours",
+    "own_death",
     "raised",
     "session",
     "shown_seconds",
@@ -264,20 +264,6 @@ class CallSite:
     pid: int
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """The first cause of a failed call, and the ranks that had not finished a moment later.
-
-    `stuck` are those of them, with their stacks, that wait in a collective. `own_death`: the cause
-    is the death of a rank of this group, not of one elsewhere whose batch it was to read.
-    """
-
-    error: Exception
-    own_death: bool
-    running: tuple[tuple[int, Any], ...]
-    stuck: Mapping[int, str]
-
-
 def translate(error: Exception, site: CallSite) -> Exception:
     """The error to raise on the driver for what Ray raised about a call."""
     cause = error.cause if isinstance(error, RayTaskError) else error
@@ -308,13 +294,21 @@ def with_last_words(error: WorkerDiedError, process: ProcessInfo) -> WorkerDiedE
     return error
 
 
+def own_death(error: Exception, processes: Mapping[int, ProcessInfo]) -> bool:
+    """Whether it is the death of one of these, by rank, and not of one whose batch they read."""
+    if not isinstance(error, WorkerDiedError) or (own := processes.get(error.rank)) is None:
+        return False
+    return (error.node_ip, error.pid) == (own.node_ip, own.pid)
+
+
 def diagnose(
     error: Exception,
     refs: Sequence[Any],
     sites: Sequence[CallSite],
     processes: Mapping[int, ProcessInfo],
-) -> Diagnosis:
-    """Why a call failed, from every rank that has finished within a grace period.
+) -> Exception:
+    """The first cause of a failed call, from every rank that has finished within a grace period;
+    ranks that wait in a collective are its `stuck`.
 
     A death counts before an exception, an earlier exception before a later one: peers fail
     because of the first cause, usually with a broken connection.
@@ -326,20 +320,14 @@ def diagnose(
     stuck: dict[int, str] = {}
     if pending := _pending(refs, _GRACE_S):
         ranks = {at[ref].rank for ref in pending} & processes.keys()
-        looked_at = {rank: processes[rank] for rank in sorted(ranks)}
-        stuck = stuck_ranks(looked_at)
+        stuck = stuck_ranks({rank: processes[rank] for rank in sorted(ranks)})
         pending = _pending(refs, 0 if stuck else _GRACE_S)
     failed = {ref: raised(ref) for ref in at if ref not in pending}
     errors = [translate(found, at[ref]) for ref, found in failed.items() if found is not None]
-    own = {(process.node_ip, process.pid) for process in processes.values()}
-
-    def own_death(error: Exception) -> bool:
-        return isinstance(error, WorkerDiedError) and (error.node_ip, error.pid) in own
-
     first = min(
         errors or [translate(error, sites[0])],
         key=lambda error: (
-            not own_death(error),
+            not own_death(error, processes),
             not isinstance(error, WorkerDiedError),
             getattr(error, "when", float("inf")),
         ),
@@ -347,8 +335,7 @@ def diagnose(
     if isinstance(first, WorkerError):
         first.failed_ranks = max(1, len(errors))
         first.stuck = stuck
-    running = tuple((at[ref].rank, ref) for ref in at if ref in pending)
-    return Diagnosis(first, own_death(first), running, stuck)
+    return first
 
 
 def raised(ref: Any) -> Exception | None:

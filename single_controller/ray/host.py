@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -39,23 +39,12 @@ from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, i
 from single_controller.ray.shelf import Kept, Shelf, Untouched, in_thread
 from single_controller.ray.stream import Offer, made, reading_pairs
 
-__all__ = ["AsyncHost", "Host", "HostInfo", "HostPlace"]
+__all__ = ["AsyncHost", "Host", "HostInfo"]
 
 _UNTRACED = contextlib.nullcontext()
 _NO_PAIRS: Any = contextlib.nullcontext([])
 _TOLD_S = 1.0  # how long the answer to a call that asks for the end of a process may take
 _OURS = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
-
-
-@dataclass(frozen=True)
-class HostPlace:
-    """Which rank a host is, as the driver knows it before the process looks around."""
-
-    rank: int
-    world_size: int
-    node_rank: int
-    local_world_size: int
-    prefix: str
 
 
 @dataclass(frozen=True)
@@ -108,35 +97,21 @@ class AsyncHost:
         self._rendezvous = Rendezvous(address or _node_ip(), port, port_range)
         return self._rendezvous.address, self._rendezvous.port
 
-    def setup(
-        self,
-        place: HostPlace,
-        kind: DeviceKind,
-        address: tuple[str, int],
-    ) -> DeviceIdentity | None:
-        """Set the environment, and find this rank's device, which becomes the current one."""
-        self._context = WorkerContext(
-            rank=place.rank,
-            world_size=place.world_size,
-            local_rank=_device_index(kind) if kind.visible else place.node_rank,
-            local_world_size=place.local_world_size,
-            node_rank=place.node_rank,
-            master_addr=address[0],
-            master_port=address[1],
-            device_name=kind.name,
-            prefix=place.prefix,
-            backend="ray",
-            node_ip=self._process.node_ip,
-        )
+    def setup(self, context: WorkerContext, kind: DeviceKind) -> DeviceIdentity | None:
+        """Set the environment, as far as the driver knows it, and find this rank's device, which
+        becomes the current one.
+        """
+        index = _device_index(kind) if kind.visible else context.node_rank
+        self._context = replace(context, local_rank=index, node_ip=self._process.node_ip)
         os.environ.pop(AGENT_STORE, None)  # where torchrun has started Ray
         os.environ.update(self._context.environment())
         if self._rendezvous is not None:
             self._rendezvous.serve()
         self._kind = kind
-        self._identity = identify(kind, self._context.local_rank, self._process.node_id)
-        if self._identity is not None and self._context.local_rank:
+        self._identity = identify(kind, index, self._process.node_id)
+        if self._identity is not None and index:
             # Device 0 is current anyway, and setting it takes memory of the device.
-            get_torch_device().set_device(self._context.local_rank)
+            get_torch_device().set_device(index)
         return self._identity
 
     def build(self, roles: Mapping[str, RoleSpec], padding: str | None) -> HostInfo:
@@ -146,7 +121,11 @@ class AsyncHost:
             stream.write(f":actor_name:{'+'.join(roles)} rank {self._context.rank}\n")
             stream.flush()
         self._turns = Turns()
-        self._workers = dict(build_roles(self._context, roles, self._turns, self._not_built))
+
+        def not_built(role: str, error: BaseException) -> BaseException:
+            return self._failure(role, "__init__", error)
+
+        self._workers = dict(build_roles(self._context, roles, self._turns, not_built))
         return self._info()
 
     async def restore(self) -> None:
@@ -285,9 +264,6 @@ class AsyncHost:
             os.environ.pop(AUTO_PADDING, None)
         elif padding != os.environ.get(AUTO_PADDING):
             os.environ[AUTO_PADDING] = padding
-
-    def _not_built(self, role: str, error: BaseException) -> BaseException:
-        return self._failure(role, "__init__", error)
 
     def _failure(self, role: str, method: str, error: BaseException) -> BaseException:
         """What to raise for `error`; one that another worker raised passes as it is, and so do

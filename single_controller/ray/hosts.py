@@ -31,6 +31,7 @@ from single_controller.ray.failure import (
     died,
     get_all,
     not_ready,
+    own_death,
     raised,
     session,
     shown_seconds,
@@ -311,18 +312,18 @@ class RayHosts(Generation):
             return GroupBrokenError(self.ended)
         if self.gone:
             return GroupBrokenError(GONE)
-        diagnosis = diagnose(error, refs, sites, self.processes)
-        first = diagnosis.error
-        if diagnosis.own_death and isinstance(first, WorkerDiedError):
+        first = diagnose(error, refs, sites, self.processes)
+        own = own_death(first, self.processes)
+        if own and isinstance(first, WorkerDiedError):
             if self.broken is None and self._ended_elsewhere(first.rank):
                 self._break(_ELSEWHERE)
                 return GroupBrokenError(_ELSEWHERE)
             first = with_last_words(first, self.infos[first.rank].process)
-        why = first.args[0]
-        self._note_running(diagnosis.running, f"failed elsewhere: {why}")
-        if diagnosis.own_death:
-            self._break(_LOST.format(why))
-        self._end_stuck(diagnosis.stuck, f"failed elsewhere: {why}")
+        why = f"failed elsewhere: {first.args[0]}"
+        self._note_running([(sites[i].rank, refs[i]) for i in not_ready(refs, 0)], why)
+        if own:
+            self._break(_LOST.format(first.args[0]))
+        self._end_stuck(getattr(first, "stuck", {}), why)
         return first
 
     def _ended_elsewhere(self, rank: int) -> bool:

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from single_controller.base.dispatch import padding_setting
 from single_controller.base.roles import RoleSpec, has_async_method
-from single_controller.base.worker import check_worker_env
+from single_controller.base.worker import WorkerContext, check_worker_env
 from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError, SendError, WorkerDiedError
 from single_controller.ray.failure import (
@@ -36,7 +36,7 @@ from single_controller.ray.failure import (
     standing,
     with_last_words,
 )
-from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
+from single_controller.ray.host import AsyncHost, Host, HostInfo
 from single_controller.ray.hosts import RayHosts, end_processes
 from single_controller.ray.placement import Bundle, RayResourcePool, at_once, check_started, crowded
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, check_versions
@@ -201,12 +201,21 @@ class _Starting:
     def set_up(self, kind: DeviceKind, address: tuple[str, int]) -> list[DeviceIdentity | None]:
         """Tell all processes who they are; their devices."""
         nodes = [self.processes[rank].node_id for rank in range(len(self.handles))]
-        on_node, seen = Counter(nodes), Counter[str]()
-        refs = []
+        on_node, seen, refs = Counter(nodes), Counter[str](), []
         for rank, (handle, node) in enumerate(zip(self.handles, nodes, strict=True)):
-            place = HostPlace(rank, len(nodes), seen[node], on_node[node], self.recipe.prefix)
+            context = WorkerContext(
+                rank=rank,
+                world_size=len(nodes),
+                local_world_size=on_node[node],
+                node_rank=seen[node],
+                master_addr=address[0],
+                master_port=address[1],
+                device_name=kind.name,
+                prefix=self.recipe.prefix,
+                backend="ray",
+            )
             seen[node] += 1
-            refs.append(handle.setup.remote(place, kind, address))
+            refs.append(handle.setup.remote(context, kind))
         return self._get(refs, "setup")
 
     def everywhere(self, step: str, *args: Any) -> list[Any]:
@@ -237,7 +246,7 @@ class _Starting:
                 CallSite(self.title, method, rank, bundle.node_ip, pids.get(rank, 0))
                 for rank, bundle in enumerate(self.bundles[: len(refs)])
             ]
-            first = diagnose(error, refs, sites, self.processes).error
+            first = diagnose(error, refs, sites, self.processes)
             if isinstance(first, WorkerDiedError) and first.rank in self.processes:
                 first = with_last_words(first, self.processes[first.rank])
             raise first from None
