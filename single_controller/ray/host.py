@@ -49,13 +49,17 @@ _OURS = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
 
 @dataclass(frozen=True)
 class HostInfo:
-    """What a host found out about itself."""
+    """What a host found out about itself. `address`: where its group meets; `ordered`: whether Ray
+    keeps the order of its calls.
+    """
 
     rank: int
     process: ProcessInfo
     device: str
     roles: tuple[str, ...]
     identity: DeviceIdentity | None = None
+    address: tuple[str, int] = ("", 0)
+    ordered: bool = True
 
     @property
     def node_ip(self) -> str:
@@ -126,7 +130,20 @@ class AsyncHost:
             return self._failure(role, "__init__", error)
 
         self._workers = dict(build_roles(self._context, roles, self._turns, not_built))
-        return self._info()
+        given = ray.get_runtime_context().get_accelerator_ids().get(self._kind.resource, [])
+        name = f"{self._kind.name}:{self._context.local_rank}"
+        self._info = HostInfo(
+            rank=self._context.rank,
+            process=self._process,
+            device=f"{name} ({self._kind.resource} {','.join(given)})"
+            if given
+            else self._kind.name,
+            roles=tuple(self._workers),
+            identity=self._identity,
+            address=(self._context.master_addr, self._context.master_port),
+            ordered=self.ordered,
+        )
+        return self._info
 
     async def restore(self) -> None:
         """Call the workers' optional `restore()`: this process replaces one that ended."""
@@ -139,24 +156,9 @@ class AsyncHost:
             except (Exception, SystemExit) as error:
                 raise self._failure(role, "restore", error) from None
 
-    def whoami(self) -> tuple[HostInfo, tuple[str, int], bool]:
-        """For a driver that attaches: who this is, where the group meets, whether Ray keeps the
-        order of calls.
-        """
-        address = self._context.master_addr, self._context.master_port
-        return self._info(), address, self.ordered
-
-    def _info(self) -> HostInfo:
-        kind = self._kind
-        given = ray.get_runtime_context().get_accelerator_ids().get(kind.resource, [])
-        name = f"{kind.name}:{self._context.local_rank} ({kind.resource} {','.join(given)})"
-        return HostInfo(
-            rank=self._context.rank,
-            process=self._process,
-            device=name if given else kind.name,
-            roles=tuple(self._workers),
-            identity=self._identity,
-        )
+    def whoami(self) -> HostInfo:
+        """For a driver that attaches."""
+        return self._info
 
     async def call(self, arrived: Any = None) -> Any:
         """Run one method of one role."""

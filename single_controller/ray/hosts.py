@@ -67,11 +67,10 @@ class RayHosts(Generation):
         handles: Sequence[Any],
         names: Sequence[str],
         infos: Sequence[HostInfo],
-        address: tuple[str, int],
-        ordered: bool,
         attached: bool = False,
     ) -> None:
-        super().__init__(infos, infos[0].roles, address)
+        super().__init__(infos, infos[0].roles, infos[0].address)
+        self.ordered = infos[0].ordered
         self.handles, self.names, self.attached = list(handles), list(names), attached
         # See remote_batch.
         self.read_elsewhere: dict[tuple[str, str], set[tuple[int, Any, bool]]] = {}
@@ -79,7 +78,7 @@ class RayHosts(Generation):
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
         self._callables: dict[str, list[Any]] = {}
         self._caller = uuid.uuid4().hex
-        self._turns = None if ordered else [0] * len(self.handles)
+        self._turns = [0] * len(self.handles)
         self._running: dict[Any, tuple[int, str]] = {}  # by reference: which rank, and why
         self._relay: Any = None
         self._lent: dict[Any, None] = {}  # results in device memory that other processes read
@@ -98,7 +97,7 @@ class RayHosts(Generation):
         """
         refs = [handle.whoami.remote() for handle in handles]
         try:
-            found = get_all(refs, timeout_s, "attaching", range(len(refs)))
+            infos: list[HostInfo] = get_all(refs, timeout_s, "attaching", range(len(refs)))
         except GetTimeoutError:
             late = not_ready(refs, 0)
             raise CallTimeoutError(
@@ -107,23 +106,20 @@ class RayHosts(Generation):
                 "driver's. Attach once it has ended, or give it more time",
                 late,
             ) from None
-        infos = [info for info, _, _ in found]
-        if len(kinds := {(info.roles, ordered) for info, _, ordered in found}) > 1:
+        if len(kinds := {(info.roles, info.ordered) for info in infos}) > 1:
             told = ", ".join(sorted("+".join(roles) for roles, _ in kinds))
             raise ValueError(f"worker_handles must be workers with the same roles; got {told}")
-        addresses = {address for _, address, _ in found}
-        order = sorted(range(len(infos)), key=lambda i: infos[i].rank)
-        if len(addresses) > 1 or [infos[i].rank for i in order] != [*range(len(infos))]:
-            if names:
-                ranks = [info.rank for info in infos]
-                raise ValueError(f"workers must be all ranks of one group; got ranks {ranks}")
-            order, addresses = [*range(len(infos))], {("", 0)}
+        order, ranks = [*range(len(infos))], [info.rank for info in infos]
+        if len({info.address for info in infos}) == 1 and sorted(ranks) == order:
+            order.sort(key=ranks.__getitem__)
+        elif names:
+            raise ValueError(f"workers must be all ranks of one group; got ranks {ranks}")
+        else:
+            infos = [replace(infos[i], rank=i, address=("", 0)) for i in order]
         return cls(
             [handles[i] for i in order],
             [names[i] for i in order] if names else [],
-            [replace(infos[i], rank=rank) for rank, i in enumerate(order)],
-            addresses.pop(),
-            found[0][2],
+            [infos[i] for i in order],
             attached=True,
         )
 
@@ -134,19 +130,13 @@ class RayHosts(Generation):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the hosts have another caller, with an order of its own."""
-        fields = self.handles, self.names, self.infos, self.address, self.ordered, True
-        return RayHosts, fields
-
-    @property
-    def ordered(self) -> bool:
-        """Whether Ray keeps the order of calls."""
-        return self._turns is None
+        return RayHosts, (self.handles, self.names, self.infos, True)
 
     def turn(self, rank: int) -> tuple[str, int] | None:
         """Take the next call's place in a rank's order, where Ray keeps none; no place is given
         twice, whatever becomes of the call.
         """
-        if self._turns is None:
+        if self.ordered:
             return None
         number = self._turns[rank]
         self._turns[rank] = number + 1

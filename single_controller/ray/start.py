@@ -90,7 +90,7 @@ class Recipe:
         except BaseException:
             starting.abandon()
             raise
-        return RayHosts(starting.handles, names, infos, address, ordered=not is_async)
+        return RayHosts(starting.handles, names, infos)
 
     def _actor_options(self, kind: DeviceKind, is_async: bool) -> dict[str, Any]:
         """Ray's options for each host: its share of a bundle, and what the spec says."""

@@ -26,10 +26,11 @@ from single_controller.ray import (
 )
 from single_controller.ray import start as starting
 from single_controller.ray.failure import CallSite, diagnose
+from single_controller.ray.host import HostInfo
 from single_controller.ray.hosts import RayHosts
 from single_controller.ray.process import ProcessInfo, end
 
-INFO: Any = SimpleNamespace(roles=("actor",), node_ip="n", pid=1)
+INFO = HostInfo(0, ProcessInfo("", "n", 1), "cpu", ("actor",))
 
 
 def two_at_once(function: Callable[..., Any], among: Callable[..., bool]) -> Callable[..., Any]:
@@ -136,7 +137,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 def late(ranks: int) -> int:
     """The work for a call that was given up on all ranks, and again when it is looked at."""
     refs, handles = [Ref() for _ in range(ranks)], [SimpleNamespace() for _ in range(ranks)]
-    hosts = RayHosts(handles, [], [INFO] * ranks, ("", 0), ordered=True)
+    hosts = RayHosts(handles, [], [INFO] * ranks)
     hosts.stacks = lambda ranks: dict.fromkeys(ranks, "")  # type: ignore[method-assign, assignment]
     Ref.work = 0
     error = hosts.timed_out(refs, hosts.sites("actor", "act"), 1, give_up=True)
