@@ -101,7 +101,7 @@ class AsyncHost:
         self._rendezvous = Rendezvous(address or _node_ip(), port, port_range)
         return self._rendezvous.address, self._rendezvous.port
 
-    def setup(self, context: WorkerContext, kind: DeviceKind) -> DeviceIdentity | None:
+    def setup(self, context: WorkerContext, kind: DeviceKind) -> None:
         """Set the environment, as far as the driver knows it, and find this rank's device, which
         becomes the current one.
         """
@@ -116,7 +116,6 @@ class AsyncHost:
         if self._identity is not None and index:
             # Device 0 is current anyway, and setting it takes memory of the device.
             get_torch_device().set_device(index)
-        return self._identity
 
     def build(self, roles: Mapping[str, RoleSpec], padding: str | None) -> HostInfo:
         """Build the roles, in their order."""
@@ -130,16 +129,15 @@ class AsyncHost:
             return self._failure(role, "__init__", error)
 
         self._workers = dict(build_roles(self._context, roles, self._turns, not_built))
-        given = ray.get_runtime_context().get_accelerator_ids().get(self._kind.resource, [])
-        name = f"{self._kind.name}:{self._context.local_rank}"
+        kind, identity = self._kind, self._identity
+        given = ray.get_runtime_context().get_accelerator_ids().get(kind.resource, [])
+        which = f"{kind.resource} {','.join(given)}{f', {identity.uuid[:8]}' if identity else ''}"
         self._info = HostInfo(
             rank=self._context.rank,
             process=self._process,
-            device=f"{name} ({self._kind.resource} {','.join(given)})"
-            if given
-            else self._kind.name,
+            device=f"{kind.name}:{self._context.local_rank} ({which})" if given else kind.name,
             roles=tuple(self._workers),
-            identity=self._identity,
+            identity=identity,
             address=(self._context.master_addr, self._context.master_port),
             ordered=self.ordered,
         )

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,31 +21,28 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from single_controller.base.dispatch import padding_setting
-from single_controller.base.roles import RoleSpec, has_async_method
+from single_controller.base.roles import has_async_method
 from single_controller.base.worker import WorkerContext, check_worker_env
 from single_controller.device import CPU, DeviceKind
-from single_controller.errors import CallTimeoutError, ResourceError, SendError, WorkerDiedError
+from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
 from single_controller.ray.failure import (
     CallSite,
-    Wait,
     diagnose,
     get_all,
     not_ready,
     stacks_of,
-    standing,
     with_last_words,
 )
 from single_controller.ray.host import AsyncHost, Host, HostInfo
 from single_controller.ray.hosts import RayHosts, end_processes
 from single_controller.ray.placement import Bundle, RayResourcePool, at_once, check_started, crowded
-from single_controller.ray.process import DeviceIdentity, ProcessInfo, check_versions
+from single_controller.ray.process import ProcessInfo, check_versions
 from single_controller.ray.spec import ActorSpec
 
-__all__ = ["Recipe", "check_devices", "running_names"]
+__all__ = ["Recipe", "running_names"]
 
 _ASYNC_CALLS_IN_FLIGHT = 10_000
 _END_S = 1.0
-_LOOK_S = 0.5  # at least, between looks at what keeps processes from starting
 
 
 @dataclass(frozen=True)
@@ -75,15 +71,14 @@ class Recipe:
         label = self.prefix + "_".join(self.spec.roles)
         groups = {key: i for i, key in enumerate(dict.fromkeys(b.group.id for b in bundles))}
         names = [f"{label}_{groups[one.group.id]}:{one.index}" for one in bundles]
-        roles = _stored(self.spec.roles)
+        roles = ray.put(dict(self.spec.roles))
         is_async = has_async_method(self.spec.roles)
         options = self._actor_options(kind, is_async)
         starting = _Starting(self, bundles)
         try:
             starting.launch(_actor_class(is_async), names, options)
             address = starting.meet()
-            # Before the roles are there, of which two need not fit onto one device.
-            check_devices(starting.set_up(kind, address), self.pool.gpus_per_process)
+            starting.set_up(kind, address)
             infos: list[HostInfo] = starting.everywhere("build", roles, padding_setting())
             if restored:
                 starting.everywhere("restore")
@@ -125,22 +120,12 @@ def _share(amount: float, parts: int) -> float:
     return math.floor(amount / parts * 10_000) / 10_000
 
 
-def _stored(roles: Mapping[str, RoleSpec]) -> Any:
-    try:
-        return ray.put(dict(roles))
-    except Exception as error:
-        raise SendError(
-            f"an argument of the constructors of {[*roles]} cannot be sent: {error}"
-        ) from error
-
-
 class _Starting:
     """Hosts on their way; `abandon` leaves nothing of them."""
 
     def __init__(self, recipe: Recipe, bundles: Sequence[Bundle]) -> None:
         self.recipe, self.bundles = recipe, bundles
         self.title = "+".join(recipe.spec.roles)
-        self.wait_s = recipe.pool.placement_timeout_s
         self.handles: list[Any] = [None] * len(bundles)
         self.processes: dict[int, ProcessInfo] = {}
 
@@ -152,35 +137,20 @@ class _Starting:
             group = PlacementGroup(bundle.group.id, bundle.group.bundle_specs)
             place = PlacementGroupSchedulingStrategy(group, bundle.index)
             own = {**options, "name": names[rank], "scheduling_strategy": place}
-            try:
-                self.handles[rank] = actor.options(**own).remote()
-            except ValueError as error:
-                raise ResourceError(f"Ray cannot start a host with {own}: {error}") from error
+            self.handles[rank] = actor.options(**own).remote()
 
         one(0)  # which sends the class to the cluster, once
         at_once(one, range(1, len(names)))
 
     def meet(self) -> tuple[str, int]:
         """Wait for all processes, and bind the rendezvous in rank 0's; its address."""
-        recipe, what = self.recipe, f"starting {self.title}"
+        recipe = self.recipe
         arrived = [handle.arrive.remote() for handle in self.handles]
         bound = self.handles[0].bind.remote(
             recipe.master_port or 0, recipe.master_port_range, recipe.master_addr
         )
-        pause, most_s = self.wait_s, max(self.wait_s, recipe.startup_timeout_s)
-        ends = time.monotonic() + most_s
-        with Wait(lambda: standing(arrived, what, range(len(arrived)))):
-            while ranks := not_ready(arrived, max(0.0, min(pause, ends - time.monotonic()))):
-                self._check_room(ranks)
-                if time.monotonic() > ends:
-                    raise CallTimeoutError(
-                        f"ranks {ranks} have no process after startup_timeout_s={most_s:g}, though "
-                        "their bundles have room: no Python could start for them, or not yet with "
-                        f"the runtime_env {recipe.spec.options.get('runtime_env')}. Ray's logs "
-                        "runtime_env_setup-*.log and raylet.out say more",
-                        ranks,
-                    )
-                pause = max(self.wait_s, _LOOK_S)
+        if late := not_ready(arrived, self.recipe.pool.placement_timeout_s):
+            self._check_room(late)
         processes, found = zip(*self._get(arrived, "arrive"), strict=True)
         self.processes = dict(enumerate(processes))
         check_versions(found, processes)
@@ -194,12 +164,12 @@ class _Starting:
         if any(full):
             raise ResourceError(
                 f"ranks {[*compress(ranks, full)]} got no process within placement_timeout_s="
-                f"{self.wait_s:g}: their bundles have no room left. Close "
+                f"{recipe.pool.placement_timeout_s:g}: their bundles have no room left. Close "
                 "groups on this pool, or raise its max_colocate_count"
             )
 
-    def set_up(self, kind: DeviceKind, address: tuple[str, int]) -> list[DeviceIdentity | None]:
-        """Tell all processes who they are; their devices."""
+    def set_up(self, kind: DeviceKind, address: tuple[str, int]) -> None:
+        """Tell all processes who they are."""
         nodes = [self.processes[rank].node_id for rank in range(len(self.handles))]
         on_node, seen, refs = Counter(nodes), Counter[str](), []
         for rank, (handle, node) in enumerate(zip(self.handles, nodes, strict=True)):
@@ -216,7 +186,7 @@ class _Starting:
             )
             seen[node] += 1
             refs.append(handle.setup.remote(context, kind))
-        return self._get(refs, "setup")
+        self._get(refs, "setup")
 
     def everywhere(self, step: str, *args: Any) -> list[Any]:
         """What a method of all hosts returns."""
@@ -233,12 +203,14 @@ class _Starting:
             return get_all(refs, timeout_s, f"{step} of {self.title}", range(len(refs)))
         except GetTimeoutError:
             ranks = not_ready(refs, 0)
-            raise CallTimeoutError(
-                f"ranks {ranks} had not finished {step!r} of their roles "
-                f"{list(self.recipe.spec.roles)} after startup_timeout_s={timeout_s:g}",
-                ranks,
-                stacks_of({rank: self.processes[rank] for rank in ranks if self.processes}),
-            ) from None
+            text = f"ranks {ranks} had not finished {step!r} of {self.title} after "
+            text += f"startup_timeout_s={timeout_s:g}"
+            if not self.processes:
+                env = self.recipe.spec.options.get("runtime_env")
+                text += f": no Python could start, or not yet with runtime_env {env}; Ray's logs "
+                text += "runtime_env_setup-*.log and raylet.out say more"
+            late = {rank: self.processes[rank] for rank in ranks if self.processes}
+            raise CallTimeoutError(text, ranks, stacks_of(late)) from None
         except Exception as error:
             method = "__init__" if step == "build" else step
             pids = {rank: process.pid for rank, process in self.processes.items()}
@@ -250,21 +222,6 @@ class _Starting:
             if isinstance(first, WorkerDiedError) and first.rank in self.processes:
                 first = with_last_words(first, self.processes[first.rank])
             raise first from None
-
-
-def check_devices(devices: Sequence[DeviceIdentity | None], per_process: float) -> None:
-    """Raise ResourceError where ranks share a device, and have not asked for less than one each."""
-    ranks: dict[DeviceIdentity, list[int]] = {}
-    for rank, device in enumerate(devices):
-        if device is not None:
-            ranks.setdefault(device, []).append(rank)
-    shared = {device.uuid: there for device, there in ranks.items() if len(there) > 1}
-    if shared and per_process >= 1:
-        table = "; ".join(f"{uuid}: ranks {there}" for uuid, there in shared.items())
-        raise ResourceError(
-            f"each rank was to have a device of its own, and some share one ({table}): unset "
-            "variables such as CUDA_VISIBLE_DEVICES, or allow sharing with gpus_per_process=0.5"
-        )
 
 
 def running_names(prefix: str, spec: ActorSpec | None) -> list[str]:

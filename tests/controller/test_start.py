@@ -22,7 +22,6 @@ from single_controller import (
     GroupBrokenError,
     RegistrationError,
     ResourceError,
-    SendError,
     UnknownMethodError,
 )
 from single_controller.base import PerRank, Worker
@@ -197,7 +196,7 @@ def test_a_worker_that_needs_no_torch_has_none(pool: RayResourcePool) -> None:
 
 def test_a_constructor_that_does_not_return_is_given_up_by_rank(pool: RayResourcePool) -> None:
     spec = RayClassWithInitArgs(Member, seconds=600)
-    with pytest.raises(CallTimeoutError, match=r"ranks \[0, 1\] .*\['Member'\]") as caught:
+    with pytest.raises(CallTimeoutError, match=r"ranks \[0, 1\] .*build.* Member") as caught:
         RayWorkerGroup(pool, spec, startup_timeout_s=0.5)
     assert caught.value.pending_ranks == (0, 1)
 
@@ -304,8 +303,7 @@ def test_a_constructor_argument_that_cannot_be_sent_is_told_before_any_process_s
     pool: RayResourcePool,
 ) -> None:
     spec = RayClassWithInitArgs(Given, rows=[(i for i in [1])])
-    error = r"(?s)constructors of \['Given'\] cannot be sent: .*cannot pickle 'generator'"
-    with pytest.raises(SendError, match=error):
+    with pytest.raises(TypeError, match="cannot pickle 'generator'"):
         RayWorkerGroup(pool, spec, name_prefix="unsendable_")
     assert [n for n in ray.util.list_named_actors() if n.startswith("unsendable_")] == []
 

@@ -266,6 +266,8 @@ with RayResourcePool([2], max_colocate_count=1) as pool:
 def test_a_process_that_does_not_start_is_told_from_a_pool_without_room() -> None:
     """In a cluster of its own: for a minute, Ray waits for the process to come."""
     output = run(START + NO_PYTHON)
-    said = "(0, 1) ranks [0, 1] have no process after startup_timeout_s=1, though"
-    assert said in output
+    assert (
+        "(0, 1) ranks [0, 1] had not finished 'arrive' of Victim after startup_timeout_s=1"
+        in output
+    )
     assert "{'py_executable': '/no/python'}" in output
