@@ -95,19 +95,18 @@ def arrive(
     """Let others on this node see this process's stacks, and what its `coroutines` await; who it
     is, with what versions.
     """
-    found, log = _stat(os.getpid()), ""
+    pid, log = os.getpid(), ""
+    found = _stat(pid)
     started = found.started if found else 0
     with contextlib.suppress(OSError):
         log = os.readlink("/proc/self/fd/2")
-    watcher = _watched(os.getpid(), started)
-    process = ProcessInfo(node_id, node_ip, os.getpid(), started, log, watcher)
     with contextlib.suppress(OSError):  # no Linux
         listening = socket.socket(socket.AF_UNIX)
-        listening.bind(_address(process.pid, started))
+        listening.bind(_address(pid, started))
         listening.listen()
         answers = listening, coroutines
         threading.Thread(target=_answer, args=answers, name="stacks", daemon=True).start()
-    return process, versions()
+    return ProcessInfo(node_id, node_ip, pid, started, log, _watched(pid, started)), versions()
 
 
 def _address(pid: int, started: int) -> str:
@@ -357,24 +356,22 @@ def identify(kind: DeviceKind, index: int, node_id: str) -> DeviceIdentity | Non
 
 
 def _peers(uuid: str) -> frozenset[str]:
-    """Asked of the driver, since a process does not see the devices of others."""
-    try:
+    """Asked of the driver, since a process does not see the devices of others; none where it does
+    not say.
+    """
+    with contextlib.suppress(Exception):
         from ray._private.thirdparty.pynvml import pynvml as nvml
-    except ImportError:  # this Ray keeps it elsewhere
-        return frozenset()
-    try:
+
         nvml.nvmlInit()
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         found = {_text(nvml.nvmlDeviceGetUUID(handle)): handle for handle in handles}
-        if (mine := found.pop(uuid, None)) is None:
-            return frozenset()
+        mine = found.pop(uuid)
         return frozenset(
             other
             for other, handle in found.items()
             if nvml.nvmlDeviceGetP2PStatus(mine, handle, _P2P_READ) == nvml.NVML_P2P_STATUS_OK
         )
-    except nvml.NVMLError:  # no such driver, or one that does not say: then nobody is read
-        return frozenset()
+    return frozenset()
 
 
 def _text(uuid: Any) -> str:
