@@ -48,11 +48,8 @@ __all__ = ["RayHosts", "end_processes", "end_when_dropped", "later"]
 
 _logger = logging.getLogger(__name__)
 
-_SETTLE_S = 0.5  # how long Ray gets to see that ranks were ended
-_END_S = 2.0  # how long processes get to end at Ray's request before they are killed
 _GONE_S = 10.0
 _HARVEST_S = 10.0
-_LOST = "the group lost a rank: {}"
 _ELSEWHERE = (
     "the group was closed or restarted by another process, and these are its former processes: "
     "take its new ones from there, or by from_detached"
@@ -197,11 +194,9 @@ class RayHosts(Generation):
         """A rank whose process has ended, if there is one; the group is broken from then on."""
         if self.ended or self.gone or not (ranks := self._dead()) or self.ended:
             return None
-        rank = ranks[0]
-        site = self.sites("+".join(self.roles), "no call")[rank]
-        death = died(site, str(actor_info(self._ids[rank]).death_cause))
-        death = with_last_words(death, self.infos[rank].process)
-        self._break(_ELSEWHERE if self._ended_elsewhere(rank) else _LOST.format(death.args[0]))
+        site = self.sites("+".join(self.roles), "no call")[ranks[0]]
+        death = died(site, str(actor_info(self._ids[site.rank]).death_cause))
+        self._lose(death)
         return death
 
     def states(self) -> list[RankState]:
@@ -270,7 +265,8 @@ class RayHosts(Generation):
         if self.settle(0) or not (running := [*self._running.values()]):
             return
         why, ranks = running[0][1], sorted({rank for rank, _ in running})
-        self._end_stuck(stuck_ranks({rank: self.infos[rank].process for rank in ranks}), why)
+        if stuck := stuck_ranks({rank: self.infos[rank].process for rank in ranks}):
+            self._end_stuck([*stuck], why)
         if self.broken is None:
             raise GroupBrokenError(
                 f"ranks {ranks} are still in a call that {why}. Calls are taken again once it has "
@@ -303,31 +299,27 @@ class RayHosts(Generation):
         if self.gone:
             return GroupBrokenError(GONE)
         first = diagnose(error, refs, sites, self.processes)
-        own = own_death(first, self.processes)
-        if own and isinstance(first, WorkerDiedError):
-            if self.broken is None and self._ended_elsewhere(first.rank):
-                self._break(_ELSEWHERE)
-                return GroupBrokenError(_ELSEWHERE)
-            first = with_last_words(first, self.infos[first.rank].process)
+        if own_death(first, self.processes):
+            first = self._lose(first)
         why = f"failed elsewhere: {first.args[0]}"
-        self._note_running([(sites[i].rank, refs[i]) for i in not_ready(refs, 0)], why)
-        if own:
-            self._break(_LOST.format(first.args[0]))
-        self._end_stuck(getattr(first, "stuck", {}), why)
+        self._note_late(refs, sites, why)
+        if stuck := [*getattr(first, "stuck", ())]:
+            self._end_stuck(stuck, why)
         return first
 
-    def _ended_elsewhere(self, rank: int) -> bool:
-        """Whether a rank was ended as groups are, which this process knows nothing of."""
-        context = actor_info(self._ids[rank]).death_cause.actor_died_error_context
-        return bool(context.reason == type(context).RAY_KILL)
+    def _lose(self, death: Any) -> Exception:
+        """Note the death of a rank; the error to raise."""
+        context = actor_info(self._ids[death.rank]).death_cause.actor_died_error_context
+        if self.broken is None and context.reason == type(context).RAY_KILL:  # as groups are ended
+            self._break(_ELSEWHERE)
+            return GroupBrokenError(_ELSEWHERE)
+        error = with_last_words(death, self.infos[death.rank].process)
+        self._break(f"the group lost a rank: {error.args[0]}")
+        return error
 
-    def _end_stuck(self, stuck: Mapping[int, str], why: str) -> None:
-        if stuck:
-            self._break(f"ranks {list(stuck)} waited in a collective of a call that {why}")
-            end_processes(
-                [self.handles[rank] for rank in stuck], [self.infos[r].process for r in stuck], 0
-            )
-            self.settle(_SETTLE_S)
+    def _end_stuck(self, ranks: Sequence[int], why: str) -> None:
+        self._break(f"ranks {ranks} waited in a collective of a call that {why}")
+        end_processes([self.handles[r] for r in ranks], [self.infos[r].process for r in ranks])
 
     def _break(self, why: str) -> None:
         if self.broken is None:
@@ -338,33 +330,26 @@ class RayHosts(Generation):
         self, refs: Sequence[Any], sites: Sequence[CallSite], timeout_s: float, give_up: bool
     ) -> CallTimeoutError:
         """The error to raise for ranks still running; with `give_up`, note them for later calls."""
-        title = f"{sites[0].role}.{sites[0].method}"
-        late = not_ready(refs, 0)
-        ranks = [sites[i].rank for i in late]
+        title, after = f"{sites[0].role}.{sites[0].method}", f"after {shown_seconds(timeout_s)} s"
         if give_up:
-            why = f"was given up after {shown_seconds(timeout_s)} s ({title})"
-            self._note_running([(sites[i].rank, refs[i]) for i in late], why)
-        return CallTimeoutError(
-            f"{title}: ranks {ranks} of {len(self.handles)} had not "
-            f"finished after {shown_seconds(timeout_s)} s",
-            ranks,
-            self.stacks(ranks),
-        )
+            self._note_late(refs, sites, f"was given up {after} ({title})")
+        ranks = [sites[i].rank for i in not_ready(refs, 0)]
+        text = f"{title}: ranks {ranks} of {len(self.handles)} had not finished {after}"
+        return CallTimeoutError(text, ranks, self.stacks(ranks))
 
     def interrupted(self, refs: Sequence[Any], sites: Sequence[CallSite]) -> None:
         """Note that the driver stopped waiting for a call, as after Ctrl-C."""
-        ranks = [(site.rank, ref) for ref, site in zip(refs, sites, strict=True)]
-        self._note_running(ranks, "was interrupted")
+        self._note_late(refs, sites, "was interrupted")
 
-    def _note_running(self, running: Sequence[tuple[int, Any]], why: str) -> None:
-        for rank, ref in running:
-            self._running.setdefault(ref, (rank, why))
+    def _note_late(self, refs: Sequence[Any], sites: Sequence[CallSite], why: str) -> None:
+        for i in not_ready(refs, 0):
+            self._running.setdefault(refs[i], (sites[i].rank, why))
 
     def end(self, why: str) -> None:
         was_ended, self.ended = self.ended is not None, self.ended or why
         if not was_ended and not self.gone:
             left(self)
-            end_processes(self.handles, list(self.processes.values()), _END_S)
+            end_processes(self.handles, list(self.processes.values()))
             if self._relay is not None:
                 ray.kill(self._relay)
             _read([*self._running])
@@ -374,12 +359,12 @@ class RayHosts(Generation):
         self._running.clear()
 
 
-def end_processes(handles: Sequence[Any], processes: Sequence[ProcessInfo], grace_s: float) -> None:
+def end_processes(handles: Sequence[Any], processes: Sequence[ProcessInfo]) -> None:
     """End hosts, also stopped ones, and return when they are gone."""
     for handle in handles:
         with contextlib.suppress(Exception):
             ray.kill(handle)
-    beside(end, processes, grace_s + _GONE_S, grace_s=grace_s)
+    beside(end, processes, _GONE_S)
 
 
 def _read(refs: Sequence[Any]) -> None:

@@ -56,7 +56,7 @@ T = TypeVar("T")
 _POLL_S = 0.01
 _ASKED_S = 1.0  # how long a process gets to tell its stacks; it takes milliseconds
 _CREDENTIALS = struct.Struct("3i")  # the process, user and group at the other end of a socket
-_EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
+_EXIT_S = 1.0  # how long a process that Ray ends, or calls dead, may take to be gone
 _END_S = 5.0  # how long one that was killed may, with what it had started
 _LOG_BYTES, _LOG_LINES = 16_384, 20
 
@@ -198,10 +198,9 @@ def beside(
     function: Callable[..., list[T]],
     processes: Sequence[ProcessInfo],
     timeout_s: float,
-    **options: Any,
 ) -> list[T | None]:
-    """`function(processes, **options)`, of those here, run on each one's own node with those of
-    that node: one result for each, None where its node did not answer within `timeout_s`.
+    """`function(processes)`, of those here, run on each one's own node with those of that node: one
+    result for each, None where its node did not answer within `timeout_s`.
     """
     results: dict[ProcessInfo, T] = {}
     on_node: dict[str, list[ProcessInfo]] = {}
@@ -212,9 +211,9 @@ def beside(
     tasks = {}
     for node_id, there in on_node.items():
         place = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        tasks[remote.options(scheduling_strategy=place).remote(there, **options)] = there
+        tasks[remote.options(scheduling_strategy=place).remote(there)] = there
     if local:
-        results.update(zip(local, function(local, **options), strict=True))
+        results.update(zip(local, function(local), strict=True))
     if tasks:
         ready, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout_s)
         for ref in ready:
@@ -307,11 +306,11 @@ def read_logs(processes: Sequence[ProcessInfo]) -> list[str]:
     return [*map(log_tail, processes)]
 
 
-def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0) -> list[bool]:
-    """Kill each process that does not end by itself within `grace_s`, and wait for what they have
-    started to be ended, too; whether each is gone.
+def end(processes: Sequence[ProcessInfo]) -> list[bool]:
+    """Kill each process that does not end at Ray's request, and wait for what they have started to
+    be ended, too; whether each is gone.
     """
-    _await_end(processes, grace_s)
+    _await_end(processes, _EXIT_S)
     for process in filter(is_running, processes):
         with contextlib.suppress(OSError):
             os.kill(process.pid, signal.SIGKILL)

@@ -42,7 +42,6 @@ from single_controller.ray.spec import ActorSpec
 __all__ = ["Recipe", "running_names"]
 
 _ASYNC_CALLS_IN_FLIGHT = 10_000
-_END_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class _Starting:
     def abandon(self) -> None:
         """End what was started."""
         with contextlib.suppress(Exception):
-            end_processes(self.handles, list(self.processes.values()), _END_S)
+            end_processes(self.handles, list(self.processes.values()))
 
     def _get(self, refs: Sequence[Any], step: str) -> list[Any]:
         timeout_s = self.recipe.startup_timeout_s
