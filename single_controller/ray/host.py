@@ -75,7 +75,7 @@ class AsyncHost:
     its loop.
 
     Constructing it does nothing, so that all hosts of a group start at once; after `arrive`,
-    `bind` on rank 0 gives the address that `setup` then takes everywhere; `build` comes last.
+    `bind` on rank 0 gives the address that `build` then takes everywhere.
     """
 
     ordered = False  # whether Ray starts its tasks in their order
@@ -101,9 +101,15 @@ class AsyncHost:
         self._rendezvous = Rendezvous(address or _node_ip(), port, port_range)
         return self._rendezvous.address, self._rendezvous.port
 
-    def setup(self, context: WorkerContext, kind: DeviceKind) -> None:
-        """Set the environment, as far as the driver knows it, and find this rank's device, which
-        becomes the current one.
+    def build(
+        self,
+        context: WorkerContext,
+        kind: DeviceKind,
+        roles: Mapping[str, RoleSpec],
+        padding: str | None,
+    ) -> HostInfo:
+        """Set the environment, as far as the driver knows it, have this rank's device be the
+        current one, and build the roles, in their order.
         """
         index = _device_index(kind) if kind.visible else context.node_rank
         self._context = replace(context, local_rank=index, node_ip=self._process.node_ip)
@@ -111,17 +117,13 @@ class AsyncHost:
         os.environ.update(self._context.environment())
         if self._rendezvous is not None:
             self._rendezvous.serve()
-        self._kind = kind
-        self._identity = identify(kind, index, self._process.node_id)
-        if self._identity is not None and index:
+        identity = identify(kind, index, self._process.node_id)
+        if identity is not None and index:
             # Device 0 is current anyway, and setting it takes memory of the device.
             get_torch_device().set_device(index)
-
-    def build(self, roles: Mapping[str, RoleSpec], padding: str | None) -> HostInfo:
-        """Build the roles, in their order."""
         self._pad(padding)
         for stream in (sys.stdout, sys.stderr):  # by this, Ray says whose the lines below are
-            stream.write(f":actor_name:{'+'.join(roles)} rank {self._context.rank}\n")
+            stream.write(f":actor_name:{'+'.join(roles)} rank {context.rank}\n")
             stream.flush()
         self._turns = Turns()
 
@@ -129,16 +131,15 @@ class AsyncHost:
             return self._failure(role, "__init__", error)
 
         self._workers = dict(build_roles(self._context, roles, self._turns, not_built))
-        kind, identity = self._kind, self._identity
         given = ray.get_runtime_context().get_accelerator_ids().get(kind.resource, [])
         which = f"{kind.resource} {','.join(given)}{f', {identity.uuid[:8]}' if identity else ''}"
         self._info = HostInfo(
-            rank=self._context.rank,
+            rank=context.rank,
             process=self._process,
-            device=f"{kind.name}:{self._context.local_rank} ({which})" if given else kind.name,
+            device=f"{kind.name}:{index} ({which})" if given else kind.name,
             roles=tuple(self._workers),
             identity=identity,
-            address=(self._context.master_addr, self._context.master_port),
+            address=(context.master_addr, context.master_port),
             ordered=self.ordered,
         )
         return self._info

@@ -76,11 +76,9 @@ class Recipe:
         starting = _Starting(self, bundles)
         try:
             starting.launch(_actor_class(is_async), names, options)
-            address = starting.meet()
-            starting.set_up(kind, address)
-            infos: list[HostInfo] = starting.everywhere("build", roles, padding_setting())
+            infos = starting.build(kind, starting.meet(), roles)
             if restored:
-                starting.everywhere("restore")
+                starting.restore()
         except BaseException:
             starting.abandon()
             raise
@@ -167,8 +165,8 @@ class _Starting:
                 "groups on this pool, or raise its max_colocate_count"
             )
 
-    def set_up(self, kind: DeviceKind, address: tuple[str, int]) -> None:
-        """Tell all processes who they are."""
+    def build(self, kind: DeviceKind, address: tuple[str, int], roles: Any) -> list[HostInfo]:
+        """Tell all processes who they are, and have them build their roles."""
         nodes = [self.processes[rank].node_id for rank in range(len(self.handles))]
         on_node, seen, refs = Counter(nodes), Counter[str](), []
         for rank, (handle, node) in enumerate(zip(self.handles, nodes, strict=True)):
@@ -184,12 +182,12 @@ class _Starting:
                 backend="ray",
             )
             seen[node] += 1
-            refs.append(handle.setup.remote(context, kind))
-        self._get(refs, "setup")
+            refs.append(handle.build.remote(context, kind, roles, padding_setting()))
+        return self._get(refs, "build")
 
-    def everywhere(self, step: str, *args: Any) -> list[Any]:
-        """What a method of all hosts returns."""
-        return self._get([getattr(handle, step).remote(*args) for handle in self.handles], step)
+    def restore(self) -> None:
+        """Have the workers do what they do in place of others that have ended."""
+        self._get([handle.restore.remote() for handle in self.handles], "restore")
 
     def abandon(self) -> None:
         """End what was started."""

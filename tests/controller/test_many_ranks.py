@@ -239,7 +239,7 @@ def test_ranks_count_on_the_nodes_that_their_processes_are_on(
     def told(context: Any, *_: Any) -> None:
         places.append((context.rank, context.node_rank, context.local_world_size))
 
-    host = SimpleNamespace(setup=SimpleNamespace(remote=told))
+    host = SimpleNamespace(build=SimpleNamespace(remote=told))
     pool = SimpleNamespace(placement_timeout_s=1)
     recipe: Any = SimpleNamespace(
         pool=pool, spec=SimpleNamespace(roles={"a": 1}), prefix="", startup_timeout_s=1
@@ -248,5 +248,5 @@ def test_ranks_count_on_the_nodes_that_their_processes_are_on(
     group = starting._Starting(recipe, [placement.Bundle(Ref(), 0, n, n) for n in "abc"])  # type: ignore[arg-type]
     group.handles = [host] * 3
     group.processes = {rank: ProcessInfo(node, node, rank) for rank, node in enumerate("bbc")}
-    group.set_up(CPU, ("", 0))
+    group.build(CPU, ("", 0), {})
     assert places == [(0, 0, 2), (1, 1, 2), (2, 0, 1)]
