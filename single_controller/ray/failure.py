@@ -17,15 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import ray
 from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
     GetTimeoutError,
     NodeDiedError,
     OutOfMemoryError,
+    RayActorError,
     RayError,
     RayTaskError,
     WorkerCrashedError,
@@ -57,6 +56,7 @@ __all__ = [
     "get_all",
     "get_ours",
     "not_ready",
+    "note_last_words",
     "ours",
     "own_death",
     "raised",
@@ -66,7 +66,6 @@ __all__ = [
     "standing",
     "stuck_ranks",
     "translate",
-    "with_last_words",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -83,13 +82,7 @@ _LOG_S = 60.0
 _EVERY_S = 0.5
 _GRACE_S = 0.5  # how long the other ranks of a failed call get to finish, or to go on, twice
 _NODE_S = 3.0  # how long another node may take to answer
-_DEATHS = (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    OutOfMemoryError,
-    WorkerCrashedError,
-)
+_DEATHS = RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 
 def session() -> tuple[str, str] | None:
@@ -288,13 +281,12 @@ def died(site: CallSite, said: str) -> WorkerDiedError:
     )
 
 
-def with_last_words(error: WorkerDiedError, process: ProcessInfo) -> WorkerDiedError:
-    """The error, now with the last lines that the process wrote."""
-    error.log_tail = error.log_tail or beside(read_logs, [process], _NODE_S)[0] or ""
-    return error
+def note_last_words(death: WorkerError, process: ProcessInfo) -> None:
+    """Have the error show the last lines that the process wrote."""
+    death.log_tail = death.log_tail or beside(read_logs, [process], _NODE_S)[0] or ""
 
 
-def own_death(error: Exception, processes: Mapping[int, ProcessInfo]) -> bool:
+def own_death(error: Exception, processes: Mapping[int, ProcessInfo]) -> TypeGuard[WorkerDiedError]:
     """Whether it is the death of one of these, by rank, and not of one whose batch they read."""
     if not isinstance(error, WorkerDiedError) or (own := processes.get(error.rank)) is None:
         return False
@@ -335,6 +327,8 @@ def diagnose(
     if isinstance(first, WorkerError):
         first.failed_ranks = max(1, len(errors))
         first.stuck = stuck
+        if own_death(first, processes):
+            note_last_words(first, processes[first.rank])
     return first
 
 

@@ -31,13 +31,13 @@ from single_controller.ray.failure import (
     died,
     get_all,
     not_ready,
+    note_last_words,
     own_death,
     raised,
     session,
     shown_seconds,
     stacks_of,
     stuck_ranks,
-    with_last_words,
 )
 from single_controller.ray.host import HostInfo
 from single_controller.ray.placement import actor_info, dead, give_back
@@ -196,6 +196,7 @@ class RayHosts(Generation):
             return None
         site = self.sites("+".join(self.roles), "no call")[ranks[0]]
         death = died(site, str(actor_info(self._ids[site.rank]).death_cause))
+        note_last_words(death, self.infos[site.rank].process)
         self._lose(death)
         return death
 
@@ -307,15 +308,14 @@ class RayHosts(Generation):
             self._end_stuck(stuck, why)
         return first
 
-    def _lose(self, death: Any) -> Exception:
+    def _lose(self, death: WorkerDiedError) -> Exception:
         """Note the death of a rank; the error to raise."""
         context = actor_info(self._ids[death.rank]).death_cause.actor_died_error_context
         if self.broken is None and context.reason == type(context).RAY_KILL:  # as groups are ended
             self._break(_ELSEWHERE)
             return GroupBrokenError(_ELSEWHERE)
-        error = with_last_words(death, self.infos[death.rank].process)
-        self._break(f"the group lost a rank: {error.args[0]}")
-        return error
+        self._break(f"the group lost a rank: {death.args[0]}")
+        return death
 
     def _end_stuck(self, ranks: Sequence[int], why: str) -> None:
         self._break(f"ranks {ranks} waited in a collective of a call that {why}")

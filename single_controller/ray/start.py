@@ -24,14 +24,13 @@ from single_controller.base.dispatch import padding_setting
 from single_controller.base.roles import has_async_method
 from single_controller.base.worker import WorkerContext, check_worker_env
 from single_controller.device import CPU, DeviceKind
-from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
+from single_controller.errors import CallTimeoutError, ResourceError
 from single_controller.ray.failure import (
     CallSite,
     diagnose,
     get_all,
     not_ready,
     stacks_of,
-    with_last_words,
 )
 from single_controller.ray.host import AsyncHost, Host, HostInfo
 from single_controller.ray.hosts import RayHosts, end_processes
@@ -215,10 +214,7 @@ class _Starting:
                 CallSite(self.title, method, rank, bundle.node_ip, pids.get(rank, 0))
                 for rank, bundle in enumerate(self.bundles[: len(refs)])
             ]
-            first = diagnose(error, refs, sites, self.processes)
-            if isinstance(first, WorkerDiedError) and first.rank in self.processes:
-                first = with_last_words(first, self.processes[first.rank])
-            raise first from None
+            raise diagnose(error, refs, sites, self.processes) from None
 
 
 def running_names(prefix: str, spec: ActorSpec | None) -> list[str]:
