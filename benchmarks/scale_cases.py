@@ -337,12 +337,16 @@ class Cluster:
         if ("identities", count) not in self._made:
             address = "127.0.0.1"
             infos = [
-                HostInfo(r, ProcessInfo(self._node, address, NO_PID + r, 1), "cpu", ("member",))
+                HostInfo(
+                    r,
+                    ProcessInfo(self._node, address, NO_PID + r, 1),
+                    "cpu",
+                    ("member",),
+                    address=(address, 1),
+                )
                 for r in range(count)
             ]
-            self._made["identities", count] = self.made(
-                [(info, (address, 1), True) for info in infos]
-            )
+            self._made["identities", count] = self.made(infos)
         return self._made["identities", count]
 
     def failing(self, title: str, rank: int) -> Any:

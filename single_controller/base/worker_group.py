@@ -391,7 +391,7 @@ class WorkerGroup(abc.ABC, Generic[W]):
 
     def stacks(self) -> dict[int, str]:
         """By rank, the Python stack of each thread that runs the worker's code, now, and of
-        `async def` methods that wait; also of ranks that are stuck in C code or in a collective.
+        `async def` methods that wait; also of ranks that are stuck in a collective.
 
         Raises:
             GroupBrokenError: Ray was shut down.

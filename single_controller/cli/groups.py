@@ -27,7 +27,7 @@ from single_controller.ray.placement import (
     remove,
     reservations,
 )
-from single_controller.ray.process import ProcessInfo, beside, read_stacks, readable
+from single_controller.ray.process import ProcessInfo, beside, read_stacks
 
 __all__ = ["kill", "ps", "stacks"]
 
@@ -99,8 +99,8 @@ def ps(address: str | None) -> int:
 def stacks(address: str | None, name: str, namespace: str | None) -> int:
     """Print the Python stacks of a group's hosts, now, also of busy and stuck ones."""
     sys.stdout.write(f"{connect(address or 'auto')}\n")
-    for rank, dump in enumerate(_seen(_hosts_of(name, namespace), read_stacks)):
-        sys.stdout.write(f"rank {rank}\n{readable(dump)}\n")
+    for rank, told in enumerate(_seen(_hosts_of(name, namespace), read_stacks)):
+        sys.stdout.write(f"rank {rank}\n{told}\n")
     return 0
 
 

@@ -1,6 +1,5 @@
 """Waiting for ranks, and what ended the wait: on which rank a call failed first, why, and what the
-other ranks are doing. While a wait is long, a thread says how things stand: a line on a terminal,
-gone at the end, and after a minute the log.
+other ranks are doing. While a wait is long, a thread logs how things stand.
 
 What a failure means for the group is left to `hosts`.
 """
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import sys
 import threading
 import time
@@ -19,15 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import ray
 from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
     GetTimeoutError,
     NodeDiedError,
     OutOfMemoryError,
+    RayActorError,
     RayError,
     RayTaskError,
     WorkerCrashedError,
@@ -43,30 +40,29 @@ from single_controller.ray.process import (
     ProcessInfo,
     beside,
     collective,
-    read_ends,
+    read_logs,
     read_stacks,
-    readable,
 )
 
 __all__ = [
     "GONE",
     "CallDroppedError",
     "CallSite",
-    "Diagnosis",
     "StaysError",
     "Wait",
     "all_arrived",
     "diagnose",
     "died",
-    "dumps",
-    "explain_death",
     "get_all",
     "get_ours",
     "not_ready",
+    "note_last_words",
     "ours",
+    "own_death",
     "raised",
     "session",
     "shown_seconds",
+    "stacks_of",
     "standing",
     "stuck_ranks",
     "translate",
@@ -82,19 +78,11 @@ GONE = (
 _MOST_NAMED = 8
 _LONGEST_S = 1e9  # Ray cannot count for ever
 _LOOK_S = 1.0  # how often an `await` looks whether Ray is still there
-_LINE_S = 1.5
-_LOG_S = 60.0  # and then after twice as long, and so on
+_LOG_S = 60.0
 _EVERY_S = 0.5
-_CLEAR = "\r\x1b[2K"
-_GRACE_S = 0.5  # how long the other ranks of a failed call get to finish, twice
+_GRACE_S = 0.5  # how long the other ranks of a failed call get to finish, or to go on, twice
 _NODE_S = 3.0  # how long another node may take to answer
-_DEATHS = (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    OutOfMemoryError,
-    WorkerCrashedError,
-)
+_DEATHS = RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 
 def session() -> tuple[str, str] | None:
@@ -203,19 +191,18 @@ def standing(refs: Sequence[Any], what: str, ranks: Sequence[int]) -> str:
         raise GroupBrokenError(GONE)
     pending = _pending(refs, 0)
     left = [str(rank) for rank, ref in zip(ranks, refs, strict=True) if ref in pending]
-    more = " …" if len(left) > _MOST_NAMED else ""
-    waits = f", waiting for {', '.join(left[:_MOST_NAMED])}{more}" if left else ""
-    return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready{waits}"
+    named = ", ".join([*left[:_MOST_NAMED], "…"] if len(left) > _MOST_NAMED else left)
+    return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready, waiting for {named}"
 
 
 class Wait:
-    """Within this context something is waited for. `tell` says how things stand, in few words; a
-    thread of its own asks it, and what it raises says that there is nothing to say.
+    """Within this context something is waited for. After a minute, then after two, four, eight …, a
+    thread logs how things stand: it asks `tell`, and what that raises says that there is nothing
+    to say.
     """
 
     def __init__(self, tell: Callable[[], str]) -> None:
-        self._tell, self.began, self._log_s = tell, time.monotonic(), _LOG_S
-        self._drawn = False
+        self._tell, self._began, self._log_s = tell, time.monotonic(), _LOG_S
 
     def __enter__(self) -> None:
         global _started
@@ -228,35 +215,17 @@ class Wait:
     def __exit__(self, *_: object) -> None:
         with _lock:
             _waits.discard(self)
-            self._tell = str  # what it asks is let go of here: in that thread, Ray may be ending
-            self._draw("")
+        self._tell = str  # what it asks is let go of here: in that thread, Ray may be ending
 
-    def look(self, free: bool) -> bool:
-        """Say what is due; whether this wait has the line of the terminal, if that is `free`."""
-        seconds = time.monotonic() - self.began
-        draws = free and seconds >= _LINE_S and sys.stderr.isatty()
-        logs = seconds >= self._log_s
-        try:
-            standing = self._tell() if draws or logs else ""
-        except Exception:  # what it asks is gone
-            return False
-        with _lock:
-            if not standing or self not in _waits:  # it may have ended meanwhile
-                return False
-            if logs:
-                self._log_s = 2 * seconds
-                self._draw("")
+    def look(self) -> None:
+        """Log what is due."""
+        seconds = time.monotonic() - self._began
+        if seconds < self._log_s:
+            return
+        self._log_s = 2 * seconds
+        with contextlib.suppress(Exception):  # what it asks is gone
+            if standing := self._tell():
                 _logger.warning("still waiting after %.0f s: %s", seconds, standing)
-            if draws:
-                self._draw(f"{standing}, {seconds:.0f} s")
-        return draws
-
-    def _draw(self, line: str) -> None:
-        """Put the line in place of what was drawn."""
-        if line or self._drawn:
-            sys.stderr.write(_CLEAR + line[: shutil.get_terminal_size().columns - 1])
-            sys.stderr.flush()
-        self._drawn = bool(line)
 
 
 _lock = threading.Lock()
@@ -267,11 +236,10 @@ _waits: weakref.WeakSet[Wait] = weakref.WeakSet()  # one that was interrupted is
 def _watch() -> None:
     pause = threading.Event()
     while not pause.wait(_EVERY_S):
-        free = True  # one line for all
         with _lock:
-            oldest_first = sorted(_waits, key=lambda wait: wait.began)
-        while oldest_first:  # none is held on to until the next look
-            free = not oldest_first.pop(0).look(free) and free
+            waits = [*_waits]
+        while waits:  # none is held on to until the next look
+            waits.pop().look()
 
 
 class CallDroppedError(Exception):
@@ -287,20 +255,6 @@ class CallSite:
     rank: int
     node_ip: str
     pid: int
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """The first cause of a failed call, and the ranks that had not finished a moment later.
-
-    `stuck` are those of them, with their stacks, that wait in a collective. `own_death`: the cause
-    is the death of a rank of this group, not of one elsewhere whose batch it was to read.
-    """
-
-    error: Exception
-    own_death: bool
-    running: tuple[tuple[int, Any], ...]
-    stuck: Mapping[int, str]
 
 
 def translate(error: Exception, site: CallSite) -> Exception:
@@ -327,15 +281,16 @@ def died(site: CallSite, said: str) -> WorkerDiedError:
     )
 
 
-def explain_death(error: WorkerDiedError, process: ProcessInfo) -> WorkerDiedError:
-    """The error, now with the last lines that the process wrote, unless it has said so itself."""
-    found = None if error.exit_code is not None else beside(read_ends, [process], _NODE_S)[0]
-    if found is not None:
-        gone, log = found
-        how = "died" if gone else "cannot be reached"
-        error.args = (error.args[0].replace("died or cannot be reached", how),)
-        error.log_tail = log.rstrip()
-    return error
+def note_last_words(death: WorkerError, process: ProcessInfo) -> None:
+    """Have the error show the last lines that the process wrote."""
+    death.log_tail = death.log_tail or beside(read_logs, [process], _NODE_S)[0] or ""
+
+
+def own_death(error: Exception, processes: Mapping[int, ProcessInfo]) -> TypeGuard[WorkerDiedError]:
+    """Whether it is the death of one of these, by rank, and not of one whose batch they read."""
+    if not isinstance(error, WorkerDiedError) or (own := processes.get(error.rank)) is None:
+        return False
+    return (error.node_ip, error.pid) == (own.node_ip, own.pid)
 
 
 def diagnose(
@@ -343,8 +298,9 @@ def diagnose(
     refs: Sequence[Any],
     sites: Sequence[CallSite],
     processes: Mapping[int, ProcessInfo],
-) -> Diagnosis:
-    """Why a call failed, from every rank that has finished within a grace period.
+) -> Exception:
+    """The first cause of a failed call, from every rank that has finished within a grace period;
+    ranks that wait in a collective are its `stuck`.
 
     A death counts before an exception, an earlier exception before a later one: peers fail
     because of the first cause, usually with a broken connection.
@@ -356,20 +312,14 @@ def diagnose(
     stuck: dict[int, str] = {}
     if pending := _pending(refs, _GRACE_S):
         ranks = {at[ref].rank for ref in pending} & processes.keys()
-        looked_at = {rank: processes[rank] for rank in sorted(ranks)}
-        stuck = stuck_ranks(looked_at, pause=lambda: _pending(refs, _GRACE_S))
-        pending = _pending(refs, 0)
+        stuck = stuck_ranks({rank: processes[rank] for rank in sorted(ranks)})
+        pending = _pending(refs, 0 if stuck else _GRACE_S)
     failed = {ref: raised(ref) for ref in at if ref not in pending}
     errors = [translate(found, at[ref]) for ref, found in failed.items() if found is not None]
-    own = {(process.node_ip, process.pid) for process in processes.values()}
-
-    def own_death(error: Exception) -> bool:
-        return isinstance(error, WorkerDiedError) and (error.node_ip, error.pid) in own
-
     first = min(
         errors or [translate(error, sites[0])],
         key=lambda error: (
-            not own_death(error),
+            not own_death(error, processes),
             not isinstance(error, WorkerDiedError),
             getattr(error, "when", float("inf")),
         ),
@@ -377,8 +327,9 @@ def diagnose(
     if isinstance(first, WorkerError):
         first.failed_ranks = max(1, len(errors))
         first.stuck = stuck
-    running = tuple((at[ref].rank, ref) for ref in at if ref in pending)
-    return Diagnosis(first, own_death(first), running, stuck)
+        if own_death(first, processes):
+            note_last_words(first, processes[first.rank])
+    return first
 
 
 def raised(ref: Any) -> Exception | None:
@@ -397,8 +348,8 @@ def raised(ref: Any) -> Exception | None:
     return None
 
 
-def dumps(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
-    """By rank, what faulthandler says of each process, or why there is nothing."""
+def stacks_of(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
+    """By rank, what each process does, or why it does not say."""
     found = beside(read_stacks, list(processes.values()), _NODE_S)
     return {
         rank: text or f"no stack: node {process.node_ip} did not answer"
@@ -406,17 +357,11 @@ def dumps(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
     }
 
 
-def stuck_ranks(
-    processes: Mapping[int, ProcessInfo], pause: Callable[[], object] | None = None
-) -> dict[int, str]:
-    """The ranks that wait in a collective, in the same one after half a second, or after whatever
-    `pause` does; their stacks.
-    """
-    found = {rank: collective(dump) for rank, dump in dumps(processes).items()}
+def stuck_ranks(processes: Mapping[int, ProcessInfo]) -> dict[int, str]:
+    """The ranks that wait in a collective, and a moment later in the same one; their stacks."""
+    found = {rank: collective(stacks) for rank, stacks in stacks_of(processes).items()}
     before = {rank: stack for rank, stack in found.items() if stack}
-    if pause is not None:
-        pause()
-    elif before:
+    if before:
         time.sleep(_GRACE_S)
-    now = dumps({rank: processes[rank] for rank in before})
-    return {rank: readable(dump) for rank, dump in now.items() if collective(dump) == before[rank]}
+    now = stacks_of({rank: processes[rank] for rank in before})
+    return {rank: stacks for rank, stacks in now.items() if collective(stacks) == before[rank]}

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import os
 import sys
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -27,7 +28,6 @@ from single_controller.base.worker import (
     AGENT_STORE,
     Rendezvous,
     WorkerContext,
-    coroutine_stacks,
     exit_code,
     own_traceback,
 )
@@ -39,7 +39,7 @@ from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, i
 from single_controller.ray.shelf import Kept, Shelf, Untouched, in_thread
 from single_controller.ray.stream import Offer, made, reading_pairs
 
-__all__ = ["AsyncHost", "Host", "HostInfo", "HostPlace"]
+__all__ = ["AsyncHost", "Host", "HostInfo"]
 
 _UNTRACED = contextlib.nullcontext()
 _NO_PAIRS: Any = contextlib.nullcontext([])
@@ -48,25 +48,18 @@ _OURS = (os.path.dirname(__file__), os.path.dirname(ray.__file__))
 
 
 @dataclass(frozen=True)
-class HostPlace:
-    """Which rank a host is, as the driver knows it before the process looks around."""
-
-    rank: int
-    world_size: int
-    node_rank: int
-    local_world_size: int
-    prefix: str
-
-
-@dataclass(frozen=True)
 class HostInfo:
-    """What a host found out about itself."""
+    """What a host found out about itself. `address`: where its group meets; `ordered`: whether Ray
+    keeps the order of its calls.
+    """
 
     rank: int
     process: ProcessInfo
     device: str
     roles: tuple[str, ...]
     identity: DeviceIdentity | None = None
+    address: tuple[str, int] = ("", 0)
+    ordered: bool = True
 
     @property
     def node_ip(self) -> str:
@@ -77,22 +70,30 @@ class HostInfo:
         return self.process.pid
 
 
-class Host:
-    """One rank's process. Calls run one after another on its main thread.
+class AsyncHost:
+    """One rank's process, with `async def` methods: those interleave, the others run in order on
+    its loop.
 
     Constructing it does nothing, so that all hosts of a group start at once; after `arrive`,
-    `bind` on rank 0 gives the address that `setup` then takes everywhere; `build` comes last.
+    `bind` on rank 0 gives the address that `build` then takes everywhere.
     """
 
+    ordered = False  # whether Ray starts its tasks in their order
+
     def __init__(self) -> None:
+        # Ray warns of a `ray.get` that would block the loop; the ones here wait in threads.
+        ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
         self._shelf = Shelf()
+        self._order = _Order()
         self._rendezvous: Rendezvous | None = None  # of rank 0
         self._padding = os.environ.get(AUTO_PADDING)
         self._ending: WorkerDiedError | None = None  # why this process is about to end
+        self._awaiting: set[Any] = set()  # what its calls wait for
 
     def arrive(self) -> tuple[ProcessInfo, Mapping[str, str]]:
         """Say where this process is, and what versions it has found; let others see its stacks."""
-        self._process, found = arrive(ray.get_runtime_context().get_node_id(), _node_ip())
+        node_id = ray.get_runtime_context().get_node_id()
+        self._process, found = arrive(node_id, _node_ip(), self._awaiting)
         return self._process, found
 
     def bind(self, port: int, port_range: Sequence[int] | None, address: str) -> tuple[str, int]:
@@ -100,108 +101,107 @@ class Host:
         self._rendezvous = Rendezvous(address or _node_ip(), port, port_range)
         return self._rendezvous.address, self._rendezvous.port
 
-    def setup(
+    def build(
         self,
-        place: HostPlace,
+        context: WorkerContext,
         kind: DeviceKind,
-        address: tuple[str, int],
-    ) -> DeviceIdentity | None:
-        """Set the environment, and find this rank's device, which becomes the current one."""
-        self._context = WorkerContext(
-            rank=place.rank,
-            world_size=place.world_size,
-            local_rank=_device_index(kind) if kind.visible else place.node_rank,
-            local_world_size=place.local_world_size,
-            node_rank=place.node_rank,
-            master_addr=address[0],
-            master_port=address[1],
-            device_name=kind.name,
-            prefix=place.prefix,
-            backend="ray",
-            node_ip=self._process.node_ip,
-        )
+        roles: Mapping[str, ClassWithInitArgs],
+        padding: str | None,
+    ) -> HostInfo:
+        """Set the environment, as far as the driver knows it, have this rank's device be the
+        current one, and build the roles, in their order.
+        """
+        index = _device_index(kind) if kind.visible else context.node_rank
+        self._context = replace(context, local_rank=index, node_ip=self._process.node_ip)
         os.environ.pop(AGENT_STORE, None)  # where torchrun has started Ray
         os.environ.update(self._context.environment())
         if self._rendezvous is not None:
             self._rendezvous.hand_over()
-        self._kind = kind
-        self._identity = identify(kind, self._context.local_rank, self._process.node_id)
-        if self._identity is not None and self._context.local_rank:
+        identity = identify(kind, index, self._process.node_id)
+        if identity is not None and index:
             # Device 0 is current anyway, and setting it takes memory of the device.
-            get_torch_device().set_device(self._context.local_rank)
-        return self._identity
-
-    def build(self, roles: Mapping[str, ClassWithInitArgs], padding: str | None) -> HostInfo:
-        """Build the roles, in their order."""
+            get_torch_device().set_device(index)
         self._pad(padding)
         for stream in (sys.stdout, sys.stderr):  # by this, Ray says whose the lines below are
-            stream.write(f":actor_name:{'+'.join(roles)} rank {self._context.rank}\n")
+            stream.write(f":actor_name:{'+'.join(roles)} rank {context.rank}\n")
             stream.flush()
         self._turns = Turns()
-        self._workers = dict(build_roles(self._context, roles, self._turns, self._not_built))
-        return self._info()
 
-    def restore(self) -> None:
+        def not_built(role: str, error: BaseException) -> BaseException:
+            return self._failure(role, "__init__", error)
+
+        self._workers = dict(build_roles(self._context, roles, self._turns, not_built))
+        given = ray.get_runtime_context().get_accelerator_ids().get(kind.resource, [])
+        which = f"{kind.resource} {','.join(given)}{f', {identity.uuid[:8]}' if identity else ''}"
+        self._info = HostInfo(
+            rank=context.rank,
+            process=self._process,
+            device=f"{kind.name}:{index} ({which})" if given else kind.name,
+            roles=tuple(self._workers),
+            identity=identity,
+            address=(context.master_addr, context.master_port),
+            ordered=self.ordered,
+        )
+        return self._info
+
+    async def restore(self) -> None:
         """Call the workers' optional `restore()`: this process replaces one that ended."""
         for role, hook in restore_hooks(self._workers):
             try:
                 self._turns.take(role)
-                hook()
+                done = hook()
+                if not self.ordered and inspect.isawaitable(done):
+                    await done
             except (Exception, SystemExit) as error:
                 raise self._failure(role, "restore", error) from None
 
-    def whoami(self) -> tuple[HostInfo, tuple[str, int], bool]:
-        """For a driver that attaches: who this is, where the group meets, whether Ray keeps the
-        order of calls.
-        """
-        address = self._context.master_addr, self._context.master_port
-        return self._info(), address, not isinstance(self, AsyncHost)
+    def whoami(self) -> HostInfo:
+        """For a driver that attaches."""
+        return self._info
 
-    def _info(self) -> HostInfo:
-        kind = self._kind
-        context = ray.get_runtime_context()
-        given = context.get_accelerator_ids().get(kind.resource, [])
-        names = f"{kind.name}:{self._context.local_rank} ({kind.resource} {','.join(given)})"
-        if self._identity is not None:
-            names = f"{names[:-1]}, {self._identity.uuid[:8]})"
-        return HostInfo(
-            rank=self._context.rank,
-            process=self._process,
-            device=names if given else kind.name,
-            roles=tuple(self._workers),
-            identity=self._identity,
-        )
-
-    def call(self, arrived: Any = None) -> Any:
+    async def call(self, arrived: Any = None) -> Any:
         """Run one method of one role."""
         head, message, parts = self._opened(arrived)
         place = self._shelf.open(head.keeps) if head.keeps is not None else None
+        interleaves, on_loop, rank = False, not self.ordered, self._context.rank
         try:
+            if on_loop:
+                await self._order.begin(head.turn)
             began = now_ns()
-            kept, rank = self._claimed(head), self._context.rank
-            with reading_pairs() if parts else _NO_PAIRS as opened:
-                args, kwargs = read(head, message, parts, kept, rank, opened)
+            # What is here is claimed now: its release may have the next turn.
+            kept = self._shelf.claim(head.claims) if head.claims else {}
+            method = getattr(self._workers[head.role], head.method)
+            if on_loop and inspect.iscoroutinefunction(method):
+                interleaves = True
+                self._order.end(head.turn)
+            with reading_pairs() if parts else _NO_PAIRS as pairs:
+                reading = head, message, parts, kept, rank, pairs
+                if on_loop and (parts or not isinstance(message, Message) or message.held):
+                    args, kwargs = await _seen(self._awaiting, in_thread(read, *reading))
+                else:
+                    args, kwargs = read(*reading)
                 read_ns = began, now_ns()
                 if self._turns.any:
                     self._turns.take(head.role)
                 untouched = Untouched(args, kwargs) if head.reads_only else None
                 with running(head.mark, head.title, read_ns) if head.mark else _UNTRACED:
-                    output = getattr(self._workers[head.role], head.method)(*args, **kwargs)
+                    output = method(*args, **kwargs)
+                    if on_loop and inspect.isawaitable(output):
+                        output = await _seen(self._awaiting, output)
             if head.lent:
                 self._shelf.check_lent(head.lent, head.title)
             return _outgoing(head, output, place, untouched)
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
+        except BaseException as error:
             if place is not None:
                 place.fail()
             raise self._failure(head.role, head.method, error) from None
         finally:
+            if on_loop and not interleaves:
+                self._order.end(head.turn)
             _settle()
 
-    def _claimed(self, head: Head) -> Mapping[tuple[str, int], Kept]:
-        return self._shelf.claim(head.claims) if head.claims else {}
-
     @ray.method(num_returns=2)
-    def publish(
+    async def publish(
         self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
     ) -> tuple[Message | None, int]:
         """The batch of a call, or some columns of it, for shared memory, and how many bytes that
@@ -209,35 +209,47 @@ class Host:
         device is lent instead, until the release.
         """
         kept = self._shelf.publication(token)
-        return kept.published(columns, lends) if _is_needed(wanted) else (None, 0)
+        await kept.made.wait()
+        needed = wanted is None or await _aside(self.ordered, _is_needed, wanted)
+        return kept.published(columns, lends) if needed else (None, 0)
 
-    def stream(self, token: str, offer: Offer, turn: Any) -> int:
+    async def stream(self, token: str, offer: Offer, turn: Any) -> int:
         """Make what a method yields, for those that read it now; the bytes that moved."""
         kept, reply, title = self._shelf.publication(token), None, ""
         try:
+            await self._order.begin(turn)
+            await kept.made.wait()
             pairs, title = kept.pairs()
-            if self._turns.any:
-                self._turns.take(title.rpartition(".")[0])
+            self._turns.take(title.rpartition(".")[0])
             steps = made(pairs, title, offer)
             while True:
-                reply = ray.get(steps.send(reply)[1])
+                given = steps.send(reply)[1]
+                reply = ray.get(given) if self.ordered else await given
         except StopIteration as end:
             return int(end.value)
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
+        except BaseException as error:
             role, _, method = title.rpartition(".")
             raise self._failure(role, method, error) from None
+        finally:
+            self._order.end(turn)
 
-    def weigh(self, message: Message) -> Any:
+    async def weigh(self, message: Message) -> Any:
         """By batch, whether any rank but the one that made it reads rows of it."""
-        return _each(_read_elsewhere(message))
+        return _each(await _aside(self.ordered, _read_elsewhere, message))
 
-    def resolve(self, message: Message) -> Any:
+    async def resolve(self, message: Message) -> Any:
         """By list of futures, the same made of nothing that is not read."""
-        return _each(_resolved(message))
+        return _each(await _aside(self.ordered, _resolved, message))
 
-    def release(self, token: str, publications: int, turn: Any) -> None:
+    async def release(self, token: str, publications: int, turn: Any) -> None:
         """Let go of a result; calls that were sent before this have read it."""
+        await self._order.begin(turn)
+        self._order.end(turn)
         self._shelf.release(token, publications)
+
+    def drop(self, turn: tuple[str, int]) -> None:
+        """Do not run a call whose turn has not come."""
+        self._order.drop(turn)
 
     def _opened(self, arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
         if self._ending is not None:
@@ -254,48 +266,34 @@ class Host:
         elif padding != os.environ.get(AUTO_PADDING):
             os.environ[AUTO_PADDING] = padding
 
-    def _not_built(self, role: str, error: BaseException) -> BaseException:
-        return self._failure(role, "__init__", error)
-
     def _failure(self, role: str, method: str, error: BaseException) -> BaseException:
-        """What to raise for `error`; one that another worker raised passes as it is."""
+        """What to raise for `error`; one that another worker raised passes as it is, and so do
+        Ray's own requests to end, such as for SIGTERM.
+        """
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, WorkerError):
+        if isinstance(cause, WorkerError | CallDroppedError) or hasattr(cause, "ray_terminate_msg"):
             return cause
-        shown = own_traceback(error, _OURS)
         where: dict[str, Any] = {
             "role": role,
             "method": method,
             "rank": self._context.rank,
             "node_ip": self._process.node_ip,
             "pid": self._process.pid,
-            "remote_traceback": shown,
+            "remote_traceback": own_traceback(error, _OURS),
             "when": time.time(),
+            "log_tail": log_tail(self._process),
         }
-        if isinstance(error, SystemExit):
-            return self._ends(error, where)
-        return WorkerError.wrap(
-            error,
-            ray.cloudpickle.dumps,  # pyright: ignore[reportAttributeAccessIssue]
-            log_tail=log_tail(self._process),
-            **where,
-        )
-
-    def _ends(self, request: SystemExit, where: Mapping[str, Any]) -> BaseException:
-        """End this process as a worker asked, once the caller has been told: Ray would lose what
-        was said. Ray's own requests, such as for SIGTERM, are left to it.
-        """
-        if hasattr(request, "ray_terminate_msg"):
-            return request
-        with contextlib.suppress(OSError):
-            os.write(2, where["remote_traceback"].encode())
-        code = exit_code(request)
+        if not isinstance(error, SystemExit):
+            pickles: Any = ray.cloudpickle.dumps  # pyright: ignore[reportAttributeAccessIssue]
+            return WorkerError.wrap(error, pickles, **where)
+        # The process ends as the worker asked, once the caller has been told: Ray would lose what
+        # was said.
+        code = exit_code(error)
         self._ending = WorkerDiedError(
             "{role}.{method}: rank {rank} (node {node_ip}, pid {pid}) died: it exited with code "
-            "{code}, by sys.exit({asked!r})".format(**where, code=code, asked=request.code),
+            "{code}, by sys.exit({asked!r})".format(**where, code=code, asked=error.code),
             **where,
             exit_code=code,
-            log_tail=log_tail(self._process),
         )
         this = ray.get_runtime_context().current_actor  # kept: in ray 2.41 a method does not
         this.leave.remote(code)
@@ -305,143 +303,28 @@ class Host:
         """The time of this process, and what it noted for a trace."""
         return harvest()
 
-    def leave(self, code: int) -> None:
+    async def leave(self, code: int) -> None:
         """End this process."""
-        sys.exit(code)
-
-
-class AsyncHost(Host):
-    """A host with `async def` methods: those interleave, the others run in order on its loop.
-
-    Ray starts an async actor's tasks in any order, so each call waits for its turn: calls start
-    in the order in which their caller sent them. A turn ends when an async method has started
-    and when another has finished. While a turn waits for arguments the loop runs on, so that an
-    async method of this very host can produce them: a turn waits only for calls sent before it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Ray warns of a `ray.get` that would block the loop; the ones here wait in threads.
-        ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
-        self._next: dict[str, int] = {}
-        self._waiting: dict[tuple[str, int], asyncio.Event] = {}
-        self._dropped: set[tuple[str, int]] = set()
-        self._awaiting: set[Coroutine[Any, Any, Any]] = set()
-
-    async def call(self, arrived: Any = None) -> Any:
-        head, message, parts = self._opened(arrived)
-        place = self._shelf.open(head.keeps) if head.keeps is not None else None
-        interleaves, run = False, None
-        try:
-            await self._turn(head.turn)
-            # What is here is claimed now: its release may have the next turn.
-            kept = self._claimed(head)
-            method = getattr(self._workers[head.role], head.method)
-            run = self._run(method, head, message, parts, kept, place)
-            interleaves = inspect.iscoroutinefunction(method)
-            if interleaves:
-                self._awaiting.add(run)
-                self._end_turn(head.turn)
-            return await run
-        except BaseException as error:
-            if place is not None:
-                place.fail()
-            if isinstance(error, CallDroppedError):
-                raise
-            raise self._failure(head.role, head.method, error) from None
-        finally:
-            if not interleaves:
-                self._end_turn(head.turn)
-            elif run is not None:
-                self._awaiting.discard(run)
-
-    async def _run(
-        self,
-        method: Any,
-        head: Head,
-        message: Any,
-        parts: Sequence[Any],
-        kept: Mapping[tuple[str, int], Kept],
-        place: Kept | None,
-    ) -> Any:
-        began, rank = now_ns(), self._context.rank
-        try:
-            with reading_pairs() if parts else _NO_PAIRS as opened:
-                if parts or not isinstance(message, Message) or message.held:
-                    args, kwargs = await in_thread(read, head, message, parts, kept, rank, opened)
-                else:
-                    args, kwargs = read(head, message, parts, kept, rank, opened)
-                read_ns = began, now_ns()
-                untouched = Untouched(args, kwargs) if head.reads_only else None
-                with running(head.mark, head.title, read_ns):
-                    output = method(*args, **kwargs)
-                    output = await output if inspect.isawaitable(output) else output
-            if head.lent:
-                self._shelf.check_lent(head.lent, head.title)
-            return _outgoing(head, output, place, untouched)
-        finally:
-            _settle()
-
-    @ray.method(num_returns=2)
-    async def publish(
-        self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
-    ) -> tuple[Message | None, int]:
-        kept = self._shelf.publication(token)
-        await kept.made.wait()
-        needed = wanted is None or await in_thread(_is_needed, wanted)
-        return kept.published(columns, lends) if needed else (None, 0)
-
-    async def stream(self, token: str, offer: Offer, turn: Any) -> int:  # type: ignore[override]
-        kept, reply, title = self._shelf.publication(token), None, ""
-        try:
-            await self._turn(turn)
-            await kept.made.wait()
-            pairs, title = kept.pairs()
-            steps = made(pairs, title, offer)
-            while True:
-                reply = await steps.send(reply)[1]
-        except StopIteration as end:
-            return int(end.value)
-        except BaseException as error:
-            role, _, method = title.rpartition(".")
-            raise self._failure(role, method, error) from None
-        finally:
-            self._end_turn(turn)
-
-    async def weigh(self, message: Message) -> Any:
-        return _each(await in_thread(_read_elsewhere, message))
-
-    async def resolve(self, message: Message) -> Any:
-        return _each(await in_thread(_resolved, message))
-
-    async def release(self, token: str, publications: int, turn: Any) -> None:  # type: ignore[override]
-        await self._turn(turn)
-        self._end_turn(turn)
-        self._shelf.release(token, publications)
-
-    async def restore(self) -> None:  # type: ignore[override]
-        for role, hook in restore_hooks(self._workers):
-            try:
-                done = hook()
-                if inspect.isawaitable(done):
-                    await done
-            except (Exception, SystemExit) as error:
-                raise self._failure(role, "restore", error) from None
-
-    async def leave(self, code: int) -> None:  # type: ignore[override]
         await asyncio.sleep(_TOLD_S)  # tasks interleave, and the answer is to leave before this
         os._exit(code)  # sys.exit would end the loop and leave the process
 
-    async def coroutines(self) -> str:
-        """What the calls in this process await, where its loop runs."""
-        return coroutine_stacks(self._awaiting, _OURS)
 
-    async def drop(self, turn: tuple[str, int]) -> None:
-        """Do not run a call whose turn has not come."""
-        if self._next.get(turn[0], 0) <= turn[1]:
-            self._dropped.add(turn)
+class _Order:
+    """Starts calls in the order in which their caller sent them, which Ray does not keep for actors
+    on a loop.
 
-    async def _turn(self, turn: tuple[str, int] | None) -> None:
+    A turn ends when an async method has started and when another has finished. While a turn waits
+    for arguments the loop runs on, so that an async method of this very host can produce them: a
+    turn waits only for calls sent before it.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[str, int] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Event] = {}
+        self._dropped: set[tuple[str, int]] = set()
+
+    async def begin(self, turn: tuple[str, int] | None) -> None:
+        """Wait for the turn, if there are any. Raises CallDroppedError."""
         if turn is not None:
             caller, number = turn
             if self._next.setdefault(caller, 0) != number:
@@ -450,18 +333,70 @@ class AsyncHost(Host):
             if turn in self._dropped:
                 raise CallDroppedError
 
-    def _end_turn(self, turn: tuple[str, int] | None) -> None:
+    def end(self, turn: tuple[str, int] | None) -> None:
         """Let the next call begin, once the loop has passed on what this one returns."""
         if turn is not None:
-            asyncio.get_running_loop().call_soon(self._next_turn, turn)
+            asyncio.get_running_loop().call_soon(self._after, turn)
 
-    def _next_turn(self, turn: tuple[str, int]) -> None:
+    def drop(self, turn: tuple[str, int]) -> None:
+        if self._next.get(turn[0], 0) <= turn[1]:
+            self._dropped.add(turn)
+
+    def _after(self, turn: tuple[str, int]) -> None:
         caller, number = turn
         self._next[caller] = number + 1
         self._dropped.discard(turn)
         event = self._waiting.pop((caller, number + 1), None)
         if event is not None:
             event.set()
+
+
+def _at_once(task: Any) -> Any:
+    """The task as a plain function, for processes in which all that it awaits is there. Ray takes
+    an actor with any `async def` method for one on a loop.
+    """
+
+    @functools.wraps(task)
+    def run(self: Host, *args: Any) -> Any:
+        try:
+            task(self, *args).send(None)
+        except StopIteration as end:
+            return end.value
+        raise AssertionError(f"{task.__name__} waits, and nothing else runs in this process")
+
+    return run
+
+
+class Host(AsyncHost):
+    """One rank's process whose roles have no `async def` methods: calls run one after another on
+    its main thread. They come in order, so that what one reads is there.
+    """
+
+    ordered = True
+    restore = _at_once(AsyncHost.restore)
+    call = _at_once(AsyncHost.call)
+    publish = _at_once(AsyncHost.publish)
+    stream = _at_once(AsyncHost.stream)
+    weigh = _at_once(AsyncHost.weigh)
+    resolve = _at_once(AsyncHost.resolve)
+    release = _at_once(AsyncHost.release)
+
+    def leave(self, code: int) -> None:  # type: ignore[override]
+        sys.exit(code)
+
+
+async def _seen(awaiting: set[Any], awaitable: Any) -> Any:
+    """Await it, for all to see."""
+    awaiting.add(awaitable)
+    try:
+        return await awaitable
+    finally:
+        awaiting.discard(awaitable)
+
+
+async def _aside(here: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """What may wait: in a thread, or `here`, where there is no loop to keep up."""
+    return function(*args) if here else await in_thread(function, *args)
 
 
 def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched | None) -> Any:

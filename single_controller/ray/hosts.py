@@ -29,28 +29,31 @@ from single_controller.ray.failure import (
     CallSite,
     diagnose,
     died,
-    dumps,
-    explain_death,
     get_all,
     not_ready,
+    note_last_words,
+    own_death,
     raised,
     session,
     shown_seconds,
+    stacks_of,
     stuck_ranks,
 )
 from single_controller.ray.host import HostInfo
 from single_controller.ray.placement import actor_info, dead, give_back
-from single_controller.ray.process import ProcessInfo, beside, end, readable
+from single_controller.ray.process import ProcessInfo, beside, end
 from single_controller.ray.stream import relay
 
 __all__ = ["RayHosts", "end_processes", "end_when_dropped", "later"]
 
 _logger = logging.getLogger(__name__)
 
-_LOOP_S = 0.5  # how long a host with a loop gets to say what its calls await
-_END_S = 2.0  # how long processes get to end at Ray's request before they are killed
 _GONE_S = 10.0
 _HARVEST_S = 10.0
+_ELSEWHERE = (
+    "the group was closed or restarted by another process, and these are its former processes: "
+    "take its new ones from there, or by from_detached"
+)
 
 
 class RayHosts(Generation):
@@ -61,11 +64,10 @@ class RayHosts(Generation):
         handles: Sequence[Any],
         names: Sequence[str],
         infos: Sequence[HostInfo],
-        address: tuple[str, int],
-        ordered: bool,
         attached: bool = False,
     ) -> None:
-        super().__init__(infos, infos[0].roles, address)
+        super().__init__(infos, infos[0].roles, infos[0].address)
+        self.ordered = infos[0].ordered
         self.handles, self.names, self.attached = list(handles), list(names), attached
         # See remote_batch.
         self.read_elsewhere: dict[tuple[str, str], set[tuple[int, Any, bool]]] = {}
@@ -73,12 +75,10 @@ class RayHosts(Generation):
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
         self._callables: dict[str, list[Any]] = {}
         self._caller = uuid.uuid4().hex
-        self._turns = None if ordered else [0] * len(self.handles)
-        self._running: tuple[tuple[int, Any, str], ...] = ()  # rank, reference, why
-        # Held for `broken`, `_running` and `_lent`, never while waiting.
-        self._noting = threading.Lock()
+        self._turns = [0] * len(self.handles)
+        self._running: dict[Any, tuple[int, str]] = {}  # by reference: which rank, and why
         self._relay: Any = None
-        self._lent: list[Any] = []  # results in device memory that other processes read
+        self._lent: dict[Any, None] = {}  # results in device memory that other processes read
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
         if _started.acquire(blocking=False):  # here, since no garbage collection may start it
@@ -94,39 +94,29 @@ class RayHosts(Generation):
         """
         refs = [handle.whoami.remote() for handle in handles]
         try:
-            found = get_all(refs, timeout_s, "attaching", range(len(refs)))
+            infos: list[HostInfo] = get_all(refs, timeout_s, "attaching", range(len(refs)))
         except GetTimeoutError:
             late = not_ready(refs, 0)
-            which = [names[i] for i in late] if names else f"number {late} of worker_handles"
             raise CallTimeoutError(
-                f"workers {which} had not answered after startup_timeout_s="
-                f"{shown_seconds(timeout_s)}: a call keeps them busy, perhaps another driver's. "
-                "Attach once it has ended, or give it more time",
+                f"workers {[names[i] for i in late] if names else late} had not answered after "
+                f"startup_timeout_s={timeout_s:g}: a call keeps them busy, perhaps another "
+                "driver's. Attach once it has ended, or give it more time",
                 late,
             ) from None
-        infos = [info for info, _, _ in found]
-        addresses = {address for _, address, _ in found}
-        order = sorted(range(len(infos)), key=lambda i: infos[i].rank)
-        is_whole = len(addresses) == 1 and [infos[i].rank for i in order] == [*range(len(infos))]
-        if names and not is_whole:
-            raise ValueError(
-                f"workers must be all ranks of one group; got ranks {[i.rank for i in infos]}"
-            )
-        kinds = {(info.roles, ordered) for info, _, ordered in found}
-        if len(kinds) > 1 or len({info.process for info in infos}) < len(infos):
-            raise ValueError(
-                "worker_handles must be different workers with the same roles; got "
-                + ", ".join(f"{'+'.join(info.roles)} in process {info.pid}" for info in infos)
-            )
-        if not is_whole:
-            order = list(range(len(infos)))
-            addresses = {("", 0)}
+        if len(kinds := {(info.roles, info.ordered) for info in infos}) > 1:
+            told = ", ".join(sorted("+".join(roles) for roles, _ in kinds))
+            raise ValueError(f"worker_handles must be workers with the same roles; got {told}")
+        order, ranks = [*range(len(infos))], [info.rank for info in infos]
+        if len({info.address for info in infos}) == 1 and sorted(ranks) == order:
+            order.sort(key=ranks.__getitem__)
+        elif names:
+            raise ValueError(f"workers must be all ranks of one group; got ranks {ranks}")
+        else:
+            infos = [replace(infos[i], rank=i, address=("", 0)) for i in order]
         return cls(
             [handles[i] for i in order],
             [names[i] for i in order] if names else [],
-            [replace(infos[i], rank=rank) for rank, i in enumerate(order)],
-            addresses.pop(),
-            found[0][2],
+            [infos[i] for i in order],
             attached=True,
         )
 
@@ -137,19 +127,13 @@ class RayHosts(Generation):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process the hosts have another caller, with an order of its own."""
-        fields = self.handles, self.names, self.infos, self.address, self.ordered, True
-        return RayHosts, fields
-
-    @property
-    def ordered(self) -> bool:
-        """Whether Ray keeps the order of calls."""
-        return self._turns is None
+        return RayHosts, (self.handles, self.names, self.infos, True)
 
     def turn(self, rank: int) -> tuple[str, int] | None:
         """Take the next call's place in a rank's order, where Ray keeps none; no place is given
         twice, whatever becomes of the call.
         """
-        if self._turns is None:
+        if self.ordered:
             return None
         number = self._turns[rank]
         self._turns[rank] = number + 1
@@ -157,15 +141,14 @@ class RayHosts(Generation):
 
     def lend(self, loan: Any) -> None:
         """Note what calls that may not have ended read in the memory of these hosts."""
-        with self._noting:
-            if loan not in self._lent:
-                self._lent.append(loan)
+        self._lent[loan] = None
 
     def lent(self) -> tuple[str, ...]:
         """The tokens of results that calls read there which have not ended."""
-        with self._noting:
-            self._lent = [loan for loan in self._lent if loan.lasts()]
-            return tuple([loan.token for loan in self._lent])
+        for loan in [*self._lent]:
+            if not loan.lasts():
+                self._lent.pop(loan, None)
+        return tuple([loan.token for loan in [*self._lent]])
 
     def relay(self) -> Any:
         """The relay of what its ranks send in buckets."""
@@ -211,11 +194,10 @@ class RayHosts(Generation):
         """A rank whose process has ended, if there is one; the group is broken from then on."""
         if self.ended or self.gone or not (ranks := self._dead()) or self.ended:
             return None
-        rank = ranks[0]
-        site = self.sites("+".join(self.roles), "no call")[rank]
-        death = died(site, str(actor_info(self._ids[rank]).death_cause))
-        death = explain_death(death, self.infos[rank].process)
-        self._break(self._ended_elsewhere(rank) or f"the group lost a rank: {death.args[0]}")
+        site = self.sites("+".join(self.roles), "no call")[ranks[0]]
+        death = died(site, str(actor_info(self._ids[site.rank]).death_cause))
+        note_last_words(death, self.infos[site.rank].process)
+        self._lose(death)
         return death
 
     def states(self) -> list[RankState]:
@@ -252,60 +234,45 @@ class RayHosts(Generation):
         return found
 
     def stacks(self, ranks: Iterable[int] | None = None) -> dict[int, str]:
-        """By rank, the Python stacks of the threads that run the user's code, whatever the
-        process is doing; with `async def` methods, what their coroutines await as well.
+        """By rank, the Python stacks of the threads that run the user's code, and what coroutines
+        of `async def` methods await; or why the process does not say.
 
         Raises:
             GroupBrokenError: Ray was shut down.
         """
         self.check_there()
-        chosen = range(len(self.infos)) if ranks is None else list(ranks)
         processes = self.processes
-        awaited = self._awaited(chosen)
-        found = dumps({rank: processes[rank] for rank in chosen if not awaited.get(rank)})
-        return {rank: awaited.get(rank) or readable(found[rank]) for rank in chosen}
-
-    def _awaited(self, ranks: Iterable[int]) -> dict[int, str]:
-        if self._turns is None:
-            return {}
-        refs = {self.handles[rank].coroutines.remote(): rank for rank in ranks}
-        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_LOOP_S)
-        found = {}
-        for ref in ready:
-            with contextlib.suppress(Exception):  # the rank is gone, and its stack says so
-                found[refs[ref]] = ray.get(ref)
-        return found
+        asked = processes if ranks is None else ranks
+        return stacks_of({rank: processes[rank] for rank in asked})
 
     def harvest(self) -> tuple[dict[str, tuple[int, Sequence[Event]]], list[str]]:
-        """By name, each process's time and its notes for a trace; whose are missing, and why."""
+        """By name, each process's time and its notes for a trace; whose are missing."""
         roles = "+".join(self.roles)
         names = [f"{roles} rank {i.rank} on {i.node_ip}, pid {i.pid}" for i in self.infos]
         if self.gone:
-            return {}, [f"{name}: Ray was shut down before it was asked" for name in names]
+            return {}, names
         refs = [handle.trace_harvest.remote() for handle in self.handles]
         ray.wait(refs, num_returns=len(refs), timeout=_HARVEST_S)
         found: dict[str, tuple[int, Sequence[Event]]] = {}
-        missing = []
         for name, ref in zip(names, refs, strict=True):
-            try:
+            with contextlib.suppress(Exception):  # it has ended, or is busy
                 found[name] = ray.get(ref, timeout=0)
-            except Exception as error:
-                missing.append(f"{name}: {type(error).__name__} when asked for its spans")
-        return found, missing
+        return found, [name for name in names if name not in found]
 
     def look(self) -> None:
         if self._half_sent:
             with self.sending:  # or it is merely being sent
                 self._check_whole()
-        if not self.settle(0) and (running := self._running):
-            why = running[0][2]
-            self._end_stuck(stuck_ranks(self._processes_of(running)), why)
-            if self.broken is None:
-                ranks = sorted({rank for rank, _, _ in running})
-                raise GroupBrokenError(
-                    f"ranks {ranks} are still in a call that {why}. Calls are taken again once it "
-                    "has ended; restart() the group to end it, or close() it"
-                )
+        if self.settle(0) or not (running := [*self._running.values()]):
+            return
+        why, ranks = running[0][1], sorted({rank for rank, _ in running})
+        if stuck := stuck_ranks({rank: self.infos[rank].process for rank in ranks}):
+            self._end_stuck([*stuck], why)
+        if self.broken is None:
+            raise GroupBrokenError(
+                f"ranks {ranks} are still in a call that {why}. Calls are taken again once it has "
+                "ended; restart() the group to end it, or close() it"
+            )
 
     @property
     def gone(self) -> bool:
@@ -317,19 +284,13 @@ class RayHosts(Generation):
         if self.gone:
             raise GroupBrokenError(GONE)
 
-    def _processes_of(self, running: Iterable[tuple[int, Any, str]]) -> dict[int, ProcessInfo]:
-        processes = self.processes
-        return {rank: processes[rank] for rank, _, _ in running}
-
     def settle(self, timeout_s: float) -> bool:
         """Wait for the ranks that were still busy when a call failed; whether they finished."""
-        if self._running:
-            refs = [ref for _, ref, _ in self._running]
+        if refs := [*self._running]:
             done, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=False)
             _read(done)
-            ended = set(done)
-            with self._noting:
-                self._running = tuple(item for item in self._running if item[1] not in ended)
+            for ref in done:
+                self._running.pop(ref, None)
         return not self._running
 
     def failed(self, error: Exception, refs: Sequence[Any], sites: Sequence[CallSite]) -> Exception:
@@ -338,101 +299,72 @@ class RayHosts(Generation):
             return GroupBrokenError(self.ended)
         if self.gone:
             return GroupBrokenError(GONE)
-        diagnosis = diagnose(error, refs, sites, self.processes)
-        first = diagnosis.error
-        if diagnosis.own_death and isinstance(first, WorkerDiedError):
-            if self.broken is None and (elsewhere := self._ended_elsewhere(first.rank)):
-                self._break(elsewhere)
-                return GroupBrokenError(elsewhere)
-            first = explain_death(first, self.infos[first.rank].process)
-        why = first.args[0]
-        self._note_running(diagnosis.running, f"failed elsewhere: {why}")
-        if diagnosis.own_death:
-            self._break(f"the group lost a rank: {why}")
-        self._end_stuck(diagnosis.stuck, f"failed elsewhere: {why}")
+        first = diagnose(error, refs, sites, self.processes)
+        if own_death(first, self.processes):
+            first = self._lose(first)
+        why = f"failed elsewhere: {first.args[0]}"
+        self._note_late(refs, sites, why)
+        if stuck := [*getattr(first, "stuck", ())]:
+            self._end_stuck(stuck, why)
         return first
 
-    def _ended_elsewhere(self, rank: int) -> str | None:
-        """What became of a group that another process closed, restarted or killed; None where the
-        rank ended by itself.
-        """
-        key = self._ids[rank]
-        found = actor_info(key)
-        context = found.death_cause.actor_died_error_context
-        if context.reason != type(context).RAY_KILL:  # by which groups are ended
-            return None
-        with contextlib.suppress(ValueError):  # there is nobody of that name
-            if ray.get_actor(found.name)._actor_id.hex() != key:
-                return (
-                    "the group was restarted by another process, and these are its former "
-                    "processes: take its new ones from there, or by from_detached"
-                )
-        return "the group was closed, or is being restarted, by another process"
+    def _lose(self, death: WorkerDiedError) -> Exception:
+        """Note the death of a rank; the error to raise."""
+        context = actor_info(self._ids[death.rank]).death_cause.actor_died_error_context
+        if self.broken is None and context.reason == type(context).RAY_KILL:  # as groups are ended
+            self._break(_ELSEWHERE)
+            return GroupBrokenError(_ELSEWHERE)
+        self._break(f"the group lost a rank: {death.args[0]}")
+        return death
 
-    def _end_stuck(self, stuck: Mapping[int, str], why: str) -> None:
-        if stuck:
-            self._break(f"ranks {list(stuck)} waited in a collective of a call that {why}")
-            end_processes(
-                [self.handles[rank] for rank in stuck], [self.infos[r].process for r in stuck], 0
-            )
-            self.settle(_LOOP_S)
+    def _end_stuck(self, ranks: Sequence[int], why: str) -> None:
+        self._break(f"ranks {ranks} waited in a collective of a call that {why}")
+        end_processes([self.handles[r] for r in ranks], [self.infos[r].process for r in ranks])
 
     def _break(self, why: str) -> None:
-        with self._noting:
-            if self.broken is not None:
-                return
+        if self.broken is None:
             self.broken = why
-        _logger.error(why)
+            _logger.error(why)
 
     def timed_out(
         self, refs: Sequence[Any], sites: Sequence[CallSite], timeout_s: float, give_up: bool
     ) -> CallTimeoutError:
         """The error to raise for ranks still running; with `give_up`, note them for later calls."""
-        title = f"{sites[0].role}.{sites[0].method}"
-        late = not_ready(refs, 0)
-        ranks = [sites[i].rank for i in late]
+        title, after = f"{sites[0].role}.{sites[0].method}", f"after {shown_seconds(timeout_s)} s"
         if give_up:
-            why = f"was given up after {shown_seconds(timeout_s)} s ({title})"
-            self._note_running([(sites[i].rank, refs[i]) for i in late], why)
-        return CallTimeoutError(
-            f"{title}: ranks {ranks} of {len(self.handles)} had not "
-            f"finished after {shown_seconds(timeout_s)} s",
-            ranks,
-            self.stacks(ranks),
-        )
+            self._note_late(refs, sites, f"was given up {after} ({title})")
+        ranks = [sites[i].rank for i in not_ready(refs, 0)]
+        text = f"{title}: ranks {ranks} of {len(self.handles)} had not finished {after}"
+        return CallTimeoutError(text, ranks, self.stacks(ranks))
 
     def interrupted(self, refs: Sequence[Any], sites: Sequence[CallSite]) -> None:
         """Note that the driver stopped waiting for a call, as after Ctrl-C."""
-        ranks = [(site.rank, ref) for ref, site in zip(refs, sites, strict=True)]
-        self._note_running(ranks, "was interrupted")
+        self._note_late(refs, sites, "was interrupted")
 
-    def _note_running(self, running: Sequence[tuple[int, Any]], why: str) -> None:
-        with self._noting:
-            known = {ref for _, ref, _ in self._running}
-            added = tuple((rank, ref, why) for rank, ref in running if ref not in known)
-            self._running = (*self._running, *added)
+    def _note_late(self, refs: Sequence[Any], sites: Sequence[CallSite], why: str) -> None:
+        for i in not_ready(refs, 0):
+            self._running.setdefault(refs[i], (sites[i].rank, why))
 
     def end(self, why: str) -> None:
         was_ended, self.ended = self.ended is not None, self.ended or why
         if not was_ended and not self.gone:
             left(self)
-            end_processes(self.handles, list(self.processes.values()), _END_S)
+            end_processes(self.handles, list(self.processes.values()))
             if self._relay is not None:
                 ray.kill(self._relay)
-            _read([ref for _, ref, _ in self._running])
+            _read([*self._running])
             if self.attached and not self.replaced:
                 # Detached placement groups that nothing else runs in go with them.
                 give_back(self._ids)
-        with self._noting:
-            self._running = ()
+        self._running.clear()
 
 
-def end_processes(handles: Sequence[Any], processes: Sequence[ProcessInfo], grace_s: float) -> None:
+def end_processes(handles: Sequence[Any], processes: Sequence[ProcessInfo]) -> None:
     """End hosts, also stopped ones, and return when they are gone."""
     for handle in handles:
         with contextlib.suppress(Exception):
             ray.kill(handle)
-    beside(end, processes, grace_s + _GONE_S, grace_s=grace_s)
+    beside(end, processes, _GONE_S)
 
 
 def _read(refs: Sequence[Any]) -> None:

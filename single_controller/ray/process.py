@@ -1,33 +1,35 @@
 """Where a rank runs: its process, as others on its node see it, and its device.
 
-`arrive` prepares the process itself. All else runs beside it, also where it never comes back from C
-code: its stacks, its log, its end, and the end of what it has started.
+`arrive` prepares the process itself. All else is done beside it: reading its stacks and its log,
+its end, and the end of what it has started.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import fcntl
 import logging
 import os
-import platform
-import re
 import signal
+import socket
+import struct
 import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from traceback import walk_stack
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from single_controller.base.worker import coroutine_stacks, own_frames
 from single_controller.device import DeviceKind
 from single_controller.errors import ResourceError
 
@@ -42,9 +44,8 @@ __all__ = [
     "identify",
     "is_running",
     "log_tail",
-    "read_ends",
+    "read_logs",
     "read_stacks",
-    "readable",
     "versions",
 ]
 
@@ -52,26 +53,23 @@ _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SIGNAL = getattr(signal, "SIGRTMIN", 0) + 7  # a real-time one: programs use those with names
-_STACKS = "stacks"  # the file in memory that they are written to
 _POLL_S = 0.01
-_QUIET_S = 0.03
-_ASKED_S = 0.5  # how long a process gets to write its stacks by itself; it takes milliseconds
-_STACKS_S = 1.0  # how long when it is made to
-_EXIT_S = 1.0  # how long a process that Ray calls dead may take to be gone
-_MAY_LACK = ("single-controller", "safetensors")  # PYTHONPATH has the one; few need the other
+_ASKED_S = 1.0  # how long a process gets to tell its stacks; it takes milliseconds
+_CREDENTIALS = struct.Struct("3i")  # the process, user and group at the other end of a socket
+_EXIT_S = 1.0  # how long a process that Ray ends, or calls dead, may take to be gone
+_END_S = 5.0  # how long one that was killed may, with what it had started
 _LOG_BYTES, _LOG_LINES = 16_384, 20
 
 _MARK = "WG_PROCESS"  # what a process starts inherits it, also in a session of its own
-_PASSES = 3  # over all processes of the node: what is about to end may start others
-_WATCHER = f"""
-tail --pid="$1" -f /dev/null || exit
+_WATCHER = """
+echo $$
+exec >/dev/null
+tail -s 0.1 --pid="$1" -f /dev/null || exit
 kill -9 "-$1"
-for pass in $(seq {_PASSES}); do
-    for file in $(grep -lzsxF "$2" /proc/[0-9]*/environ); do
-        file=${{file%/environ}}
-        kill -9 "${{file#/proc/}}"
-    done
+for pass in $(seq 50); do
+    found=$(grep -lzsxF "$2" /proc/[0-9]*/environ | tr -dc '0-9\\n')
+    [ "$found" ] || break
+    kill -9 $found
 done
 """
 
@@ -79,7 +77,8 @@ done
 @dataclass(frozen=True)
 class ProcessInfo:
     """A process, its node, and where its log is. `started` is the kernel's time of its start, since
-    numbers of processes are used again; 0 where it is not known.
+    numbers of processes are used again; `watcher` ends what it has started, and then itself. Both
+    are 0 where they are not known.
     """
 
     node_id: str
@@ -87,62 +86,65 @@ class ProcessInfo:
     pid: int
     started: int = 0
     log: str = ""
+    watcher: int = 0
 
 
-def arrive(node_id: str, node_ip: str) -> tuple[ProcessInfo, dict[str, str]]:
-    """Let this process write all threads' stacks when asked to; who it is, with what versions.
-
-    A thread does, which needs the GIL: nothing else runs Python meanwhile. Only while another one
-    holds the GIL for good, a signal is needed, in whose handler C code writes; where threads ran
-    on, that would now and then read what they have just freed, and crash. The file is in memory and
-    goes with the process; its name has the pipe to ask by.
+def arrive(
+    node_id: str, node_ip: str, coroutines: Collection[Any]
+) -> tuple[ProcessInfo, dict[str, str]]:
+    """Let others on this node see this process's stacks, and what its `coroutines` await; who it
+    is, with what versions.
     """
-    if hasattr(os, "memfd_create"):
-        asked, asks = os.pipe()
-        descriptor = os.memfd_create(f"{_STACKS}:{asks}:")
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # whoever reads it empties it
-        faulthandler.register(_SIGNAL, file=descriptor, all_threads=True)
-        answers = asked, descriptor
-        threading.Thread(target=_answer, args=answers, name=_STACKS, daemon=True).start()
-    found, log = _stat(os.getpid()), ""
+    pid, log = os.getpid(), ""
+    found = _stat(pid)
+    started = found.started if found else 0
     with contextlib.suppress(OSError):
         log = os.readlink("/proc/self/fd/2")
-    process = ProcessInfo(node_id, node_ip, os.getpid(), found.started if found else 0, log)
-    _have_heirs_ended(process)
-    return process, versions()
+    with contextlib.suppress(OSError):  # no Linux
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(_address(pid, started))
+        listening.listen()
+        answers = listening, coroutines
+        threading.Thread(target=_answer, args=answers, name="stacks", daemon=True).start()
+    return ProcessInfo(node_id, node_ip, pid, started, log, _watched(pid, started)), versions()
 
 
-def _answer(asked: int, descriptor: int) -> None:
-    while os.read(asked, 1_024):
-        faulthandler.dump_traceback(descriptor, all_threads=True)
+def _address(pid: int, started: int) -> str:
+    return f"\0single_controller:{pid}:{started}"  # in no folder, and gone with the process
 
 
-def _have_heirs_ended(process: ProcessInfo) -> None:
-    """End what this process starts when it ends itself, however that may be. Ray only kills
-    children, and only where their parent can still do it; so a shell watches. It is nobody's child.
-    Forks do not show the mark; a group of its own is what they have in common with this process.
+def _answer(listening: socket.socket, coroutines: Collection[Any]) -> None:
+    while True:
+        asks, _ = listening.accept()
+        with asks, contextlib.suppress(OSError):  # whoever asked has left
+            who = asks.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            if _CREDENTIALS.unpack(who)[1] in (0, os.getuid()):
+                asks.sendall(_own_stacks(coroutines).encode())
+
+
+def _watched(pid: int, started: int) -> int:
+    """Have what this process starts ended when it ends itself, however that may be; the watcher's
+    number. Ray only kills children, and only where their parent can still do it; so a shell
+    watches, which is nobody's child. Forks do not show the mark; a group of its own is what they
+    have in common with this process.
     """
     with contextlib.suppress(OSError):  # it leads a session
         os.setpgid(0, 0)  # ray 2.41 starts it in its own group
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
-    os.environ[_MARK] = mark = f"{process.pid}:{process.started}"
-    watcher = ["sh", "-c", _WATCHER, "watcher", str(process.pid), f"{_MARK}={mark}"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no Linux, or a bare one
-        subprocess.run(
-            ["setsid", "--fork", *watcher],
-            env=environment,
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=5,
-            check=False,
-        )
+    os.environ[_MARK] = mark = f"{pid}:{started}"
+    command = ["setsid", "--fork", "sh", "-c", _WATCHER, "watcher", str(pid), f"{_MARK}={mark}"]
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):  # no Linux
+        options: Any = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 5}
+        told = subprocess.check_output(command, env=environment, cwd="/", **options)
+        return int(told)
+    return 0
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of packages as they are installed; none is imported."""
-    found = {"python": platform.python_version()}
+    """Python's, without its last digit, and those of packages as they are installed; none is
+    imported.
+    """
+    found = {"python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
     for name in ("ray", "single-controller", "torch", "tensordict", "numpy", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
@@ -153,34 +155,27 @@ def check_versions(found: Sequence[Mapping[str, str]], processes: Sequence[Proce
     """Log which of the versions that ranks found are not this process's.
 
     Raises:
-        ResourceError: what one pickles, another may not read, or ranks may not meet.
+        ResourceError: what one pickles, another may not read.
     """
     own, others = versions(), defaultdict(list)
     for rank, theirs in enumerate(found):
-        for name in own.keys() | theirs.keys():
-            version, here = theirs.get(name, "none"), own.get(name, "none")
-            if version != here and not (name in _MAY_LACK and "none" in (version, here)):
-                others[name, version, here].append(rank)
-    told, fatal = [], len({_minor(theirs["torch"]) for theirs in found if "torch" in theirs}) > 1
-    for (name, version, here), ranks in sorted(others.items()):
+        for name in own.keys() & theirs.keys():
+            if theirs[name] != own[name]:
+                others[name, theirs[name]].append(rank)
+    if not others:
+        return
+    told = []
+    for (name, version), ranks in sorted(others.items()):
         nodes = ", ".join(sorted({processes[rank].node_ip for rank in ranks}))
-        told.append(f"{name} {version} instead of {here} on {nodes} (ranks {ranks})")
-        fatal |= name in ("ray", "single-controller") and "none" not in (version, here)
-        fatal |= name == "python" and _minor(version) != _minor(here)
+        told.append(f"{name} {version} instead of {own[name]} on {nodes} (ranks {ranks})")
     text = f"ranks have other versions than the driver: {'; '.join(told)}"
-    if fatal:
+    if {name for name, _ in others} & {"python", "ray", "single-controller"}:
         raise ResourceError(f"{text}. Install the same ones: calls travel by pickle")
-    if told:
-        _logger.warning(text)
-
-
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split(".")[:2])
+    _logger.warning(text)
 
 
 class _Stat(NamedTuple):
     state: str
-    group: int
     started: int
 
 
@@ -190,7 +185,7 @@ def _stat(pid: int) -> _Stat | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else _Stat(fields[0], int(fields[2]), int(fields[19]))
+    return None if fields[0] in "ZX" else _Stat(fields[0], int(fields[19]))
 
 
 def is_running(process: ProcessInfo) -> bool:
@@ -203,10 +198,9 @@ def beside(
     function: Callable[..., list[T]],
     processes: Sequence[ProcessInfo],
     timeout_s: float,
-    **options: Any,
 ) -> list[T | None]:
-    """`function(processes, **options)`, of those here, run on each one's own node with those of
-    that node: one result for each, None where its node did not answer within `timeout_s`.
+    """`function(processes)`, of those here, run on each one's own node with those of that node: one
+    result for each, None where its node did not answer within `timeout_s`.
     """
     results: dict[ProcessInfo, T] = {}
     on_node: dict[str, list[ProcessInfo]] = {}
@@ -217,9 +211,9 @@ def beside(
     tasks = {}
     for node_id, there in on_node.items():
         place = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        tasks[remote.options(scheduling_strategy=place).remote(there, **options)] = there
+        tasks[remote.options(scheduling_strategy=place).remote(there)] = there
     if local:
-        results.update(zip(local, function(local, **options), strict=True))
+        results.update(zip(local, function(local), strict=True))
     if tasks:
         ready, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout_s)
         for ref in ready:
@@ -231,186 +225,104 @@ def beside(
 
 
 def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
-    """The stack of every thread of each process, as faulthandler writes them, or why not."""
-    files = {process: file for process in processes if (file := _emptied(process))}
-    found: dict[ProcessInfo, str] = {}
-    for tell, seconds in ((_ask, _ASKED_S), (_signal, _STACKS_S)):
-        told = []
-        for process in files.keys() - {process for process, text in found.items() if text}:
-            with contextlib.suppress(OSError):  # it has ended, or has closed the file
-                tell(process, files[process])
-                told.append(process)
-        deadline = time.monotonic() + seconds
-        with ThreadPoolExecutor(len(told) or 1) as threads:
-            texts = threads.map(_written, [files[p] for p in told], [deadline] * len(told))
-            found.update(zip(told, texts, strict=True))
-    return [found.get(process) or _silence(process) for process in processes]
+    """What each process does, as its `_own_stacks` tells, or why it does not say."""
+    with ThreadPoolExecutor(len(processes) or 1) as threads:
+        return [*threads.map(_stacks_of, processes)]
 
 
-def _emptied(process: ProcessInfo) -> Path | None:
-    """The file of a running process that its stacks go to."""
-    with contextlib.suppress(OSError):
-        for file in Path(f"/proc/{process.pid}/fd").iterdir() if is_running(process) else ():
-            if os.readlink(file).startswith(f"/memfd:{_STACKS}:"):
-                os.truncate(file, 0)
-                return file
-    return None
-
-
-def _ask(_: ProcessInfo, file: Path) -> None:
-    with open(file.parent / os.readlink(file).split(":")[2], "wb", buffering=0) as pipe:
-        pipe.write(b"?")
-
-
-def _signal(process: ProcessInfo, _: Path) -> None:
-    os.kill(process.pid, _SIGNAL)
-
-
-def _written(file: Path, deadline: float) -> str:
-    """What came, once no more comes."""
-    text, changed = "", time.monotonic()
-    with contextlib.suppress(OSError):  # it may end meanwhile
-        while True:  # once at least: others may have taken the time
-            before, text, now = text, file.read_text(errors="replace"), time.monotonic()
-            changed = changed if text == before else now
-            if now > deadline or (text and now - changed > _QUIET_S):
-                break
-            time.sleep(_POLL_S)
-    return text.strip() and text
-
-
-def _silence(process: ProcessInfo) -> str:
+def _stacks_of(process: ProcessInfo) -> str:
     found = _stat(process.pid) if is_running(process) else None
-    says = f"does not answer (its state is {found.state})" if found else "has ended"
-    return f"no stack: process {process.pid} {says}"
+    if found is None:
+        return f"no stack: process {process.pid} has ended"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as asks:
+        asks.settimeout(_ASKED_S)
+        asks.connect(_address(process.pid, found.started))
+        with asks.makefile(errors="replace") as told:
+            return told.read()
+    return f"no stack: process {process.pid} does not answer (its state is {found.state})"
 
 
-_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
 _COLLECTIVES = ("/torch/distributed/", "/ray/util/collective/")
-_PACKAGE = os.path.dirname(os.path.dirname(__file__))
-_BATCHES = os.path.join(os.path.dirname(_PACKAGE), "protocol")
-_OURS = tuple(folder + os.sep for folder in (_PACKAGE, _BATCHES, os.path.dirname(ray.__file__)))
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_BATCHES = os.path.join(os.path.dirname(os.path.dirname(_PACKAGE)), "protocol") + os.sep
+_RAY = os.path.dirname(ray.__file__) + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = ("/site-packages/", "/dist-packages/")
-_MAIN = "/default_worker.py"  # where Ray's processes start
-_SERVES = ("actor_method_executor", "async_func", "async_method_executor")  # Ray's side of a call
+_ANOTHER = "\n  -- another thread --\n"
 
 
-class _Frame(NamedTuple):
-    file: str
-    line: str
-    name: str
-
-
-def _is_machinery(frame: _Frame) -> bool:
+def _is_machinery(frame: FrameType) -> bool:
     """Whether it is Ray's, this package's or Python's own."""
-    python = frame.file.startswith(_LIBRARY) and not any(i in frame.file for i in _INSTALLED)
-    return python or frame.file.startswith(("<", *_OURS))
+    file = frame.f_code.co_filename
+    python = file.startswith(_LIBRARY) and not any(part in file for part in _INSTALLED)
+    return python or file.startswith(("<", _PACKAGE, _BATCHES, _RAY))
 
 
-def _threads(dump: str) -> Iterator[list[_Frame]]:
-    """The frames of each thread, the innermost first, as faulthandler writes them; of one that was
-    asked for its stack twice, the last ones.
+def _own_stacks(coroutines: Collection[Any]) -> str:
+    """The stacks of this process's threads that run the user's code, the innermost frame first,
+    and what its coroutines await. Frames below a call's start are Ray's and this package's, and
+    left out.
     """
-    parts = re.split(r"\n?(?:Current thread|Thread) (?=0x)", dump)
-    for part in {part.split(" ", 1)[0]: part for part in parts}.values():
-        if frames := [_Frame(**match.groupdict()) for match in _FRAME.finditer(part)]:
-            yield frames
-
-
-def readable(dump: str) -> str:
-    """The main thread and those that run the user's code, the innermost frame first.
-
-    Frames below a call's start are Ray's and this package's; they are left out, and so are
-    threads that only serve.
-    """
-    shown = []
-    for frames in _threads(dump):
-        main = frames[-1].file.endswith(_MAIN)
-        served = next((i for i, f in enumerate(frames) if f.name in _SERVES), len(frames))
-        if served == len(frames) if main else all(map(_is_machinery, frames)):
+    shown = [coroutine_stacks([*coroutines], (_PACKAGE, _RAY))] if coroutines else []
+    for thread, innermost in sys._current_frames().items():
+        frames = [frame for frame, _ in walk_stack(innermost)]
+        calls = thread == threading.main_thread().ident and any(
+            frame.f_code.co_filename.startswith(_PACKAGE) for frame in frames
+        )
+        if not calls and all(map(_is_machinery, frames)):
             continue  # between calls, or Ray's own
-        lines = [f'  File "{f.file}", line {f.line}, in {f.name}' for f in frames[:served]]
-        while len(lines) > 1 and _is_machinery(frames[len(lines) - 1]):
-            lines.pop()
-        shown.append("\n".join(lines))
-    if shown:
-        return "\n  -- another thread --\n".join(reversed(shown))
-    return dump.strip() if "File" not in dump else "  in no call"
+        while len(frames) > 1 and _is_machinery(frames[-1]):
+            frames.pop()
+        shown.append("\n".join(own_frames(frames, ())) or "  waits for its arguments")
+    return _ANOTHER.join(reversed(shown)) or "  in no call"
 
 
-def collective(dump: str) -> str | None:
+def collective(stacks: str) -> str | None:
     """The stack of a thread that waits in a collective, or to meet for one; None if none does.
 
     Only the innermost frame counts: a model wrapped by torch.distributed computes inside its
     frames. Waiting in the user's own frame, such as `tensor.item()` after an asynchronous
     collective, cannot be told from computing.
     """
-    for frames in _threads(dump):
-        if any(part in frames[0].file for part in _COLLECTIVES):
-            return str(frames)
+    for stack in stacks.split(_ANOTHER):
+        if any(part in stack.partition("\n")[0] for part in _COLLECTIVES):
+            return stack
     return None
 
 
 def log_tail(process: ProcessInfo) -> str:
-    """The last lines on the process's stderr; where there is nothing, on its stdout."""
-    for name in (process.log, process.log.removesuffix(".err") + ".out"):
-        lines: list[str] = []
-        with contextlib.suppress(OSError), open(name, "rb") as file:
-            file.seek(max(0, os.path.getsize(name) - _LOG_BYTES))
-            lines = file.read(_LOG_BYTES).decode(errors="replace").splitlines()
-        lines = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
-        if lines:
-            return "\n".join(lines[-_LOG_LINES:])
-    return ""
+    """The last lines on the process's stderr."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError), open(process.log, "rb") as file:
+        file.seek(max(0, os.path.getsize(process.log) - _LOG_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    own = [line for line in lines if not line.startswith((":job_id:", ":actor_name:"))]
+    return "\n".join(own[-_LOG_LINES:]).rstrip()
 
 
-def read_ends(processes: Sequence[ProcessInfo]) -> list[tuple[bool, str]]:
-    """Whether each process, which Ray says is lost, is gone, and the last lines that it wrote."""
+def read_logs(processes: Sequence[ProcessInfo]) -> list[str]:
+    """The last lines that each process wrote, once it is gone, which Ray says it is."""
     _await_end(processes, _EXIT_S)
-    return [(not is_running(process), log_tail(process)) for process in processes]
+    return [*map(log_tail, processes)]
 
 
-def end(processes: Sequence[ProcessInfo], grace_s: float = 0.0, wait_s: float = 5.0) -> list[bool]:
-    """Kill each process that does not end by itself within `grace_s`, and what they started;
-    whether each is gone.
+def end(processes: Sequence[ProcessInfo]) -> list[bool]:
+    """Kill each process that does not end at Ray's request, and wait for what they have started to
+    be ended, too; whether each is gone.
     """
-    _await_end(processes, grace_s)
-    _kill([process for process in processes if is_running(process)], wait_s)
-    gone = {process for process in processes if not is_running(process)}
-    for _ in range(_PASSES):
-        if not (heirs := _heirs(gone)):
-            break
-        _kill(heirs, wait_s)
-    return [process in gone for process in processes]
-
-
-def _kill(processes: Sequence[ProcessInfo], wait_s: float) -> None:
-    for process in processes:
+    _await_end(processes, _EXIT_S)
+    for process in filter(is_running, processes):
         with contextlib.suppress(OSError):
             os.kill(process.pid, signal.SIGKILL)
-    _await_end(processes, wait_s)
+    watchers = [ProcessInfo("", "", process.watcher) for process in processes if process.watcher]
+    _await_end([*processes, *watchers], _END_S)
+    return [not is_running(process) for process in processes]
 
 
 def _await_end(processes: Sequence[ProcessInfo], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(map(is_running, processes)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-
-
-def _heirs(ended: Collection[ProcessInfo]) -> list[ProcessInfo]:
-    """What processes that have ended left behind: their groups, and whatever has their mark."""
-    marks = {f"{_MARK}={process.pid}:{process.started}".encode() for process in ended}
-    # But not the group of another process that has got the number of one.
-    groups = {process.pid for process in ended if not _stat(process.pid)}
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc") if ended else ())):
-        own: set[bytes] = set()
-        with contextlib.suppress(OSError):  # another user's, or it has ended
-            own.update(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-        if (stat := _stat(pid)) and (marks & own or stat.group in groups):
-            found.append(ProcessInfo("", "", pid, stat.started))
-    return found
 
 
 _P2P_READ = 0  # NVML_P2P_CAPS_INDEX_READ, which pynvml has as a tuple that no call takes
@@ -443,24 +355,22 @@ def identify(kind: DeviceKind, index: int, node_id: str) -> DeviceIdentity | Non
 
 
 def _peers(uuid: str) -> frozenset[str]:
-    """Asked of the driver, since a process does not see the devices of others."""
-    try:
+    """Asked of the driver, since a process does not see the devices of others; none where it does
+    not say.
+    """
+    with contextlib.suppress(Exception):
         from ray._private.thirdparty.pynvml import pynvml as nvml
-    except ImportError:  # this Ray keeps it elsewhere
-        return frozenset()
-    try:
+
         nvml.nvmlInit()
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         found = {_text(nvml.nvmlDeviceGetUUID(handle)): handle for handle in handles}
-        if (mine := found.pop(uuid, None)) is None:
-            return frozenset()
+        mine = found.pop(uuid)
         return frozenset(
             other
             for other, handle in found.items()
             if nvml.nvmlDeviceGetP2PStatus(mine, handle, _P2P_READ) == nvml.NVML_P2P_STATUS_OK
         )
-    except nvml.NVMLError:  # no such driver, or one that does not say: then nobody is read
-        return frozenset()
+    return frozenset()
 
 
 def _text(uuid: Any) -> str:

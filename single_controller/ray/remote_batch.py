@@ -474,7 +474,7 @@ class _Made:
             except GroupBrokenError:
                 raise
             except Exception as error:
-                raise diagnose(error, self.refs, self.sites, {}).error from None
+                raise diagnose(error, self.refs, self.sites, {}) from None
         return self.known
 
 

@@ -9,12 +9,10 @@ import contextlib
 import functools
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from pickle import PicklingError
 from typing import Any
 
 import ray
@@ -23,34 +21,26 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from single_controller.base.dispatch import padding_setting
-from single_controller.base.message import not_sent
-from single_controller.base.plan import named_arguments
-from single_controller.base.roles import ClassWithInitArgs, has_async_method
-from single_controller.base.worker import check_worker_env
+from single_controller.base.roles import has_async_method
+from single_controller.base.worker import WorkerContext, check_worker_env
 from single_controller.device import CPU, DeviceKind
-from single_controller.errors import CallTimeoutError, ResourceError, WorkerDiedError
+from single_controller.errors import CallTimeoutError, ResourceError
 from single_controller.ray.failure import (
     CallSite,
-    Wait,
     diagnose,
-    dumps,
-    explain_death,
     get_all,
     not_ready,
-    standing,
+    stacks_of,
 )
-from single_controller.ray.host import AsyncHost, Host, HostInfo, HostPlace
+from single_controller.ray.host import AsyncHost, Host, HostInfo
 from single_controller.ray.hosts import RayHosts, end_processes
-from single_controller.ray.message import Packer
 from single_controller.ray.placement import Bundle, RayResourcePool, at_once, check_started, crowded
-from single_controller.ray.process import DeviceIdentity, ProcessInfo, check_versions, readable
+from single_controller.ray.process import ProcessInfo, check_versions
 from single_controller.ray.spec import ActorSpec
 
-__all__ = ["Recipe", "check_devices", "running_names"]
+__all__ = ["Recipe", "running_names"]
 
 _ASYNC_CALLS_IN_FLIGHT = 10_000
-_END_S = 1.0
-_LOOK_S = 0.5  # at least, between looks at what keeps processes from starting
 
 
 @dataclass(frozen=True)
@@ -79,31 +69,23 @@ class Recipe:
         label = self.prefix + "_".join(self.spec.roles)
         groups = {key: i for i, key in enumerate(dict.fromkeys(b.group.id for b in bundles))}
         names = [f"{label}_{groups[one.group.id]}:{one.index}" for one in bundles]
-        roles = _stored(self.spec.roles)
+        roles = ray.put(dict(self.spec.roles))
         is_async = has_async_method(self.spec.roles)
         options = self._actor_options(kind, is_async)
         starting = _Starting(self, bundles)
         try:
             starting.launch(_actor_class(is_async), names, options)
-            address = starting.meet()
-            # Before the roles are there, of which two need not fit onto one device.
-            check_devices(starting.set_up(kind, address), self.pool.gpus_per_process)
-            infos: list[HostInfo] = starting.everywhere("build", roles, padding_setting())
+            infos = starting.build(kind, starting.meet(), roles)
             if restored:
-                starting.everywhere("restore")
+                starting.restore()
         except BaseException:
             starting.abandon()
             raise
-        return RayHosts(starting.handles, names, infos, address, ordered=not is_async)
+        return RayHosts(starting.handles, names, infos)
 
     def _actor_options(self, kind: DeviceKind, is_async: bool) -> dict[str, Any]:
         """Ray's options for each host: its share of a bundle, and what the spec says."""
         parts, given = self.pool.max_colocate_count, dict(self.spec.options)
-        if given.get("max_restarts"):
-            raise ValueError(
-                "max_restarts among Ray's options would bring back a process without its roles; "
-                "on_failure='restart' of the group restarts all ranks with theirs"
-            )
         resources = dict(given.pop("resources", None) or {})
         share = _share(self.pool.gpus_per_process, parts)
         made: dict[str, Any] = {"num_cpus": _share(self.pool.cpus_per_process, parts)}
@@ -134,25 +116,12 @@ def _share(amount: float, parts: int) -> float:
     return math.floor(amount / parts * 10_000) / 10_000
 
 
-def _stored(roles: Mapping[str, ClassWithInitArgs]) -> Any:
-    try:
-        return ray.put(dict(roles))
-    except (TypeError, AttributeError, PicklingError) as error:
-        for role, spec in roles.items():
-            parts = [*named_arguments(spec.args, spec.kwargs), ("its class", spec.cls)]
-            found = not_sent(f"{role}.__init__", parts, Packer)
-            if found is not None:
-                raise found from error
-        raise
-
-
 class _Starting:
     """Hosts on their way; `abandon` leaves nothing of them."""
 
     def __init__(self, recipe: Recipe, bundles: Sequence[Bundle]) -> None:
         self.recipe, self.bundles = recipe, bundles
         self.title = "+".join(recipe.spec.roles)
-        self.wait_s = recipe.pool.placement_timeout_s
         self.handles: list[Any] = [None] * len(bundles)
         self.processes: dict[int, ProcessInfo] = {}
 
@@ -164,28 +133,20 @@ class _Starting:
             group = PlacementGroup(bundle.group.id, bundle.group.bundle_specs)
             place = PlacementGroupSchedulingStrategy(group, bundle.index)
             own = {**options, "name": names[rank], "scheduling_strategy": place}
-            try:
-                self.handles[rank] = actor.options(**own).remote()
-            except ValueError as error:
-                raise ResourceError(f"Ray cannot start a host with {own}: {error}") from error
+            self.handles[rank] = actor.options(**own).remote()
 
         one(0)  # which sends the class to the cluster, once
         at_once(one, range(1, len(names)))
 
     def meet(self) -> tuple[str, int]:
         """Wait for all processes, and bind the rendezvous in rank 0's; its address."""
-        recipe, what = self.recipe, f"starting {self.title}"
+        recipe = self.recipe
         arrived = [handle.arrive.remote() for handle in self.handles]
         bound = self.handles[0].bind.remote(
             recipe.master_port or 0, recipe.master_port_range, recipe.master_addr
         )
-        pause, ends = self.wait_s, time.monotonic() + max(self.wait_s, recipe.startup_timeout_s)
-        with Wait(lambda: standing(arrived, what, range(len(arrived)))):
-            while ranks := not_ready(arrived, max(0.0, min(pause, ends - time.monotonic()))):
-                self._check_room(ranks)
-                if time.monotonic() > ends:
-                    raise self._not_started(ranks)
-                pause = max(self.wait_s, _LOOK_S)
+        if late := not_ready(arrived, self.recipe.pool.placement_timeout_s):
+            self._check_room(late)
         processes, found = zip(*self._get(arrived, "arrive"), strict=True)
         self.processes = dict(enumerate(processes))
         check_versions(found, processes)
@@ -199,41 +160,38 @@ class _Starting:
         if any(full):
             raise ResourceError(
                 f"ranks {[*compress(ranks, full)]} got no process within placement_timeout_s="
-                f"{self.wait_s:g}: their bundles have no room left. Close "
+                f"{recipe.pool.placement_timeout_s:g}: their bundles have no room left. Close "
                 "groups on this pool, or raise its max_colocate_count"
             )
 
-    def _not_started(self, ranks: Sequence[int]) -> CallTimeoutError:
-        env = self.recipe.spec.options.get("runtime_env")
-        doing = f"their runtime_env {env} is not set up yet, or" if env else "perhaps"
-        nodes = ", ".join(sorted({self.bundles[rank].node_ip for rank in ranks}))
-        waited_s = max(self.wait_s, self.recipe.startup_timeout_s)
-        return CallTimeoutError(
-            f"ranks {ranks} have no process after startup_timeout_s={waited_s:g}, though their "
-            f"bundles have room: {doing} no Python could start for them. Ray's logs "
-            f"runtime_env_setup-*.log and raylet.out on {nodes} say more",
-            ranks,
-        )
-
-    def set_up(self, kind: DeviceKind, address: tuple[str, int]) -> list[DeviceIdentity | None]:
-        """Tell all processes who they are; their devices."""
+    def build(self, kind: DeviceKind, address: tuple[str, int], roles: Any) -> list[HostInfo]:
+        """Tell all processes who they are, and have them build their roles."""
         nodes = [self.processes[rank].node_id for rank in range(len(self.handles))]
-        on_node, seen = Counter(nodes), Counter[str]()
-        refs = []
+        on_node, seen, refs = Counter(nodes), Counter[str](), []
         for rank, (handle, node) in enumerate(zip(self.handles, nodes, strict=True)):
-            place = HostPlace(rank, len(nodes), seen[node], on_node[node], self.recipe.prefix)
+            context = WorkerContext(
+                rank=rank,
+                world_size=len(nodes),
+                local_world_size=on_node[node],
+                node_rank=seen[node],
+                master_addr=address[0],
+                master_port=address[1],
+                device_name=kind.name,
+                prefix=self.recipe.prefix,
+                backend="ray",
+            )
             seen[node] += 1
-            refs.append(handle.setup.remote(place, kind, address))
-        return self._get(refs, "setup")
+            refs.append(handle.build.remote(context, kind, roles, padding_setting()))
+        return self._get(refs, "build")
 
-    def everywhere(self, step: str, *args: Any) -> list[Any]:
-        """What a method of all hosts returns."""
-        return self._get([getattr(handle, step).remote(*args) for handle in self.handles], step)
+    def restore(self) -> None:
+        """Have the workers do what they do in place of others that have ended."""
+        self._get([handle.restore.remote() for handle in self.handles], "restore")
 
     def abandon(self) -> None:
         """End what was started."""
         with contextlib.suppress(Exception):
-            end_processes(self.handles, list(self.processes.values()), _END_S)
+            end_processes(self.handles, list(self.processes.values()))
 
     def _get(self, refs: Sequence[Any], step: str) -> list[Any]:
         timeout_s = self.recipe.startup_timeout_s
@@ -241,41 +199,22 @@ class _Starting:
             return get_all(refs, timeout_s, f"{step} of {self.title}", range(len(refs)))
         except GetTimeoutError:
             ranks = not_ready(refs, 0)
-            processes = {rank: self.processes[rank] for rank in ranks if rank in self.processes}
-            done = "restored" if step == "restore" else "built"
-            raise CallTimeoutError(
-                f"ranks {ranks} had not {done} their roles {list(self.recipe.spec.roles)} after "
-                f"startup_timeout_s={timeout_s:g}",
-                ranks,
-                {rank: readable(dump) for rank, dump in dumps(processes).items()},
-            ) from None
+            text = f"ranks {ranks} had not finished {step!r} of {self.title} after "
+            text += f"startup_timeout_s={timeout_s:g}"
+            if not self.processes:
+                env = self.recipe.spec.options.get("runtime_env")
+                text += f": no Python could start, or not yet with runtime_env {env}; Ray's logs "
+                text += "runtime_env_setup-*.log and raylet.out say more"
+            late = {rank: self.processes[rank] for rank in ranks if self.processes}
+            raise CallTimeoutError(text, ranks, stacks_of(late)) from None
         except Exception as error:
             method = "__init__" if step == "build" else step
-            found = [
-                self.processes.get(rank) or ProcessInfo("", bundle.node_ip, 0)
+            pids = {rank: process.pid for rank, process in self.processes.items()}
+            sites = [
+                CallSite(self.title, method, rank, bundle.node_ip, pids.get(rank, 0))
                 for rank, bundle in enumerate(self.bundles[: len(refs)])
             ]
-            sites = [CallSite(self.title, method, r, p.node_ip, p.pid) for r, p in enumerate(found)]
-            first = diagnose(error, refs, sites, self.processes).error
-            if isinstance(first, WorkerDiedError) and first.rank in self.processes:
-                first = explain_death(first, self.processes[first.rank])
-            raise first from None
-
-
-def check_devices(devices: Sequence[DeviceIdentity | None], per_process: float) -> None:
-    """Raise ResourceError where ranks share a device, and have not asked for less than one each."""
-    ranks: dict[DeviceIdentity, list[int]] = {}
-    for rank, device in enumerate(devices):
-        if device is not None:
-            ranks.setdefault(device, []).append(rank)
-    shared = {device.uuid: there for device, there in ranks.items() if len(there) > 1}
-    if shared and per_process >= 1:
-        table = "; ".join(f"{uuid}: ranks {there}" for uuid, there in shared.items())
-        raise ResourceError(
-            f"each rank was to have a device of its own, and some share one ({table}). Variables "
-            "such as CUDA_VISIBLE_DEVICES or RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES let them "
-            "see the same devices: unset these, or allow sharing with gpus_per_process=0.5"
-        )
+            raise diagnose(error, refs, sites, self.processes) from None
 
 
 def running_names(prefix: str, spec: ActorSpec | None) -> list[str]:

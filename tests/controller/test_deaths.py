@@ -17,13 +17,15 @@ from single_controller.base.decorator import Dispatch, register
 from single_controller.base.hosts import Hosts
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from single_controller.ray import hosts as owned
+from single_controller.ray.host import HostInfo
 from single_controller.ray.hosts import RayHosts, end_when_dropped
+from single_controller.ray.process import ProcessInfo
 from tests.conformance.probe import Fragile
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
-INFO: Any = SimpleNamespace(roles=("actor",))
+INFO = HostInfo(0, ProcessInfo("", "", 0), "cpu", ("actor",), ordered=False)
 
 
 class Held(Fragile):
@@ -84,7 +86,7 @@ def test_attaching_to_a_busy_group_says_so(group: RayWorkerGroup, tmp_path: Path
     call = group.until.submit(tmp_path / "go")
     with pytest.raises(CallTimeoutError, match=r"workers .*_0:0.*startup_timeout_s=0.1.* busy"):
         RayWorkerGroup.from_detached(worker_names=group.worker_names, startup_timeout_s=0.1)
-    with pytest.raises(CallTimeoutError, match=r"number \[0, 1\] of worker_handles") as caught:
+    with pytest.raises(CallTimeoutError, match=r"workers \[0, 1\] had not") as caught:
         RayWorkerGroup.from_detached(worker_handles=group.workers, startup_timeout_s=0.1)
     assert caught.value.pending_ranks == (0, 1)
     (tmp_path / "go").touch()
@@ -118,23 +120,8 @@ def test_a_call_that_is_interrupted_while_it_is_sent_leaves_a_group_that_says_so
 
 
 def test_a_place_in_the_order_of_calls_is_given_once_whatever_becomes_of_the_call() -> None:
-    hosts = RayHosts([None], ["one"], [INFO], ("", 0), ordered=False)
+    hosts = RayHosts([None], ["one"], [INFO])
     assert [hosts.turn(0)[1] for _ in range(3)] == [0, 1, 2]  # type: ignore[index]
-
-
-def test_what_two_threads_note_of_a_group_at_the_same_time_is_noted_once() -> None:
-    hosts = RayHosts([], [], [INFO], ("", 0), ordered=True)
-    other = threading.Thread(target=hosts._note_running, args=([(0, "a call")], "runs"))
-
-    class Meanwhile(list[tuple[int, Any]]):
-        def __iter__(self) -> Iterator[tuple[int, Any]]:
-            other.start()
-            eventually(lambda: bool(hosts._running), 0.2)  # where nothing keeps the other from it
-            return super().__iter__()
-
-    hosts._note_running(Meanwhile([(0, "a call")]), "runs")
-    other.join()
-    assert hosts._running == ((0, "a call", "runs"),)
 
 
 def test_a_dropped_group_is_ended_by_a_thread_and_not_while_garbage_is_collected() -> None:
@@ -145,7 +132,7 @@ def test_a_dropped_group_is_ended_by_a_thread_and_not_while_garbage_is_collected
         broken="lost a rank",
         end=lambda why: ended_by.append(threading.current_thread().name),
     )
-    RayHosts([], [], [INFO], ("", 0), ordered=True)  # the thread comes with them
+    RayHosts([], [], [INFO])  # the thread comes with them
     dropped = Hosts(hosts)
     end_when_dropped(dropped)
     with threading.Lock():  # what is held by whoever happens to collect garbage

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from ctypes import c_uint
-from pathlib import Path
 
 import pytest
 from ray._private.thirdparty.pynvml import pynvml
 
-from single_controller import ResourceError, Worker
-from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup, process
-from single_controller.ray import start as starting
+from single_controller.ray import process
 from single_controller.ray.process import DeviceIdentity
-from single_controller.ray.start import check_devices
 
 UUIDS = ["GPU-first", "GPU-second", "GPU-far"]
 
@@ -51,27 +46,3 @@ def test_a_rank_reads_its_own_device_and_peers_of_its_node() -> None:
     others = [("node", "first"), ("node", "second"), ("node", "far"), ("another", "second")]
     found = [reader.reads(DeviceIdentity(*other)) for other in others]
     assert found == [True, True, False, False]
-
-
-class Built(Worker):
-    def __init__(self, mark: Path) -> None:
-        super().__init__()
-        mark.touch()
-
-
-def test_ranks_that_share_a_device_by_accident_are_refused_before_their_roles_are_built(
-    pool: RayResourcePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def one_for_all(found: Sequence[DeviceIdentity | None], per_process: float) -> None:
-        check_devices([DeviceIdentity("node", "the one")] * len(found), per_process)
-
-    monkeypatch.setattr(starting, "check_devices", one_for_all)
-    with pytest.raises(ResourceError, match=r"the one: ranks \[0, 1\].*gpus_per_process=0.5"):
-        RayWorkerGroup(pool, RayClassWithInitArgs(Built, tmp_path / "built"))
-    assert not (tmp_path / "built").exists()
-
-
-def test_ranks_may_share_a_device_where_they_asked_for_a_part_of_one() -> None:
-    check_devices([DeviceIdentity("node", "the one")] * 2, 0.5)
-    check_devices([DeviceIdentity("node", "the one"), DeviceIdentity("another", "the one")], 1)
-    check_devices([None, None], 1)

@@ -1,6 +1,6 @@
 """Random faults in a row, on one group: what each was reported as, how soon, what was left.
 
-    make soak ARGS="--faults 100 --seed 1 --limit 900"
+    make soak ARGS="--faults 100 --seed 1"
 
 A fault counts as detected when the driver got the error that it ought to, and as survived when
 the group then met in an all-reduce again, restarted if it had to be. The seconds of a fault at
@@ -17,7 +17,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -159,22 +159,15 @@ def hosts() -> list[str]:
     return mine
 
 
-def spread(outcomes: Sequence[Outcome]) -> str:
-    seconds = [outcome.seconds for outcome in outcomes] or [0.0]
-    return f"median {statistics.median(seconds):.2f}, worst {max(seconds):.2f}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=1_500, help="seconds for all of them")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     ray.init(
         "local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False
     )
-    ends = time.monotonic() + options.limit
     done: list[Outcome] = []
     with (
         RayResourcePool([2], cpus_per_process=0.5) as pool,
@@ -184,8 +177,6 @@ def main() -> int:
         # Each kind once in every round, in an order of chance.
         order = [f for _ in range(options.faults) for f in chance.sample(FAULTS, len(FAULTS))]
         for number, fault in enumerate(order[: options.faults], start=1):
-            if time.monotonic() > ends:
-                break
             done.append(inflict(fault, group, pool))
             last = done[-1]
             marks = "" if last.detected and last.survived else "  <-- NOT AS IT OUGHT TO BE"
@@ -195,18 +186,15 @@ def main() -> int:
     left = leaks()
     print()
     for fault in FAULTS:
-        if found := [outcome for outcome in done if outcome.fault is fault]:
-            names = " or ".join(sorted({outcome.got for outcome in found}))
-            print(f"      {fault.name:<34}{spread(found)}  {names}")
-    print(f"\nfaults    {len(done)} of {options.faults} within {options.limit:g} s")
-    print(f"detected  {sum(outcome.detected for outcome in done)}")
+        if seconds := [outcome.seconds for outcome in done if outcome.fault is fault]:
+            spread = f"median {statistics.median(seconds):.2f}, worst {max(seconds):.2f}"
+            print(f"      {fault.name:<34}{spread}")
+    print(f"\ndetected  {sum(outcome.detected for outcome in done)} of {len(done)}")
     print(f"survived  {sum(outcome.survived for outcome in done)}, with {restarts} restarts")
-    print(f"seconds   {spread(done)}")
-    print(f"          {spread([o for o in done if o.fault.name.endswith('at start')])} at start")
     print("left      " + ", ".join(f"{count} {what}" for what, count in left.items()))
     ray.shutdown()
     good = all(outcome.detected and outcome.survived for outcome in done)
-    return 0 if good and len(done) == options.faults and not any(left.values()) else 1
+    return 0 if good and not any(left.values()) else 1
 
 
 if __name__ == "__main__":

@@ -139,54 +139,34 @@ def test_versions_that_differ_between_nodes_are_named_and_refused_where_calls_wo
     (line,) = driver(log_of_a_start, *on_odd)
     here = metadata.version("torch")
     assert f"torch 1.99 instead of {here} on 127.0.0.21 (ranks [0, 1])" in line
-    with pytest.raises(ResourceError, match=r"torch 1\.99 .* on 127\.0\.0\.21 \(ranks \[1\]\)\. "):
-        driver(log_of_a_start, *on_both)
+    (line,) = driver(log_of_a_start, *on_both)
+    assert "on 127.0.0.21 (ranks [1])" in line
     pretend(tmp_path, "ray", "2.0.0")
     with pytest.raises(ResourceError, match=r"ray 2\.0\.0 instead of .*; torch 1\.99"):
         driver(log_of_a_start, *on_odd)
 
 
 @pytest.mark.parametrize(
-    ("package", "here", "found", "told", "refused"),
+    ("theirs", "told", "refused"),
     [
-        ("python", "3.11.7", ["2.7.18", "2.7.18"], {"2.7.18": [0, 1]}, True),
-        ("python", "3.11.7", ["3.11.7", "3.11.99"], {"3.11.99": [1]}, False),
-        ("ray", "2.60.0", ["2.60.1", "2.60.1"], {"2.60.1": [0, 1]}, True),
-        ("ray", "2.60.0", ["2.60.0", ""], {"none": [1]}, False),
-        ("single-controller", "0.1.0", ["0.1.0", "0.1.1"], {"0.1.1": [1]}, True),
-        ("single-controller", "0.1.0", ["0.1.0", ""], {}, False),
-        ("single-controller", "", ["0.1.0", "0.1.0"], {}, False),
-        ("safetensors", "0.8.0", ["", "0.7.0"], {"0.7.0": [1]}, False),
-        ("numpy", "2.4.6", ["2.4.6", "1.0.1"], {"1.0.1": [1]}, False),
-        ("numpy", "2.4.6", ["", ""], {"none": [0, 1]}, False),
-        ("numpy", "", ["", "2.4.6"], {"2.4.6": [1]}, False),
-        ("torch", "2.13.0", ["1.99", "1.99"], {"1.99": [0, 1]}, False),
-        ("torch", "2.13.0", ["2.13.0", "1.99"], {"1.99": [1]}, True),
-        ("torch", "2.13.0", ["2.13.0", ""], {"none": [1]}, False),
-        ("torch", "", ["2.13.0", "2.13.1"], {"2.13.0": [0], "2.13.1": [1]}, False),
-        ("torch", "", ["2.13.0", "2.12.0"], {"2.12.0": [1], "2.13.0": [0]}, True),
+        ({"python": "2.7"}, "python 2.7 instead of 3.11 on 10.0.0.1 (ranks [1])", True),
+        ({"ray": "2.60.1"}, "ray 2.60.1 instead of 2.60.0 on 10.0.0.1 (ranks [1])", True),
+        ({"numpy": "1.0.1"}, "numpy 1.0.1 instead of 2.4.6 on 10.0.0.1 (ranks [1])", False),
+        ({"torch": "2.13.0"}, "", False),
     ],
 )
-def test_what_calls_or_collectives_would_break_on_is_refused_and_all_else_is_logged(
+def test_what_calls_would_break_on_is_refused_and_all_else_is_logged(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    package: str,
-    here: str,
-    found: list[str],
-    told: dict[str, list[int]],
+    theirs: dict[str, str],
+    told: str,
     refused: bool,
 ) -> None:
-    """A package that is not installed has no version, here ""."""
-    own, *others = ({"python": "3.11.7"} | ({package: v} if v else {}) for v in (here, *found))
+    own = {"python": "3.11", "ray": "2.60.0", "numpy": "2.4.6"}
     monkeypatch.setattr(process, "versions", lambda: own)
     processes = [ProcessInfo("", f"10.0.0.{rank}", rank) for rank in (0, 1)]
     with pytest.raises(ResourceError) if refused else nullcontext() as error:
-        check_versions(others, processes)
-    text = "; ".join(
-        f"{package} {version} instead of {here or 'none'} on "
-        f"{', '.join(f'10.0.0.{rank}' for rank in ranks)} (ranks {ranks})"
-        for version, ranks in told.items()
-    )
-    said = f"{caplog.text}{error or ''}"
-    assert text in said
-    assert (" instead of " in said) == bool(told)
+        check_versions([own, {**own, **theirs}], processes)
+    said = f"{caplog.text}{error.value if error else ''}"
+    assert told in said
+    assert bool(told) == bool(said)
