@@ -13,17 +13,15 @@ import ipaddress
 import logging
 import math
 import re
-import textwrap
 import threading
 import time
 import uuid
 import weakref
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from dataclasses import dataclass
+from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,6 @@ from ray._private.state import available_resources_per_node, state
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from single_controller.base.explain import aligned
 from single_controller.base.plan import ResourcePool
 from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, device_kind
 from single_controller.errors import ResourceError, check_seconds
@@ -101,89 +98,33 @@ class PoolRequest:
     def fits(self, nodes: Sequence[NodeResources]) -> bool:
         """Whether empty nodes could hold it. No is certain; yes leaves the packing to Ray."""
         room = [self._capacity(node.total) for node in nodes]
-        if self.strategy == "STRICT_SPREAD":
-            room = [min(capacity, len(self.counts)) for capacity in room]
-            if max(self.counts, default=0) > sum(capacity > 0 for capacity in room):
-                return False
         if self.strategy == "STRICT_PACK":
             for size in set(self.counts):  # of those at least as large, a node holds so many
                 if sum(count >= size for count in self.counts) > sum(r // size for r in room):
                     return False
         return sum(self.counts) <= sum(room)
 
-    def standing(self, there: str) -> str:
-        """What is waited for, where `there`, such as "1 of 2" placement groups, are reserved."""
-        found = f"waiting for resources: {there} placement groups"
-        nodes = cluster_nodes()
-        room = [self._capacity(node.total) for node in nodes]
-        lacking = f"; {[*self.counts]} do not fit onto nodes that hold {room}, until more join"
-        return found if self.fits(nodes) else found + lacking
+    def __str__(self) -> str:
+        asked = f"{sum(self.counts)} × {_shown(self.bundle)}"
+        return f"process_on_nodes={[*self.counts]} under {self.strategy} asks for {asked}"
+
+    def explain(self, nodes: Sequence[NodeResources]) -> str:
+        """What is asked, and what of it each node has and has free."""
+        lines = [str(self)]
+        for node in nodes:
+            there = ", ".join(
+                f"{node.free.get(name, 0):g} of {node.total.get(name, 0):g} {name}"
+                for name in self.bundle
+            )
+            processes = f"{self._capacity(node.total)} processes, {self._capacity(node.free)} now"
+            lines.append(f"  node {node.ip} holds {processes}: {there} free")
+        return "\n".join(lines)
 
     def _capacity(self, resources: Mapping[str, float]) -> int:
         """How many bundles these resources hold."""
-        asked = [(name, need) for name, need in self.bundle.items() if need > 0]
-        holds = (math.floor(resources.get(name, 0) / need + 1e-9) for name, need in asked)
-        return min(holds, default=sum(self.counts))
-
-    def explain(self, nodes: Sequence[NodeResources]) -> str:
-        """Asked, total and free per resource and per node, and a change that fits."""
-        processes, rows = sum(self.counts), [("resource", "asked", "total", "free")]
-        for name, need in self.bundle.items():
-            there = [(node.total.get(name, 0), node.free.get(name, 0)) for node in nodes]
-            total, free = map(sum, zip((0, 0), *there, strict=True))
-            rows.append((name, f"{need * processes:g}", f"{total:g}", f"{free:g}"))
-        asked = f"asks for {processes} × {_shown(self.bundle)}"
-        lines = [
-            f"node {node.ip} holds {self._capacity(node.total)} processes, "
-            f"{self._capacity(node.free)} now"
-            for node in nodes
-        ]
-        return (
-            f"process_on_nodes={list(self.counts)} under {self.strategy} {asked}\n"
-            + textwrap.indent("\n".join([aligned(rows), *lines]), "  ")
-            + f"\nWhat fits: {self._suggestion(nodes)}"
+        return min(
+            math.floor(resources.get(name, 0) / need + 1e-9) for name, need in self.bundle.items()
         )
-
-    def _suggestion(self, nodes: Sequence[NodeResources]) -> str:
-        if self.fits(nodes):
-            return "close what holds the resources, or raise placement_timeout_s"
-        if fewer := self._fewer(nodes):
-            return f"process_on_nodes={fewer}, or more or larger nodes"
-        for name, need in self.bundle.items():
-            kind, _, of_type = name.partition(":")
-            if name == "CPU" or any(node.total.get(name, 0) >= need for node in nodes):
-                continue
-            if of_type:
-                found = {other.partition(":") for node in nodes for other in node.total}
-                types = sorted(other for of, _, other in found if of == kind)
-                return f"accelerator_type=None, or one of the types that are there: {types}"
-            if name in _DEVICES:
-                return f"use_gpu=False, or nodes with {name}s"
-            return f"nodes with {need:g} {name}, or no {name} in the pool"
-        return "more nodes: none has all that one process asks for"
-
-    def _fewer(self, nodes: Sequence[NodeResources]) -> list[int]:
-        """Counts that fit: the first of these, or, where each is to be on one node, all of them,
-        the largest first, cut into what there is room for.
-        """
-        if self.strategy != "STRICT_PACK":
-            totals = range(1, sum(self.counts) + 1)
-            most = bisect(totals, False, key=lambda n: not self._first(n).fits(nodes))
-            return list(self._first(most).counts)
-        room = [0, *(self._capacity(node.total) for node in nodes)]
-        parts: list[list[int]] = [[] for _ in self.counts]
-        for i in sorted(range(len(parts)), key=lambda i: -self.counts[i]):
-            while (left := self.counts[i] - sum(parts[i])) and max(room):
-                large = [capacity for capacity in room if capacity >= left]
-                place = room.index(min(large, default=max(room)))
-                parts[i].append(min(left, room[place]))
-                room[place] -= parts[i][-1]
-        return [part for split in parts for part in split]
-
-    def _first(self, total: int) -> PoolRequest:
-        """So many of the processes."""
-        parts = zip(self.counts, accumulate(self.counts, initial=0), strict=False)
-        return replace(self, counts=tuple(min(n, total - at) for n, at in parts if at < total))
 
 
 def _shown(bundle: Mapping[str, float]) -> str:
@@ -383,7 +324,8 @@ class RayResourcePool(ResourcePool):
             return _not_yet("CREATED", groups)
 
         def standing() -> str:
-            return request.standing(f"{len(groups) - len(missing())} of {len(groups)}")
+            there = f"{len(groups) - len(missing())} of {len(groups)} placement groups"
+            return f"waiting for resources: {there}; {request}"
 
         with Wait(standing):
             if left := _left(missing, patience_s):
@@ -393,6 +335,7 @@ class RayResourcePool(ResourcePool):
             raise ResourceError(
                 f"{late} within placement_timeout_s={self.placement_timeout_s:g}: "
                 f"{request.explain(cluster_nodes())}\n"
+                "Close what holds the resources, or raise placement_timeout_s.\n"
                 f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
             )
 

@@ -200,23 +200,7 @@ def ended(ranks: int) -> int:
     return Ref.work
 
 
-def refused(ranks: int) -> int:
-    """The work for a pool that nodes of eight cannot hold, and what they could."""
-
-    class Resources(dict[str, float]):
-        def get(self, *args: Any) -> Any:
-            Ref.work += 1
-            return super().get(*args)
-
-    has = Resources(CPU=7)
-    nodes = [placement.NodeResources("ip", has, has) for _ in range(ranks // 8)]
-    Ref.work = 0
-    told = placement.PoolRequest((ranks,), {"CPU": 1}, "PACK").explain(nodes)
-    assert f"What fits: process_on_nodes=[{ranks // 8 * 7}]" in told
-    return Ref.work
-
-
-@pytest.mark.parametrize("work", [late, failed, explained, given_back, ended, refused])
+@pytest.mark.parametrize("work", [late, failed, explained, given_back, ended])
 def test_four_times_the_ranks_are_four_times_the_work(
     stand_ins: None, work: Callable[[int], int]
 ) -> None:

@@ -226,15 +226,13 @@ def refused(counts: Sequence[int]) -> str:
     return str(caught.value)
 
 
-def test_a_pool_that_fits_the_cluster_and_no_node_is_refused_with_what_would_fit(
+def test_a_pool_that_fits_the_cluster_and_no_node_is_refused_with_what_each_node_holds(
     driver: Driver,
 ) -> None:
     text = driver(refused, [3, 1])
     assert text.startswith("the cluster cannot hold this pool: process_on_nodes=[3, 1]")
     held = re.findall(r"node (\S+) holds (\d) processes", text)
     assert held == [("127.0.0.2", "0"), (NINE, "2"), (TEN, "2"), (TEN, "2")]
-    assert "What fits: process_on_nodes=[2, 1, 1], or more or larger nodes" in text
-    assert len(driver(placed, [2, 1, 1])) == 4
 
 
 def train() -> dict[str, Any]:
@@ -279,7 +277,7 @@ def of_a_late_node(name: str, log: str) -> tuple[list[str], str, list[float]]:
     failure._LOG_S = 0.1
     logging.getLogger("single_controller").addHandler(logging.FileHandler(log))
     needs: Any = {"resources_per_process": {name: 1}}
-    with pytest.raises(ResourceError, match=f"no {name} in the pool"):
+    with pytest.raises(ResourceError, match=f"0 of 0 {name} free"):
         placed([2], **needs)
     with RayResourcePool([2], waits_for_nodes=True, **needs) as pool:
         addresses = [bundle.node_ip for bundle in pool.bundles()]
@@ -305,7 +303,9 @@ def test_a_pool_waits_for_a_node_that_joins_late_and_its_ranks_meet_there(
 ) -> None:
     log, address = tmp_path / "log", "127.0.0.11" if name == "late_ipv4" else ipv6_address()
     found = driver.submit(of_a_late_node, name, str(log))
-    said = r"0 of 1 placement groups; \[2\] do not fit onto nodes that hold \[0(, 0)+\], until"
+    said = (
+        rf"0 of 1 placement groups; process_on_nodes=\[2\] .*\n  node .* holds 0 .* 0 {name} free"
+    )
     assert eventually(lambda: log.exists() and re.search(said, log.read_text(encoding="utf-8")))
     assert not found.done()
     nodes.add(**{name: address})
