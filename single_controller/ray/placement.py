@@ -203,12 +203,7 @@ class RayResourcePool(ResourcePool):
         self.placement_timeout_s = placement_timeout_s
         self.waits_for_nodes = waits_for_nodes
         self.pgs: list[PlacementGroup] | None = None
-        self._placed: list[int] = []
-
-    @property
-    def store(self) -> list[int]:
-        """Processes per node (a copy): as given, or as they are reserved."""
-        return list(self._placed or self._store)
+        self.ranks: list[tuple[PlacementGroup, int]] = []  # the bundle of each, once reserved
 
     def settings(self) -> dict[str, Any]:
         """What a process gets, as keyword arguments for another pool."""
@@ -260,29 +255,21 @@ class RayResourcePool(ResourcePool):
         """
         kind = self.device(device_name)
         groups = self._reserve(strategy, None, kind)
-        if kind is not CPU and kind.resource not in groups[0].bundle_specs[0]:
-            raise ResourceError(
-                f"the pool was reserved without {kind.resource}: its bundles are "
-                f"{groups[0].bundle_specs[0]}, and device_name={device_name!r} was asked for"
-            )
         table, addresses = _table(), _node_addresses()
-        lost = [g for g in groups if _state(table.get(g.id.binary())) == "RESCHEDULING"]
-        if lost:  # Ray replaces what they have lost with a node
+        if any(_state(table.get(g.id.binary())) == "RESCHEDULING" for g in groups):
+            # Ray replaces what they have lost with a node; ranks keep their bundles.
             late = "the pool's reservation lost a node, and no other could take its place"
-            self._await(lost, self.request(kind, strategy), late)
+            self._await(groups, self.request(kind, strategy), late)
             table, addresses = _table(), _node_addresses()
-        bundles = []
-        for group in groups:
-            found = table.get(group.id.binary())
-            nodes = _nodes(found)
-            if _state(found) != "CREATED" or not addresses.keys() >= set(nodes):
-                raise ResourceError(
-                    "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
-                    "was removed. close() the pool to reserve it again"
-                )
-            own = [Bundle(group, i, node, addresses[node]) for i, node in enumerate(nodes)]
-            bundles += sorted(own, key=lambda one: _node_order(one.node_ip, one.node_id))
-        return tuple(bundles)
+        if any(_state(table.get(g.id.binary())) != "CREATED" for g in groups):
+            raise ResourceError(
+                "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
+                "was removed. close() the pool to reserve it again"
+            )
+        nodes = {group.id: _nodes(table[group.id.binary()]) for group in groups}
+        return tuple(
+            Bundle(group, i, node := nodes[group.id][i], addresses[node]) for group, i in self.ranks
+        )
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
         check_started()
@@ -311,11 +298,16 @@ class RayResourcePool(ResourcePool):
         except BaseException:
             remove(groups)
             raise
-        self.pgs = sort_placement_group_by_node_ip(groups)
-        self._placed = [group.bundle_count for group in self.pgs]
         for group in () if self.detached else groups:
             weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
-        return self.pgs
+        groups = sort_placement_group_by_node_ip(groups)
+        addresses, table = _node_addresses(), _table()
+        self._store, self.ranks = [group.bundle_count for group in groups], []
+        for group in groups:
+            nodes = [_node_order(addresses[n], n) for n in _nodes(table[group.id.binary()])]
+            self.ranks += [(group, i) for i in sorted(range(len(nodes)), key=nodes.__getitem__)]
+        self.pgs = groups
+        return groups
 
     def _await(self, groups: Sequence[PlacementGroup], request: PoolRequest, late: str) -> None:
         patience_s = min(_RECLAIM_S, self.placement_timeout_s)
@@ -343,7 +335,7 @@ class RayResourcePool(ResourcePool):
         """Give the reservation back and return when it is, or after 10 s with a warning in the log;
         workers in it end. The pool can be used again afterwards.
         """
-        groups, self.pgs, self._placed = self.pgs or [], None, []
+        groups, self.pgs, self.ranks = self.pgs or [], None, []
         if ray.is_initialized():
             remove(groups)
 
@@ -364,35 +356,25 @@ class SubRayResourcePool(RayResourcePool):
         subgroup_world_size: int,
         **kwargs: Any,
     ) -> None:
-        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence, those
-        of each group in the order that their nodes have when the pool is first asked for its own.
-        """
+        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence."""
         super().__init__(**kwargs)
         self.pgs = list(placement_groups)
         self.start_bundle_index = start_bundle_index
         self.subgroup_world_size = subgroup_world_size
-        self._own: set[tuple[Any, int]] = set()
-        self._slice = slice(start_bundle_index, start_bundle_index + subgroup_world_size)
-        group_of = [i for i, group in enumerate(self.pgs) for _ in range(group.bundle_count)]
-        held = len(group_of)
-        if not (start_bundle_index >= 0 and 1 <= subgroup_world_size <= held - start_bundle_index):
+        every = [(group, i) for group in self.pgs for i in range(group.bundle_count)]
+        own = every[start_bundle_index:][:subgroup_world_size]
+        if start_bundle_index < 0 or not 1 <= subgroup_world_size == len(own):
             raise ValueError(
                 f"start_bundle_index {start_bundle_index} and subgroup_world_size "
-                f"{subgroup_world_size} must lie within the {held} bundles of the placement groups"
+                f"{subgroup_world_size} must lie within the {len(every)} bundles of the placement "
+                "groups"
             )
-        self._placed = [*Counter(group_of[self._slice]).values()]
+        self.keep(own)
 
-    def bundles(
-        self, strategy: str = "STRICT_PACK", device_name: str | None = None
-    ) -> tuple[Bundle, ...]:
-        found = super().bundles(strategy, device_name)
-        if not self._own:
-            self.keep(found[self._slice])
-        return tuple(one for one in found if (one.group.id, one.index) in self._own)
-
-    def keep(self, bundles: Iterable[Bundle]) -> Self:
-        """Have these from now on, also where Ray moves them to other nodes."""
-        self._own = {(bundle.group.id, bundle.index) for bundle in bundles}
+    def keep(self, ranks: Sequence[tuple[PlacementGroup, int]]) -> Self:
+        """Have these bundles, in this order."""
+        self.ranks = [*ranks]
+        self._store = [*Counter(group.id for group, _ in ranks).values()]
         return self
 
     def close(self) -> None:

@@ -15,11 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from single_controller.errors import ResourceError
-from single_controller.ray.placement import (
-    RayResourcePool,
-    SubRayResourcePool,
-    check_started,
-)
+from single_controller.ray.placement import RayResourcePool, SubRayResourcePool, check_started
 
 __all__ = [
     "ResourcePoolManager",
@@ -59,9 +55,9 @@ def split_resource_pool(
     """
     sizes = split_sizes(resource_pool.world_size, split_size)
     groups, settings = _reserved(resource_pool), resource_pool.settings()
-    first, bundles = getattr(resource_pool, "start_bundle_index", 0), resource_pool.bundles()
+    first, ranks = getattr(resource_pool, "start_bundle_index", 0), resource_pool.ranks
     return [
-        SubRayResourcePool(groups, first + at, size, **settings).keep(bundles[at : at + size])
+        SubRayResourcePool(groups, first + at, size, **settings).keep(ranks[at : at + size])
         for at, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
     ]
 
@@ -71,33 +67,17 @@ def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResour
     then those of `rp2`. It may be merged and split again.
 
     Raises:
-        ValueError: they differ in what a process gets, they share a placement group, or one is a
-            part that holds only some bundles of a placement group.
+        ValueError: they differ in what a process gets, or have a bundle in common.
     """
     first, second = rp1.settings(), rp2.settings()
     different = sorted(key for key in first if first[key] != second[key])
     if different:
         raise ValueError(f"pools to be merged must agree; these differ in {', '.join(different)}")
-    groups = [*_whole_groups(rp1), *_whole_groups(rp2)]
-    if len({group.id for group in groups}) < len(groups):
-        raise ValueError("pools to be merged must not share a placement group; these do")
-    count = sum(group.bundle_count for group in groups)
-    return SubRayResourcePool(groups, 0, count, **rp1.settings())
-
-
-def _whole_groups(pool: RayResourcePool) -> list[PlacementGroup]:
-    """The placement groups whose bundles the pool is made of."""
-    groups = _reserved(pool)
-    bounds = [*accumulate((group.bundle_count for group in groups), initial=0)]
-    first = getattr(pool, "start_bundle_index", 0)
-    last = first + pool.world_size
-    if first not in bounds or last not in bounds:
-        raise ValueError(
-            "a part of a pool can be merged only if it starts and ends where placement groups do; "
-            f"this one has bundles {first} to {last - 1} of groups with "
-            f"{[group.bundle_count for group in groups]}: merge the whole pools, then split"
-        )
-    return groups[bounds.index(first) : bounds.index(last)]
+    groups = [*dict.fromkeys([*_reserved(rp1), *_reserved(rp2)])]
+    ranks = [*rp1.ranks, *rp2.ranks]
+    if len(set(ranks)) < len(ranks):
+        raise ValueError("pools to be merged must not have bundles in common; these do")
+    return SubRayResourcePool(groups, 0, len(ranks), **first).keep(ranks)
 
 
 def extract_pg_from_exist(

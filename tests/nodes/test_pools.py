@@ -27,7 +27,6 @@ from single_controller.ray import (
     create_colocated_worker_cls,
     failure,
     merge_resource_pool,
-    sort_placement_group_by_node_ip,
     split_resource_pool,
 )
 from single_controller.ray.placement import Bundle
@@ -196,23 +195,20 @@ def test_pools_over_nodes_are_merged_and_split_across_them(driver: Driver) -> No
 ADDRESSES = (
     ["10.0.0.9", "10.0.0.10", "fe80::2%eth0"],
     ["fd00::9", "fd00::10", "fd00::1:0"],
-    ["10.0.0.9", "node-9", "node-10"],
+    ["10.0.0.9", "node-10", "node-9"],
 )
 
 
 def orders() -> list[list[str]]:
-    """The addresses of one pool's groups, if its nodes had those above instead of their own."""
+    """The addresses of pools' ranks, if their nodes had those above instead of their own."""
     there, found = ray.nodes(), []
-    with RayResourcePool([1, 1, 1], cpus_per_process=2) as pool:
-        groups = pool.get_placement_groups()
-        nodes = [bundle.node_id for bundle in pool.bundles()]
-        head = {node["NodeID"]: "10.0.0.1" for node in there}
-        for addresses in ADDRESSES:
-            given = head | dict(zip(nodes, addresses[::-1], strict=True))
-            patched = [{**node, "NodeManagerAddress": given[node["NodeID"]]} for node in there]
-            with mock.patch.object(ray, "nodes", return_value=patched):
-                pool.pgs = sort_placement_group_by_node_ip(groups)
-                found.append([bundle.node_ip for bundle in pool.bundles()])
+    nodes = [bundle.node_id for bundle in placed([1, 1, 1], cpus_per_process=2)]
+    head = {node["NodeID"]: "10.0.0.1" for node in there}
+    for addresses in ADDRESSES:
+        given = head | dict(zip(nodes, addresses[::-1], strict=True))
+        patched = [{**node, "NodeManagerAddress": given[node["NodeID"]]} for node in there]
+        with mock.patch.object(ray, "nodes", return_value=patched):
+            found.append([b.node_ip for b in placed([1, 1, 1], cpus_per_process=2)])
     return found
 
 
