@@ -87,9 +87,8 @@ def ps(address: str | None) -> int:
     sys.stdout.write(f"{aligned(rows)}\n" if ranks else "no groups are running\n")
     unused: list[Sequence[object]] = [("reservation", "bundles", "state", "creator")]
     for one in reservations():
-        if not one.used:  # its creator's end gives back none but his own before the job ends
-            creator = "detached" if one.is_detached else "ended" if one.ended else "alive"
-            unused.append((one.name, one.bundles, one.state, creator))
+        if not one.used:
+            unused.append((one.name, one.bundles, one.state, one.creator))
     if unused[1:]:
         table = aligned(unused)
         sys.stdout.write(f"\nreserved without a group (`kill` gives them back):\n{table}\n")

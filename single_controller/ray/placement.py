@@ -1,6 +1,6 @@
 """Pools reserved as placement groups: whether a cluster can hold one and what is short, where each
-rank goes, who else holds resources, and giving back what is closed, dropped, or left behind by a
-creator that has ended.
+rank goes, who else holds resources, and giving back what is closed, dropped, or left behind by an
+actor that has ended.
 
 Splitting and merging pools is left to `pools`, what runs in them to `start`.
 """
@@ -12,7 +12,6 @@ import inspect
 import ipaddress
 import logging
 import math
-import re
 import threading
 import time
 import uuid
@@ -21,8 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -65,11 +63,10 @@ _AT_ONCE = 16  # round trips to the cluster
 _DEVICES = {kind.resource for kind in DEVICE_KINDS}
 _REMOVAL_S = 10.0
 _DEATH_S = 10.0
-_RECLAIM_S = 1.0  # how long a reservation waits before others are looked at again
-_LOOK_S, _MOST_S = 0.25, 5.0  # between looks whether a dropped reservation is empty: first, at most
-_POLL_S, _MOST_POLL_S = 0.005, 0.5  # the same for what is waited for
+_LOOK_S = 0.5  # between looks whether a dropped reservation is empty
+_POLL_S, _MOST_POLL_S = 0.005, 0.5  # between looks at what is waited for: first, at most
 _SHOWN = 10
-_NAME = re.compile(r".+_([0-9a-f]{12})_[0-9a-f]{6}_\d+")  # <prefix>_<creator>_<random>_<node>
+_MARK = "single_controller_"  # in the names of pools' placement groups
 _pb: Any = gcs_pb2
 
 
@@ -280,26 +277,23 @@ class RayResourcePool(ResourcePool):
         request = self.request(kind, strategy)
         if not self.waits_for_nodes:
             request.check("this pool")
-        _reclaim()
-        creator = ray.get_runtime_context().get_worker_id()[:12]  # Ray knows none but actors
-        named = f"{name or f'{self.name_prefix}single_controller'}_{creator}_{uuid.uuid4().hex[:6]}"
+        named = f"{name or self.name_prefix}{_MARK}{uuid.uuid4().hex[:6]}"
         lifetime: Any = "detached" if self.detached else None
         groups: list[PlacementGroup] = []
-
-        def ask(node: int) -> None:
-            asked = [dict(request.bundle)] * request.counts[node]
-            groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
-
+        # Ray places one after another: small ones would leave no room for large ones.
+        largest_first = sorted(enumerate(request.counts), key=lambda item: -item[1])
         try:
-            largest_first = sorted(range(len(request.counts)), key=lambda i: -request.counts[i])
-            for _, alike in groupby(largest_first, request.counts.__getitem__):
-                at_once(ask, alike)  # Ray places one after another: small ones leave no room
+            for node, count in largest_first:
+                asked = [dict(request.bundle)] * count
+                groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
             self._await(groups, request, "the pool was not free")
         except BaseException:
             remove(groups)
             raise
+        if _started.acquire(blocking=False):
+            threading.Thread(target=_give_back_dropped, daemon=True, name="give-back").start()
         for group in () if self.detached else groups:
-            weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
+            weakref.finalize(group, _dropped.put, group.id.binary()).atexit = False
         groups = sort_placement_group_by_node_ip(groups)
         addresses, table = _node_addresses(), _table()
         self._store, self.ranks = [group.bundle_count for group in groups], []
@@ -310,9 +304,10 @@ class RayResourcePool(ResourcePool):
         return groups
 
     def _await(self, groups: Sequence[PlacementGroup], request: PoolRequest, late: str) -> None:
-        patience_s = min(_RECLAIM_S, self.placement_timeout_s)
-
         def missing() -> list[str]:
+            for one in reservations():  # which Ray would keep until the job ends
+                if one.creator == "ended":
+                    remove_placement_group(one.group)
             return _not_yet("CREATED", groups)
 
         def standing() -> str:
@@ -320,15 +315,15 @@ class RayResourcePool(ResourcePool):
             return f"waiting for resources: {there}; {request}"
 
         with Wait(standing):
-            if left := _left(missing, patience_s):
-                _reclaim()  # of those who have ended meanwhile
-                left = _left(missing, self.placement_timeout_s - patience_s)
+            left = _left(missing, self.placement_timeout_s)
         if left:
+            held = [one for one in reservations() if one.group not in groups][:_SHOWN]
             raise ResourceError(
                 f"{late} within placement_timeout_s={self.placement_timeout_s:g}: "
                 f"{request.explain(cluster_nodes())}\n"
-                "Close what holds the resources, or raise placement_timeout_s.\n"
-                f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
+                "Close what holds the resources, or raise placement_timeout_s. `ray list actors` "
+                "and `ray list placement-groups` show all; of pools there are"
+                + "".join(f"\n  {one.name}: {one.bundles} ({one.state})" for one in held)
             )
 
     def close(self) -> None:
@@ -420,7 +415,7 @@ def _node_order(address: str, node_id: str = "") -> tuple[int, int, str]:
     try:
         number = ipaddress.ip_address(address)
     except ValueError:  # Ray takes a name, too
-        return 9, 0, re.sub(r"\d+", lambda digits: digits[0].zfill(9), address) + node_id
+        return 9, 0, address + node_id
     return number.version, int(number), node_id
 
 
@@ -430,56 +425,34 @@ def _node_addresses() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Reservation:
-    """A placement group. `bundles`, such as "2 × {CPU: 1}": a pool's are alike. `where`: its nodes;
-    `ended`: whether the process that made it has, if it is a pool's; `used`: whether an actor runs
-    in it.
+    """A placement group of a pool. `bundles` is such as "2 × {CPU: 1}"; `creator`, of an actor's,
+    "alive" or "ended", or "detached" of one that outlives it; `used`: whether an actor runs in it.
     """
 
     name: str
     state: str
     bundles: str
-    where: str
-    is_detached: bool
-    ended: bool
+    creator: str
     used: bool
     group: PlacementGroup
 
 
-def reservations(of_pools: bool = True) -> list[Reservation]:
-    """The placement groups of pools on this cluster, or all, by name, whoever made them."""
-    used, addresses = {actor.placement_group_id for actor in living_actors()}, _node_addresses()
-    workers = map(_pb.WorkerTableData.FromString, _tables().get_worker_table())
-    ended = {w.worker_address.worker_id.hex()[:12] for w in workers if not w.is_alive}
+def reservations() -> list[Reservation]:
+    """Those of all pools on this cluster, by name, whoever made them."""
+    used = {actor.placement_group_id for actor in living_actors()}
     found = []
     for key, group in _table().items():
-        named = _NAME.fullmatch(group.name)
-        if (of_pools and named is None) or _state(group) == "REMOVED":
-            continue
-        nodes = {addresses[node] for node in _nodes(group) if node in addresses}
-        by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
-        found.append(
-            Reservation(
-                group.name or key.hex(),
-                _state(group).lower(),
-                f"{len(group.bundles)} × {_shown(group.bundles[0].unit_resources)}",
-                " and ".join(sorted(nodes)) or "no node yet",
-                group.is_detached,
-                bool(named and named[1] in ended) or (by_actor and group.creator_actor_dead),
-                key in used,
-                _group(key),
+        if _MARK in group.name and _state(group) != "REMOVED":
+            by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+            creator = "ended" if by_actor and group.creator_actor_dead else "alive"
+            creator = "detached" if group.is_detached else creator
+            bundles = f"{len(group.bundles)} × {_shown(group.bundles[0].unit_resources)}"
+            found.append(
+                Reservation(
+                    group.name, _state(group).lower(), bundles, creator, key in used, _group(key)
+                )
             )
-        )
     return sorted(found, key=lambda reservation: reservation.name)
-
-
-def _holders(but: Collection[bytes]) -> str:
-    """A line for each placement group, save these, that has, or waits for, resources."""
-    found = [one for one in reservations(of_pools=False) if one.group.id.binary() not in but]
-    lines = [f"  {one.name}: {one.bundles} on {one.where} ({one.state})" for one in found[:_SHOWN]]
-    if len(found) > _SHOWN:
-        lines.append(f"  … and {len(found) - _SHOWN} more")
-    title = "Placement groups (`ray list actors` shows who runs outside of them):"
-    return "\n".join([title, *lines] if lines else [])
 
 
 def crowded(bundles: Sequence[Bundle]) -> list[bool]:
@@ -498,44 +471,23 @@ def crowded(bundles: Sequence[Bundle]) -> list[bool]:
     ]
 
 
-def _reclaim() -> None:
-    """Give back what an actor or a task reserved that has ended: Ray itself would keep it until
-    the whole job ends. What still runs in it ends first.
-    """
-    for reservation in reservations():
-        if reservation.ended and not reservation.is_detached:
-            _dropped().put(reservation.group.id.binary())
-
-
-_queue: SimpleQueue[bytes] = SimpleQueue()
+_dropped: SimpleQueue[bytes] = SimpleQueue()
 _started = threading.Lock()
 
 
-def _dropped() -> SimpleQueue[bytes]:
-    """Takes ids of placement groups, to be removed once no actor runs in them: garbage may be
-    collected at any moment, with any lock held.
-    """
-    if _started.acquire(blocking=False):
-        threading.Thread(target=_give_back_dropped, daemon=True, name="give-back").start()
-    return _queue
-
-
 def _give_back_dropped() -> None:
-    left: set[bytes] = set()
-    pause = _LOOK_S
+    """Remove placement groups that were dropped, each once no actor runs in it. A thread does so:
+    garbage may be collected at any moment, with any lock held.
+    """
     while True:
-        with contextlib.suppress(Empty):
-            left.add(_queue.get(timeout=pause if left else None))
-            pause = _LOOK_S
-        pause = min(pause * 1.5, _MOST_S)
-        if not ray.is_initialized():
-            left.clear()
-            continue
-        with contextlib.suppress(Exception):  # the cluster is gone, and they with it
-            empty = left - {actor.placement_group_id for actor in living_actors()}
-            left -= empty
-            for key in empty:
-                remove_placement_group(_group(key))
+        key = _dropped.get()
+        time.sleep(_LOOK_S)
+        with contextlib.suppress(Exception):  # the cluster is gone, and it with it
+            if ray.is_initialized():
+                if any(actor.placement_group_id == key for actor in living_actors()):
+                    _dropped.put(key)
+                else:
+                    remove_placement_group(_group(key))
 
 
 def remove(groups: Sequence[PlacementGroup]) -> None:

@@ -92,13 +92,11 @@ def test_a_rank_neither_starts_nor_is_found_nor_is_seen_to_live_by_a_question_of
         assert tables == ["get_actor_table"] * 2
 
 
-def test_placement_groups_are_asked_for_and_removed_together(
+def test_placement_groups_are_removed_together(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine: list[Any] = []  # a thread gives back what other tests have dropped
-    asks, removes = placement.placement_group, placement.remove_placement_group
-    monkeypatch.setattr(placement, "placement_group", two_at_once(asks, lambda *_: True))
-    removed = two_at_once(removes, lambda group: group in mine)
+    removed = two_at_once(placement.remove_placement_group, lambda group: group in mine)
     monkeypatch.setattr(placement, "remove_placement_group", removed)
     with RayResourcePool([1, 1], cpus_per_process=0.1) as pool:
         mine += pool.get_placement_groups()
