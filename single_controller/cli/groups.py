@@ -23,6 +23,7 @@ from single_controller.ray.placement import (
     at_once,
     await_death,
     give_back,
+    in_use,
     living_actors,
     remove,
     reservations,
@@ -86,9 +87,10 @@ def ps(address: str | None) -> int:
         rows.append((name, rank, host.address.ip_address, host.pid, runs, age))
     sys.stdout.write(f"{aligned(rows)}\n" if ranks else "no groups are running\n")
     unused: list[Sequence[object]] = [("reservation", "bundles", "state", "creator")]
-    for one in reservations():
-        if not one.used:
-            unused.append((one.name, one.bundles, one.state, one.creator))
+    used = in_use()
+    for group, one in reservations().items():
+        if group not in used:
+            unused.append((one.name, one.bundles, one.state.lower(), one.creator))
     if unused[1:]:
         table = aligned(unused)
         sys.stdout.write(f"\nreserved without a group (`kill` gives them back):\n{table}\n")
@@ -110,7 +112,7 @@ def kill(address: str | None, name: str, namespace: str | None) -> int:
     driver that made it. A reservation's own name gives it back, with what runs in it.
     """
     sys.stdout.write(f"{connect(address or 'auto')}\n")
-    if found := [one.group for one in reservations() if one.name == name]:
+    if found := [group for group, one in reservations().items() if one.name == name]:
         remove(found)
         sys.stdout.write(f"gave {name} back\n")
         return 0

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray._private.state import available_resources_per_node, state
@@ -51,6 +51,7 @@ __all__ = [
     "crowded",
     "dead",
     "give_back",
+    "in_use",
     "living_actors",
     "remove",
     "reservations",
@@ -58,6 +59,8 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _AT_ONCE = 16  # round trips to the cluster
 _DEVICES = {kind.resource for kind in DEVICE_KINDS}
@@ -252,20 +255,21 @@ class RayResourcePool(ResourcePool):
         """
         kind = self.device(device_name)
         groups = self._reserve(strategy, None, kind)
-        table, addresses = _table(), _node_addresses()
-        if any(_state(table.get(g.id.binary())) == "RESCHEDULING" for g in groups):
+        there = reservations()
+        if any(g in there and there[g].state == "RESCHEDULING" for g in groups):
             # Ray replaces what they have lost with a node; ranks keep their bundles.
             late = "the pool's reservation lost a node, and no other could take its place"
             self._await(groups, self.request(kind, strategy), late)
-            table, addresses = _table(), _node_addresses()
-        if any(_state(table.get(g.id.binary())) != "CREATED" for g in groups):
+            there = reservations()
+        if not all(g in there and there[g].state == "CREATED" for g in groups):
             raise ResourceError(
                 "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
                 "was removed. close() the pool to reserve it again"
             )
-        nodes = {group.id: _nodes(table[group.id.binary()]) for group in groups}
+        addresses = _node_addresses()
         return tuple(
-            Bundle(group, i, node := nodes[group.id][i], addresses[node]) for group, i in self.ranks
+            Bundle(group, i, node := there[group].nodes[i], addresses[node])
+            for group, i in self.ranks
         )
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
@@ -293,22 +297,23 @@ class RayResourcePool(ResourcePool):
         if _started.acquire(blocking=False):
             threading.Thread(target=_give_back_dropped, daemon=True, name="give-back").start()
         for group in () if self.detached else groups:
-            weakref.finalize(group, _dropped.put, group.id.binary()).atexit = False
+            weakref.finalize(group, _dropped.put, group.id).atexit = False
         groups = sort_placement_group_by_node_ip(groups)
-        addresses, table = _node_addresses(), _table()
+        addresses, there = _node_addresses(), reservations()
         self._store, self.ranks = [group.bundle_count for group in groups], []
         for group in groups:
-            nodes = [_node_order(addresses[n], n) for n in _nodes(table[group.id.binary()])]
+            nodes = [_node_order(addresses[node], node) for node in there[group].nodes]
             self.ranks += [(group, i) for i in sorted(range(len(nodes)), key=nodes.__getitem__)]
         self.pgs = groups
         return groups
 
     def _await(self, groups: Sequence[PlacementGroup], request: PoolRequest, late: str) -> None:
-        def missing() -> list[str]:
-            for one in reservations():  # which Ray would keep until the job ends
-                if one.creator == "ended":
-                    remove_placement_group(one.group)
-            return _not_yet("CREATED", groups)
+        def missing() -> list[PlacementGroup]:
+            there = reservations()
+            for group, one in there.items():
+                if one.creator == "ended" and _MARK in one.name:
+                    remove_placement_group(group)  # Ray would keep it until the job ends
+            return [g for g in groups if g not in there or there[g].state != "CREATED"]
 
         def standing() -> str:
             there = f"{len(groups) - len(missing())} of {len(groups)} placement groups"
@@ -317,12 +322,12 @@ class RayResourcePool(ResourcePool):
         with Wait(standing):
             left = _left(missing, self.placement_timeout_s)
         if left:
-            held = [one for one in reservations() if one.group not in groups][:_SHOWN]
+            held = [one for group, one in reservations().items() if group not in groups][:_SHOWN]
             raise ResourceError(
                 f"{late} within placement_timeout_s={self.placement_timeout_s:g}: "
                 f"{request.explain(cluster_nodes())}\n"
                 "Close what holds the resources, or raise placement_timeout_s. `ray list actors` "
-                "and `ray list placement-groups` show all; of pools there are"
+                "shows who runs outside of placement groups; of these there are"
                 + "".join(f"\n  {one.name}: {one.bundles} ({one.state})" for one in held)
             )
 
@@ -401,12 +406,12 @@ def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[Placement
     10.0.0.10); nodes of one address by their ids, and groups on one node by their names, in which
     a pool has numbered them.
     """
-    addresses, table = _node_addresses(), _table()
+    addresses, there = _node_addresses(), reservations()
 
     def key(group: PlacementGroup) -> tuple[Any, ...]:
-        found = table[group.id.binary()]
-        first = min(_node_order(addresses[node], node) for node in _nodes(found))
-        return first, len(found.name), found.name, group.id.hex()
+        name = there[group].name
+        first = min(_node_order(addresses[node], node) for node in there[group].nodes)
+        return first, len(name), name, group.id.hex()
 
     return sorted(pgs, key=key)
 
@@ -425,34 +430,41 @@ def _node_addresses() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Reservation:
-    """A placement group of a pool. `bundles` is such as "2 × {CPU: 1}"; `creator`, of an actor's,
-    "alive" or "ended", or "detached" of one that outlives it; `used`: whether an actor runs in it.
+    """A placement group as the cluster knows it: the node of each bundle, by id; `bundles`, such as
+    "2 × {CPU: 1}"; `creator`: "detached" if it outlives it, "ended" if that was an actor which has.
     """
 
     name: str
     state: str
+    nodes: tuple[str, ...]
     bundles: str
     creator: str
-    used: bool
-    group: PlacementGroup
 
 
-def reservations() -> list[Reservation]:
-    """Those of all pools on this cluster, by name, whoever made them."""
-    used = {actor.placement_group_id for actor in living_actors()}
-    found = []
-    for key, group in _table().items():
-        if _MARK in group.name and _state(group) != "REMOVED":
+def reservations() -> dict[PlacementGroup, Reservation]:
+    """All placement groups that are not removed, by name, whoever made them."""
+    found = {}
+    for raw in _tables().get_placement_group_table():
+        group = _pb.PlacementGroupTableData.FromString(raw)
+        state = _pb.PlacementGroupTableData.PlacementGroupState.Name(group.state)
+        if state != "REMOVED":
             by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
             creator = "ended" if by_actor and group.creator_actor_dead else "alive"
-            creator = "detached" if group.is_detached else creator
-            bundles = f"{len(group.bundles)} × {_shown(group.bundles[0].unit_resources)}"
-            found.append(
-                Reservation(
-                    group.name, _state(group).lower(), bundles, creator, key in used, _group(key)
-                )
+            bundles = sorted(group.bundles, key=lambda bundle: bundle.bundle_id.bundle_index)
+            found[PlacementGroup(ray.PlacementGroupID(group.placement_group_id))] = Reservation(
+                group.name,
+                state,
+                tuple(bundle.node_id.hex() for bundle in bundles),
+                f"{len(bundles)} × {_shown(bundles[0].unit_resources)}",
+                "detached" if group.is_detached else creator,
             )
-    return sorted(found, key=lambda reservation: reservation.name)
+    return dict(sorted(found.items(), key=lambda item: item[1].name))
+
+
+def in_use() -> set[PlacementGroup]:
+    """The placement groups that actors run in."""
+    keys = {actor.placement_group_id for actor in living_actors()} - {b""}
+    return {PlacementGroup(ray.PlacementGroupID(key)) for key in keys}
 
 
 def crowded(bundles: Sequence[Bundle]) -> list[bool]:
@@ -471,7 +483,7 @@ def crowded(bundles: Sequence[Bundle]) -> list[bool]:
     ]
 
 
-_dropped: SimpleQueue[bytes] = SimpleQueue()
+_dropped: SimpleQueue[ray.PlacementGroupID] = SimpleQueue()
 _started = threading.Lock()
 
 
@@ -480,14 +492,15 @@ def _give_back_dropped() -> None:
     garbage may be collected at any moment, with any lock held.
     """
     while True:
-        key = _dropped.get()
+        group = PlacementGroup(_dropped.get())
         time.sleep(_LOOK_S)
-        with contextlib.suppress(Exception):  # the cluster is gone, and it with it
-            if ray.is_initialized():
-                if any(actor.placement_group_id == key for actor in living_actors()):
-                    _dropped.put(key)
-                else:
-                    remove_placement_group(_group(key))
+        with contextlib.suppress(Exception):  # Ray may be ending
+            if not ray.is_initialized():
+                continue
+            if group not in in_use():
+                remove_placement_group(group)
+                continue
+        _dropped.put(group.id)
 
 
 def remove(groups: Sequence[PlacementGroup]) -> None:
@@ -495,19 +508,15 @@ def remove(groups: Sequence[PlacementGroup]) -> None:
     still has after 10 s is logged.
     """
     at_once(remove_placement_group, groups)
-    if left := _left(lambda: _not_yet("REMOVED", groups), _REMOVAL_S):
-        names = ", ".join(left)
-        _logger.warning("placement groups are still there %g s after: %s", _REMOVAL_S, names)
+
+    def there() -> list[str]:
+        return [one.name for group, one in reservations().items() if group in groups]
+
+    if left := _left(there, _REMOVAL_S):
+        _logger.warning("placement groups are still there %g s after: %s", _REMOVAL_S, left)
 
 
-def _not_yet(state: str, groups: Sequence[PlacementGroup]) -> list[str]:
-    """Those that are in another state, and in which one."""
-    table = _table()
-    found = [table.get(group.id.binary()) for group in groups]
-    return [f"{one.name if one else '?'} ({now})" for one in found if (now := _state(one)) != state]
-
-
-def _left(look: Callable[[], list[str]], timeout_s: float) -> list[str]:
+def _left(look: Callable[[], list[T]], timeout_s: float) -> list[T]:
     """What `look` still finds when the time is up."""
     deadline, pause = time.monotonic() + timeout_s, _POLL_S
     while (found := look()) and time.monotonic() < deadline:
@@ -517,23 +526,24 @@ def _left(look: Callable[[], list[str]], timeout_s: float) -> list[str]:
 
 
 def give_back(ended: Collection[str]) -> None:
-    """Remove the detached placement groups in which these actors ran and no other one does.
-
-    One that is not detached is left to the driver that made it: it goes with that driver.
+    """Remove the detached placement groups in which these actors ran and no other one does. Others
+    are left to the driver that made them: they go with it.
 
     Args:
         ended: ids of actors that were told to end. Waits for that: of several who end the last
             actors of a placement group, each then sees the others' end or is seen.
     """
-    actors, table = _actors(), _table()
     ended = frozenset(ended)
-    held = {actors[key].placement_group_id for key in ended if key in actors} & table.keys()
-    held = {key for key in held if table[key].is_detached}
-    if not held:
-        return
-    await_death(ended, _DEATH_S)
-    others = [actor for actor in living_actors() if actor.actor_id.hex() not in ended]
-    remove([_group(key) for key in held - {actor.placement_group_id for actor in others}])
+    held = {actor.placement_group_id for key, actor in _actors().items() if key in ended}
+    groups = [
+        group
+        for group, one in reservations().items()
+        if group.id.binary() in held and one.creator == "detached"
+    ]
+    if groups:
+        await_death(ended, _DEATH_S)
+        used = in_use()
+        remove([group for group in groups if group not in used])
 
 
 def await_death(ended: Collection[str], timeout_s: float) -> list[str]:
@@ -544,28 +554,6 @@ def await_death(ended: Collection[str], timeout_s: float) -> list[str]:
         return [key for key in ended if key in found]
 
     return _left(living, timeout_s)
-
-
-def _group(key: bytes) -> PlacementGroup:
-    return PlacementGroup(ray.PlacementGroupID(key))
-
-
-def _state(group: Any) -> str:
-    """Of a placement group of the table, or of None, which is none any more."""
-    states = _pb.PlacementGroupTableData
-    return "REMOVED" if group is None else str(states.PlacementGroupState.Name(group.state))
-
-
-def _nodes(group: Any) -> list[str]:
-    """The node of each bundle of a placement group of the table."""
-    bundles = sorted(group.bundles if group else (), key=lambda b: b.bundle_id.bundle_index)
-    return [bundle.node_id.hex() for bundle in bundles]
-
-
-def _table() -> dict[bytes, Any]:
-    """All placement groups by their ids, in one call."""
-    found = map(_pb.PlacementGroupTableData.FromString, _tables().get_placement_group_table())
-    return {group.placement_group_id: group for group in found}
 
 
 def _actors(state: str | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from single_controller.base import Worker
 from single_controller.base.explain import Carrier, Explanation, explain_arguments
@@ -170,12 +171,17 @@ def given_back(ranks: int) -> int:
 
     Ref.work = 0
     with pytest.MonkeyPatch.context() as patch:
-        actors = {f"{i:x}": SimpleNamespace(placement_group_id=b"1") for i in range(ranks)}
+        group = PlacementGroup(ray.PlacementGroupID.from_random())
+        there = {group: placement.Reservation("", "CREATED", (), "", "detached")}
+        actors = {
+            f"{i:x}": SimpleNamespace(placement_group_id=group.id.binary()) for i in range(ranks)
+        }
         for key, actor in actors.items():
             actor.actor_id = bytes.fromhex(key.zfill(8))
         patch.setattr(placement, "_actors", lambda: actors)
         patch.setattr(placement, "living_actors", lambda: list(actors.values()))
-        patch.setattr(placement, "_table", lambda: {b"1": SimpleNamespace(is_detached=True)})
+        patch.setattr(placement, "reservations", lambda: there)
+        patch.setattr(placement, "remove", lambda groups: None)
         patch.setattr(placement, "await_death", lambda *_: [])
         placement.give_back(Ids(actors))
     return Ref.work

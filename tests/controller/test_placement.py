@@ -69,7 +69,7 @@ def test_a_busy_pool_is_waited_for_and_then_given_up_with_the_reason(cluster: No
     text = str(caught.value)
     assert "Close what holds" in text
     assert f"  {holder.name_prefix}single_controller_" in text, "who holds it is not said"
-    assert ": 7 × {CPU: 1} (created)" in text
+    assert ": 7 × {CPU: 1} (CREATED)" in text
     assert late.name_prefix not in text, "the pool itself holds nothing"
     assert eventually(lambda: free_cpus() == 8), "the part that was reserved is not given back"
     late.placement_timeout_s = 60
@@ -212,22 +212,20 @@ def test_ranks_keep_their_bundles_when_ray_moves_some_to_another_node(
 ) -> None:
     names = {b"9".hex(): "10.0.0.9", b"10".hex(): "10.0.0.10", b"12".hex(): "10.0.0.12"}
     group = PlacementGroup(ray.PlacementGroupID.from_random(), [{"CPU": 1}] * 4)
-    table = placement._pb.PlacementGroupTableData(state="CREATED")
+    there: dict[PlacementGroup, placement.Reservation] = {}
 
     def put(*nodes: bytes) -> None:
-        del table.bundles[:]
-        for index, node in enumerate(nodes):
-            table.bundles.add(bundle_id={"bundle_index": index}, node_id=node)
+        ids = tuple(node.hex() for node in nodes)
+        there[group] = placement.Reservation("", "CREATED", ids, "", "alive")
 
     def bundles(*pools: RayResourcePool) -> list[list[int]]:
         return [[bundle.index for bundle in pool.bundles()] for pool in pools]
 
     monkeypatch.setattr(placement, "check_started", lambda: None)
     monkeypatch.setattr(placement, "_node_addresses", lambda: names)
-    monkeypatch.setattr(placement, "_table", lambda: {group.id.binary(): table})
     monkeypatch.setattr(placement, "cluster_nodes", lambda: [ROOMY])
     monkeypatch.setattr(placement, "placement_group", lambda *_: group)
-    monkeypatch.setattr(placement, "reservations", list)
+    monkeypatch.setattr(placement, "reservations", lambda: there)
     put(b"9", b"10", b"9", b"10")
     pool = RayResourcePool([4], use_gpu=False)
     left, right = split_resource_pool(pool, 2)
