@@ -63,7 +63,6 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _AT_ONCE = 16  # round trips to the cluster
-_DEVICES = {kind.resource for kind in DEVICE_KINDS}
 _REMOVAL_S = 10.0
 _DEATH_S = 10.0
 _LOOK_S = 0.5  # between looks whether a dropped reservation is empty
@@ -182,16 +181,14 @@ class RayResourcePool(ResourcePool):
     ) -> None:
         super().__init__(process_on_nodes, max_colocate_count)
         check_seconds("placement_timeout_s", placement_timeout_s, optional=False)
-        custom = dict(resources_per_process or {})
-        amounts: dict[str, Any] = {f"resources_per_process[{n!r}]": a for n, a in custom.items()}
-        amounts |= {"cpus_per_process": cpus_per_process, "gpus_per_process": gpus_per_process}
-        for name, amount in amounts.items():
-            if not (isinstance(amount, int | float) and amount > 0):
-                raise ValueError(f"{name} must be a number, more than 0; got {amount!r}")
-        if custom.keys() & _DEVICES:
+        custom: dict[str, Any] = dict(resources_per_process or {})
+        amounts = [cpus_per_process, gpus_per_process, *custom.values()]
+        numbers = all(isinstance(amount, int | float) and amount > 0 for amount in amounts)
+        if not numbers or custom.keys() & {kind.resource for kind in DEVICE_KINDS}:
             raise ValueError(
-                "resources_per_process must be amounts of custom resources (CPUs and devices have "
-                f"parameters of their own); got {custom}"
+                "cpus_per_process, gpus_per_process and what resources_per_process has of custom "
+                f"resources must be numbers, more than 0; got {cpus_per_process!r}, "
+                f"{gpus_per_process!r} and {custom}"
             )
         self.use_gpu = use_gpu
         self.name_prefix = name_prefix or uuid.uuid4().hex[:8]
