@@ -7,10 +7,8 @@ is added to what it does: Ray's table of actors and the processes themselves say
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,31 +66,22 @@ def _titles(processes: Sequence[ProcessInfo]) -> list[str]:
     return found
 
 
-def _age(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
-
-
 def ps(address: str | None) -> int:
     """Print a line for each rank of each group, and for what is reserved and not used."""
     sys.stdout.write(f"{connect(address or 'auto')}\n")
-    ranks = [(key[0], *item) for key, hosts in _groups().items() for item in enumerate(hosts)]
-    rows: list[Sequence[object]] = [("group", "rank", "node", "pid", "runs", "age")]
+    ranks = [(name, *item) for (name, _), hosts in _groups().items() for item in enumerate(hosts)]
+    rows: list[Sequence[object]] = [("group", "rank", "node", "pid", "runs")]
     titles = _seen([host for *_, host in ranks], _titles)
     for (name, rank, host), title in zip(ranks, titles, strict=True):
         title = title.removeprefix("ray::")
-        age = _age(time.time() - (host.start_time or host.timestamp) / 1_000)
         runs = "idle" if title in _HOSTS else title
-        rows.append((name, rank, host.address.ip_address, host.pid, runs, age))
+        rows.append((name, rank, host.address.ip_address, host.pid, runs))
     sys.stdout.write(f"{aligned(rows)}\n" if ranks else "no groups are running\n")
-    unused: list[Sequence[object]] = [("reservation", "bundles", "state", "creator")]
     used = in_use()
-    for group, one in reservations().items():
-        if group not in used:
-            unused.append((one.name, one.bundles, one.state.lower(), one.creator))
-    if unused[1:]:
-        table = aligned(unused)
+    unused = [one for group, one in reservations().items() if group not in used]
+    if unused:
+        rows = [(one.name, one.bundles, one.state.lower(), one.creator) for one in unused]
+        table = aligned([("reservation", "bundles", "state", "creator"), *rows])
         sys.stdout.write(f"\nreserved without a group (`kill` gives them back):\n{table}\n")
     return 0
 
@@ -133,13 +122,11 @@ def kill(address: str | None, name: str, namespace: str | None) -> int:
 
 def _hosts_of(name: str, namespace: str | None) -> list[Any]:
     groups = _groups()
-    spaces = [space for key, space in groups if key == name and namespace in (None, space)]
-    if len(spaces) == 1:
-        return groups[name, spaces[0]]
-    if spaces:
-        several = f"{len(spaces)} groups are called {name!r}"
-        raise ValueError(f"{several}: name a --namespace of {spaces}")
-    names = sorted({key for key, _ in groups})
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f": did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"no group {name!r} runs here{hint} Running: {', '.join(names) or '-'}")
+    found = [key for key in groups if key[0] == name and namespace in (None, key[1])]
+    if len(found) != 1:
+        running = ", ".join(f"{name} (namespace {space})" for name, space in groups) or "-"
+        raise ValueError(
+            f"{len(found)} groups are called {name!r}: give one's name, and its --namespace where "
+            f"several have it. Running: {running}"
+        )
+    return groups[found[0]]

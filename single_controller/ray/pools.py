@@ -5,7 +5,7 @@ left to `placement`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -29,15 +29,14 @@ __all__ = [
 
 def split_sizes(total: int, split_size: int | list[int]) -> list[int]:
     """The processes of each part of a pool of `total`."""
-    given: Any = split_size
-    if isinstance(given, Iterable):
-        sizes = list(given)
+    if isinstance(split_size, int):
+        sizes = [split_size] * (total // max(split_size, 1))
     else:
-        sizes = [given] * (total // given) if isinstance(given, int) and given > 0 else []
+        sizes = list(split_size)
     if not all(isinstance(size, int) and size >= 1 for size in sizes) or sum(sizes) != total:
         raise ValueError(
             "split_size must be whole numbers, at least 1, that add up to the pool's "
-            f"{total} processes, or one for all parts; got {given!r}"
+            f"{total} processes, or one for all parts; got {split_size!r}"
         )
     return sizes
 
@@ -132,13 +131,17 @@ class ResourcePoolManager:
         Raises:
             ResourceError: it cannot.
         """
-        all_nodes = [count for counts in self.resource_pool_spec.values() for count in counts]
-        together = RayResourcePool(all_nodes)
-        together.request(together.device()).check("these pools together")
+        self._check()
         for name, counts in self.resource_pool_spec.items():
             self.resource_pool_dict[name] = RayResourcePool(
                 counts, name_prefix=name, max_colocate_count=self.max_colocate_count
             )
+
+    def _check(self) -> None:
+        together = RayResourcePool(
+            [n for counts in self.resource_pool_spec.values() for n in counts]
+        )
+        together.request(together.device()).check("these pools together")
 
     def get_resource_pool(self, role: Any) -> RayResourcePool:
         """The pool that a role runs on.

