@@ -138,9 +138,8 @@ class ResourcePoolManager:
             )
 
     def _check(self) -> None:
-        together = RayResourcePool(
-            [n for counts in self.resource_pool_spec.values() for n in counts]
-        )
+        all_nodes = [count for counts in self.resource_pool_spec.values() for count in counts]
+        together = RayResourcePool(all_nodes)
         together.request(together.device()).check("these pools together")
 
     def get_resource_pool(self, role: Any) -> RayResourcePool:
