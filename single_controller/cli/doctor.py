@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from single_controller.errors import ResourceError
 from single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from single_controller.ray.process import versions
 
-__all__ = ["Finding", "Node", "Probe", "connect", "doctor", "guarded", "look_at"]
+__all__ = ["Finding", "Node", "connect", "doctor", "guarded", "look_at", "unreachable"]
 
 _WAIT_S = 60.0
 _KNOCK_S = 30.0
@@ -38,10 +38,11 @@ _TOKEN = (
     "RAY_AUTH_TOKEN or in the file at RAY_AUTH_TOKEN_PATH"
 )
 _LOGS = "look into `ray status` and the newest logs under /tmp/ray/session_latest/logs"
-_PORTS = "open the nodes' ports to each other, or give groups a master_port_range of open ones"
+_PORTS = "open the nodes' ports to each other"
 _REDUCE = (
     "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME (worker_env=...) chooses the interface that the "
-    "nodes reach each other by (`ip -br addr`); NCCL_DEBUG=INFO says more"
+    "nodes reach each other by (`ip -br addr`), and master_port_range=... an open port; "
+    "NCCL_DEBUG=INFO says more"
 )
 
 
@@ -54,10 +55,10 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Node:
     """A node as a process on it sees it. `disk`, where Ray writes to, and `shm`, the shared memory,
-    are all bytes and the free ones; `devices` counts device files; `port` takes connections.
+    are all bytes and the free ones; `devices` counts device files.
     """
 
     ip: str
@@ -66,41 +67,29 @@ class Node:
     disk: tuple[int, int]
     shm: tuple[int, int]
     devices: Mapping[str, int]
-    port: int = 0
 
 
-class Probe:
-    """A process on a node that looks around, and tries connections to others."""
+def _seen(ip: str, resources: Mapping[str, float]) -> Node:
+    """The node of this process, now."""
+    own: Any = ray._private.worker._global_node  # pyright: ignore[reportAttributeAccessIssue]
+    disk, shm = shutil.disk_usage(own.get_session_dir_path()), shutil.disk_usage("/dev/shm")
+    devices = {k.resource: len(glob.glob(k.files)) for k in DEVICE_KINDS if k.files}
+    space = (disk.total, disk.free), (shm.total, shm.free)
+    return Node(ip, resources, versions(), *space, devices)
 
-    def __init__(self) -> None:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        self._socket = socket.create_server(
-            ("", 0), family=family, backlog=1_024, dualstack_ipv6=both
-        )
 
-    def look(self, ip: str, resources: Mapping[str, float]) -> Node:
-        """This node, now."""
-        own: Any = ray._private.worker._global_node  # pyright: ignore[reportAttributeAccessIssue]
-        disk = shutil.disk_usage(own.get_session_dir_path())
-        shm = shutil.disk_usage("/dev/shm")
-        devices = {k.resource: len(glob.glob(k.files)) for k in DEVICE_KINDS if k.files}
-        port = self._socket.getsockname()[1]
-        space = (disk.total, disk.free), (shm.total, shm.free)
-        return Node(ip, resources, versions(), *space, devices, port)
+def unreachable(addresses: Sequence[tuple[str, int]], batch: Any = None) -> list[str]:
+    """Those that take no connection from here, each with why; the batch has to arrive, too."""
 
-    def unreachable(self, addresses: Sequence[tuple[str, int]], batch: Any = None) -> list[str]:
-        """Those that take no connection from here, each with why; the batch has to arrive, too."""
+    def why(address: tuple[str, int]) -> str:
+        try:
+            socket.create_connection(address, timeout=3).close()
+        except OSError as error:
+            return f"{address[0]}:{address[1]} ({error})"
+        return ""
 
-        def why(address: tuple[str, int]) -> str:
-            try:
-                socket.create_connection(address, timeout=3).close()
-            except OSError as error:
-                return f"{address[0]} ({error})"
-            return ""
-
-        with ThreadPoolExecutor(64) as threads:
-            return [*filter(None, threads.map(why, addresses))]
+    with ThreadPoolExecutor(64) as threads:
+        return [*filter(None, threads.map(why, addresses))]
 
 
 def doctor(address: str | None) -> int:
@@ -123,14 +112,15 @@ def _examined(address: str | None) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("cluster", "fail", *str(error).split("\n"))
         return
-    nodes: dict[Node, Any] = {}
+    nodes: dict[str, Node] = {}
     yield from guarded("nodes", _LOGS, _nodes, nodes)
-    for node in nodes:
+    for node in nodes.values():
         yield from look_at(node, versions())
     if nodes:
         yield from guarded("ports", _PORTS, _ports, nodes)
     for kind in reversed(DEVICE_KINDS) if nodes else ():
-        has = any(n.resources.get(kind.resource) and n.devices.get(kind.resource) for n in nodes)
+        there = (n for n in nodes.values() if n.resources.get(kind.resource))
+        has = any(node.devices.get(kind.resource) for node in there)
         if kind is CPU or (kind.files and has):
             yield from guarded(f"all-reduce {kind.name}", _REDUCE, _reduce, kind, len(nodes))
 
@@ -182,36 +172,38 @@ def _knock(address: str) -> None:
         raise ValueError(f"the cluster at {address} wants its token\n{_TOKEN}")
 
 
-def _nodes(nodes: dict[Node, Any]) -> Iterator[Sequence[str]]:
-    """Put those that live where they are wanted, each with its probe."""
-    actor: Any = ray.remote(num_cpus=0)(Probe)
-    table = [node for node in ray.nodes() if node["Alive"]]
-    living = {node["NodeID"]: (node["NodeManagerAddress"], node["Resources"]) for node in table}
-    places = {key: NodeAffinitySchedulingStrategy(key, soft=False) for key in living}
-    probes = {k: actor.options(scheduling_strategy=place).remote() for k, place in places.items()}
-    looks = {key: probe.look.remote(*living[key]) for key, probe in probes.items()}
-    for key, seen in _answers(looks).items():
-        if isinstance(seen, Exception):
-            why = f"no process answers on {living[key][0]}: {type(seen).__name__}: {seen}"
-            yield "fail", why, "see whether Ray and this package are there, for the node's Python"
-        else:
-            nodes[seen] = probes[key]
-    total, free = ray.cluster_resources(), ray.available_resources()
-    kinds = [k for k in dict.fromkeys(k.resource for k in reversed(DEVICE_KINDS)) if k in total]
-    amounts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}" for kind in kinds)
-    yield "ok", f"{len(living)} alive, {amounts} free"
-
-
-def _answers(asked: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What each reference comes to, or the exception, within a time that all share."""
+def _on_each(keys: Iterable[str], function: Any, args: Callable[[str], Any]) -> dict[str, Any]:
+    """What a process on each of the nodes returns for its arguments, or the exception, within a
+    time that all share.
+    """
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+    asked, answers = {}, {}
+    for key in keys:
+        place = NodeAffinitySchedulingStrategy(key, soft=False)
+        asked[key] = task.options(scheduling_strategy=place).remote(*args(key))
     ray.wait([*asked.values()], num_returns=len(asked), timeout=_WAIT_S)
-    answers: dict[Any, Any] = {}
     for key, ref in asked.items():
         try:
             answers[key] = ray.get(ref, timeout=0)
         except Exception as error:
             answers[key] = error
     return answers
+
+
+def _nodes(nodes: dict[str, Node]) -> Iterator[Sequence[str]]:
+    """Put those that live where they are wanted, by id."""
+    table = [node for node in ray.nodes() if node["Alive"]]
+    living = {node["NodeID"]: (node["NodeManagerAddress"], node["Resources"]) for node in table}
+    for key, seen in _on_each(living, _seen, living.__getitem__).items():
+        if isinstance(seen, Exception):
+            why = f"no process answers on {living[key][0]}: {type(seen).__name__}: {seen}"
+            yield "fail", why, "see whether Ray and this package are there, for the node's Python"
+        else:
+            nodes[key] = seen
+    total, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [k for k in dict.fromkeys(k.resource for k in reversed(DEVICE_KINDS)) if k in total]
+    amounts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}" for kind in kinds)
+    yield "ok", f"{len(living)} alive, {amounts} free"
 
 
 def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
@@ -248,17 +240,24 @@ def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding("node", "ok", f"{node.ip}: {text}")
 
 
-def _ports(nodes: Mapping[Node, Any]) -> Iterator[Sequence[str]]:
-    addresses, batch = [(node.ip, node.port) for node in nodes], ray.put(bytearray(64 << 20))
-    tries = {n.ip: probe.unreachable.remote(addresses, batch) for n, probe in nodes.items()}
+def _ports(nodes: Mapping[str, Node]) -> Iterator[Sequence[str]]:
+    batch, addresses = (
+        ray.put(bytearray(64 << 20)),
+        [
+            (node["NodeManagerAddress"], node[f"{port}ManagerPort"])
+            for node in ray.nodes()
+            for port in ("Node", "Object")
+            if node["NodeID"] in nodes
+        ],
+    )
     failed: list[str] = []
-    for ip, found in _answers(tries).items():
+    for key, found in _on_each(nodes, unreachable, lambda _: (addresses, batch)).items():
         missed = [f"a batch ({found})"] if isinstance(found, Exception) else found
-        failed += [f"{ip} → {what}" for what in missed]
+        failed += [f"{nodes[key].ip} → {what}" for what in missed]
     if failed:
         yield "fail", f"no connection: {'; '.join(failed[:5])}", _PORTS
     else:
-        yield "ok", f"any of {len(nodes)} nodes reaches a new port of any other"
+        yield "ok", f"Ray's ports of {len(nodes)} nodes are reached from each of them"
 
 
 def _reduce(kind: DeviceKind, nodes: int) -> Iterator[Sequence[str]]:
