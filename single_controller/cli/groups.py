@@ -108,12 +108,9 @@ def kill(address: str | None, name: str, namespace: str | None) -> int:
     hosts = _hosts_of(name, namespace)
     ids = [host.actor_id.hex() for host in hosts]
     at_once(lambda host: ray.kill(ray.get_actor(host.name, host.ray_namespace)), hosts)
-    if left := set(await_death(ids, _END_S)):
-        ranks = [rank for rank, key in enumerate(ids) if key in left]
-        sys.stderr.write(
-            f"ranks {ranks} of {name!r} are not gone after {_END_S:g} s: end their processes on "
-            "their nodes\n"
-        )
+    if left := await_death(ids, _END_S):
+        pids = [f"{h.pid} on {h.address.ip_address}" for h in hosts if h.actor_id.hex() in left]
+        sys.stderr.write(f"not gone after {_END_S:g} s: {', '.join(pids)}\n")
         return 1
     give_back(ids)
     sys.stdout.write(f"ended the {len(ids)} hosts of {name}\n")

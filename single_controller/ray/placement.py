@@ -359,14 +359,7 @@ class SubRayResourcePool(RayResourcePool):
         self.start_bundle_index = start_bundle_index
         self.subgroup_world_size = subgroup_world_size
         every = [(group, i) for group in self.pgs for i in range(group.bundle_count)]
-        own = every[start_bundle_index:][:subgroup_world_size]
-        if start_bundle_index < 0 or not 1 <= subgroup_world_size == len(own):
-            raise ValueError(
-                f"start_bundle_index {start_bundle_index} and subgroup_world_size "
-                f"{subgroup_world_size} must lie within the {len(every)} bundles of the placement "
-                "groups"
-            )
-        self.keep(own)
+        self.keep([every[start_bundle_index + i] for i in range(subgroup_world_size)])
 
     def keep(self, ranks: Sequence[tuple[PlacementGroup, int]]) -> Self:
         """Have these bundles, in this order."""

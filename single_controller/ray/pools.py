@@ -86,24 +86,24 @@ def extract_pg_from_exist(
 ) -> list[PlacementGroup]:
     """Placement groups of other roles' pools that `resource_pool` can use instead of new ones.
 
-    Each of its nodes takes the smallest unused group that is large enough, the largest first.
+    Each of its nodes takes the smallest unused group that is large enough.
 
     Raises:
         ResourceError: no such group is left for a node.
     """
     taken = [pool for name, pool in resource_pools.items() if name in src_role_names]
     free = [group for pool in taken for group in _reserved(pool)]
-    chosen: dict[int, PlacementGroup] = {}
-    for node, count in sorted(enumerate(resource_pool.store), key=lambda item: -item[1]):
+    chosen = []
+    for count in resource_pool.store:
         large = [group for group in free if group.bundle_count >= count]
         if not large:
             raise ResourceError(
-                f"no placement group of {src_role_names} with {count} bundles is left for node "
-                f"{node}; unused ones have {[group.bundle_count for group in free]}"
+                f"no placement group of {src_role_names} with {count} bundles is left; unused ones "
+                f"have {[group.bundle_count for group in free]}"
             )
-        chosen[node] = min(large, key=lambda group: group.bundle_count)
-        free.remove(chosen[node])
-    return [chosen[node] for node in sorted(chosen)]
+        chosen.append(min(large, key=lambda group: group.bundle_count))
+        free.remove(chosen[-1])
+    return chosen
 
 
 def _reserved(pool: RayResourcePool) -> list[PlacementGroup]:

@@ -164,20 +164,12 @@ def test_write_changes_files_and_names_those_that_it_cannot_read(
     assert len(err.splitlines()) == 2
 
 
-def test_it_is_a_program_that_starts_without_ray_and_torch_and_may_lose_its_reader(
-    tmp_path: Path,
-) -> None:
+def test_it_is_a_program_that_starts_without_ray_and_torch(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text("from verl.protocol import DataProto\n" * 1_500)
+    program.write_text("from verl.protocol import DataProto\n")
     command = [sys.executable, "-X", "importtime", "-m", "single_controller", "port", str(program)]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as reading:
-        assert reading.stdout is not None
-        assert reading.stderr is not None
-        assert reading.stdout.readline().startswith("---")
-        reading.stdout.close()
-        lines = reading.stderr.read().splitlines()
-    imported = {line.rpartition("|")[2].strip() for line in lines}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "+from protocol import DataProto" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "single_controller" in imported
-    assert not {"ray", "torch", "Traceback (most recent call last):"} & imported
+    assert not {"ray", "torch"} & imported
