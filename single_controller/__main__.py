@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -33,10 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         status: int = getattr(module, name)(**options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as of `… | head`; no signal ends it, since Ray's sockets break, too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (ValueError, OSError, SingleControllerError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

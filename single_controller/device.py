@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,39 +132,28 @@ def move(owner: object, device: Any) -> None:
     back to the device.
 
     Args:
-        owner: usually a worker. Attributes that are lists, tuples or dicts of modules count too,
-            and so do the attributes of objects that it holds, such as an engine's, one level deep.
+        owner: usually a worker.
         device: a `torch.device` or its name.
     """
     torch = sys.modules.get("torch")
     if torch is None:
         return
     device = torch.device(device)
-    for value in _held(vars(owner), torch.nn.Module):
+    for value in vars(owner).values():
         if isinstance(value, torch.nn.Module):
             for part in value.modules():
                 if callable(reshard := getattr(part, "reshard", None)):
                     reshard()
             value.to(device)
         elif isinstance(value, torch.optim.Optimizer):
-            for state, key, entry in [(s, *i) for s in value.state.values() for i in s.items()]:
-                if isinstance(entry, torch.Tensor) and entry.dim():
-                    state[key] = entry.to(device)
+            for state in value.state.values():
+                for key, entry in state.items():
+                    if isinstance(entry, torch.Tensor) and entry.dim():
+                        state[key] = entry.to(device)
     if device.type == CPU.name:
         gc.collect()
         for kind in {torch.accelerator.current_accelerator()} - {None}:
             getattr(torch, kind.type).empty_cache()
-
-
-def _held(value: Any, module: type) -> Iterator[Any]:
-    if isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _held(item, module)
-    else:
-        yield value
-        # A module moves whole, and another role has turns of its own.
-        if not isinstance(value, (module, type)) and not hasattr(type(value), "takes_turns"):
-            yield from getattr(value, "__dict__", {}).values()
 
 
 class Turns:

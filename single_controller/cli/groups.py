@@ -7,10 +7,8 @@ is added to what it does: Ray's table of actors and the processes themselves say
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from single_controller.ray.placement import (
     at_once,
     await_death,
     give_back,
+    in_use,
     living_actors,
     remove,
     reservations,
@@ -67,31 +66,22 @@ def _titles(processes: Sequence[ProcessInfo]) -> list[str]:
     return found
 
 
-def _age(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
-
-
 def ps(address: str | None) -> int:
     """Print a line for each rank of each group, and for what is reserved and not used."""
     sys.stdout.write(f"{connect(address or 'auto')}\n")
-    ranks = [(key[0], *item) for key, hosts in _groups().items() for item in enumerate(hosts)]
-    rows: list[Sequence[object]] = [("group", "rank", "node", "pid", "runs", "age")]
+    ranks = [(name, *item) for (name, _), hosts in _groups().items() for item in enumerate(hosts)]
+    rows: list[Sequence[object]] = [("group", "rank", "node", "pid", "runs")]
     titles = _seen([host for *_, host in ranks], _titles)
     for (name, rank, host), title in zip(ranks, titles, strict=True):
         title = title.removeprefix("ray::")
-        age = _age(time.time() - (host.start_time or host.timestamp) / 1_000)
         runs = "idle" if title in _HOSTS else title
-        rows.append((name, rank, host.address.ip_address, host.pid, runs, age))
+        rows.append((name, rank, host.address.ip_address, host.pid, runs))
     sys.stdout.write(f"{aligned(rows)}\n" if ranks else "no groups are running\n")
-    unused: list[Sequence[object]] = [("reservation", "bundles", "state", "creator")]
-    for one in reservations():
-        if not one.used:  # its creator's end gives back none but his own before the job ends
-            creator = "detached" if one.is_detached else "ended" if one.ended else "alive"
-            unused.append((one.name, one.bundles, one.state, creator))
-    if unused[1:]:
-        table = aligned(unused)
+    used = in_use()
+    unused = [one for group, one in reservations().items() if group not in used]
+    if unused:
+        rows = [(one.name, one.bundles, one.state.lower(), one.creator) for one in unused]
+        table = aligned([("reservation", "bundles", "state", "creator"), *rows])
         sys.stdout.write(f"\nreserved without a group (`kill` gives them back):\n{table}\n")
     return 0
 
@@ -111,19 +101,16 @@ def kill(address: str | None, name: str, namespace: str | None) -> int:
     driver that made it. A reservation's own name gives it back, with what runs in it.
     """
     sys.stdout.write(f"{connect(address or 'auto')}\n")
-    if found := [one.group for one in reservations() if one.name == name]:
+    if found := [group for group, one in reservations().items() if one.name == name]:
         remove(found)
         sys.stdout.write(f"gave {name} back\n")
         return 0
     hosts = _hosts_of(name, namespace)
     ids = [host.actor_id.hex() for host in hosts]
     at_once(lambda host: ray.kill(ray.get_actor(host.name, host.ray_namespace)), hosts)
-    if left := set(await_death(ids, _END_S)):
-        ranks = [rank for rank, key in enumerate(ids) if key in left]
-        sys.stderr.write(
-            f"ranks {ranks} of {name!r} are not gone after {_END_S:g} s: end their processes on "
-            "their nodes\n"
-        )
+    if left := await_death(ids, _END_S):
+        pids = [f"{h.pid} on {h.address.ip_address}" for h in hosts if h.actor_id.hex() in left]
+        sys.stderr.write(f"not gone after {_END_S:g} s: {', '.join(pids)}\n")
         return 1
     give_back(ids)
     sys.stdout.write(f"ended the {len(ids)} hosts of {name}\n")
@@ -132,13 +119,11 @@ def kill(address: str | None, name: str, namespace: str | None) -> int:
 
 def _hosts_of(name: str, namespace: str | None) -> list[Any]:
     groups = _groups()
-    spaces = [space for key, space in groups if key == name and namespace in (None, space)]
-    if len(spaces) == 1:
-        return groups[name, spaces[0]]
-    if spaces:
-        several = f"{len(spaces)} groups are called {name!r}"
-        raise ValueError(f"{several}: name a --namespace of {spaces}")
-    names = sorted({key for key, _ in groups})
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f": did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"no group {name!r} runs here{hint} Running: {', '.join(names) or '-'}")
+    found = [key for key in groups if key[0] == name and namespace in (None, key[1])]
+    if len(found) != 1:
+        running = ", ".join(f"{name} (namespace {space})" for name, space in groups) or "-"
+        raise ValueError(
+            f"{len(found)} groups are called {name!r}: give one's name, and its --namespace where "
+            f"several have it. Running: {running}"
+        )
+    return groups[found[0]]

@@ -87,11 +87,8 @@ def _named(call: Call) -> dict[str, Any]:
 class _PoolManager(pools.ResourcePoolManager):
     """Named pools that are not asked of a cluster."""
 
-    def create_resource_pool(self) -> None:
-        for name, counts in self.resource_pool_spec.items():
-            self.resource_pool_dict[name] = RayResourcePool(
-                counts, name_prefix=name, max_colocate_count=self.max_colocate_count
-            )
+    def _check(self) -> None:
+        pass
 
 
 def _split(pool: ResourcePool, split_size: int | list[int]) -> list[RayResourcePool]:

@@ -1,6 +1,6 @@
 """Pools reserved as placement groups: whether a cluster can hold one and what is short, where each
-rank goes, who else holds resources, and giving back what is closed, dropped, or left behind by a
-creator that has ended.
+rank goes, who else holds resources, and giving back what is closed, dropped, or left behind by an
+actor that has ended.
 
 Splitting and merging pools is left to `pools`, what runs in them to `start`.
 """
@@ -12,27 +12,22 @@ import inspect
 import ipaddress
 import logging
 import math
-import re
-import textwrap
 import threading
 import time
 import uuid
 import weakref
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray._private.state import available_resources_per_node, state
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from single_controller.base.explain import aligned
 from single_controller.base.plan import ResourcePool
 from single_controller.device import CPU, DEVICE_KINDS, DeviceKind, device_kind
 from single_controller.errors import ResourceError, check_seconds
@@ -56,6 +51,7 @@ __all__ = [
     "crowded",
     "dead",
     "give_back",
+    "in_use",
     "living_actors",
     "remove",
     "reservations",
@@ -64,15 +60,15 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _AT_ONCE = 16  # round trips to the cluster
-_DEVICES = {kind.resource for kind in DEVICE_KINDS}
 _REMOVAL_S = 10.0
 _DEATH_S = 10.0
-_RECLAIM_S = 1.0  # how long a reservation waits before others are looked at again
-_LOOK_S, _MOST_S = 0.25, 5.0  # between looks whether a dropped reservation is empty: first, at most
-_POLL_S, _MOST_POLL_S = 0.005, 0.5  # the same for what is waited for
+_LOOK_S = 0.5  # between looks whether a dropped reservation is empty
+_POLL_S, _MOST_POLL_S = 0.005, 0.5  # between looks at what is waited for: first, at most
 _SHOWN = 10
-_NAME = re.compile(r".+_([0-9a-f]{12})_[0-9a-f]{6}_\d+")  # <prefix>_<creator>_<random>_<node>
+_MARK = "single_controller_"  # in the names of pools' placement groups
 _pb: Any = gcs_pb2
 
 
@@ -101,89 +97,33 @@ class PoolRequest:
     def fits(self, nodes: Sequence[NodeResources]) -> bool:
         """Whether empty nodes could hold it. No is certain; yes leaves the packing to Ray."""
         room = [self._capacity(node.total) for node in nodes]
-        if self.strategy == "STRICT_SPREAD":
-            room = [min(capacity, len(self.counts)) for capacity in room]
-            if max(self.counts, default=0) > sum(capacity > 0 for capacity in room):
-                return False
         if self.strategy == "STRICT_PACK":
             for size in set(self.counts):  # of those at least as large, a node holds so many
                 if sum(count >= size for count in self.counts) > sum(r // size for r in room):
                     return False
         return sum(self.counts) <= sum(room)
 
-    def standing(self, there: str) -> str:
-        """What is waited for, where `there`, such as "1 of 2" placement groups, are reserved."""
-        found = f"waiting for resources: {there} placement groups"
-        nodes = cluster_nodes()
-        room = [self._capacity(node.total) for node in nodes]
-        lacking = f"; {[*self.counts]} do not fit onto nodes that hold {room}, until more join"
-        return found if self.fits(nodes) else found + lacking
+    def __str__(self) -> str:
+        asked = f"{sum(self.counts)} × {_shown(self.bundle)}"
+        return f"process_on_nodes={[*self.counts]} under {self.strategy} asks for {asked}"
+
+    def explain(self, nodes: Sequence[NodeResources]) -> str:
+        """What is asked, and what of it each node has and has free."""
+        lines = [str(self)]
+        for node in nodes:
+            there = ", ".join(
+                f"{node.free.get(name, 0):g} of {node.total.get(name, 0):g} {name}"
+                for name in self.bundle
+            )
+            processes = f"{self._capacity(node.total)} processes, {self._capacity(node.free)} now"
+            lines.append(f"  node {node.ip} holds {processes}: {there} free")
+        return "\n".join(lines)
 
     def _capacity(self, resources: Mapping[str, float]) -> int:
         """How many bundles these resources hold."""
-        asked = [(name, need) for name, need in self.bundle.items() if need > 0]
-        holds = (math.floor(resources.get(name, 0) / need + 1e-9) for name, need in asked)
-        return min(holds, default=sum(self.counts))
-
-    def explain(self, nodes: Sequence[NodeResources]) -> str:
-        """Asked, total and free per resource and per node, and a change that fits."""
-        processes, rows = sum(self.counts), [("resource", "asked", "total", "free")]
-        for name, need in self.bundle.items():
-            there = [(node.total.get(name, 0), node.free.get(name, 0)) for node in nodes]
-            total, free = map(sum, zip((0, 0), *there, strict=True))
-            rows.append((name, f"{need * processes:g}", f"{total:g}", f"{free:g}"))
-        asked = f"asks for {processes} × {_shown(self.bundle)}"
-        lines = [
-            f"node {node.ip} holds {self._capacity(node.total)} processes, "
-            f"{self._capacity(node.free)} now"
-            for node in nodes
-        ]
-        return (
-            f"process_on_nodes={list(self.counts)} under {self.strategy} {asked}\n"
-            + textwrap.indent("\n".join([aligned(rows), *lines]), "  ")
-            + f"\nWhat fits: {self._suggestion(nodes)}"
+        return min(
+            math.floor(resources.get(name, 0) / need + 1e-9) for name, need in self.bundle.items()
         )
-
-    def _suggestion(self, nodes: Sequence[NodeResources]) -> str:
-        if self.fits(nodes):
-            return "close what holds the resources, or raise placement_timeout_s"
-        if fewer := self._fewer(nodes):
-            return f"process_on_nodes={fewer}, or more or larger nodes"
-        for name, need in self.bundle.items():
-            kind, _, of_type = name.partition(":")
-            if name == "CPU" or any(node.total.get(name, 0) >= need for node in nodes):
-                continue
-            if of_type:
-                found = {other.partition(":") for node in nodes for other in node.total}
-                types = sorted(other for of, _, other in found if of == kind)
-                return f"accelerator_type=None, or one of the types that are there: {types}"
-            if name in _DEVICES:
-                return f"use_gpu=False, or nodes with {name}s"
-            return f"nodes with {need:g} {name}, or no {name} in the pool"
-        return "more nodes: none has all that one process asks for"
-
-    def _fewer(self, nodes: Sequence[NodeResources]) -> list[int]:
-        """Counts that fit: the first of these, or, where each is to be on one node, all of them,
-        the largest first, cut into what there is room for.
-        """
-        if self.strategy != "STRICT_PACK":
-            totals = range(1, sum(self.counts) + 1)
-            most = bisect(totals, False, key=lambda n: not self._first(n).fits(nodes))
-            return list(self._first(most).counts)
-        room = [0, *(self._capacity(node.total) for node in nodes)]
-        parts: list[list[int]] = [[] for _ in self.counts]
-        for i in sorted(range(len(parts)), key=lambda i: -self.counts[i]):
-            while (left := self.counts[i] - sum(parts[i])) and max(room):
-                large = [capacity for capacity in room if capacity >= left]
-                place = room.index(min(large, default=max(room)))
-                parts[i].append(min(left, room[place]))
-                room[place] -= parts[i][-1]
-        return [part for split in parts for part in split]
-
-    def _first(self, total: int) -> PoolRequest:
-        """So many of the processes."""
-        parts = zip(self.counts, accumulate(self.counts, initial=0), strict=False)
-        return replace(self, counts=tuple(min(n, total - at) for n, at in parts if at < total))
 
 
 def _shown(bundle: Mapping[str, float]) -> str:
@@ -241,16 +181,14 @@ class RayResourcePool(ResourcePool):
     ) -> None:
         super().__init__(process_on_nodes, max_colocate_count)
         check_seconds("placement_timeout_s", placement_timeout_s, optional=False)
-        custom = dict(resources_per_process or {})
-        amounts: dict[str, Any] = {f"resources_per_process[{n!r}]": a for n, a in custom.items()}
-        amounts |= {"cpus_per_process": cpus_per_process, "gpus_per_process": gpus_per_process}
-        for name, amount in amounts.items():
-            if not (isinstance(amount, int | float) and amount > 0):
-                raise ValueError(f"{name} must be a number, more than 0; got {amount!r}")
-        if custom.keys() & _DEVICES:
+        custom: dict[str, Any] = dict(resources_per_process or {})
+        amounts = [cpus_per_process, gpus_per_process, *custom.values()]
+        numbers = all(isinstance(amount, int | float) and amount > 0 for amount in amounts)
+        if not numbers or custom.keys() & {kind.resource for kind in DEVICE_KINDS}:
             raise ValueError(
-                "resources_per_process must be amounts of custom resources (CPUs and devices have "
-                f"parameters of their own); got {custom}"
+                "cpus_per_process, gpus_per_process and what resources_per_process has of custom "
+                f"resources must be numbers, more than 0; got {cpus_per_process!r}, "
+                f"{gpus_per_process!r} and {custom}"
             )
         self.use_gpu = use_gpu
         self.name_prefix = name_prefix or uuid.uuid4().hex[:8]
@@ -262,12 +200,7 @@ class RayResourcePool(ResourcePool):
         self.placement_timeout_s = placement_timeout_s
         self.waits_for_nodes = waits_for_nodes
         self.pgs: list[PlacementGroup] | None = None
-        self._placed: list[int] = []
-
-    @property
-    def store(self) -> list[int]:
-        """Processes per node (a copy): as given, or as they are reserved."""
-        return list(self._placed or self._store)
+        self.ranks: list[tuple[PlacementGroup, int]] = []  # the bundle of each, once reserved
 
     def settings(self) -> dict[str, Any]:
         """What a process gets, as keyword arguments for another pool."""
@@ -319,29 +252,22 @@ class RayResourcePool(ResourcePool):
         """
         kind = self.device(device_name)
         groups = self._reserve(strategy, None, kind)
-        if kind is not CPU and kind.resource not in groups[0].bundle_specs[0]:
-            raise ResourceError(
-                f"the pool was reserved without {kind.resource}: its bundles are "
-                f"{groups[0].bundle_specs[0]}, and device_name={device_name!r} was asked for"
-            )
-        table, addresses = _table(), _node_addresses()
-        lost = [g for g in groups if _state(table.get(g.id.binary())) == "RESCHEDULING"]
-        if lost:  # Ray replaces what they have lost with a node
+        there = reservations()
+        if any(g in there and there[g].state == "RESCHEDULING" for g in groups):
+            # Ray replaces what they have lost with a node; ranks keep their bundles.
             late = "the pool's reservation lost a node, and no other could take its place"
-            self._await(lost, self.request(kind, strategy), late)
-            table, addresses = _table(), _node_addresses()
-        bundles = []
-        for group in groups:
-            found = table.get(group.id.binary())
-            nodes = _nodes(found)
-            if _state(found) != "CREATED" or not addresses.keys() >= set(nodes):
-                raise ResourceError(
-                    "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
-                    "was removed. close() the pool to reserve it again"
-                )
-            own = [Bundle(group, i, node, addresses[node]) for i, node in enumerate(nodes)]
-            bundles += sorted(own, key=lambda one: _node_order(one.node_ip, one.node_id))
-        return tuple(bundles)
+            self._await(groups, self.request(kind, strategy), late)
+            there = reservations()
+        if not all(g in there and there[g].state == "CREATED" for g in groups):
+            raise ResourceError(
+                "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
+                "was removed. close() the pool to reserve it again"
+            )
+        addresses = _node_addresses()
+        return tuple(
+            Bundle(group, i, node := there[group].nodes[i], addresses[node])
+            for group, i in self.ranks
+        )
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
         check_started()
@@ -352,55 +278,61 @@ class RayResourcePool(ResourcePool):
         request = self.request(kind, strategy)
         if not self.waits_for_nodes:
             request.check("this pool")
-        _reclaim()
-        creator = ray.get_runtime_context().get_worker_id()[:12]  # Ray knows none but actors
-        named = f"{name or f'{self.name_prefix}single_controller'}_{creator}_{uuid.uuid4().hex[:6]}"
+        named = f"{name or self.name_prefix}{_MARK}{uuid.uuid4().hex[:6]}"
         lifetime: Any = "detached" if self.detached else None
         groups: list[PlacementGroup] = []
-
-        def ask(node: int) -> None:
-            asked = [dict(request.bundle)] * request.counts[node]
-            groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
-
+        # Ray places one after another: small ones would leave no room for large ones.
+        largest_first = sorted(enumerate(request.counts), key=lambda item: -item[1])
         try:
-            largest_first = sorted(range(len(request.counts)), key=lambda i: -request.counts[i])
-            for _, alike in groupby(largest_first, request.counts.__getitem__):
-                at_once(ask, alike)  # Ray places one after another: small ones leave no room
+            for node, count in largest_first:
+                asked = [dict(request.bundle)] * count
+                groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
             self._await(groups, request, "the pool was not free")
         except BaseException:
             remove(groups)
             raise
-        self.pgs = sort_placement_group_by_node_ip(groups)
-        self._placed = [group.bundle_count for group in self.pgs]
+        if _started.acquire(blocking=False):
+            threading.Thread(target=_give_back_dropped, daemon=True, name="give-back").start()
         for group in () if self.detached else groups:
-            weakref.finalize(group, _dropped().put, group.id.binary()).atexit = False
-        return self.pgs
+            weakref.finalize(group, _dropped.put, group.id).atexit = False
+        groups = sort_placement_group_by_node_ip(groups)
+        addresses, there = _node_addresses(), reservations()
+        self._store, self.ranks = [group.bundle_count for group in groups], []
+        for group in groups:
+            nodes = [_node_order(addresses[node], node) for node in there[group].nodes]
+            self.ranks += [(group, i) for i in sorted(range(len(nodes)), key=nodes.__getitem__)]
+        self.pgs = groups
+        return groups
 
     def _await(self, groups: Sequence[PlacementGroup], request: PoolRequest, late: str) -> None:
-        patience_s = min(_RECLAIM_S, self.placement_timeout_s)
-
-        def missing() -> list[str]:
-            return _not_yet("CREATED", groups)
+        def missing() -> list[PlacementGroup]:
+            there = reservations()
+            for group, one in there.items():
+                if one.creator == "ended" and _MARK in one.name:
+                    remove_placement_group(group)  # Ray would keep it until the job ends
+            return [g for g in groups if g not in there or there[g].state != "CREATED"]
 
         def standing() -> str:
-            return request.standing(f"{len(groups) - len(missing())} of {len(groups)}")
+            there = f"{len(groups) - len(missing())} of {len(groups)} placement groups"
+            return f"waiting for resources: {there}; {request}"
 
         with Wait(standing):
-            if left := _left(missing, patience_s):
-                _reclaim()  # of those who have ended meanwhile
-                left = _left(missing, self.placement_timeout_s - patience_s)
+            left = _left(missing, self.placement_timeout_s)
         if left:
+            held = [one for group, one in reservations().items() if group not in groups][:_SHOWN]
             raise ResourceError(
                 f"{late} within placement_timeout_s={self.placement_timeout_s:g}: "
                 f"{request.explain(cluster_nodes())}\n"
-                f"{_holders(but={g.id.binary() for g in groups})}".rstrip()
+                "Close what holds the resources, or raise placement_timeout_s. `ray list actors` "
+                "shows who runs outside of placement groups; of these there are"
+                + "".join(f"\n  {one.name}: {one.bundles} ({one.state})" for one in held)
             )
 
     def close(self) -> None:
         """Give the reservation back and return when it is, or after 10 s with a warning in the log;
         workers in it end. The pool can be used again afterwards.
         """
-        groups, self.pgs, self._placed = self.pgs or [], None, []
+        groups, self.pgs, self.ranks = self.pgs or [], None, []
         if ray.is_initialized():
             remove(groups)
 
@@ -421,35 +353,18 @@ class SubRayResourcePool(RayResourcePool):
         subgroup_world_size: int,
         **kwargs: Any,
     ) -> None:
-        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence, those
-        of each group in the order that their nodes have when the pool is first asked for its own.
-        """
+        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence."""
         super().__init__(**kwargs)
         self.pgs = list(placement_groups)
         self.start_bundle_index = start_bundle_index
         self.subgroup_world_size = subgroup_world_size
-        self._own: set[tuple[Any, int]] = set()
-        self._slice = slice(start_bundle_index, start_bundle_index + subgroup_world_size)
-        group_of = [i for i, group in enumerate(self.pgs) for _ in range(group.bundle_count)]
-        held = len(group_of)
-        if not (start_bundle_index >= 0 and 1 <= subgroup_world_size <= held - start_bundle_index):
-            raise ValueError(
-                f"start_bundle_index {start_bundle_index} and subgroup_world_size "
-                f"{subgroup_world_size} must lie within the {held} bundles of the placement groups"
-            )
-        self._placed = [*Counter(group_of[self._slice]).values()]
+        every = [(group, i) for group in self.pgs for i in range(group.bundle_count)]
+        self.keep([every[start_bundle_index + i] for i in range(subgroup_world_size)])
 
-    def bundles(
-        self, strategy: str = "STRICT_PACK", device_name: str | None = None
-    ) -> tuple[Bundle, ...]:
-        found = super().bundles(strategy, device_name)
-        if not self._own:
-            self.keep(found[self._slice])
-        return tuple(one for one in found if (one.group.id, one.index) in self._own)
-
-    def keep(self, bundles: Iterable[Bundle]) -> Self:
-        """Have these from now on, also where Ray moves them to other nodes."""
-        self._own = {(bundle.group.id, bundle.index) for bundle in bundles}
+    def keep(self, ranks: Sequence[tuple[PlacementGroup, int]]) -> Self:
+        """Have these bundles, in this order."""
+        self.ranks = [*ranks]
+        self._store = [*Counter(group.id for group, _ in ranks).values()]
         return self
 
     def close(self) -> None:
@@ -481,12 +396,12 @@ def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[Placement
     10.0.0.10); nodes of one address by their ids, and groups on one node by their names, in which
     a pool has numbered them.
     """
-    addresses, table = _node_addresses(), _table()
+    addresses, there = _node_addresses(), reservations()
 
     def key(group: PlacementGroup) -> tuple[Any, ...]:
-        found = table[group.id.binary()]
-        first = min(_node_order(addresses[node], node) for node in _nodes(found))
-        return first, len(found.name), found.name, group.id.hex()
+        name = there[group].name
+        first = min(_node_order(addresses[node], node) for node in there[group].nodes)
+        return first, len(name), name, group.id.hex()
 
     return sorted(pgs, key=key)
 
@@ -495,7 +410,7 @@ def _node_order(address: str, node_id: str = "") -> tuple[int, int, str]:
     try:
         number = ipaddress.ip_address(address)
     except ValueError:  # Ray takes a name, too
-        return 9, 0, re.sub(r"\d+", lambda digits: digits[0].zfill(9), address) + node_id
+        return 9, 0, address + node_id
     return number.version, int(number), node_id
 
 
@@ -505,56 +420,41 @@ def _node_addresses() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Reservation:
-    """A placement group. `bundles`, such as "2 × {CPU: 1}": a pool's are alike. `where`: its nodes;
-    `ended`: whether the process that made it has, if it is a pool's; `used`: whether an actor runs
-    in it.
+    """A placement group as the cluster knows it: the node of each bundle, by id; `bundles`, such as
+    "2 × {CPU: 1}"; `creator`: "detached" if it outlives it, "ended" if that was an actor which has.
     """
 
     name: str
     state: str
+    nodes: tuple[str, ...]
     bundles: str
-    where: str
-    is_detached: bool
-    ended: bool
-    used: bool
-    group: PlacementGroup
+    creator: str
 
 
-def reservations(of_pools: bool = True) -> list[Reservation]:
-    """The placement groups of pools on this cluster, or all, by name, whoever made them."""
-    used, addresses = {actor.placement_group_id for actor in living_actors()}, _node_addresses()
-    workers = map(_pb.WorkerTableData.FromString, _tables().get_worker_table())
-    ended = {w.worker_address.worker_id.hex()[:12] for w in workers if not w.is_alive}
-    found = []
-    for key, group in _table().items():
-        named = _NAME.fullmatch(group.name)
-        if (of_pools and named is None) or _state(group) == "REMOVED":
-            continue
-        nodes = {addresses[node] for node in _nodes(group) if node in addresses}
-        by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
-        found.append(
-            Reservation(
-                group.name or key.hex(),
-                _state(group).lower(),
-                f"{len(group.bundles)} × {_shown(group.bundles[0].unit_resources)}",
-                " and ".join(sorted(nodes)) or "no node yet",
-                group.is_detached,
-                bool(named and named[1] in ended) or (by_actor and group.creator_actor_dead),
-                key in used,
-                _group(key),
+def reservations() -> dict[PlacementGroup, Reservation]:
+    """All placement groups that are not removed, by name, whoever made them."""
+    found = {}
+    for raw in _tables().get_placement_group_table():
+        group = _pb.PlacementGroupTableData.FromString(raw)
+        state = _pb.PlacementGroupTableData.PlacementGroupState.Name(group.state)
+        if state != "REMOVED":
+            by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+            creator = "ended" if by_actor and group.creator_actor_dead else "alive"
+            bundles = sorted(group.bundles, key=lambda bundle: bundle.bundle_id.bundle_index)
+            found[PlacementGroup(ray.PlacementGroupID(group.placement_group_id))] = Reservation(
+                group.name,
+                state,
+                tuple(bundle.node_id.hex() for bundle in bundles),
+                f"{len(bundles)} × {_shown(bundles[0].unit_resources)}",
+                "detached" if group.is_detached else creator,
             )
-        )
-    return sorted(found, key=lambda reservation: reservation.name)
+    return dict(sorted(found.items(), key=lambda item: item[1].name))
 
 
-def _holders(but: Collection[bytes]) -> str:
-    """A line for each placement group, save these, that has, or waits for, resources."""
-    found = [one for one in reservations(of_pools=False) if one.group.id.binary() not in but]
-    lines = [f"  {one.name}: {one.bundles} on {one.where} ({one.state})" for one in found[:_SHOWN]]
-    if len(found) > _SHOWN:
-        lines.append(f"  … and {len(found) - _SHOWN} more")
-    title = "Placement groups (`ray list actors` shows who runs outside of them):"
-    return "\n".join([title, *lines] if lines else [])
+def in_use() -> set[PlacementGroup]:
+    """The placement groups that actors run in."""
+    keys = {actor.placement_group_id for actor in living_actors()} - {b""}
+    return {PlacementGroup(ray.PlacementGroupID(key)) for key in keys}
 
 
 def crowded(bundles: Sequence[Bundle]) -> list[bool]:
@@ -573,44 +473,24 @@ def crowded(bundles: Sequence[Bundle]) -> list[bool]:
     ]
 
 
-def _reclaim() -> None:
-    """Give back what an actor or a task reserved that has ended: Ray itself would keep it until
-    the whole job ends. What still runs in it ends first.
-    """
-    for reservation in reservations():
-        if reservation.ended and not reservation.is_detached:
-            _dropped().put(reservation.group.id.binary())
-
-
-_queue: SimpleQueue[bytes] = SimpleQueue()
+_dropped: SimpleQueue[ray.PlacementGroupID] = SimpleQueue()
 _started = threading.Lock()
 
 
-def _dropped() -> SimpleQueue[bytes]:
-    """Takes ids of placement groups, to be removed once no actor runs in them: garbage may be
-    collected at any moment, with any lock held.
-    """
-    if _started.acquire(blocking=False):
-        threading.Thread(target=_give_back_dropped, daemon=True, name="give-back").start()
-    return _queue
-
-
 def _give_back_dropped() -> None:
-    left: set[bytes] = set()
-    pause = _LOOK_S
+    """Remove placement groups that were dropped, each once no actor runs in it. A thread does so:
+    garbage may be collected at any moment, with any lock held.
+    """
     while True:
-        with contextlib.suppress(Empty):
-            left.add(_queue.get(timeout=pause if left else None))
-            pause = _LOOK_S
-        pause = min(pause * 1.5, _MOST_S)
-        if not ray.is_initialized():
-            left.clear()
-            continue
-        with contextlib.suppress(Exception):  # the cluster is gone, and they with it
-            empty = left - {actor.placement_group_id for actor in living_actors()}
-            left -= empty
-            for key in empty:
-                remove_placement_group(_group(key))
+        group = PlacementGroup(_dropped.get())
+        time.sleep(_LOOK_S)
+        with contextlib.suppress(Exception):  # Ray may be ending
+            if not ray.is_initialized():
+                continue
+            if group not in in_use():
+                remove_placement_group(group)
+                continue
+        _dropped.put(group.id)
 
 
 def remove(groups: Sequence[PlacementGroup]) -> None:
@@ -618,19 +498,15 @@ def remove(groups: Sequence[PlacementGroup]) -> None:
     still has after 10 s is logged.
     """
     at_once(remove_placement_group, groups)
-    if left := _left(lambda: _not_yet("REMOVED", groups), _REMOVAL_S):
-        names = ", ".join(left)
-        _logger.warning("placement groups are still there %g s after: %s", _REMOVAL_S, names)
+
+    def there() -> list[str]:
+        return [one.name for group, one in reservations().items() if group in groups]
+
+    if left := _left(there, _REMOVAL_S):
+        _logger.warning("placement groups are still there %g s after: %s", _REMOVAL_S, left)
 
 
-def _not_yet(state: str, groups: Sequence[PlacementGroup]) -> list[str]:
-    """Those that are in another state, and in which one."""
-    table = _table()
-    found = [table.get(group.id.binary()) for group in groups]
-    return [f"{one.name if one else '?'} ({now})" for one in found if (now := _state(one)) != state]
-
-
-def _left(look: Callable[[], list[str]], timeout_s: float) -> list[str]:
+def _left(look: Callable[[], list[T]], timeout_s: float) -> list[T]:
     """What `look` still finds when the time is up."""
     deadline, pause = time.monotonic() + timeout_s, _POLL_S
     while (found := look()) and time.monotonic() < deadline:
@@ -640,23 +516,24 @@ def _left(look: Callable[[], list[str]], timeout_s: float) -> list[str]:
 
 
 def give_back(ended: Collection[str]) -> None:
-    """Remove the detached placement groups in which these actors ran and no other one does.
-
-    One that is not detached is left to the driver that made it: it goes with that driver.
+    """Remove the detached placement groups in which these actors ran and no other one does. Others
+    are left to the driver that made them: they go with it.
 
     Args:
         ended: ids of actors that were told to end. Waits for that: of several who end the last
             actors of a placement group, each then sees the others' end or is seen.
     """
-    actors, table = _actors(), _table()
     ended = frozenset(ended)
-    held = {actors[key].placement_group_id for key in ended if key in actors} & table.keys()
-    held = {key for key in held if table[key].is_detached}
-    if not held:
-        return
-    await_death(ended, _DEATH_S)
-    others = [actor for actor in living_actors() if actor.actor_id.hex() not in ended]
-    remove([_group(key) for key in held - {actor.placement_group_id for actor in others}])
+    held = {actor.placement_group_id for key, actor in _actors().items() if key in ended}
+    groups = [
+        group
+        for group, one in reservations().items()
+        if group.id.binary() in held and one.creator == "detached"
+    ]
+    if groups:
+        await_death(ended, _DEATH_S)
+        used = in_use()
+        remove([group for group in groups if group not in used])
 
 
 def await_death(ended: Collection[str], timeout_s: float) -> list[str]:
@@ -667,28 +544,6 @@ def await_death(ended: Collection[str], timeout_s: float) -> list[str]:
         return [key for key in ended if key in found]
 
     return _left(living, timeout_s)
-
-
-def _group(key: bytes) -> PlacementGroup:
-    return PlacementGroup(ray.PlacementGroupID(key))
-
-
-def _state(group: Any) -> str:
-    """Of a placement group of the table, or of None, which is none any more."""
-    states = _pb.PlacementGroupTableData
-    return "REMOVED" if group is None else str(states.PlacementGroupState.Name(group.state))
-
-
-def _nodes(group: Any) -> list[str]:
-    """The node of each bundle of a placement group of the table."""
-    bundles = sorted(group.bundles if group else (), key=lambda b: b.bundle_id.bundle_index)
-    return [bundle.node_id.hex() for bundle in bundles]
-
-
-def _table() -> dict[bytes, Any]:
-    """All placement groups by their ids, in one call."""
-    found = map(_pb.PlacementGroupTableData.FromString, _tables().get_placement_group_table())
-    return {group.placement_group_id: group for group in found}
 
 
 def _actors(state: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ left to `placement`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -15,11 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from single_controller.errors import ResourceError
-from single_controller.ray.placement import (
-    RayResourcePool,
-    SubRayResourcePool,
-    check_started,
-)
+from single_controller.ray.placement import RayResourcePool, SubRayResourcePool, check_started
 
 __all__ = [
     "ResourcePoolManager",
@@ -33,15 +29,14 @@ __all__ = [
 
 def split_sizes(total: int, split_size: int | list[int]) -> list[int]:
     """The processes of each part of a pool of `total`."""
-    given: Any = split_size
-    if isinstance(given, Iterable):
-        sizes = list(given)
+    if isinstance(split_size, int):
+        sizes = [split_size] * (total // max(split_size, 1))
     else:
-        sizes = [given] * (total // given) if isinstance(given, int) and given > 0 else []
+        sizes = list(split_size)
     if not all(isinstance(size, int) and size >= 1 for size in sizes) or sum(sizes) != total:
         raise ValueError(
             "split_size must be whole numbers, at least 1, that add up to the pool's "
-            f"{total} processes, or one for all parts; got {given!r}"
+            f"{total} processes, or one for all parts; got {split_size!r}"
         )
     return sizes
 
@@ -59,9 +54,9 @@ def split_resource_pool(
     """
     sizes = split_sizes(resource_pool.world_size, split_size)
     groups, settings = _reserved(resource_pool), resource_pool.settings()
-    first, bundles = getattr(resource_pool, "start_bundle_index", 0), resource_pool.bundles()
+    first, ranks = getattr(resource_pool, "start_bundle_index", 0), resource_pool.ranks
     return [
-        SubRayResourcePool(groups, first + at, size, **settings).keep(bundles[at : at + size])
+        SubRayResourcePool(groups, first + at, size, **settings).keep(ranks[at : at + size])
         for at, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
     ]
 
@@ -71,33 +66,17 @@ def merge_resource_pool(rp1: RayResourcePool, rp2: RayResourcePool) -> RayResour
     then those of `rp2`. It may be merged and split again.
 
     Raises:
-        ValueError: they differ in what a process gets, they share a placement group, or one is a
-            part that holds only some bundles of a placement group.
+        ValueError: they differ in what a process gets, or have a bundle in common.
     """
     first, second = rp1.settings(), rp2.settings()
     different = sorted(key for key in first if first[key] != second[key])
     if different:
         raise ValueError(f"pools to be merged must agree; these differ in {', '.join(different)}")
-    groups = [*_whole_groups(rp1), *_whole_groups(rp2)]
-    if len({group.id for group in groups}) < len(groups):
-        raise ValueError("pools to be merged must not share a placement group; these do")
-    count = sum(group.bundle_count for group in groups)
-    return SubRayResourcePool(groups, 0, count, **rp1.settings())
-
-
-def _whole_groups(pool: RayResourcePool) -> list[PlacementGroup]:
-    """The placement groups whose bundles the pool is made of."""
-    groups = _reserved(pool)
-    bounds = [*accumulate((group.bundle_count for group in groups), initial=0)]
-    first = getattr(pool, "start_bundle_index", 0)
-    last = first + pool.world_size
-    if first not in bounds or last not in bounds:
-        raise ValueError(
-            "a part of a pool can be merged only if it starts and ends where placement groups do; "
-            f"this one has bundles {first} to {last - 1} of groups with "
-            f"{[group.bundle_count for group in groups]}: merge the whole pools, then split"
-        )
-    return groups[bounds.index(first) : bounds.index(last)]
+    groups = [*dict.fromkeys([*_reserved(rp1), *_reserved(rp2)])]
+    ranks = [*rp1.ranks, *rp2.ranks]
+    if len(set(ranks)) < len(ranks):
+        raise ValueError("pools to be merged must not have bundles in common; these do")
+    return SubRayResourcePool(groups, 0, len(ranks), **first).keep(ranks)
 
 
 def extract_pg_from_exist(
@@ -107,24 +86,24 @@ def extract_pg_from_exist(
 ) -> list[PlacementGroup]:
     """Placement groups of other roles' pools that `resource_pool` can use instead of new ones.
 
-    Each of its nodes takes the smallest unused group that is large enough, the largest first.
+    Each of its nodes takes the smallest unused group that is large enough.
 
     Raises:
         ResourceError: no such group is left for a node.
     """
     taken = [pool for name, pool in resource_pools.items() if name in src_role_names]
     free = [group for pool in taken for group in _reserved(pool)]
-    chosen: dict[int, PlacementGroup] = {}
-    for node, count in sorted(enumerate(resource_pool.store), key=lambda item: -item[1]):
+    chosen = []
+    for count in resource_pool.store:
         large = [group for group in free if group.bundle_count >= count]
         if not large:
             raise ResourceError(
-                f"no placement group of {src_role_names} with {count} bundles is left for node "
-                f"{node}; unused ones have {[group.bundle_count for group in free]}"
+                f"no placement group of {src_role_names} with {count} bundles is left; unused ones "
+                f"have {[group.bundle_count for group in free]}"
             )
-        chosen[node] = min(large, key=lambda group: group.bundle_count)
-        free.remove(chosen[node])
-    return [chosen[node] for node in sorted(chosen)]
+        chosen.append(min(large, key=lambda group: group.bundle_count))
+        free.remove(chosen[-1])
+    return chosen
 
 
 def _reserved(pool: RayResourcePool) -> list[PlacementGroup]:
@@ -152,13 +131,16 @@ class ResourcePoolManager:
         Raises:
             ResourceError: it cannot.
         """
-        all_nodes = [count for counts in self.resource_pool_spec.values() for count in counts]
-        together = RayResourcePool(all_nodes)
-        together.request(together.device()).check("these pools together")
+        self._check()
         for name, counts in self.resource_pool_spec.items():
             self.resource_pool_dict[name] = RayResourcePool(
                 counts, name_prefix=name, max_colocate_count=self.max_colocate_count
             )
+
+    def _check(self) -> None:
+        all_nodes = [count for counts in self.resource_pool_spec.values() for count in counts]
+        together = RayResourcePool(all_nodes)
+        together.request(together.device()).check("these pools together")
 
     def get_resource_pool(self, role: Any) -> RayResourcePool:
         """The pool that a role runs on.

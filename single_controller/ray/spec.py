@@ -46,15 +46,12 @@ class RayClassWithInitArgs(ClassWithInitArgs[W]):
         RegistrationError: `cls` is not a subclass of `Worker`.
     """
 
-    _options: dict[str, Any]
-    _additional_resource: dict[str, float]
-
     @overload
     def __init__(self, cls: ActorClass[W], *args: Any, **kwargs: Any) -> None: ...
     @overload
     def __init__(self, cls: Callable[P, W], *args: P.args, **kwargs: P.kwargs) -> None: ...
     def __init__(self, cls: Any, *args: Any, **kwargs: Any) -> None:
-        self._options, self._additional_resource = {}, {}
+        self._options: dict[str, Any] = {}
         if isinstance(cls, ActorClass):
             remote: Any = cls
             cls, self._options = remote.__ray_actor_class__, dict(remote._default_options)
@@ -67,18 +64,12 @@ class RayClassWithInitArgs(ClassWithInitArgs[W]):
 
     def set_additional_resource(self, additional_resource: Mapping[str, float]) -> None:
         """Ask for custom resources on top of the pool's, such as `{"high_bandwidth": 1}`."""
-        self._additional_resource = dict(additional_resource)
+        resources = self._options.get("resources") or {}
+        self._options["resources"] = {**resources, **additional_resource}
 
     def actor_spec(self) -> ActorSpec:
         """What to start, as a value: later changes to this object do not reach it."""
-        return ActorSpec(self.roles(), self._own_options())
-
-    def _own_options(self) -> dict[str, Any]:
-        options = dict(self._options)
-        if self._additional_resource:
-            resources = options.get("resources") or {}
-            options["resources"] = {**resources, **self._additional_resource}
-        return options
+        return ActorSpec(self.roles(), dict(self._options))
 
 
 class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
@@ -90,9 +81,8 @@ class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
     """
 
     def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
-        ColocatedClasses.__init__(self, class_dict)
         self._options: dict[str, Any] = {}
-        self._additional_resource: dict[str, float] = {}
+        ColocatedClasses.__init__(self, class_dict)
         self.actor_spec()
 
     def _spec(self, given: Any) -> Any:
@@ -101,17 +91,16 @@ class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
         spec = super()._spec(given)
         return RayClassWithInitArgs(spec.cls, *spec.args, **spec.kwargs)
 
-    def _own_options(self) -> dict[str, Any]:
-        options = super()._own_options()
+    def actor_spec(self) -> ActorSpec:
+        options = dict(self._options)
         for role, spec in self.specs.items():
-            own: ActorSpec = spec.actor_spec()
-            for key, value in own.options.items():
+            for key, value in spec.actor_spec().options.items():
                 if options.setdefault(key, value) != value:
                     raise RegistrationError(
                         f"roles of one host must agree on Ray's options: {key!r} is "
                         f"{options[key]!r} and, for role {role!r}, {value!r}"
                     )
-        return options
+        return ActorSpec(self.roles(), options)
 
 
 def create_colocated_worker_raw_cls(

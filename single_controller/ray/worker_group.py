@@ -98,8 +98,6 @@ class RayWorkerGroup(WorkerGroup[W]):
         startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
         super().__init__(resource_pool)
         self._check_options(name_prefix, worker_env, startup_timeout_s, call_timeout_s)
-        if not isinstance(resource_pool, RayResourcePool | None):
-            raise TypeError(f"resource_pool must be a RayResourcePool; got {resource_pool!r}")
         allowed = allowed_restarts(on_failure, max_restarts)
         if resource_pool is None:
             hosts = Hosts(_attach(worker_names, worker_handles, startup_timeout_s))

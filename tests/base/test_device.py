@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,35 +66,17 @@ def test_availability_is_what_torch_says_and_a_missing_plugin_is_no_error(
 
 class Owner:
     def __init__(self) -> None:
-        self.model = torch.nn.Linear(2, 2)
-        self.others = {"list": [torch.nn.Linear(2, 2)], "number": 3}
+        self.model, self.number = torch.nn.Linear(2, 2), 3
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.model(torch.ones(1, 2)).sum().backward()
         self.optimizer.step()
 
-    def devices(self) -> set[str]:
-        tensors = [*self.model.parameters(), *self.others["list"][0].parameters()]
-        state = [s for of in self.optimizer.state.values() for s in of.values() if s.dim()]
-        return {tensor.device.type for tensor in [*tensors, *state]}
 
-
-def test_what_a_role_and_its_engine_hold_moves_and_what_another_role_holds_does_not() -> None:
-    class Engine:
-        def __init__(self) -> None:
-            self.held = Owner()
-            self.module, self.optimizer = self.held.model, self.held.optimizer
-
-    class Role(Engine):
-        takes_turns = True
-
-    owner, worker = Owner(), SimpleNamespace(engine=Engine(), peer=Role())
+def test_modules_and_what_optimizers_hold_of_them_move() -> None:
+    owner = Owner()
     move(owner, "meta")
-    assert owner.devices() == {"meta"}
-    move(worker, "meta")
-    moved = worker.engine.held
-    state = [s for of in moved.optimizer.state.values() for s in of.values() if s.dim()]
-    assert {t.device.type for t in [*moved.model.parameters(), *state]} == {"meta"}
-    assert worker.peer.held.devices() == {"cpu"}
+    state = [s for of in owner.optimizer.state.values() for s in of.values() if s.dim()]
+    assert {t.device.type for t in [*owner.model.parameters(), *state]} == {"meta"}
 
 
 def test_a_sharded_module_gives_up_gathered_parameters_before_it_moves() -> None:

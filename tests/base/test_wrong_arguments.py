@@ -54,12 +54,10 @@ def test_a_watch_that_could_not_look_is_refused(inline_group: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"cpus_per_process": 0}, "cpus_per_process must be a number, more than 0; got 0"),
-        ({"cpus_per_process": "x"}, "cpus_per_process must be a number, more than 0; got 'x'"),
-        ({"gpus_per_process": None}, "gpus_per_process must be a number, more than 0; got None"),
-        ({"resources_per_process": {"a": 0}}, r"resources_per_process\['a'\] must be a .*; got 0"),
-        ({"resources_per_process": {"a": "x"}}, "resources_per_process.* must be .*; got 'x'"),
-        ({"resources_per_process": {"CPU": 1}}, "must be amounts of custom resources"),
+        ({"cpus_per_process": 0}, "cpus_per_process, .* must be numbers, more than 0; got 0, 1 "),
+        ({"gpus_per_process": None}, "must be numbers, more than 0; got 1, None and {}"),
+        ({"resources_per_process": {"a": "x"}}, "must be numbers, .* and {'a': 'x'}"),
+        ({"resources_per_process": {"CPU": 1}}, "custom resources must be .* and {'CPU': 1}"),
         ({"placement_timeout_s": None}, "placement_timeout_s must be seconds, at least 0; got No"),
         ({"max_colocate_count": "x"}, "max_colocate_count must be a whole number, .*; got 'x'"),
     ],
@@ -73,7 +71,7 @@ def test_amounts_that_no_bundle_could_ask_for_are_refused(
 
 def test_a_pool_is_split_into_whole_numbers_of_processes() -> None:
     pool: Any = on_ray.RayResourcePool([2])
-    for size in ("x", 1.5, None, [1, "x"], [2.0], 0, 3):
+    for size in ("x", [1, "x"], [2.0], 0, 3):
         with pytest.raises(ValueError, match="split_size must be whole numbers, at least 1, "):
             on_ray.split_resource_pool(pool, size)  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,22 @@ import pytest
 import ray
 
 from single_controller.cli import doctor
-from single_controller.cli.doctor import Node, Probe
+from single_controller.cli.doctor import Node
 from single_controller.device import CPU
 from single_controller.errors import ResourceError
 from single_controller.ray import RayResourcePool
+from single_controller.ray.process import versions
 from tests.cli.program import ROOT, here, run
 
 GIB = 1 << 30
-OWN = Node("", {}).versions
-IPV6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+OWN = versions()
 CLUSTER = """
 import sys, ray
 context = ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
-# A node with another tensordict and a clock that is an hour ahead; one that does not answer.
+# A node with another tensordict, and one that does not answer.
 NODES = """
 import json, os, signal, sys, ray.cluster_utils
 cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -45,11 +46,6 @@ print(cluster.address, flush=True)
 sys.stdin.read()
 os.kill(raylet.process.pid, signal.SIGCONT)
 cluster.shutdown()
-"""
-CLOCK = """
-import time
-now = time.time
-time.time = lambda: now() + 3_600
 """
 IMPATIENT = """
 import sys
@@ -65,35 +61,40 @@ def bare(**variables: str) -> dict[str, str]:
     return {**env, **variables}
 
 
+@contextlib.contextmanager
+def started(program: str, *arguments: str) -> Iterator[tuple[str, str]]:
+    """A cluster of somebody with a home of his own: its address, and that home."""
+    with (
+        tempfile.TemporaryDirectory(prefix="sc", dir="/tmp") as home,  # sockets need short paths
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            env=bare(HOME=home, RAY_TMPDIR=home),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as other,
+    ):
+        assert other.stdin is not None
+        assert other.stdout is not None
+        yield other.stdout.readline().strip(), home
+        other.stdin.close()
+
+
 def found(offered: dict[str, float], **seen: Any) -> list[doctor.Finding]:
-    sizes = {"object_store_memory": 8.0 * GIB, "memory": 20.0 * GIB}
-    node = Node("10.0.0.1", {"CPU": 8.0, **sizes, **offered})
-    good = {"shm": (16 * GIB, 16 * GIB), "disk": (100 * GIB, 50 * GIB), "open_files": 65_536}
-    usual = {"devices": {"GPU": 0}, "clock_s": 0.0, "memory": 16 * GIB, "asks_token": True}
-    vars(node).update({**good, **usual, **seen})
-    return list(doctor.look_at(node, OWN))
+    resources = {"object_store_memory": 8.0 * GIB, **offered}
+    node = Node("10.0.0.1", resources, OWN, (100 * GIB, 50 * GIB), (16 * GIB, 16 * GIB), {"GPU": 0})
+    return list(doctor.look_at(replace(node, **seen), OWN))
 
 
 @pytest.mark.parametrize(
     ("check", "offered", "seen", "state", "detail", "fix"),
     [
         ("object store", {}, {"shm": (64 << 20, 0)}, "fail", "does not fit", "--shm-size=9g"),
-        ("object store", {"object_store_memory": 1e8}, {}, "warn", "spill", "--object-store-mem"),
         ("object store", {}, {"shm": (16 * GIB, GIB)}, "warn", "1.0 GiB are free", "/dev/shm"),
         ("disk", {}, {"disk": (GIB, 0)}, "fail", r"0.0 GiB free \(100% used", "--temp-dir"),
         ("disk", {}, {"disk": (100 * GIB, 7 * GIB)}, "warn", "7.0 GiB free", "--temp-dir"),
         ("devices", {}, {"devices": {"GPU": 4}}, "warn", "has 4 .*, and Ray offers 0", "gpus=4"),
         ("devices", {"GPU": 2.0}, {}, "warn", "has 0 .* and Ray offers 2", "--gpus all"),
-        (
-            "memory",
-            {},
-            {"memory": 3 * GIB},
-            "warn",
-            "3.0 GiB free, and Ray offers 20.0",
-            "end what",
-        ),
-        ("open files", {}, {"open_files": 1024}, "warn", "1024 files", "ulimit -n"),
-        ("clocks", {}, {"clock_s": -2.0}, "warn", "-2.0 s off", "chrony"),
         ("versions", {}, {"versions": {**OWN, "ray": "2.1.0"}}, "fail", "here, 2.1.0", "same"),
         ("versions", {}, {"versions": {**OWN, "torch": "1"}}, "warn", "torch .* here, 1", "same"),
     ],
@@ -112,14 +113,12 @@ def test_a_node_as_it_should_be_is_said_to_be_well_in_a_line() -> None:
     assert (finding.check, finding.state, finding.fix) == ("node", "ok", "")
 
 
-@pytest.mark.parametrize("ip", ["127.0.0.1", pytest.param("::1", marks=IPV6)])
-def test_a_port_that_takes_no_connection_is_named(ip: str) -> None:
-    probe = Probe()
-    address = (ip, probe.look(ip, {}).port)
-    assert probe.unreachable([address]) == []
-    probe._socket.close()
-    [why] = probe.unreachable([address])
-    assert re.match(rf"{ip} \(.*refused", why)
+def test_a_port_that_takes_no_connection_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = taken.getsockname()
+        assert doctor.unreachable([address]) == []
+    [why] = doctor.unreachable([address])
+    assert re.match(rf"127.0.0.1:{address[1]} \(.*refused", why)
 
 
 def test_a_check_that_raises_fails_alone_and_one_whose_devices_others_hold_is_skipped(
@@ -153,29 +152,26 @@ def test_doctor_checks_a_running_cluster_and_exits_0(cluster: None) -> None:
     assert done.stdout.endswith("all is well\n")
 
 
-@pytest.mark.parametrize("command", [["doctor"], ["stacks", "group"]])
-def test_a_cluster_that_is_not_there_is_said_at_once_with_how_to_start_one(
-    command: list[str],
-) -> None:
+def test_a_cluster_that_is_not_there_is_said_at_once_with_how_to_start_one() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    for command, code in (["doctor"], 1), (["stacks", "group"], 2):
         done = run(*command, "--address", f"127.0.0.1:{port}")
-    assert done.returncode == (1 if command == ["doctor"] else 2)
-    assert f"nothing takes connections at 127.0.0.1:{port}" in done.stdout + done.stderr
-    assert "ray start --head" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+        said = done.stdout + done.stderr
+        assert done.returncode == code
+        assert f"no Ray cluster answers at 127.0.0.1:{port} (Conn" in said
+        assert "ray start --head" in said
+        assert "Traceback" not in said
 
 
 def test_what_takes_connections_and_is_no_cluster_is_given_up_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(doctor, "_KNOCK_S", 0.5)
-    with socket.socket() as mute:
-        mute.bind(("127.0.0.1", 0))
-        mute.listen()
-        with pytest.raises(ValueError, match="is no Ray cluster, or one that hangs"):
-            doctor.connect(f"127.0.0.1:{mute.getsockname()[1]}")
+    no_answer = pytest.raises(ValueError, match="no Ray cluster answers")
+    with socket.create_server(("127.0.0.1", 0)) as mute, no_answer:
+        doctor.connect(f"127.0.0.1:{mute.getsockname()[1]}")
 
 
 @pytest.mark.slow
@@ -186,22 +182,10 @@ def test_nodes_that_differ_and_those_that_do_not_answer_are_named(tmp_path: Path
     other = tmp_path / "tensordict-9.9.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: tensordict\nVersion: 9.9\n")
-    (tmp_path / "sitecustomize.py").write_text(CLOCK)  # Python runs it before all else
-    with tempfile.TemporaryDirectory(prefix="sc", dir="/tmp") as home:
+    with started(NODES, str(tmp_path), str(ROOT)) as (address, home):
         env = bare(HOME=home, RAY_TMPDIR=home)
-        with subprocess.Popen(
-            [sys.executable, "-c", NODES, str(tmp_path), str(ROOT)],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as nodes:
-            assert nodes.stdin is not None
-            assert nodes.stdout is not None
-            address = nodes.stdout.readline().strip()
-            command = [sys.executable, "-c", IMPATIENT, address]
-            done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-            nodes.stdin.close()
+        command = [sys.executable, "-c", IMPATIENT, address]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     said = done.stdout
     assert done.returncode == 1, said + done.stderr
     assert re.search(r"FAIL +nodes +no process answers on 127\.0\.0\.4: ", said), said
@@ -209,12 +193,7 @@ def test_nodes_that_differ_and_those_that_do_not_answer_are_named(tmp_path: Path
     assert re.findall(r"warn +versions +(.+)", said) == [
         f"127.0.0.3: differs from this process: tensordict {here} here, 9.9"
     ]
-    [clock] = re.findall(r"warn +clocks +(.+) s off", said)
-    assert re.fullmatch(r"127\.0\.0\.3: \+3[56]\d\d\.\d", clock)
-    [takers] = re.findall(r"no token: whoever reaches Ray on (.+) runs code there", said)
-    head = address.rpartition(":")[0]
-    assert takers.split(", ") == sorted([head, "127.0.0.3"])
-    assert "any of 2 nodes reaches a new port of any other" in said
+    assert "Ray's ports of 2 nodes are reached from each of them" in said
 
 
 @pytest.mark.slow
@@ -225,7 +204,7 @@ def test_a_cluster_by_ray_start_takes_nodes_that_have_its_token_and_doctor_sees_
     (tmp_path / "token").write_text("cd" * 32)
     with (
         tempfile.TemporaryDirectory(prefix="sc", dir="/tmp") as home,
-        contextlib.ExitStack() as started,
+        contextlib.ExitStack() as nodes,
     ):
         stranger = bare(HOME=str(tmp_path), RAY_TMPDIR=home)
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
@@ -237,7 +216,7 @@ def test_a_cluster_by_ray_start_takes_nodes_that_have_its_token_and_doctor_sees_
         address = f"{ray.util.get_node_ip_address()}:{port}"
         head = ["--head", f"--port={port}", "--include-dashboard=false"]
         for where in (head, [f"--address={address}"]):
-            node = started.enter_context(
+            node = nodes.enter_context(
                 subprocess.Popen(
                     [*start, *where],
                     env={**stranger, **own},
@@ -246,7 +225,7 @@ def test_a_cluster_by_ray_start_takes_nodes_that_have_its_token_and_doctor_sees_
                     text=True,
                 )
             )
-            started.callback(node.terminate)
+            nodes.callback(node.terminate)
             assert node.stdout is not None
             assert any("Ray runtime started" in line for line in node.stdout)
         once = {**stranger, "RAY_NUM_REDIS_GET_RETRIES": "1"}  # or it tries for 20 s
@@ -259,26 +238,12 @@ def test_a_cluster_by_ray_start_takes_nodes_that_have_its_token_and_doctor_sees_
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"^ok +node +", done.stdout, re.M)) == 2
     assert "2 alive" in done.stdout
-    assert "no token" not in done.stdout
 
 
 @pytest.fixture(scope="module")
 def other_cluster() -> Iterator[tuple[str, str]]:
-    """A cluster of somebody with a home of his own: its address, and that home."""
-    with (
-        tempfile.TemporaryDirectory(prefix="sc", dir="/tmp") as home,  # sockets need short paths
-        subprocess.Popen(
-            [sys.executable, "-c", CLUSTER],
-            env=bare(HOME=home, RAY_TMPDIR=home),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as other,
-    ):
-        assert other.stdin is not None
-        assert other.stdout is not None
-        yield other.stdout.readline().strip(), home
-        other.stdin.close()
+    with started(CLUSTER) as other:
+        yield other
 
 
 @pytest.mark.slow
@@ -299,7 +264,7 @@ def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_not_there(
 
 
 @pytest.mark.slow
-def test_one_of_several_clusters_must_be_named_and_needs_no_more_than_its_name(
+def test_one_of_several_clusters_must_be_named(
     cluster: None, other_cluster: tuple[str, str]
 ) -> None:
     address, home = other_cluster
@@ -311,7 +276,7 @@ def test_one_of_several_clusters_must_be_named_and_needs_no_more_than_its_name(
         assert address in said
         assert here() in said
     for named in (["--address", address], []):
-        env = bare(HOME=home, **({} if named else {"RAY_ADDRESS": address}))
+        env = bare(HOME=home, RAY_AUTH_MODE="token", RAY_ADDRESS="" if named else address)
         done = run("ps", *named, env=env)
         assert done.stdout == f"reached {address}\nno groups are running\n", done.stderr
         assert done.stderr == ""

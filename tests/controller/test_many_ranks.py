@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from single_controller.base import Worker
 from single_controller.device import CPU
@@ -90,13 +91,11 @@ def test_a_rank_neither_starts_nor_is_found_nor_is_seen_to_live_by_a_question_of
         assert tables == ["get_actor_table"] * 2
 
 
-def test_placement_groups_are_asked_for_and_removed_together(
+def test_placement_groups_are_removed_together(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine: list[Any] = []  # a thread gives back what other tests have dropped
-    asks, removes = placement.placement_group, placement.remove_placement_group
-    monkeypatch.setattr(placement, "placement_group", two_at_once(asks, lambda *_: True))
-    removed = two_at_once(removes, lambda group: group in mine)
+    removed = two_at_once(placement.remove_placement_group, lambda group: group in mine)
     monkeypatch.setattr(placement, "remove_placement_group", removed)
     with RayResourcePool([1, 1], cpus_per_process=0.1) as pool:
         mine += pool.get_placement_groups()
@@ -161,12 +160,17 @@ def given_back(ranks: int) -> int:
 
     Ref.work = 0
     with pytest.MonkeyPatch.context() as patch:
-        actors = {f"{i:x}": SimpleNamespace(placement_group_id=b"1") for i in range(ranks)}
+        group = PlacementGroup(ray.PlacementGroupID.from_random())
+        there = {group: placement.Reservation("", "CREATED", (), "", "detached")}
+        actors = {
+            f"{i:x}": SimpleNamespace(placement_group_id=group.id.binary()) for i in range(ranks)
+        }
         for key, actor in actors.items():
             actor.actor_id = bytes.fromhex(key.zfill(8))
         patch.setattr(placement, "_actors", lambda: actors)
         patch.setattr(placement, "living_actors", lambda: list(actors.values()))
-        patch.setattr(placement, "_table", lambda: {b"1": SimpleNamespace(is_detached=True)})
+        patch.setattr(placement, "reservations", lambda: there)
+        patch.setattr(placement, "remove", lambda groups: None)
         patch.setattr(placement, "await_death", lambda *_: [])
         placement.give_back(Ids(actors))
     return Ref.work
@@ -189,23 +193,7 @@ def ended(ranks: int) -> int:
     return Ref.work
 
 
-def refused(ranks: int) -> int:
-    """The work for a pool that nodes of eight cannot hold, and what they could."""
-
-    class Resources(dict[str, float]):
-        def get(self, *args: Any) -> Any:
-            Ref.work += 1
-            return super().get(*args)
-
-    has = Resources(CPU=7)
-    nodes = [placement.NodeResources("ip", has, has) for _ in range(ranks // 8)]
-    Ref.work = 0
-    told = placement.PoolRequest((ranks,), {"CPU": 1}, "PACK").explain(nodes)
-    assert f"What fits: process_on_nodes=[{ranks // 8 * 7}]" in told
-    return Ref.work
-
-
-@pytest.mark.parametrize("work", [late, failed, given_back, ended, refused])
+@pytest.mark.parametrize("work", [late, failed, given_back, ended])
 def test_four_times_the_ranks_are_four_times_the_work(
     stand_ins: None, work: Callable[[int], int]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +57,7 @@ class Large(Worker):
 
 
 class Trainer(Worker):
-    """A sharded module with an optimizer, both held by an engine."""
+    """A sharded module with an optimizer."""
 
     def __init__(self, takes_turns: bool) -> None:
         super().__init__()
@@ -68,17 +67,16 @@ class Trainer(Worker):
         torch.manual_seed(0)
         layers = [torch.nn.Linear(WIDTH, WIDTH, device=self.device) for _ in range(2)]
         mesh = init_device_mesh("cuda", (self.world_size,))
-        module = fully_shard(torch.nn.Sequential(*layers), mesh=mesh)
-        optimizer = torch.optim.Adam(module.parameters(), lr=1e-5)
-        self.engine = SimpleNamespace(module=module, optimizer=optimizer)
+        self.module = fully_shard(torch.nn.Sequential(*layers), mesh=mesh)
+        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-5)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def step(self) -> tuple[float, int]:
         """The loss, and the bytes of the card in use afterwards."""
-        loss = self.engine.module(torch.ones(4, WIDTH, device=self.device)).square().mean()
+        loss = self.module(torch.ones(4, WIDTH, device=self.device)).square().mean()
         loss.backward()
-        self.engine.optimizer.step()
-        self.engine.optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.item(), torch.cuda.memory_allocated()
 
 
