@@ -1,4 +1,4 @@
-"""What one value of a batch does by rows, whichever kind it is: a tensor, nested or not, an array,
+"""What one value of a batch does by rows, whichever kind it is: a tensor, jagged or not, an array,
 a TensorDict, one Python object per row (NonTensorStack), or one for all rows (NonTensorData)."""
 
 from __future__ import annotations
@@ -32,12 +32,9 @@ __all__ = [
     "cut",
     "deepcopy",
     "describe",
-    "elements",
     "flat_bytes",
-    "from_strided_parts",
-    "is_nested",
+    "is_jagged",
     "is_plain",
-    "is_strided",
     "jagged",
     "jagged_parts",
     "leaves",
@@ -50,8 +47,6 @@ __all__ = [
     "slice_rows",
     "split",
     "stack",
-    "strided",
-    "strided_parts",
     "take",
     "tensor",
     "twin",
@@ -95,47 +90,22 @@ class _Writable:
         self.__array_interface__["data"] = self.__array_interface__["data"][0], False
 
 
-# Nested tensors. A jagged one of n rows is stored as `values`, all rows one after another along one
-# dim, and n + 1 `offsets` into that dim. Everything below is arithmetic on these two. The rows of a
-# strided one may differ in several dims; it is worked on row by row.
+# A jagged tensor of n rows is stored as `values`, all rows one after another along one dim, and
+# n + 1 `offsets` into that dim. Everything below is arithmetic on these two. Torch's other nested
+# tensors, of strided layout, are no columns.
 
 
-def is_nested(column: object) -> TypeGuard[torch.Tensor]:
-    """Whether its rows differ in length."""
-    return isinstance(column, torch.Tensor) and column.is_nested
-
-
-def is_strided(column: object) -> TypeGuard[torch.Tensor]:
-    """Whether it is nested, and its rows may differ in several dims."""
-    return is_nested(column) and column.layout is torch.strided
-
-
-def strided(rows: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """A nested tensor of these rows, of the dtype and on the device of another tensor."""
-    if rows:
-        return torch.nested.as_nested_tensor(list(rows))
-    return torch.nested.nested_tensor([], dtype=like.dtype, device=like.device)
-
-
-def strided_parts(column: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
-    """All elements of a strided nested tensor in one dim, and the shapes of its rows."""
-    rows = column.unbind()
-    empty = torch.empty(0, dtype=column.dtype, device=column.device)
-    return torch.cat([row.reshape(-1) for row in rows] or [empty]), [tuple(r.shape) for r in rows]
-
-
-def from_strided_parts(flat: torch.Tensor, shapes: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The nested tensor that `strided_parts` takes apart."""
-    pieces = flat.split_with_sizes([math.prod(shape) for shape in shapes]) if shapes else ()
-    return strided([part.view(*shape) for part, shape in zip(pieces, shapes, strict=True)], flat)
+def is_jagged(column: object) -> TypeGuard[torch.Tensor]:
+    """Whether its rows may differ in length."""
+    return isinstance(column, torch.Tensor) and column.layout is torch.jagged
 
 
 def jagged_parts(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """`(values, offsets, ragged_idx)` of any nested tensor, without holes and with offsets[0] == 0.
+    """`(values, offsets, ragged_idx)` of a jagged tensor, without holes and with offsets[0] == 0.
 
     `ragged_idx` is the ragged dim of the column, so `ragged_idx - 1` is that of `values`.
     """
-    nested: Any = nested_tensor_from_tensor_list(column.unbind()) if is_strided(column) else column
+    nested: Any = column
     values, offsets, ragged_idx = nested.values(), nested.offsets(), nested._ragged_idx
     dim, lengths = ragged_idx - 1, nested.lengths()
     if lengths is not None:
@@ -147,7 +117,7 @@ def jagged_parts(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]
 
 
 def jagged(values: torch.Tensor, offsets: torch.Tensor, ragged_idx: int) -> torch.Tensor:
-    """The nested tensor that `jagged_parts` takes apart.
+    """The jagged tensor that `jagged_parts` takes apart.
 
     It knows its shortest and longest row: torch pads one that does not to the length of all rows
     together.
@@ -183,8 +153,8 @@ def nested_tensor_from_tensor_list(
     if not 1 <= ragged_idx <= most:
         raise BatchError(f"ragged_idx must be in [1, {most}] for such rows. Got {ragged_idx=}")
     dim = ragged_idx - 1
-    kinds = {(t.dtype, t.shape[:dim], t.shape[dim + 1 :], t.dim(), t.is_nested) for t in tensors}
-    if len(kinds) > 1 or tensors[0].is_nested:
+    kinds = {(t.dtype, t.shape[:dim], t.shape[dim + 1 :], t.dim(), t.layout) for t in tensors}
+    if len(kinds) > 1 or is_jagged(tensors[0]):
         raise BatchError(
             "the rows of a jagged tensor must be dense, of one dtype and the same number of dims, "
             f"and agree in every dim but {dim}; got {sorted(set(map(describe, tensors)))}"
@@ -207,7 +177,7 @@ def _gather(
 
 
 def ragged_mark(column: torch.Tensor) -> Hashable:
-    """Torch lets nested tensors be combined if this is the same: the very tensors of offsets."""
+    """Torch lets jagged tensors be combined if this is the same: the very tensors of offsets."""
     return id(column.offsets()), id(column.lengths())  # type: ignore[attr-defined]
 
 
@@ -217,7 +187,7 @@ def combinable(after: Mapping[Any, Any], *before: Mapping[Any, Any]) -> dict[Any
     """
     result, firsts = dict(after), dict[Hashable, Any]()
     for key, column in after.items():
-        if is_nested(column) and not is_strided(column):
+        if is_jagged(column):
             first = firsts.setdefault(tuple(ragged_mark(part[key]) for part in before), column)
             if ragged_mark(first) != ragged_mark(column):
                 leaf: Any = column.is_leaf and column.requires_grad
@@ -276,6 +246,8 @@ def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, tor
     for key, value in batch.items():  # which refuses a lazy stack of rows that differ
         path = (*prefix, key)
         if isinstance(value, torch.Tensor):
+            if value.is_nested and not is_jagged(value):
+                raise wrong(f"batch[{key!r}]", "dense or jagged", value)
             found[path if prefix else key] = value
         elif isinstance(value, TensorDictBase):
             found.update(leaves(value, path))
@@ -324,10 +296,10 @@ def cut(
 
 
 def rows(column: Any, name: str = "a column") -> int:
-    """How many there are; of a nested tensor, its components."""
+    """How many there are; BatchTypeError for what cannot be cut into rows, sparse tensors say."""
     if isinstance(column, torch.Tensor):
-        if column.layout not in (torch.strided, torch.jagged):
-            raise wrong(name, "strided or jagged, to be cut into rows, as x.to_dense() is", column)
+        if column.layout is not (torch.jagged if column.is_nested else torch.strided):
+            raise wrong(name, "dense or jagged", column)
     elif not isinstance(column, (np.ndarray, TensorDictBase, NonTensorData)):
         raise wrong(name, "a tensor or an array", column)
     if column.ndim == 0:
@@ -343,11 +315,8 @@ def take(column: Any, index: torch.Tensor) -> Any:
     if not isinstance(column, torch.Tensor):
         return _cut(column, [len(index)], lambda value: [take(value, index)])[0]
     index = index.to(column.device)
-    if not column.is_nested:
+    if not is_jagged(column):
         return column.index_select(0, index)
-    if is_strided(column):
-        each = column.unbind()
-        return strided([each[at] for at in index.tolist()], column)
     values, offsets, ragged_idx = jagged_parts(column)
     starts, lengths = offsets[:-1][index], offsets.diff()[index]
     return jagged(*_gather(values, starts, lengths, ragged_idx - 1), ragged_idx)
@@ -355,7 +324,7 @@ def take(column: Any, index: torch.Tensor) -> Any:
 
 def row(column: Column, at: int) -> Any:
     """Row `at` (not negative) without the batch dim: a view of a tensor, an element of an array."""
-    if not is_nested(column) or is_strided(column):
+    if not is_jagged(column):
         return column[at]
     nested: Any = column
     offsets, lengths = nested.offsets(), nested.lengths()
@@ -365,16 +334,16 @@ def row(column: Column, at: int) -> Any:
 
 
 def unbind(column: Column) -> Sequence[Any]:
-    """What `row` gives for each row, together: that takes a nested tensor far less time."""
+    """What `row` gives for each row, together: that takes a jagged tensor far less time."""
     return column.unbind() if isinstance(column, torch.Tensor) else column  # type: ignore[return-value]
 
 
 def slice_rows(column: Any, start: int, stop: int, step: int = 1) -> Any:
     """Rows `start:stop:step`, given 0 <= start <= stop <= rows and step > 0.
 
-    A view, except for a nested tensor with step > 1.
+    A view, except for a jagged tensor with step > 1.
     """
-    if isinstance(column, (torch.Tensor, np.ndarray)) and not is_nested(column):
+    if isinstance(column, (torch.Tensor, np.ndarray)) and not is_jagged(column):
         return column[start:stop:step]
     if step != 1:
         return take(column, torch.arange(start, stop, step))
@@ -391,11 +360,8 @@ def split(column: Any, sizes: Sequence[int]) -> list[Any]:
         return [column[a:b] for a, b in bounds]
     if not isinstance(column, torch.Tensor):
         return _cut(column, sizes, lambda value: split(value, sizes))
-    if not column.is_nested:
+    if not is_jagged(column):
         return list(column.split_with_sizes(list(sizes)))  # torch.split takes twice as long
-    if is_strided(column):
-        each = column.unbind()
-        return [strided(each[a:b], column) for a, b in bounds]
     values, offsets, ragged_idx = jagged_parts(column)
     at, dim = offsets.tolist(), ragged_idx - 1
     return [
@@ -420,10 +386,10 @@ def cat(columns: Sequence[Any]) -> Any:
             return tensor(Numbers(np.concatenate(each), dtype))
     columns = [*map(tensor, columns)]
     first = columns[0]
-    if all(map(is_nested, columns)):
+    if all(map(is_jagged, columns)):
         columns = [column for column in columns if column.size(0)] or columns[:1]
         first = columns[0]
-        if not is_strided(first) and len({c._ragged_idx for c in columns}) > 1:
+        if len({c._ragged_idx for c in columns}) > 1:
             # Rows of one shape say nothing of the dim that was meant to be ragged: look at all.
             return nested_tensor_from_tensor_list(
                 [row for column in columns for row in unbind(column)]
@@ -439,10 +405,8 @@ def cat(columns: Sequence[Any]) -> Any:
     if not isinstance(first, torch.Tensor):
         return np.concatenate([np.asarray(column, dtype) for column in columns])
     tensors: list[Any] = [c if c.dtype == dtype else c.to(dtype) for c in columns]
-    if not first.is_nested:
+    if not is_jagged(first):
         return _cat(tensors, 0)
-    if is_strided(first):
-        return strided([row for tensor in tensors for row in tensor.unbind()], tensors[0])
     parts = [jagged_parts(tensor) for tensor in tensors]
     ragged_idx = parts[0][2]
     values = _cat([values for values, _, _ in parts], ragged_idx - 1)
@@ -483,10 +447,8 @@ def _signature(column: Any) -> tuple[object, ...]:
     """What columns must have in common to be concatenated, but for the dtype."""
     if not isinstance(column, torch.Tensor):
         return "array", column.shape[1:]
-    if not column.is_nested:
+    if not is_jagged(column):
         return "dense", column.device, column.shape[1:]
-    if is_strided(column):
-        return "strided", column.device, column.dim() if column.size(0) else None
     nested: Any = column
     trailing = [*nested.values().shape]
     trailing[nested._ragged_idx - 1] = -1
@@ -500,16 +462,10 @@ def describe(column: Column) -> str:
     """`int64 (4, 2)` or `int64 jagged (4, *)`: kind and shape, no data."""
     if not isinstance(column, torch.Tensor):
         return f"{column.dtype} array {column.shape}"
-    shape: Any = [column.size(0), *"*" * (column.dim() - 1)] if is_strided(column) else column.shape
-    sizes = [str(size) if isinstance(size, int) else "*" for size in shape]
-    layout = " jagged" if column.is_nested else ""
+    sizes = [str(size) if isinstance(size, int) else "*" for size in column.shape]
+    layout = " jagged" if is_jagged(column) else ""
     end = "," if len(sizes) == 1 else ""
     return f"{str(column.dtype).removeprefix('torch.')}{layout} ({', '.join(sizes)}{end})"
-
-
-def elements(column: torch.Tensor) -> torch.Tensor:
-    """Those of a nested tensor, in a dense one."""
-    return strided_parts(column)[0] if is_strided(column) else jagged_parts(column)[0]
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -522,8 +478,8 @@ def is_plain(value: torch.Tensor) -> bool:
     """Whether a tensor is one block of numbers in memory (not sparse, meta, distributed, ...)."""
     return (
         value.layout is torch.strided
+        and not value.is_nested
         and value.device.type != "meta"
-        and not value.is_quantized
         and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
     )
 

@@ -299,13 +299,11 @@ def _same_state(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.is_nested != b.is_nested or a.dim() != b.dim():
+    if a.dtype != b.dtype or a.layout != b.layout or a.dim() != b.dim():
         return False
-    if columns.is_strided(a) or columns.is_strided(b):
-        return _equal([*a.unbind()], [*b.unbind()], set())
-    if a.is_nested:
+    if columns.is_jagged(a):
         return _equal(columns.jagged_parts(a), columns.jagged_parts(b), set())
-    if a.layout != b.layout or a.shape != b.shape:
+    if a.shape != b.shape:
         return False
     if a.layout is not torch.strided:
         return _same_tensor(a.to_dense(), b.to_dense())

@@ -399,7 +399,7 @@ class DataProto(_Parts):
 
     def print_size(self, prefix: str = "") -> None:
         """Log, at level INFO, how much memory the columns take."""
-        dense = [columns.elements(t) if t.is_nested else t for t in self._tensors().values()]
+        dense = [t.values() if columns.is_jagged(t) else t for t in self._tensors().values()]
         sizes = (sum(c.nbytes for c in part) for part in (dense, self.non_tensor_batch.values()))
         _logger.info(
             "%sSize of tensordict: %s GB, size of non_tensor_batch: %s GB",
@@ -596,7 +596,7 @@ class DataProto(_Parts):
         everything: dict[str, Column] = {**self._tensors(), **self.non_tensor_batch}
         combine.require_keys([key], everything, "batch or non_tensor_batch")
         column = everything[key]
-        if columns.is_nested(column) or column.ndim != 1:
+        if columns.is_jagged(column) or column.ndim != 1:
             raise BatchError(
                 f"group_by needs one value per row; column {key!r} is {columns.describe(column)}"
             )
@@ -645,7 +645,7 @@ class DataProto(_Parts):
                 return columns.take(column, repeated)
             if (cut := _cut_lists(column, n_split)) is not None:
                 return cut
-            if columns.is_nested(column) or column.ndim < 2 or column.shape[1] % n_split:
+            if columns.is_jagged(column) or column.ndim < 2 or column.shape[1] % n_split:
                 raise BatchError(
                     f"column {key!r} is {columns.describe(column)}: its dim 1 cannot be cut into "
                     f"n_split={n_split} equal parts"

@@ -132,7 +132,7 @@ class _Values:
         return {_key(key): self._decode(f"{part}[{key!r}]", entry) for key, entry in entries}
 
     def _encode(self, name: str, value: Any) -> _Entry:
-        if isinstance(value, torch.Tensor) and (value.is_nested or is_plain(value)):
+        if isinstance(value, torch.Tensor) and (columns.is_jagged(value) or is_plain(value)):
             return {**self._encode_tensor(name, value), "requires_grad": value.requires_grad}
         array: Any = value
         kind = array.dtype.kind if type(value) is np.ndarray else ""
@@ -153,10 +153,7 @@ class _Values:
 
     def _encode_tensor(self, name: str, value: torch.Tensor) -> _Entry:
         tensor = value.detach()
-        if columns.is_strided(tensor):
-            elements, shapes = columns.strided_parts(tensor)
-            return {"kind": "strided", "elements": self._encode(name, elements), "shapes": shapes}
-        if tensor.is_nested:
+        if columns.is_jagged(tensor):
             values, offsets, ragged_idx = columns.jagged_parts(tensor)
             same = str(offsets.tolist())
             if same not in self._offsets:
@@ -175,7 +172,7 @@ class _Values:
 
     def _decode(self, name: str, entry: _Entry) -> Any:
         kind = entry["kind"]
-        if kind in ("tensor", "jagged", "strided"):
+        if kind in ("tensor", "jagged"):
             return self._decode_tensor(name, entry).requires_grad_(entry["requires_grad"])
         if kind == "array":
             data = bytearray(self.tensors[entry["at"]].numpy())
@@ -194,10 +191,6 @@ class _Values:
         return pickle.loads(self.tensors[entry["at"]].numpy().tobytes())
 
     def _decode_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
-        if entry["kind"] == "strided":
-            return columns.from_strided_parts(
-                self._decode(name, entry["elements"]), entry["shapes"]
-            )
         if entry["kind"] == "jagged":
             values, offsets = (self._decode(name, entry[part]) for part in ("values", "offsets"))
             return _jagged(self._known, values, offsets, entry["ragged_idx"])
@@ -249,7 +242,7 @@ def serialize_single_tensor(obj: torch.Tensor) -> _Bytes:
     """
     if obj.layout is not torch.strided or obj.is_nested:
         raise BatchTypeError(
-            "a dense tensor is needed: serialize_tensordict also takes nested ones"
+            "a dense tensor is needed: serialize_tensordict also takes jagged ones"
         )
     data = columns.flat_bytes(obj).numpy().data
     return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), data
@@ -267,8 +260,7 @@ def serialize_tensordict(
 ) -> tuple[tuple[int, ...], str | None, dict[str, tuple[Any, ...]]]:
     """`(batch_size, device, tensors)`, each tensor as `serialize_single_tensor` makes it.
 
-    A nested tensor becomes `("jagged", [row, ...])` or `("strided", [row, ...])` by its layout, or
-    `("jagged", values, offsets, ragged_idx)` where the rows would not tell its ragged dim.
+    A jagged one becomes `("jagged", values, offsets, ragged_idx)`.
     """
     device = None if batch.device is None else str(batch.device)
     tensors = {key: _taken_apart(tensor.detach()) for key, tensor in leaves(batch).items()}
@@ -276,14 +268,9 @@ def serialize_tensordict(
 
 
 def _taken_apart(tensor: torch.Tensor) -> tuple[Any, ...]:
-    if not tensor.is_nested:
+    if not columns.is_jagged(tensor):
         return serialize_single_tensor(tensor)
-    if columns.is_strided(tensor):
-        return "strided", [serialize_single_tensor(row) for row in tensor.unbind()]
     values, offsets, ragged_idx = columns.jagged_parts(tensor)
-    if ragged_idx == 1 and tensor.size(0):
-        rows = torch.split(values, offsets.diff().tolist())
-        return "jagged", [serialize_single_tensor(row) for row in rows]
     return "jagged", serialize_single_tensor(values), serialize_single_tensor(offsets), ragged_idx
 
 
@@ -296,12 +283,7 @@ def deserialize_tensordict(arr: Any) -> TensorDict:
 
 
 def _put_together(packed: Any, known: _Known) -> torch.Tensor:
-    if packed[0] not in ("jagged", "strided"):
+    if packed[0] != "jagged":
         return deserialize_single_tensor(packed)
-    if len(packed) == 4:
-        values, offsets = map(deserialize_single_tensor, packed[1:3])
-        return _jagged(known, values, offsets, packed[3])
-    rows = [deserialize_single_tensor(row) for row in packed[1]]
-    if packed[0] == "strided":
-        return columns.strided(rows, torch.empty(0))
-    return _jagged(known, *columns.jagged_parts(columns.nested_tensor_from_tensor_list(rows, 1)))
+    values, offsets = map(deserialize_single_tensor, packed[1:3])
+    return _jagged(known, values, offsets, packed[3])

@@ -238,7 +238,7 @@ def maybe_fix_3d_position_ids(data: TensorDict) -> None:
     take dim 1 for the ragged one. Anything else is left as it is.
     """
     ids: Any = data.get("position_ids", None)
-    if not columns.is_nested(ids) or columns.is_strided(ids) or ids._ragged_idx != 1:  # type: ignore[attr-defined]
+    if not columns.is_jagged(ids) or ids._ragged_idx != 1:  # type: ignore[attr-defined]
         return
     values, offsets = ids.values(), ids.offsets()  # type: ignore[attr-defined]
     if values.dim() == 2 and values.shape[1] == int(offsets[-1]):
@@ -251,7 +251,7 @@ def maybe_fix_3d_position_ids(data: TensorDict) -> None:
 def concat_nested_tensors(tensors: list[torch.Tensor]) -> torch.Tensor:
     """All rows of all jagged tensors, as one jagged tensor; BatchError if they do not fit."""
     for i, tensor in enumerate(tensors):
-        if not columns.is_nested(tensor):
+        if not columns.is_jagged(tensor):
             raise BatchTypeError(f"tensor {i} must be jagged; got {columns.describe(tensor)}")
     return columns.cat(tensors)  # type: ignore[no-any-return]
 

@@ -43,7 +43,6 @@ from protocol.batches import (
     union_batches,
 )
 from protocol.checks import balanced_sizes, equal_sizes, padded_sizes
-from protocol.combine import equal
 from protocol.errors import (
     BatchError,
     BatchTypeError,
@@ -288,26 +287,9 @@ def test_serialized_tensors_come_back_writable(dtype: torch.dtype) -> None:
         deserialize_single_tensor((name, list(shape), bytes(buffer))).fill_(1)
 
 
-def test_serialized_jagged_rows_look_as_in_verl() -> None:
-    column = torch.nested.nested_tensor_from_jagged(torch.arange(5), torch.tensor([0, 2, 5]))
-    size, device, tensors = serialize_tensordict(TensorDict({"j": column}, [2]))
-    kind, rows = tensors["j"]
-    assert (size, device, kind) == ((2,), None, "jagged")
-    assert [row[:2] for row in rows] == [("int64", (2,)), ("int64", (3,))]
+def test_a_single_tensor_to_serialize_must_be_dense() -> None:
     with pytest.raises(BatchTypeError, match="dense"):
-        serialize_single_tensor(column)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
-def test_serialized_strided_rows_look_as_in_verl_and_come_back_strided() -> None:
-    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
-    batch = TensorDict({"n": torch.nested.nested_tensor(rows)}, [3])
-    sent = serialize_tensordict(batch)
-    assert sent[2]["n"][0] == "strided"
-    assert [row[1] for row in sent[2]["n"][1]] == [(2, 3), (3, 4), (1, 5)]
-    back = deserialize_tensordict(sent)
-    assert back["n"].layout is torch.strided
-    assert equal(back, batch)
+        serialize_single_tensor(make_column(2, "jagged", torch.int64))
 
 
 GATHER = """

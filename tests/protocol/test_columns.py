@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
 from protocol import columns
 from protocol.checks import normalize_index
 from protocol.combine import equal
+from protocol.data_proto import DataProto
 from protocol.errors import BatchError, BatchTypeError, RowCountError, RowIndexError
+from protocol.tensordict_utils import chunk_tensordict
 from tests.protocol.conftest import DTYPES, make_column
 
 
@@ -66,18 +69,15 @@ def test_what_cannot_be_joined_or_cut_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
-def test_rows_of_a_strided_nested_tensor_may_differ_in_several_dims() -> None:
-    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
-    column = torch.nested.nested_tensor(rows)
-    taken = columns.take(column, torch.tensor([2, 0]))
-    assert taken.layout is torch.strided
-    assert equal(list(taken.unbind()), [rows[2], rows[0]])
-    assert equal(columns.cat(columns.split(column, [1, 2])), column)
-    assert not equal(column, columns.take(column, torch.tensor([0, 1, 0])))
-    assert equal(columns.row(column, 1), rows[1])
-    assert columns.rows(columns.cat(columns.split(column, [0, 3])[:1])) == 0
-    jagged = columns.nested_tensor_from_tensor_list([torch.ones(2, 3), torch.zeros(1, 3)])
-    assert equal(torch.nested.nested_tensor([*jagged.unbind()]), jagged)
+def test_nested_tensors_of_strided_layout_are_no_columns() -> None:
+    column = torch.nested.nested_tensor([torch.ones(2, 3), torch.zeros(3, 4)])
+    for build in (
+        lambda: DataProto.from_dict({"n": column}),
+        lambda: DataProto(TensorDict({"n": column}, [2])).chunk(2),
+        lambda: chunk_tensordict(TensorDict({"n": column}, [2]), 2),
+    ):
+        with pytest.raises(BatchTypeError, match="must be dense or jagged"):
+            build()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ WRONG: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (
         lambda _: new({"a": torch.eye(2).to_sparse()}),
         BatchTypeError,
-        r"tensors\['a'\] must be strided or jagged.*x.to_dense\(\)",
+        r"tensors\['a'\] must be dense or jagged; got Tensor",
     ),
     (lambda data: data.chunk(4), AssertionError, "only support equal chunk"),
     (lambda data: data.chunk("2"), BatchTypeError, "chunks must be a whole number; got str"),
