@@ -7,7 +7,6 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import reduce
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 
-from protocol.checks import check_sizes, wrong
+from protocol.checks import check_sizes, short, wrong
 from protocol.device_memory import to_host
 from protocol.errors import BatchError, BatchTypeError, RowCountError
 
@@ -50,7 +49,6 @@ __all__ = [
     "take",
     "tensor",
     "twin",
-    "unbind",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -142,7 +140,7 @@ def nested_tensor_from_tensor_list(
     3
 
     Raises:
-        BatchError: no tensor, they differ in dtype or in another dim, or have no such dim.
+        BatchError: no tensor, they differ in another dim, or have no such dim.
     """
     if not tensors:
         raise BatchError("Must provide at least one tensor")
@@ -153,14 +151,12 @@ def nested_tensor_from_tensor_list(
     if not 1 <= ragged_idx <= most:
         raise BatchError(f"ragged_idx must be in [1, {most}] for such rows. Got {ragged_idx=}")
     dim = ragged_idx - 1
-    kinds = {(t.dtype, t.shape[:dim], t.shape[dim + 1 :], t.dim(), t.layout) for t in tensors}
-    if len(kinds) > 1 or is_jagged(tensors[0]):
-        raise BatchError(
-            "the rows of a jagged tensor must be dense, of one dtype and the same number of dims, "
-            f"and agree in every dim but {dim}; got {sorted(set(map(describe, tensors)))}"
-        )
-    sizes = torch.tensor([t.shape[dim] for t in tensors], device=tensors[0].device)
-    return jagged(torch.cat(list(tensors), dim), _offsets(sizes), ragged_idx)
+    try:
+        values = torch.cat([*tensors], dim)
+    except (RuntimeError, TypeError) as error:
+        raise BatchError(f"only dense rows that agree in all dims but {dim}: {error}") from error
+    sizes = torch.tensor([t.shape[dim] for t in tensors], device=values.device)
+    return jagged(values, _offsets(sizes), ragged_idx)
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
@@ -333,11 +329,6 @@ def row(column: Column, at: int) -> Any:
     return nested.values().narrow(nested._ragged_idx - 1, start, length)
 
 
-def unbind(column: Column) -> Sequence[Any]:
-    """What `row` gives for each row, together: that takes a jagged tensor far less time."""
-    return column.unbind() if isinstance(column, torch.Tensor) else column  # type: ignore[return-value]
-
-
 def slice_rows(column: Any, start: int, stop: int, step: int = 1) -> Any:
     """Rows `start:stop:step`, given 0 <= start <= stop <= rows and step > 0.
 
@@ -385,74 +376,47 @@ def cat(columns: Sequence[Any]) -> Any:
         if len(each) == len(columns) and all(array.shape[1:] == shape for array in each):
             return tensor(Numbers(np.concatenate(each), dtype))
     columns = [*map(tensor, columns)]
-    first = columns[0]
-    if all(map(is_jagged, columns)):
-        columns = [column for column in columns if column.size(0)] or columns[:1]
-        first = columns[0]
-        if len({c._ragged_idx for c in columns}) > 1:
-            # Rows of one shape say nothing of the dim that was meant to be ragged: look at all.
-            return nested_tensor_from_tensor_list(
-                [row for column in columns for row in unbind(column)]
-            )
-    signature, dtype = _signature(first), _common_dtype([column.dtype for column in columns])
-    for shard, column in enumerate(columns):
-        if _signature(column) != signature or dtype is None:
-            raise BatchError(
-                "columns to concatenate must agree in kind, device and all dims but the first, and "
-                f"be of dtypes that have one in common; shard 0 has {describe(first)} and shard "
-                f"{shard or len(columns) - 1} has {describe(column if shard else columns[-1])}"
-            )
-    if not isinstance(first, torch.Tensor):
-        return np.concatenate([np.asarray(column, dtype) for column in columns])
-    tensors: list[Any] = [c if c.dtype == dtype else c.to(dtype) for c in columns]
-    if not is_jagged(first):
-        return _cat(tensors, 0)
-    parts = [jagged_parts(tensor) for tensor in tensors]
+    try:
+        if len({getattr(column, "layout", "array") for column in columns}) > 1:
+            raise TypeError("they are arrays, dense and jagged tensors")
+        if isinstance(columns[0], np.ndarray):
+            return _cat_arrays(columns)
+        return _cat_jagged(columns) if is_jagged(columns[0]) else _cat(columns, 0)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shards = short([*map(describe, columns)], 200)
+        raise BatchError(f"columns of {shards} cannot be joined: {error}") from error
+
+
+def _cat_arrays(arrays: Sequence[Array]) -> Array:
+    kinds = {array.dtype.kind for array in arrays}
+    # numpy would also turn numbers into text, and into durations.
+    if len(kinds) > 1 and "O" not in kinds and not kinds <= {*"biufc"}:
+        raise TypeError("numbers, text and times have no dtype in common")
+    return np.concatenate(arrays)
+
+
+def _cat_jagged(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len({column._ragged_idx for column in columns}) > 1:  # type: ignore[attr-defined]
+        # Rows of one shape say nothing of the dim that was meant to be ragged: look at all.
+        return nested_tensor_from_tensor_list([row for column in columns for row in column])
+    parts = [jagged_parts(column) for column in columns]
     ragged_idx = parts[0][2]
     values = _cat([values for values, _, _ in parts], ragged_idx - 1)
     return jagged(values, _offsets(torch.cat([o.diff() for _, o, _ in parts])), ragged_idx)
-
-
-def _common_dtype(dtypes: list[Any]) -> Any:
-    """The one that holds the values of all; None if there is none."""
-    if len({*dtypes}) == 1:
-        return dtypes[0]
-    library: Any = torch
-    if isinstance(dtypes[0], np.dtype):
-        kinds, library = {getattr(dtype, "kind", "?") for dtype in dtypes}, np
-        # numpy would also turn numbers into text, and into durations.
-        if "O" not in kinds and len(kinds) > 1 and not kinds <= {*"biufc"}:
-            return None
-    try:
-        return reduce(library.promote_types, dtypes)
-    except (TypeError, RuntimeError):  # structures, and torch's float8
-        return None
 
 
 def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
     """`torch.cat` into memory that numpy allocates: it asks the kernel for large pages, without
     which most of the time goes into page faults.
     """
-    first = tensors[0]
-    large = sum(tensor.nbytes for tensor in tensors) >= _LARGE
+    first, dtypes = tensors[0], {tensor.dtype for tensor in tensors}
+    large = sum(tensor.nbytes for tensor in tensors) >= _LARGE and len(dtypes) == 1
     if not large or first.device.type != "cpu" or any(t.requires_grad for t in tensors):
         return torch.cat(tensors, dim)
     shape = list(first.shape)
     shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
     out = torch.from_numpy(np.empty(math.prod(shape) * first.element_size(), np.uint8))
     return torch.cat(tensors, dim, out=out.view(first.dtype).view(shape))
-
-
-def _signature(column: Any) -> tuple[object, ...]:
-    """What columns must have in common to be concatenated, but for the dtype."""
-    if not isinstance(column, torch.Tensor):
-        return "array", column.shape[1:]
-    if not is_jagged(column):
-        return "dense", column.device, column.shape[1:]
-    nested: Any = column
-    trailing = [*nested.values().shape]
-    trailing[nested._ragged_idx - 1] = -1
-    return "jagged", column.device, trailing
 
 
 # One value as it is

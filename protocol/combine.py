@@ -332,7 +332,7 @@ def difference(a: Any, b: Any) -> str:
     sparse = isinstance(a, torch.Tensor) and a.layout not in (torch.strided, torch.jagged)
     if columns.describe(a) != columns.describe(b) or a.ndim == 0 or sparse:
         return f"{columns.describe(a)} here, {columns.describe(b)} there"
-    pairs = [*zip(columns.unbind(a), columns.unbind(b), strict=True)]
+    pairs = [*zip(a, b, strict=True)]
     differ = [i for i, pair in enumerate(pairs) if not equal(*pair)]
     if not differ:
         return f"same rows of {columns.describe(a)}, laid out differently"

@@ -308,7 +308,7 @@ class DataProto(_Parts):
         return bool(self.meta_info.get(combine.PADDING, False)) or DataProtoConfig.auto_padding
 
     def __iter__(self) -> Iterator[DataProtoItem]:
-        tensors = {key: columns.unbind(column) for key, column in self._tensors().items()}
+        tensors = {key: [*column] for key, column in self._tensors().items()}
         arrays = dict(self.non_tensor_batch)
         for row in range(len(self)):
             one = {key: rows[row] for key, rows in tensors.items()}

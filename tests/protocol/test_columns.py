@@ -51,16 +51,18 @@ def test_parts_are_views_and_cat_of_one_column_is_new_memory(kind: str) -> None:
         (make_column(2, "jagged", torch.float32), torch.zeros(2, 3, 2)),
     ],
 )
-def test_cat_names_the_shard_that_does_not_fit(a: columns.Column, b: columns.Column) -> None:
-    with pytest.raises(BatchError, match=r"shard 0 has .* and shard 2 has "):
-        columns.cat([a, a, b])
+def test_columns_that_cannot_be_joined_are_described(a: columns.Column, b: columns.Column) -> None:
+    for column in (a, b):
+        with pytest.raises(BatchError, match="cannot be joined: ") as caught:
+            columns.cat([a, b] if column is a else [b, a])
+        assert columns.describe(column) in str(caught.value)
 
 
 def test_what_cannot_be_joined_or_cut_is_refused() -> None:
     assert columns.cat([np.array(["a"]), np.array(["bcd"])]).tolist() == ["a", "bcd"]
     with pytest.raises(BatchError, match="zero columns"):
         columns.cat([])
-    with pytest.raises(BatchError, match="agree in every dim but"):
+    with pytest.raises(BatchError, match="agree in all dims but"):
         columns.cat([make_column(2, kind, torch.float32) for kind in ("jagged", "jagged2")])
     with pytest.raises(RowCountError, match=r"sum to 3 rows; got \[1, 1\]"):
         columns.split(torch.zeros(3), [1, 1])
