@@ -424,6 +424,8 @@ def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 def describe(column: Column) -> str:
     """`int64 (4, 2)` or `int64 jagged (4, *)`: kind and shape, no data."""
+    if not isinstance(column, (torch.Tensor, np.ndarray)):
+        return type(column).__name__
     if not isinstance(column, torch.Tensor):
         return f"{column.dtype} array {column.shape}"
     sizes = [str(size) if isinstance(size, int) else "*" for size in column.shape]
