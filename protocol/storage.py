@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
-from protocol import columns
+from protocol import columns, combine
 from protocol.columns import is_plain, leaves
 from protocol.errors import BatchTypeError, StorageError
 
@@ -38,9 +38,6 @@ _Bytes: TypeAlias = "tuple[str, tuple[int, ...], memoryview]"
 
 _HEADER = {"format": "single_controller.DataProto", "version": "1"}
 _INDEX = "index"  # the tensor that holds the JSON; the header of a safetensors file is too small
-# Other dtypes are stored as bytes.
-_FLOATS = ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"]
-_NATIVE = [*_FLOATS, "bool", "uint8", "int8", "int16", "int32", "int64"]
 
 
 def save(
@@ -58,10 +55,8 @@ def save(
     Raises:
         StorageError: an object is not JSON, and pickle is not allowed.
         TypeError: a key of meta_info is not JSON, nor a tuple of what is.
-        FileNotFoundError: there is no such directory.
     """
-    path = Path(filepath)
-    values = _Values(path, {}, allow_pickle)
+    path, values = Path(filepath), _Values({}, allow_pickle)
     index = {
         "rows": None if batch is None else len(batch),
         "batch": values.encode_all("batch", {} if batch is None else leaves(batch)),
@@ -69,8 +64,6 @@ def save(
         "meta_info": values.encode_all("meta_info", meta_info),
     }
     tensors = {**values.tensors, _INDEX: _as_tensor(json.dumps(index).encode())}
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no directory {path.parent} to save {path.name} in")
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(tensors, unfinished, _HEADER)
@@ -93,8 +86,6 @@ def load(
         FileNotFoundError: there is no file.
     """
     path = Path(filepath)
-    if not path.is_file():
-        raise FileNotFoundError(f"no batch to load at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             if (header := file.metadata() or {}) != _HEADER:
@@ -104,12 +95,12 @@ def load(
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         index = json.loads(tensors[_INDEX].numpy().tobytes())
-        values = _Values(path, tensors, allow_pickle)
-        tensors = values.decode_all("batch", index["batch"])
-        batch = None if index["rows"] is None else TensorDict(tensors, [index["rows"]])
+        values = _Values(tensors, allow_pickle)
+        found = values.decode_all("batch", index["batch"])
+        batch = None if index["rows"] is None else TensorDict(found, [index["rows"]])
         arrays = values.decode_all("non_tensor_batch", index["non_tensor_batch"])
         return batch, arrays, values.decode_all("meta_info", index["meta_info"])
-    except StorageError:
+    except (StorageError, FileNotFoundError):
         raise
     except Exception as error:  # whatever wrong bytes lead to
         raise StorageError(
@@ -120,9 +111,8 @@ def load(
 class _Values:
     """Values as JSON, which says how to put each together from tensors that have names."""
 
-    def __init__(self, path: Path, tensors: dict[str, torch.Tensor], allow_pickle: bool) -> None:
-        self._path, self.tensors, self._allow_pickle = path, tensors, allow_pickle is True
-        self._offsets: dict[str, _Entry] = {}
+    def __init__(self, tensors: dict[str, torch.Tensor], allow_pickle: bool) -> None:
+        self.tensors, self._allow_pickle = tensors, allow_pickle is True
         self._known: _Known = {}
 
     def encode_all(self, part: str, values: Mapping[Any, Any]) -> list[tuple[Any, _Entry]]:
@@ -132,38 +122,30 @@ class _Values:
         return {_key(key): self._decode(f"{part}[{key!r}]", entry) for key, entry in entries}
 
     def _encode(self, name: str, value: Any) -> _Entry:
-        if isinstance(value, torch.Tensor) and (columns.is_jagged(value) or is_plain(value)):
-            return {**self._encode_tensor(name, value), "requires_grad": value.requires_grad}
-        array: Any = value
-        kind = array.dtype.kind if type(value) is np.ndarray else ""
+        if columns.is_jagged(value):
+            values, offsets, ragged_idx = columns.jagged_parts(value)
+            parts = {"values": self._encode(name, values), "offsets": self._encode(name, offsets)}
+            return {"kind": "jagged", **parts, "ragged_idx": ragged_idx}
+        if isinstance(value, torch.Tensor) and is_plain(value):
+            tensor = value.detach().resolve_neg().cpu()  # of complex ones safetensors has no dtype
+            at = self._add(name, columns.flat_bytes(tensor) if tensor.is_complex() else tensor)
+            dtype = str(value.dtype).removeprefix("torch.")
+            return {"kind": "tensor", "at": at, "dtype": dtype, "shape": list(value.shape)}
+        kind = value.dtype.kind if type(value) is np.ndarray else ""
         if kind and kind in "biufcmMSU":
-            at = self._add(name, _as_tensor(array.tobytes()))
-            return {"kind": "array", "at": at, "dtype": array.dtype.str, "shape": array.shape}
-        plain = array.ravel().tolist() if kind == "O" else value
-        if (odd := _odd(plain)) is None and kind:
-            return {"kind": "objects", "shape": array.shape, "items": plain}
-        if odd is None:
+            at = self._add(name, _as_tensor(value.tobytes()))
+            return {"kind": "array", "at": at, "dtype": value.dtype.str, "shape": value.shape}
+        plain = value.ravel().tolist() if kind == "O" else value
+        if _is_json(plain):
+            if kind:
+                return {"kind": "objects", "shape": value.shape, "items": plain}
             return {"kind": "json", "value": plain}
         if not self._allow_pickle:
             raise StorageError(
-                f"{name} holds objects that are not JSON ({odd}): make them JSON, or pass "
+                f"{name} holds objects that are not JSON: make them JSON, or pass "
                 "allow_pickle=True here and to load_from_disk"
             )
         return {"kind": "pickle", "at": self._add(name, _as_tensor(pickle.dumps(value)))}
-
-    def _encode_tensor(self, name: str, value: torch.Tensor) -> _Entry:
-        tensor = value.detach()
-        if columns.is_jagged(tensor):
-            values, offsets, ragged_idx = columns.jagged_parts(tensor)
-            same = str(offsets.tolist())
-            if same not in self._offsets:
-                self._offsets[same] = self._encode(name, offsets)
-            parts = {"values": self._encode(name, values), "offsets": self._offsets[same]}
-            return {"kind": "jagged", **parts, "ragged_idx": ragged_idx}
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        whole = tensor.resolve_conj().resolve_neg().cpu()
-        at = self._add(name, whole if dtype in _NATIVE else columns.flat_bytes(whole))
-        return {"kind": "tensor", "at": at, "dtype": dtype, "shape": list(tensor.shape)}
 
     def _add(self, name: str, tensor: torch.Tensor) -> str:
         at = f"{len(self.tensors)} {name}"
@@ -171,31 +153,34 @@ class _Values:
         return at
 
     def _decode(self, name: str, entry: _Entry) -> Any:
-        kind = entry["kind"]
-        if kind in ("tensor", "jagged"):
-            return self._decode_tensor(name, entry).requires_grad_(entry["requires_grad"])
-        if kind == "array":
-            data = bytearray(self.tensors[entry["at"]].numpy())
-            return np.frombuffer(data, entry["dtype"]).reshape(entry["shape"])
-        if kind == "objects":
-            return columns.as_object_array(entry["items"]).reshape(entry["shape"])
+        kind, shape = entry["kind"], entry.get("shape")
         if kind == "json":
             return entry["value"]
-        if kind != "pickle":
-            raise ValueError(f"{name} is stored in an unknown way, {kind!r}")
-        if not self._allow_pickle:
-            raise StorageError(
-                f"{self._path}: {name} holds pickled objects, and loading those can run any code. "
-                "If you trust the file, pass allow_pickle=True to load_from_disk"
-            )
-        return pickle.loads(self.tensors[entry["at"]].numpy().tobytes())
-
-    def _decode_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
-        if entry["kind"] == "jagged":
+        if kind == "objects":
+            return columns.as_object_array(entry["items"]).reshape(shape)
+        if kind == "jagged":
             values, offsets = (self._decode(name, entry[part]) for part in ("values", "offsets"))
             return _jagged(self._known, values, offsets, entry["ragged_idx"])
-        tensor, dtype = self.tensors[entry["at"]], getattr(torch, entry["dtype"])
-        return (tensor if tensor.dtype == dtype else tensor.view(dtype)).reshape(entry["shape"])
+        tensor = self.tensors[entry["at"]]
+        if kind == "tensor":
+            dtype = getattr(torch, entry["dtype"])
+            return (tensor if tensor.dtype == dtype else tensor.view(dtype)).reshape(shape)
+        if kind == "array":
+            return np.frombuffer(bytearray(tensor.numpy()), entry["dtype"]).reshape(shape)
+        if not self._allow_pickle:
+            raise StorageError(
+                f"{name} holds pickled objects, and loading those can run any code. If you trust "
+                "the file, pass allow_pickle=True to load_from_disk"
+            )
+        return pickle.loads(tensor.numpy().tobytes())
+
+
+def _is_json(value: object) -> bool:
+    """Whether JSON gives an equal value back."""
+    try:
+        return combine.equal(json.loads(json.dumps(value)), value)
+    except (TypeError, ValueError, RecursionError):  # of another type, a cycle, too long a number
+        return False
 
 
 def _jagged(known: _Known, values: torch.Tensor, offsets: torch.Tensor, idx: int) -> torch.Tensor:
@@ -209,29 +194,6 @@ def _as_tensor(data: bytes) -> torch.Tensor:
 
 def _key(key: Any) -> Any:
     return tuple(map(_key, key)) if isinstance(key, list) else key
-
-
-def _odd(value: object) -> str | None:
-    """What of a value JSON would not bring back as it is; None if there is nothing."""
-    try:
-        odd = _odd_type(value)
-        if odd is None:
-            json.dumps(value)
-        return odd
-    except (RecursionError, ValueError) as error:  # a cycle; a number that is too long
-        return str(error)
-
-
-def _odd_type(value: Any) -> str | None:
-    if type(value) is dict:
-        if any(type(key) is not str for key in value):
-            return "dict with keys that are not str"
-        value = list(value.values())
-    if type(value) is list:
-        return next((odd for odd in map(_odd_type, value) if odd), None)
-    if value is None or type(value) in (bool, int, float, str):
-        return None
-    return type(value).__name__
 
 
 def serialize_single_tensor(obj: torch.Tensor) -> _Bytes:

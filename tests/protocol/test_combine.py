@@ -90,7 +90,6 @@ JAGGED = torch.nested.nested_tensor_from_jagged(torch.arange(4.0), torch.tensor(
         ({"a": 1}, {"b": 1}, False),
         (torch.zeros(0, 2), torch.zeros(0, 3), False),
         (torch.ones(2), torch.ones(1).expand(2), True),
-        (np.ma.array([1, 2], mask=[0, 1]), np.ma.array([1, 2], mask=[0, 1]), True),
         (np.ma.array([1, 2], mask=[0, 1]), np.ma.array([1, 2]), False),
         (SPARSE, torch.eye(2).to_sparse(), True),
         (SPARSE, (2 * torch.eye(2)).to_sparse(), False),
