@@ -73,7 +73,7 @@ def get_tensordict(
         BatchError: the values differ in rows, a tensor has no dim, a value is of another type or
             a list of tensors, or a key is in both.
     """
-    shared = checks.mapping("non_tensor_dict", non_tensor_dict)
+    shared = dict(non_tensor_dict or {})
     if both := sorted(set(tensor_dict) & set(shared)):
         raise ConflictError(f"keys may be in tensor_dict or in non_tensor_dict; both have {both}")
     values = {key: _column(key, value) for key, value in tensor_dict.items()}
@@ -142,7 +142,7 @@ def assign_non_tensor_data(tensor_dict: TensorDict, key: str, val: Any) -> None:
 def assign_non_tensor_stack(tensor_dict: TensorDict, key: str, val: list[Any]) -> None:
     """Set, in place, one object per row; RowCountError if there are more or fewer."""
     rows = tensor_dict.batch_size[:1]
-    if rows and len(checks.list_of(object, key, val)) != rows[0]:
+    if rows and len(val) != rows[0]:
         raise RowCountError(f"{key} needs one element for each of {rows[0]} rows; got {len(val)}")
     columns.put(tensor_dict, key, columns.stack(val))
 
