@@ -15,10 +15,9 @@ from tensordict import NonTensorData, TensorDict, TensorDictBase
 
 from protocol import checks, columns, combine
 from protocol.checks import balanced_sizes, equal_sizes
-from protocol.columns import Array
 from protocol.data_proto import DataProto, DataProtoItem
 from protocol.errors import BatchError, BatchTypeError, RowCountError
-from protocol.wire import Reading, reading
+from protocol.wire import reading
 
 __all__ = [
     "Batch",
@@ -35,7 +34,6 @@ __all__ = [
     "fold_batch_dim",
     "has_rows",
     "is_batch",
-    "is_chunkable",
     "lend_rows",
     "on_one_device",
     "only_batch",
@@ -64,14 +62,6 @@ def has_rows(x: Batch) -> bool:
     goes whole wherever rows go, and the first of several stands for all, as metrics do.
     """
     return isinstance(x, DataProto) or len(x.batch_size) > 0
-
-
-def is_chunkable(x: object) -> bool:
-    """Whether a value that is no batch can be split and joined: it has `chunk(n)`, which gives a
-    list of n parts, and its class has `concat(parts)`.
-    """
-    splits, joins = getattr(x, "chunk", None), getattr(type(x), "concat", None)
-    return callable(splits) and callable(joins) and not is_batch(x)
 
 
 def batch_rows(x: Batch) -> int:
@@ -168,30 +158,11 @@ def lend_rows(x: Batch, start: int, stop: int) -> Batch:
         return copy_batch(rows)
     if isinstance(rows, DataProto):
         rows.meta_info = columns.deepcopy(rows.meta_info)
-        arrays = rows.non_tensor_batch.items()
-        rows.non_tensor_batch = {key: _lent_array(array, how) for key, array in arrays}
+        for key, array in rows.non_tensor_batch.items():
+            lent = columns.deepcopy(array) if array.dtype.hasobject else array.view()
+            lent.flags.writeable = how != "view"
+            rows.non_tensor_batch[key] = lent
     return rows
-
-
-def _lent_array(array: Array, how: Reading) -> Array:
-    if array.dtype.kind == "O" and how == "view":
-        rows, array = array, np.empty_like(array)
-        for index, row in np.ndenumerate(rows):
-            array[index] = _lent_row(row)
-    else:
-        array = columns.deepcopy(array) if array.dtype.hasobject else array.view()
-    array.flags.writeable = how != "view"
-    return array
-
-
-def _lent_row(row: Any) -> Any:
-    if type(row) in (str, int, float, bool, type(None)):
-        return row
-    if type(row) is not np.ndarray or row.dtype.hasobject:
-        return columns.deepcopy(row)
-    shown = row.view()
-    shown.flags.writeable = False
-    return shown
 
 
 def on_one_device(batches: Sequence[Batch]) -> list[Batch]:
@@ -244,7 +215,7 @@ def pad_dataproto_to_divisor(data: _B, size_divisor: int) -> tuple[_B, int]:
 
     The batch itself comes back if it divides already, as an empty one does.
     """
-    rows = columns.rows(data, "data") if isinstance(data, TensorDict) else len(data)
+    rows = batch_rows(data)
     pad_size = -rows % checks.count("size_divisor", size_divisor, least=1)
     if not pad_size:
         return data, 0
@@ -253,11 +224,7 @@ def pad_dataproto_to_divisor(data: _B, size_divisor: int) -> tuple[_B, int]:
 
 def unpad_dataproto(data: _B, pad_size: int) -> _B:
     """The batch without its last `pad_size` rows, as views; itself if that is 0."""
-    if pad_size == 0:
-        return data
-    if not 0 <= pad_size <= batch_rows(data):
-        raise RowCountError(f"cannot remove {pad_size} rows from a batch of {len(data)} rows")
-    return slice_batch(data, 0, len(data) - pad_size)  # type: ignore[return-value]
+    return slice_batch(data, 0, len(data) - pad_size) if pad_size else data  # type: ignore[return-value]
 
 
 def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
@@ -323,17 +290,16 @@ class BatchData:
         self.data = data
 
     def is_chunkable(self) -> bool:
-        """Whether `chunk` works: the value is one batch or future."""
-        return is_batch(self.data) or is_chunkable(self.data)
+        """Whether `chunk` works: the value is one batch or future, or has its methods."""
+        splits, joins = getattr(self.data, "chunk", None), getattr(type(self.data), "concat", None)
+        return isinstance(self.data, TensorDict) or (callable(splits) and callable(joins))
 
     def is_concatable(self) -> bool:
-        """Whether `concat` works: the value is a list of batches, or of futures."""
+        """Whether `concat` works: the value is a list of what can be chunked, of one type."""
         if not isinstance(self.data, list | tuple) or not self.data:
             return False
         kind = type(self.data[0])
-        return all(map(is_batch, self.data)) or all(
-            is_chunkable(element) and type(element) is kind for element in self.data
-        )
+        return all(type(x) is kind and BatchData(x).is_chunkable() for x in self.data)
 
     def chunk(self, chunks: int) -> list[Any]:
         """`chunks` equal parts; ChunkError if rows do not divide. Fetches nothing of a future."""

@@ -175,11 +175,11 @@ def test_rows_lent_as_a_view_share_numbers_and_nobody_can_write_into_their_array
     arrays = seen.non_tensor_batch
     assert seen.batch["x"].data_ptr() == data.batch["x"].data_ptr()
     assert arrays["n"].ctypes.data == data.non_tensor_batch["n"].ctypes.data
-    assert arrays["s"][0].ctypes.data == data.non_tensor_batch["s"][0].ctypes.data
-    for array in (*arrays.values(), arrays["s"][0]):
+    for array in arrays.values():
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 7
     arrays["l"][0].append(7)
+    arrays["s"][0].fill(7)
     seen.meta_info["k"].append(7)
     assert data.diff(lender()) == []
     data.non_tensor_batch["n"][0] = 7  # the lender's own stay as they were
@@ -215,7 +215,7 @@ def test_a_copy_of_shared_objects_has_no_graph() -> None:
 def test_what_divides_is_not_copied_and_what_is_not_there_not_removed(make: Make) -> None:
     batch: Any = make(2)
     assert pad_dataproto_to_divisor(batch, 2)[0] is unpad_dataproto(batch, 0) is batch
-    with pytest.raises(RowCountError, match="cannot remove 9 rows"):
+    with pytest.raises(RowCountError, match="rows 0:-7 are not in a batch of 2 rows"):
         unpad_dataproto(batch, 9)
     with pytest.raises(BatchError, match="at least 1; got 0"):
         pad_dataproto_to_divisor(batch, 0)
