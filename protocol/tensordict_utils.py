@@ -74,13 +74,13 @@ def get_tensordict(
             a list of tensors, or a key is in both.
     """
     shared = dict(non_tensor_dict or {})
-    if both := sorted(set(tensor_dict) & set(shared)):
+    if both := sorted(tensor_dict.keys() & shared.keys()):
         raise ConflictError(f"keys may be in tensor_dict or in non_tensor_dict; both have {both}")
-    values = {key: _column(key, value) for key, value in tensor_dict.items()}
-    counts = {key: columns.rows(value, key) for key, value in values.items()}
-    size = [*counts.values()][:1]
-    for key, count in counts.items():
-        if [count] != size:
+    values, size = dict[str, Any](), list[int]()
+    for key, value in tensor_dict.items():
+        values[key] = _column(key, value)
+        size = size or [columns.rows(values[key], key)]
+        if (count := columns.rows(values[key], key)) != size[0]:
             raise RowCountError(
                 f"Batch size of tensor {key} is not consistent with other tensors. "
                 f"Expected {size[0]}, got {count}"
@@ -99,10 +99,7 @@ def _column(key: str, value: Any) -> Any:
             "a value that all rows share belongs in non_tensor_dict"
         )
     if any(isinstance(element, torch.Tensor) for element in value):
-        raise BatchTypeError(
-            f"{key}: Passing a list makes the data NonTensorStack, which doesn't support "
-            "torch.Tensor: use torch.stack or nested_tensor_from_tensor_list"
-        )
+        raise BatchTypeError(f"{key}: not a list of tensors; nested_tensor_from_tensor_list(list)")
     return columns.stack(list(value))
 
 
@@ -123,13 +120,9 @@ def list_of_dict_to_tensordict(list_of_dicts: list[dict[str, Any]]) -> TensorDic
         rows = [row[key] for row in list_of_dicts]
         if not all(isinstance(row, torch.Tensor) for row in rows):
             values[key] = columns.stack(rows)
-        elif all(row.dim() == 0 for row in rows):
-            values[key] = torch.stack(rows)
         else:
-            try:
-                values[key] = nested_tensor_from_tensor_list(rows)
-            except BatchError as error:
-                raise BatchError(f"key {key!r}: {error}") from error
+            dense = all(row.dim() == 0 for row in rows)
+            values[key] = torch.stack(rows) if dense else nested_tensor_from_tensor_list(rows)
     return columns.build(values, [len(list_of_dicts)])
 
 
@@ -218,10 +211,9 @@ def assert_tensordict_eq(tensordict1: TensorDict, tensordict2: TensorDict) -> No
             f"tensordict1_key_set={set(left)}"
         )
     for key, a in left.items():
-        if type(a) is not type(b := right[key]):
-            raise BatchError(f"The type of {key} must be the same. Got {type(a)} vs {type(b)}")
-        if not combine.equal(a, b):
-            raise BatchError(f"The values of {key} must be equal: {combine.difference(a, b)}")
+        if not combine.equal(a, right[key]):
+            found = combine.difference(a, right[key])
+            raise BatchError(f"The values of {key} must be equal: {found}")
 
 
 def contiguous(data: TensorDict) -> TensorDict:
@@ -250,9 +242,8 @@ def maybe_fix_3d_position_ids(data: TensorDict) -> None:
 
 def concat_nested_tensors(tensors: list[torch.Tensor]) -> torch.Tensor:
     """All rows of all jagged tensors, as one jagged tensor; BatchError if they do not fit."""
-    for i, tensor in enumerate(tensors):
-        if not columns.is_jagged(tensor):
-            raise BatchTypeError(f"tensor {i} must be jagged; got {columns.describe(tensor)}")
+    if not all(map(columns.is_jagged, tensors)):
+        raise BatchTypeError("all tensors must be jagged; use torch.cat for others")
     return columns.cat(tensors)  # type: ignore[no-any-return]
 
 
@@ -268,12 +259,8 @@ def concat_tensordict(data: list[TensorDict]) -> TensorDict:
 
 def concat_tensordict_with_none_bsz(data: list[TensorDict]) -> TensorDict:
     """The first of several TensorDicts without batch dim: they have no rows to join."""
-    for shard, td in enumerate(data):
-        if td.batch_size:
-            raise RowCountError(
-                f"TensorDict {shard} must have batch_size=[]; got {list(td.batch_size)}. "
-                "concat_tensordict joins rows"
-            )
+    if any(td.batch_size for td in data):
+        raise RowCountError("all must have batch_size=[]; concat_tensordict joins rows")
     return concat_tensordict(data)
 
 
@@ -290,9 +277,7 @@ def index_select_tensor_dict(
     """Copy the rows at `indices` (one dim; may repeat, be negative, or be a boolean mask).
     RowIndexError for a row that is not there.
     """
-    index = checks.normalize_index(indices, columns.rows(batch, "batch"))
-    if isinstance(index, slice):
-        raise BatchTypeError("indices must be a 1D tensor or a list; for a slice use batch[a:b]")
+    index: Any = checks.normalize_index(indices, columns.rows(batch, "batch"))
     return columns.take(batch, index)  # type: ignore[no-any-return]
 
 
