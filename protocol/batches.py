@@ -58,9 +58,7 @@ def is_batch(x: object) -> TypeGuard[Batch]:
 
 
 def has_rows(x: Batch) -> bool:
-    """Whether a batch can be split by rows. A TensorDict of `batch_size=[]` cannot: it has none, it
-    goes whole wherever rows go, and the first of several stands for all, as metrics do.
-    """
+    """Whether rows can be split; a TensorDict of `batch_size=[]` goes whole, as metrics do."""
     return isinstance(x, DataProto) or len(x.batch_size) > 0
 
 
@@ -84,9 +82,7 @@ def split_batch(x: Batch, sizes: Sequence[int]) -> Sequence[Batch]:
 
 
 def pad_batch(x: Batch, count: int) -> Batch:
-    """A new batch with the last row repeated `count` times at the end; RowCountError if there is
-    none to repeat.
-    """
+    """A new batch with the last row repeated `count` times; RowCountError if there is none."""
     return _take(x, checks.padded(batch_rows(x), count))
 
 
@@ -109,9 +105,7 @@ def union_batches(left: Batch, right: Batch) -> Batch:
     if isinstance(left, TensorDict) and isinstance(right, TensorDict):
         values = {**dict(left.items()), **combine.added(left, right)}
         return columns.build(values, left.batch_size, left.device)
-    raise BatchTypeError(
-        f"a union is of two DataProto or two TensorDict; got {[left, right]!r:.200}"
-    )
+    raise BatchTypeError(f"a union is of two DataProto or TensorDict; got {[left, right]!r:.200}")
 
 
 def only_batch(x: Batch) -> Batch:
@@ -129,9 +123,7 @@ def copy_batch(x: Batch) -> Batch:
 
 
 def detach_batch(x: Batch) -> Batch:
-    """The same tensors without autograd's graph, and arrays of its own. Adding or replacing columns
-    and changing meta_info does not show in `x`.
-    """
+    """The same tensors without autograd's graph, in a batch with dicts and arrays of its own."""
 
     def detached(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -211,9 +203,8 @@ def set_shared_values(x: Batch, values: Mapping[str, Any]) -> None:
 
 
 def pad_dataproto_to_divisor(data: _B, size_divisor: int) -> tuple[_B, int]:
-    """`(padded, pad_size)`: the rows again from the first on, until they divide by `size_divisor`.
-
-    The batch itself comes back if it divides already, as an empty one does.
+    """`(padded, pad_size)`: the rows again from the first on, until they divide by `size_divisor`;
+    the batch itself if it divides already, as an empty one does.
     """
     rows = batch_rows(data)
     pad_size = -rows % checks.count("size_divisor", size_divisor, least=1)

@@ -3,7 +3,6 @@ returns the argument, or says what it must be and what came."""
 
 from __future__ import annotations
 
-import heapq
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
@@ -17,7 +16,6 @@ from protocol.errors import BatchError, BatchTypeError, ChunkError, RowCountErro
 
 __all__ = [
     "Index",
-    "balance",
     "balanced_sizes",
     "check_sizes",
     "count",
@@ -70,12 +68,7 @@ def key_list(name: str, keys: Iterable[Any] | None) -> list[Any]:
 
 
 def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
-    """Any index that selects several rows, as a slice or as int64 positions; both not negative.
-
-    Raises:
-        BatchTypeError: not a slice, list, ndarray, or tensor of integers or booleans.
-        RowIndexError: a row that is not there, or a mask of another length.
-    """
+    """An index of several rows as a slice, or as int64 positions; both not negative."""
     if isinstance(index, slice):
         start, stop, step = index.indices(rows)
         if step < 0:
@@ -148,11 +141,7 @@ def check_sizes(sizes: Sequence[int], rows: int) -> None:
 def mini_batches(
     rows: int, size: int, epochs: int, seed: int | None, options: Mapping[str, Any] | None
 ) -> Iterator[torch.Tensor]:
-    """The row numbers of each mini-batch; the same as veRL's for the same seed and options.
-
-    Raises:
-        BatchError: the rows do not divide by `size`, and `drop_last` is not given.
-    """
+    """The row numbers of each mini-batch; the same as veRL's for the same seed and options."""
     size, epochs = count("mini_batch_size", size, least=1), count("epochs", epochs)
     options = options or {}
     if rows % size and "drop_last" not in options:
@@ -170,18 +159,3 @@ def mini_batches(
         **options,
     )
     return chain.from_iterable(repeat(loader, epochs))
-
-
-def balance(weights: Sequence[float], parts: int) -> list[list[int]]:
-    """Spread positions over parts of about equal weight: heaviest first, each to the lightest part.
-
-    >>> balance([5, 1, 1, 3], 2)
-    [[0], [1, 2, 3]]
-    """
-    lightest = [(0.0, 0, part) for part in range(parts)]  # a heap: weight, count, part
-    members: list[list[int]] = [[] for _ in range(parts)]
-    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        weight, taken, part = lightest[0]
-        members[part].append(i)
-        heapq.heapreplace(lightest, (weight + weights[i], taken + 1, part))
-    return [sorted(part) for part in members]

@@ -58,8 +58,8 @@ _LARGE = 1 << 22  # bytes from which numpy asks for large pages
 
 
 class Numbers(NamedTuple):
-    """What a dense tensor on the CPU is made of once someone asks for it: numpy shows memory, which
-    may be read-only, in a tenth of the time that torch takes, and joins many small ones.
+    """A dense tensor on the CPU before someone asks for it: numpy shows memory, which may be
+    read-only, in a tenth of the time that torch takes, and joins small ones sooner.
     """
 
     array: Array
@@ -99,9 +99,8 @@ def is_jagged(column: object) -> TypeGuard[torch.Tensor]:
 
 
 def jagged_parts(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """`(values, offsets, ragged_idx)` of a jagged tensor, without holes and with offsets[0] == 0.
-
-    `ragged_idx` is the ragged dim of the column, so `ragged_idx - 1` is that of `values`.
+    """`(values, offsets, ragged_idx)`, without holes and with offsets[0] == 0. The ragged dim of
+    `values` is `ragged_idx - 1`.
     """
     nested: Any = column
     values, offsets, ragged_idx = nested.values(), nested.offsets(), nested._ragged_idx
@@ -115,10 +114,8 @@ def jagged_parts(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]
 
 
 def jagged(values: torch.Tensor, offsets: torch.Tensor, ragged_idx: int) -> torch.Tensor:
-    """The jagged tensor that `jagged_parts` takes apart.
-
-    It knows its shortest and longest row: torch pads one that does not to the length of all rows
-    together.
+    """What `jagged_parts` takes apart. It knows its shortest and longest row: torch pads one that
+    does not to the length of all rows together.
     """
     lengths = offsets.diff()
     shortest, longest = torch.stack(lengths.aminmax()).tolist() if len(lengths) else (0, 0)
@@ -178,9 +175,7 @@ def ragged_mark(column: torch.Tensor) -> Hashable:
 
 
 def combinable(after: Mapping[Any, Any], *before: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The columns `after`, each made of those of its name `before`: jagged ones that had common
-    offsets have them still.
-    """
+    """The columns `after`, made of those `before`: jagged ones keep the offsets in common."""
     result, firsts = dict(after), dict[Hashable, Any]()
     for key, column in after.items():
         if is_jagged(column):
@@ -210,10 +205,7 @@ class Unbuilt(NamedTuple):
 def build(
     values: Mapping[Any, Any], size: Sequence[int], device: torch.device | None = None
 ) -> TensorDict:
-    """The TensorDict of these values, which it shares.
-
-    tensordict 0.10 takes a stack of zero objects only while there is no batch dim.
-    """
+    """A TensorDict; the batch dims come last, or tensordict 0.10 takes no stack of zero objects."""
     td = TensorDict(dict(values), batch_size=[], device=device)
     td.batch_size = torch.Size(size)
     return td
@@ -235,8 +227,8 @@ def stack(values: Sequence[object]) -> Any:
 
 
 def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, torch.Tensor]:
-    """The tensors of a TensorDict, those in nested TensorDicts under a tuple of keys;
-    BatchTypeError for anything else.
+    """The tensors of a TensorDict, those in nested ones under a tuple of keys; nothing else may be
+    in it.
     """
     found: dict[Any, torch.Tensor] = {}
     for key, value in batch.items():  # which refuses a lazy stack of rows that differ
@@ -267,25 +259,25 @@ def map_leaves(td: TensorDictBase, function: Callable[[Any], Any]) -> TensorDict
     return build(combinable(after, before), td.batch_size, td.device)
 
 
+def cut(
+    values: Mapping[Any, Any], count: int, op: Callable[[Any], Sequence[Any]]
+) -> list[dict[Any, Any]]:
+    """`op` makes `count` columns of each; these by part."""
+    pieces = {key: op(column) for key, column in values.items()}
+    parts = [{key: each[i] for key, each in pieces.items()} for i in range(count)]
+    return [combinable(part, values) for part in parts]
+
+
 def _cut(value: Any, sizes: Sequence[int], op: Callable[[Any], Sequence[Any]]) -> list[Any]:
-    """What `op` makes of every column of a TensorDict, in TensorDicts of so many rows."""
+    """The same for a TensorDict, or what is in one."""
     shapes = [torch.Size([size, *value.batch_size[1:]]) for size in sizes]
     if isinstance(value, NonTensorData):
         return [NonTensorData(value.data, batch_size=shape) for shape in shapes]
     if isinstance(value, NonTensorStack):
         objects = value.unbind(0)
         return [stack([objects[i] for i in piece]) for piece in op(np.arange(len(objects)))]
-    parts = cut(dict(value.items()), sizes, lambda column, _: op(column))
+    parts = cut(dict(value.items()), len(sizes), op)
     return [build(*each, value.device) for each in zip(parts, shapes, strict=True)]
-
-
-def cut(
-    values: Mapping[Any, Any], sizes: Sequence[int], op: Callable[[Any, Sequence[int]], Any]
-) -> list[dict[Any, Any]]:
-    """The columns of so many rows that `op` makes of every column, by part."""
-    pieces = {key: op(column, sizes) for key, column in values.items()}
-    parts = [{key: each[i] for key, each in pieces.items()} for i in range(len(sizes))]
-    return [combinable(part, values) for part in parts]
 
 
 # Rows of any kind of value
@@ -330,10 +322,7 @@ def row(column: Column, at: int) -> Any:
 
 
 def slice_rows(column: Any, start: int, stop: int, step: int = 1) -> Any:
-    """Rows `start:stop:step`, given 0 <= start <= stop <= rows and step > 0.
-
-    A view, except for a jagged tensor with step > 1.
-    """
+    """Rows `start:stop:step`, all in range; a view, but of a jagged tensor with step > 1."""
     if isinstance(column, (torch.Tensor, np.ndarray)) and not is_jagged(column):
         return column[start:stop:step]
     if step != 1:
@@ -362,10 +351,8 @@ def split(column: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 def cat(columns: Sequence[Any]) -> Any:
-    """All rows of all tensors or arrays, in new memory even for a single one.
-
-    Numbers of several dtypes become those that torch or numpy promote them to. BatchError if they
-    differ in kind, device or trailing shape, or if their dtypes have none in common.
+    """All rows of all tensors or arrays, in new memory; numbers of several dtypes become those that
+    torch or numpy promote them to. BatchError if they do not go together.
     """
     if not columns:
         raise BatchError("cannot concatenate zero columns: pass at least one")

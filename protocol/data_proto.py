@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import heapq
 import logging
 import math
 import os
@@ -151,10 +152,7 @@ class DataProto(_Parts):
     def check_consistency(self) -> None:
         """BatchError unless all columns are tensors or arrays of the same number of rows."""
         if self._batch is not None and len(self._batch.batch_size) != 1:
-            raise BatchError(
-                "a batch has one batch dim (num_batch_dims=1); "
-                f"got a TensorDict of batch_size {list(self._batch.batch_size)}"
-            )
+            raise BatchError(f"a batch has one batch dim; got {list(self._batch.batch_size)}")
         if isinstance(self._batch, LazyStackedTensorDict):
             columns.leaves(self._batch)  # raises if its rows differ in shape
         for key, array in self.non_tensor_batch.items():
@@ -193,7 +191,7 @@ class DataProto(_Parts):
                 + ", ".join(f"{key} has {size} rows" for key, size in sizes.items())
             )
         for key, values in arrays.items():
-            if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+            if isinstance(values, (str, Mapping)):
                 raise checks.wrong(f"non_tensors[{key!r}]", "an array, or a list by rows", values)
             if not isinstance(values, np.ndarray):
                 arrays[key] = columns.as_object_array(values)
@@ -220,8 +218,8 @@ class DataProto(_Parts):
         meta_info: Mapping[str, Any] | None = None,
         num_batch_dims: int = 1,
     ) -> DataProto:
-        """A batch from a TensorDict: per-row objects become arrays, shared ones go to meta_info,
-        which may have the same value under the key, or is a ConflictError.
+        """A batch from a TensorDict: per-row objects become arrays, shared ones go to meta_info.
+        ConflictError if that has another value under the key.
         """
         if tensor_dict is None:
             return cls(meta_info=meta_info or {})
@@ -236,9 +234,8 @@ class DataProto(_Parts):
         )
 
     def to_tensordict(self) -> TensorDict:
-        """Everything in one TensorDict, from which `from_tensordict` builds this batch again, but
-        for arrays: these become one object per row, and so are of dtype object then. ConflictError
-        if a key occurs twice among tensors, arrays and meta_info.
+        """Everything in one TensorDict, for `from_tensordict`; arrays become one object per row.
+        ConflictError if a key occurs twice among tensors, arrays and meta_info.
         """
         values, size = self._tensors(), [len(self)]
         objects = {key: columns.stack(list(a)) for key, a in self.non_tensor_batch.items()}
@@ -246,8 +243,7 @@ class DataProto(_Parts):
         for part in (objects, shared):
             if twice := sorted(values.keys() & part.keys()):
                 raise ConflictError(
-                    f"{twice} occur twice among batch, non_tensor_batch and meta_info, but in a "
-                    "TensorDict each key is unique: rename or pop one of them"
+                    f"{twice} occur twice among batch, non_tensor_batch and meta_info: rename them"
                 )
             values |= part
         return columns.build(values, size, None if self._batch is None else self._batch.device)
@@ -256,12 +252,13 @@ class DataProto(_Parts):
         """A batch like this one, with a copy of its meta_info and other columns."""
         return type(self)(self._unbuilt(tensors, (rows,)), arrays, self.meta_info)
 
-    def _map(self, function: Callable[[Any, Any], Column], rows: int) -> DataProto:
-        """Apply a function to every key and column; each result has `rows` rows."""
-        before = self._tensors()
-        tensors = {key: function(key, column) for key, column in before.items()}
-        arrays = {key: function(key, column) for key, column in self.non_tensor_batch.items()}
-        return self._new(columns.combinable(tensors, before), arrays, rows)
+    def _cut(
+        self, sizes: Sequence[int], op: Callable[[Column], Sequence[Column]]
+    ) -> list[DataProto]:
+        """One batch per size, of what `op` makes of every column."""
+        kinds = self._tensors(), self.non_tensor_batch
+        parts = (columns.cut(kind, len(sizes), op) for kind in kinds)
+        return [self._new(*each) for each in zip(*parts, sizes, strict=True)]
 
     def __copy__(self) -> DataProto:
         return self.select()
@@ -271,7 +268,7 @@ class DataProto(_Parts):
 
     def _twin(self, function: Callable[[Any], Column]) -> DataProto:
         """Apply a function to every column; meta_info is copied, too."""
-        twin = self._map(lambda _, column: function(column), len(self))
+        twin = self._cut([len(self)], lambda column: [function(column)])[0]
         twin.meta_info = columns.deepcopy(self.meta_info)
         return twin
 
@@ -314,8 +311,7 @@ class DataProto(_Parts):
 
     def __getitem__(self, item: int | np.integer[Any] | Index) -> DataProtoItem | DataProto:
         """One row as `DataProtoItem` for an int; a batch for a slice, list, array, tensor, mask.
-
-        RowIndexError, which is an IndexError, if there is no such row.
+        RowIndexError if there is no such row.
         """
         scalar = isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 0
         at: Any = item.item() if scalar else item  # type: ignore[union-attr]
@@ -339,9 +335,9 @@ class DataProto(_Parts):
         """Copies of the rows that a list, array or tensor of positions or a mask names."""
         at = checks.normalize_index(idxs, len(self))
         if isinstance(at, torch.Tensor):
-            return self._map(lambda _, column: columns.take(column, at), len(at))
+            return self._cut([len(at)], lambda column: [columns.take(column, at)])[0]
         bounds = at.start, at.stop, at.step
-        return self._map(lambda _, c: columns.slice_rows(c, *bounds), len(range(*bounds)))
+        return self._cut([len(range(*bounds))], lambda c: [columns.slice_rows(c, *bounds)])[0]
 
     def select(
         self,
@@ -375,8 +371,8 @@ class DataProto(_Parts):
 
         Args:
             seed: makes a shuffled order reproducible, and the same as veRL's.
-            dataloader_kwargs: for torch's DataLoader, which chooses the rows: shuffle, sampler, and
-                drop_last, without which rows that do not divide are a BatchError.
+            dataloader_kwargs: for torch's DataLoader: shuffle, sampler, and drop_last, without
+                which rows that do not divide are a BatchError.
         """
         options = mini_batch_size, epochs, seed, dataloader_kwargs
         return map(self.select_idxs, checks.mini_batches(len(self), *options))
@@ -428,7 +424,7 @@ class DataProto(_Parts):
         meta_info_keys: Keys = None,
     ) -> DataProto:
         """Remove keys from this batch; returns a batch of what was removed. MissingKeyError if one
-        is not there; then nothing is removed.
+        is not there; then nothing is.
         """
         rows, tensors = len(self), self._tensors()
         wanted = [
@@ -461,9 +457,7 @@ class DataProto(_Parts):
         return self
 
     def _replace(self, tensors: Mapping[Any, Any], rows: int) -> None:
-        """Hold these tensors instead, in the same TensorDict where there is one: others may have
-        asked for it.
-        """
+        """Hold these tensors instead, in the TensorDict that someone may have asked for."""
         held = self._batch
         if not isinstance(held, TensorDict):
             self.batch = self._unbuilt(tensors, (rows,))
@@ -502,11 +496,10 @@ class DataProto(_Parts):
 
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
-        """All rows of all batches, in new memory.
+        """All rows of all batches, in new memory; dtypes are promoted as torch and numpy do.
 
-        Numbers of several dtypes become those that torch or numpy promote them to. Of a batch
-        without rows only the meta_info counts, if others have rows. Of meta_info, "metrics" become
-        one dict of lists; under every other key, all that have it must agree.
+        Of a batch without rows only the meta_info counts, if others have rows. Of meta_info,
+        "metrics" become one dict of lists; under every other key, all that have it must agree.
 
         Raises:
             BatchError: no batch, or they differ in keys, kinds or trailing shapes.
@@ -538,12 +531,7 @@ class DataProto(_Parts):
     def _split(self, sizes: Sequence[int]) -> list[DataProto]:
         """One batch of consecutive rows per size, as views."""
         checks.check_sizes(sizes, len(self))
-        tensors = columns.cut(self._tensors(), sizes, columns.split)
-        arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
-        return [
-            self._new(tensors[i], {key: parts[i] for key, parts in arrays.items()}, size)
-            for i, size in enumerate(sizes)
-        ]
+        return self._cut(sizes, lambda column: columns.split(column, sizes))
 
     def balanced_chunk(
         self, chunks: int, weights: Sequence[float] | torch.Tensor | Array
@@ -559,14 +547,18 @@ class DataProto(_Parts):
             weights: one non-negative number per row.
         """
         load = self._per_row("weight", weights, torch.float64)
-        shards = checks.balance(load.tolist(), len(checks.equal_sizes(0, chunks)))
-        picks = [torch.tensor(rows, dtype=torch.int64) for rows in shards]
+        lightest = [(0.0, 0, shard) for shard in range(len(checks.equal_sizes(0, chunks)))]
+        members: list[list[int]] = [[] for _ in lightest]
+        for row in load.argsort(descending=True, stable=True).tolist():
+            weight, taken, shard = lightest[0]  # of a heap
+            members[shard].append(row)
+            heapq.heapreplace(lightest, (weight + float(load[row]), taken + 1, shard))
+        picks = [torch.tensor(sorted(rows), dtype=torch.int64) for rows in members]
         return [self.select_idxs(pick) for pick in picks], torch.cat(picks).argsort()
 
     def group_by(self, key: str) -> dict[Any, DataProto]:
-        """One batch per value of a one-dimensional column, in order of first appearance.
-
-        All NaN are one value, `math.nan`.
+        """One batch per value of a one-dimensional column, in order of first appearance; all
+        NaN are one value, `math.nan`.
         """
         everything: dict[str, Column] = {**self._tensors(), **self.non_tensor_batch}
         combine.require_keys([key], everything, "batch or non_tensor_batch")
@@ -628,7 +620,11 @@ class DataProto(_Parts):
             starts = range(0, width, step or 1)
             return columns.as_object_array([row[i : i + step] for row in column for i in starts])
 
-        return self._map(unfold, len(repeated))
+        tensors, arrays = (
+            {key: unfold(key, column) for key, column in kind.items()}
+            for kind in (self._tensors(), self.non_tensor_batch)
+        )
+        return self._new(columns.combinable(tensors, self._tensors()), arrays, len(repeated))
 
 
 def _some(name: str, part: Mapping[Any, Any], keys: Keys) -> Mapping[Any, Any]:

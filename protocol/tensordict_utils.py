@@ -76,15 +76,14 @@ def get_tensordict(
     shared = dict(non_tensor_dict or {})
     if both := sorted(tensor_dict.keys() & shared.keys()):
         raise ConflictError(f"keys may be in tensor_dict or in non_tensor_dict; both have {both}")
-    values, size = dict[str, Any](), list[int]()
-    for key, value in tensor_dict.items():
-        values[key] = _column(key, value)
-        size = size or [columns.rows(values[key], key)]
-        if (count := columns.rows(values[key], key)) != size[0]:
-            raise RowCountError(
-                f"Batch size of tensor {key} is not consistent with other tensors. "
-                f"Expected {size[0]}, got {count}"
-            )
+    values = {key: _column(key, value) for key, value in tensor_dict.items()}
+    counts = {key: columns.rows(value, key) for key, value in values.items()}
+    size = [*counts.values()][:1]
+    if odd := next((key for key, count in counts.items() if [count] != size), None):
+        raise RowCountError(
+            f"Batch size of tensor {odd} is not consistent with other tensors. "
+            f"Expected {size[0]}, got {counts[odd]}"
+        )
     for key, value in shared.items():
         values[key] = NonTensorData(unwrap_non_tensor_data(value), batch_size=size)
     return columns.build(values, size)
@@ -104,10 +103,8 @@ def _column(key: str, value: Any) -> Any:
 
 
 def list_of_dict_to_tensordict(list_of_dicts: list[dict[str, Any]]) -> TensorDict:
-    """One row per dict. Tensors become a jagged column, 0-dim ones a dense column of their values.
-
-    The column is jagged also when the rows happen to have one shape, so that its layout does not
-    depend on the data. Anything but tensors becomes one Python object per row.
+    """One row per dict. Tensors become a jagged column, also if all have one shape, 0-dim ones a
+    dense column of their values; anything else becomes one Python object per row.
 
     Raises:
         BatchError: no dict, they differ in keys, or the tensors of a key do not go together.
@@ -201,15 +198,10 @@ def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> Ten
 
 
 def assert_tensordict_eq(tensordict1: TensorDict, tensordict2: TensorDict) -> None:
-    """Check that keys, types and values are equal; NaN equals NaN. BatchError names the first key
-    that differs, and both values.
-    """
+    """Check that keys and values are equal; NaN equals NaN. BatchError names what differs first."""
     left, right = combine.unwrapped(tensordict1), combine.unwrapped(tensordict2)
     if left.keys() != right.keys():
-        raise BatchError(
-            f"key set diffs. Got tensordict2_key_set={set(right)} vs "
-            f"tensordict1_key_set={set(left)}"
-        )
+        raise BatchError(f"key set diffs. Got {set(right)} vs {set(left)}")
     for key, a in left.items():
         if not combine.equal(a, right[key]):
             found = combine.difference(a, right[key])
@@ -226,8 +218,7 @@ def contiguous(data: TensorDict) -> TensorDict:
 def maybe_fix_3d_position_ids(data: TensorDict) -> None:
     """Restore, in place, the ragged dim of `data["position_ids"]` with rows (axes, length).
 
-    Some versions of torch and tensordict lose it on the way through pickle or `consolidate`, and
-    take dim 1 for the ragged one. Anything else is left as it is.
+    Some versions of torch and tensordict lose it on the way through pickle or `consolidate`.
     """
     ids: Any = data.get("position_ids", None)
     if not columns.is_jagged(ids) or ids._ragged_idx != 1:  # type: ignore[attr-defined]
