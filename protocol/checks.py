@@ -80,10 +80,9 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
             "list, ndarray or tensor, and a column is batch.batch[key]"
         )
     at = index if isinstance(index, torch.Tensor) else torch.from_numpy(np.array(index))
-    if at.dim() == 1 and not at.numel() and at.dtype != torch.bool:
-        return torch.empty(0, dtype=torch.int64)
     # A uint8 tensor is refused: torch reads it as a mask, numpy as positions.
-    if at.dim() != 1 or at.is_floating_point() or at.is_complex() or at.dtype == torch.uint8:
+    whole = not at.numel() or not (at.is_floating_point() or at.is_complex())
+    if at.dim() != 1 or not whole or at.dtype == torch.uint8:
         raise BatchTypeError(
             "an index must be one list of integers or booleans; got "
             f"{tuple(at.shape)} of {at.dtype}; make a mask with .bool()"

@@ -49,6 +49,7 @@ __all__ = [
     "take",
     "tensor",
     "twin",
+    "unwrapped",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -226,6 +227,13 @@ def stack(values: Sequence[object]) -> Any:
     return NonTensorStack(*(v if isinstance(v, wrapped) else NonTensorData(v) for v in values))
 
 
+def unwrapped(value: Any) -> Any:
+    """The objects of a stack in a list, or the one that all rows share; else the value itself."""
+    if isinstance(value, NonTensorStack):
+        return value.tolist()
+    return value.data if isinstance(value, NonTensorData) else value
+
+
 def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, torch.Tensor]:
     """The tensors of a TensorDict, those in nested ones under a tuple of keys; nothing else may be
     in it.
@@ -235,7 +243,7 @@ def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, tor
         path = (*prefix, key)
         if isinstance(value, torch.Tensor):
             if value.is_nested and not is_jagged(value):
-                raise wrong(f"batch[{key!r}]", "dense or jagged", value)
+                raise wrong(f"batch[{key!r}]", "a dense or jagged tensor", value)
             found[path if prefix else key] = value
         elif isinstance(value, TensorDictBase):
             found.update(leaves(value, path))
@@ -286,14 +294,14 @@ def _cut(value: Any, sizes: Sequence[int], op: Callable[[Any], Sequence[Any]]) -
 def rows(column: Any, name: str = "a column") -> int:
     """How many there are; BatchTypeError for what cannot be cut into rows, sparse tensors say."""
     if isinstance(column, torch.Tensor):
-        if column.layout is not (torch.jagged if column.is_nested else torch.strided):
-            raise wrong(name, "dense or jagged", column)
-    elif not isinstance(column, (np.ndarray, TensorDictBase, NonTensorData)):
-        raise wrong(name, "a tensor or an array", column)
-    if column.ndim == 0:
+        known = column.layout is (torch.jagged if column.is_nested else torch.strided)
+    else:
+        known = isinstance(column, (np.ndarray, TensorDictBase, NonTensorData))
+    if not known:
+        raise wrong(name, "an array, or a dense or jagged tensor", column)
+    if not column.shape:
         raise RowCountError(f"{name} needs rows along dim 0; got a 0-dim value or batch_size=[]")
-    count: Any = column.size(0) if isinstance(column, torch.Tensor) else len(column)
-    return count  # type: ignore[no-any-return]
+    return int(column.shape[0])
 
 
 def take(column: Any, index: torch.Tensor) -> Any:

@@ -149,11 +149,7 @@ def added(a: TensorDictBase, b: TensorDictBase) -> dict[str, Any]:
 
 def unwrapped(td: TensorDictBase) -> dict[str, Any]:
     """The values of a TensorDict as users see them: lists of objects, and shared objects."""
-    objects: dict[str, Any] = {str(key): value for key, value in td.items()}
-    for key, value in objects.items():
-        if isinstance(value, NonTensorStack | NonTensorData):
-            objects[key] = value.tolist() if isinstance(value, NonTensorStack) else value.data
-    return objects
+    return {str(key): columns.unwrapped(value) for key, value in td.items()}
 
 
 def union_numpy_dict(

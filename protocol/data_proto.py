@@ -187,8 +187,8 @@ class DataProto(_Parts):
         sizes = {key: columns.rows(value, f"tensors[{key!r}]") for key, value in found.items()}
         if len({*sizes.values()}) > 1:
             raise RowCountError(
-                "Not all the tensor in tensors have the same batch size with batch_dims=1. Got "
-                + ", ".join(f"{key} has {size} rows" for key, size in sizes.items())
+                "Not all the tensor in tensors have the same batch size with batch_dims=1. "
+                f"Got {sizes}"
             )
         for key, values in arrays.items():
             if isinstance(values, (str, Mapping)):
@@ -563,7 +563,7 @@ class DataProto(_Parts):
         everything: dict[str, Column] = {**self._tensors(), **self.non_tensor_batch}
         combine.require_keys([key], everything, "batch or non_tensor_batch")
         column = everything[key]
-        if columns.is_jagged(column) or column.ndim != 1:
+        if column.ndim != 1:
             raise BatchError(
                 f"group_by needs one value per row; column {key!r} is {columns.describe(column)}"
             )

@@ -32,11 +32,10 @@ __all__ = [
     "serialize_tensordict",
 ]
 
-_Entry: TypeAlias = "dict[str, Any]"  # how one value is stored; JSON, and names of tensors
 _Known: TypeAlias = "dict[bytes, torch.Tensor]"  # offsets by their bytes
 _Bytes: TypeAlias = "tuple[str, tuple[int, ...], memoryview]"
 
-_HEADER = {"format": "single_controller.DataProto", "version": "1"}
+_HEADER = {"format": "single_controller.DataProto", "version": "2"}
 _INDEX = "index"  # the tensor that holds the JSON; the header of a safetensors file is too small
 
 
@@ -49,24 +48,28 @@ def save(
 ) -> None:
     """Write a batch to one file, which appears only when it is complete.
 
-    Tensors, jagged tensors, numeric arrays and JSON values (None, bool, int, float, str, lists, and
+    Tensors, jagged columns, numeric arrays and JSON values (None, bool, int, float, str, lists, and
     dicts with str keys) need nothing else; objects of other types need `allow_pickle`.
 
     Raises:
         StorageError: an object is not JSON, and pickle is not allowed.
-        TypeError: a key of meta_info is not JSON, nor a tuple of what is.
     """
-    path, values = Path(filepath), _Values({}, allow_pickle)
-    index = {
-        "rows": None if batch is None else len(batch),
-        "batch": values.encode_all("batch", {} if batch is None else leaves(batch)),
-        "non_tensor_batch": values.encode_all("non_tensor_batch", non_tensor_batch),
-        "meta_info": values.encode_all("meta_info", meta_info),
-    }
-    tensors = {**values.tensors, _INDEX: _as_tensor(json.dumps(index).encode())}
+    path, blocks = Path(filepath), _Blocks()
+    rest: Any = {"non_tensor_batch": dict(non_tensor_batch), "meta_info": dict(meta_info)}
+    parts = [(name, key, value) for name in rest for key, value in rest[name].items()]
+    if odd := [f"{name}[{key!r}]" for name, key, value in parts if not _is_json({key: value})]:
+        if allow_pickle is not True:
+            raise StorageError(
+                f"{odd[0]} holds objects that are not JSON: make them JSON, or pass "
+                "allow_pickle=True here and to load_from_disk"
+            )
+        rest = {"pickle": memoryview(pickle.dumps(rest))}
+    packed = None if batch is None else serialize_tensordict(batch)
+    index = blocks.dumps([packed, rest]).encode()
+    tensors = {str(i): block for i, block in enumerate(blocks)}
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, unfinished, _HEADER)
+        save_file({**tensors, _INDEX: _as_tensor(index)}, unfinished, _HEADER)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -93,13 +96,17 @@ def load(
                     f"{path} is a safetensors file, but not one that this library reads: its "
                     f"header is {header}, and must be {_HEADER}"
                 )
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        index = json.loads(tensors[_INDEX].numpy().tobytes())
-        values = _Values(tensors, allow_pickle)
-        found = values.decode_all("batch", index["batch"])
-        batch = None if index["rows"] is None else TensorDict(found, [index["rows"]])
-        arrays = values.decode_all("non_tensor_batch", index["non_tensor_batch"])
-        return batch, arrays, values.decode_all("meta_info", index["meta_info"])
+            count = len(file.keys()) - 1
+            blocks = _Blocks(file.get_tensor(str(i)) for i in range(count))
+            packed, rest = blocks.loads(file.get_tensor(_INDEX).numpy().tobytes())
+            if "pickle" in rest and allow_pickle is not True:
+                raise StorageError(
+                    f"{path} holds pickled objects, and loading those can run any code. If you "
+                    "trust the file, pass allow_pickle=True to load_from_disk"
+                )
+            rest = pickle.loads(rest["pickle"]) if "pickle" in rest else rest
+            batch = None if packed is None else deserialize_tensordict([packed[0], None, packed[2]])
+            return batch, rest["non_tensor_batch"], rest["meta_info"]
     except (StorageError, FileNotFoundError):
         raise
     except Exception as error:  # whatever wrong bytes lead to
@@ -108,92 +115,53 @@ def load(
         ) from error
 
 
-class _Values:
-    """Values as JSON, which says how to put each together from tensors that have names."""
+class _Blocks(list[torch.Tensor]):
+    """The bytes beside a JSON text, which names each block of them by its place."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], allow_pickle: bool) -> None:
-        self.tensors, self._allow_pickle = tensors, allow_pickle is True
-        self._known: _Known = {}
+    def dumps(self, value: object) -> str:
+        return json.dumps(value, default=self._packed)
 
-    def encode_all(self, part: str, values: Mapping[Any, Any]) -> list[tuple[Any, _Entry]]:
-        return [(key, self._encode(f"{part}[{key!r}]", value)) for key, value in values.items()]
+    def loads(self, text: str | bytes) -> Any:
+        return json.loads(text, object_hook=self._unpacked)
 
-    def decode_all(self, part: str, entries: list[tuple[Any, _Entry]]) -> dict[Any, Any]:
-        return {_key(key): self._decode(f"{part}[{key!r}]", entry) for key, entry in entries}
-
-    def _encode(self, name: str, value: Any) -> _Entry:
-        if columns.is_jagged(value):
-            values, offsets, ragged_idx = columns.jagged_parts(value)
-            parts = {"values": self._encode(name, values), "offsets": self._encode(name, offsets)}
-            return {"kind": "jagged", **parts, "ragged_idx": ragged_idx}
+    def _packed(self, value: Any) -> Any:
+        """JSON for what JSON has no word for."""
+        if isinstance(value, memoryview):
+            self.append(_as_tensor(value))
+            return {"$block": len(self) - 1}
         if isinstance(value, torch.Tensor) and is_plain(value):
-            tensor = value.detach().resolve_neg().cpu()  # of complex ones safetensors has no dtype
-            at = self._add(name, columns.flat_bytes(tensor) if tensor.is_complex() else tensor)
-            dtype = str(value.dtype).removeprefix("torch.")
-            return {"kind": "tensor", "at": at, "dtype": dtype, "shape": list(value.shape)}
+            return {"$tensor": serialize_single_tensor(value.detach())}
         kind = value.dtype.kind if type(value) is np.ndarray else ""
+        if kind == "O":
+            return {"$objects": value.ravel().tolist(), "shape": value.shape}
         if kind and kind in "biufcmMSU":
-            at = self._add(name, _as_tensor(value.tobytes()))
-            return {"kind": "array", "at": at, "dtype": value.dtype.str, "shape": value.shape}
-        plain = value.ravel().tolist() if kind == "O" else value
-        if _is_json(plain):
-            if kind:
-                return {"kind": "objects", "shape": value.shape, "items": plain}
-            return {"kind": "json", "value": plain}
-        if not self._allow_pickle:
-            raise StorageError(
-                f"{name} holds objects that are not JSON: make them JSON, or pass "
-                "allow_pickle=True here and to load_from_disk"
-            )
-        return {"kind": "pickle", "at": self._add(name, _as_tensor(pickle.dumps(value)))}
+            data = memoryview(value.tobytes())
+            return {"$array": data, "dtype": value.dtype.str, "shape": value.shape}
+        raise TypeError(type(value).__name__)
 
-    def _add(self, name: str, tensor: torch.Tensor) -> str:
-        at = f"{len(self.tensors)} {name}"
-        self.tensors[at] = tensor.clone(memory_format=torch.contiguous_format)  # no shared memory
-        return at
-
-    def _decode(self, name: str, entry: _Entry) -> Any:
-        kind, shape = entry["kind"], entry.get("shape")
-        if kind == "json":
-            return entry["value"]
-        if kind == "objects":
-            return columns.as_object_array(entry["items"]).reshape(shape)
-        if kind == "jagged":
-            values, offsets = (self._decode(name, entry[part]) for part in ("values", "offsets"))
-            return _jagged(self._known, values, offsets, entry["ragged_idx"])
-        tensor = self.tensors[entry["at"]]
-        if kind == "tensor":
-            dtype = getattr(torch, entry["dtype"])
-            return (tensor if tensor.dtype == dtype else tensor.view(dtype)).reshape(shape)
-        if kind == "array":
-            return np.frombuffer(bytearray(tensor.numpy()), entry["dtype"]).reshape(shape)
-        if not self._allow_pickle:
-            raise StorageError(
-                f"{name} holds pickled objects, and loading those can run any code. If you trust "
-                "the file, pass allow_pickle=True to load_from_disk"
-            )
-        return pickle.loads(tensor.numpy().tobytes())
+    def _unpacked(self, value: dict[str, Any]) -> Any:
+        if value.keys() == {"$block"}:
+            return self[value["$block"]].numpy().data
+        if value.keys() == {"$tensor"}:
+            return deserialize_single_tensor(value["$tensor"])
+        if value.keys() == {"$objects", "shape"}:
+            return columns.as_object_array(value["$objects"]).reshape(value["shape"])
+        if value.keys() == {"$array", "dtype", "shape"}:
+            return np.frombuffer(bytearray(value["$array"]), value["dtype"]).reshape(value["shape"])
+        return value
 
 
 def _is_json(value: object) -> bool:
-    """Whether JSON gives an equal value back."""
+    """Whether a value comes back equal."""
+    blocks = _Blocks()
     try:
-        return combine.equal(json.loads(json.dumps(value)), value)
-    except (TypeError, ValueError, RecursionError):  # of another type, a cycle, too long a number
+        return combine.equal(blocks.loads(blocks.dumps(value)), value)
+    except Exception:  # JSON refuses a type, a cycle, ...; or a dict looks like ours
         return False
 
 
-def _jagged(known: _Known, values: torch.Tensor, offsets: torch.Tensor, idx: int) -> torch.Tensor:
-    """Columns with equal offsets have the same, for torch to let them be combined."""
-    return columns.jagged(values, known.setdefault(offsets.numpy().tobytes(), offsets), idx)
-
-
-def _as_tensor(data: bytes) -> torch.Tensor:
+def _as_tensor(data: bytes | memoryview) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
-
-
-def _key(key: Any) -> Any:
-    return tuple(map(_key, key)) if isinstance(key, list) else key
 
 
 def serialize_single_tensor(obj: torch.Tensor) -> _Bytes:
@@ -202,10 +170,8 @@ def serialize_single_tensor(obj: torch.Tensor) -> _Bytes:
     >>> serialize_single_tensor(torch.zeros(2, 3))[:2]
     ('float32', (2, 3))
     """
-    if obj.layout is not torch.strided or obj.is_nested:
-        raise BatchTypeError(
-            "a dense tensor is needed: serialize_tensordict also takes jagged ones"
-        )
+    if obj.layout is not torch.strided:
+        raise BatchTypeError("serialize_single_tensor needs a dense tensor")
     data = columns.flat_bytes(obj).numpy().data
     return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), data
 
@@ -248,4 +214,6 @@ def _put_together(packed: Any, known: _Known) -> torch.Tensor:
     if packed[0] != "jagged":
         return deserialize_single_tensor(packed)
     values, offsets = map(deserialize_single_tensor, packed[1:3])
-    return _jagged(known, values, offsets, packed[3])
+    # Columns with equal offsets have the same, for torch to let them be combined.
+    offsets = known.setdefault(offsets.numpy().tobytes(), offsets)
+    return columns.jagged(values, offsets, packed[3])

@@ -141,8 +141,7 @@ def assign_non_tensor(tensor_dict: TensorDict, **kwargs: Any) -> TensorDict:
     """Set, in place, a list as one object per row and anything else as shared by all rows."""
     for key, value in kwargs.items():
         if isinstance(value, list | NonTensorStack):
-            elements = value.tolist() if isinstance(value, NonTensorStack) else value
-            assign_non_tensor_stack(tensor_dict, key, elements)
+            assign_non_tensor_stack(tensor_dict, key, columns.unwrapped(value))
         else:
             assign_non_tensor_data(tensor_dict, key, value)
     return tensor_dict
@@ -160,8 +159,7 @@ def get_non_tensor_data(data: TensorDict, key: str, default: Any) -> Any:
 
 def get(tensordict: TensorDict, key: str, default: Any = None) -> Any:
     """The tensor, the shared object, or the list of one object per row; `default` if missing."""
-    value = tensordict.get(key, default)
-    return value.tolist() if isinstance(value, NonTensorStack) else unwrap_non_tensor_data(value)
+    return columns.unwrapped(tensordict.get(key, default))
 
 
 def get_keys(tensordict: TensorDict, keys: Iterable[str]) -> TensorDict:

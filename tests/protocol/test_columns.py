@@ -78,7 +78,7 @@ def test_nested_tensors_of_strided_layout_are_no_columns() -> None:
         lambda: DataProto(TensorDict({"n": column}, [2])).chunk(2),
         lambda: chunk_tensordict(TensorDict({"n": column}, [2]), 2),
     ):
-        with pytest.raises(BatchTypeError, match="must be dense or jagged"):
+        with pytest.raises(BatchTypeError, match="a dense or jagged tensor; got"):
             build()
 
 
