@@ -15,10 +15,9 @@ from tensordict import NonTensorData, TensorDict, TensorDictBase
 
 from protocol import checks, columns, combine
 from protocol.checks import balanced_sizes, equal_sizes
-from protocol.columns import Array
 from protocol.data_proto import DataProto, DataProtoItem
 from protocol.errors import BatchError, BatchTypeError, RowCountError
-from protocol.wire import Reading, reading
+from protocol.wire import reading
 
 __all__ = [
     "Batch",
@@ -35,7 +34,6 @@ __all__ = [
     "fold_batch_dim",
     "has_rows",
     "is_batch",
-    "is_chunkable",
     "lend_rows",
     "on_one_device",
     "only_batch",
@@ -60,18 +58,8 @@ def is_batch(x: object) -> TypeGuard[Batch]:
 
 
 def has_rows(x: Batch) -> bool:
-    """Whether a batch can be split by rows. A TensorDict of `batch_size=[]` cannot: it has none, it
-    goes whole wherever rows go, and the first of several stands for all, as metrics do.
-    """
+    """Whether rows can be split; a TensorDict of `batch_size=[]` goes whole, as metrics do."""
     return isinstance(x, DataProto) or len(x.batch_size) > 0
-
-
-def is_chunkable(x: object) -> bool:
-    """Whether a value that is no batch can be split and joined: it has `chunk(n)`, which gives a
-    list of n parts, and its class has `concat(parts)`.
-    """
-    splits, joins = getattr(x, "chunk", None), getattr(type(x), "concat", None)
-    return callable(splits) and callable(joins) and not is_batch(x)
 
 
 def batch_rows(x: Batch) -> int:
@@ -94,9 +82,7 @@ def split_batch(x: Batch, sizes: Sequence[int]) -> Sequence[Batch]:
 
 
 def pad_batch(x: Batch, count: int) -> Batch:
-    """A new batch with the last row repeated `count` times at the end; RowCountError if there is
-    none to repeat.
-    """
+    """A new batch with the last row repeated `count` times; RowCountError if there is none."""
     return _take(x, checks.padded(batch_rows(x), count))
 
 
@@ -119,9 +105,7 @@ def union_batches(left: Batch, right: Batch) -> Batch:
     if isinstance(left, TensorDict) and isinstance(right, TensorDict):
         values = {**dict(left.items()), **combine.added(left, right)}
         return columns.build(values, left.batch_size, left.device)
-    raise BatchTypeError(
-        f"a union is of two DataProto or two TensorDict; got {[left, right]!r:.200}"
-    )
+    raise BatchTypeError(f"a union is of two DataProto or TensorDict; got {[left, right]!r:.200}")
 
 
 def only_batch(x: Batch) -> Batch:
@@ -139,9 +123,7 @@ def copy_batch(x: Batch) -> Batch:
 
 
 def detach_batch(x: Batch) -> Batch:
-    """The same tensors without autograd's graph, and arrays of its own. Adding or replacing columns
-    and changing meta_info does not show in `x`.
-    """
+    """The same tensors without autograd's graph, in a batch with dicts and arrays of its own."""
 
     def detached(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -168,30 +150,11 @@ def lend_rows(x: Batch, start: int, stop: int) -> Batch:
         return copy_batch(rows)
     if isinstance(rows, DataProto):
         rows.meta_info = columns.deepcopy(rows.meta_info)
-        arrays = rows.non_tensor_batch.items()
-        rows.non_tensor_batch = {key: _lent_array(array, how) for key, array in arrays}
+        for key, array in rows.non_tensor_batch.items():
+            lent = columns.deepcopy(array) if array.dtype.hasobject else array.view()
+            lent.flags.writeable = how != "view"
+            rows.non_tensor_batch[key] = lent
     return rows
-
-
-def _lent_array(array: Array, how: Reading) -> Array:
-    if array.dtype.kind == "O" and how == "view":
-        rows, array = array, np.empty_like(array)
-        for index, row in np.ndenumerate(rows):
-            array[index] = _lent_row(row)
-    else:
-        array = columns.deepcopy(array) if array.dtype.hasobject else array.view()
-    array.flags.writeable = how != "view"
-    return array
-
-
-def _lent_row(row: Any) -> Any:
-    if type(row) in (str, int, float, bool, type(None)):
-        return row
-    if type(row) is not np.ndarray or row.dtype.hasobject:
-        return columns.deepcopy(row)
-    shown = row.view()
-    shown.flags.writeable = False
-    return shown
 
 
 def on_one_device(batches: Sequence[Batch]) -> list[Batch]:
@@ -240,11 +203,10 @@ def set_shared_values(x: Batch, values: Mapping[str, Any]) -> None:
 
 
 def pad_dataproto_to_divisor(data: _B, size_divisor: int) -> tuple[_B, int]:
-    """`(padded, pad_size)`: the rows again from the first on, until they divide by `size_divisor`.
-
-    The batch itself comes back if it divides already, as an empty one does.
+    """`(padded, pad_size)`: the rows again from the first on, until they divide by `size_divisor`;
+    the batch itself if it divides already, as an empty one does.
     """
-    rows = columns.rows(data, "data") if isinstance(data, TensorDict) else len(data)
+    rows = batch_rows(data)
     pad_size = -rows % checks.count("size_divisor", size_divisor, least=1)
     if not pad_size:
         return data, 0
@@ -253,11 +215,7 @@ def pad_dataproto_to_divisor(data: _B, size_divisor: int) -> tuple[_B, int]:
 
 def unpad_dataproto(data: _B, pad_size: int) -> _B:
     """The batch without its last `pad_size` rows, as views; itself if that is 0."""
-    if pad_size == 0:
-        return data
-    if not 0 <= pad_size <= batch_rows(data):
-        raise RowCountError(f"cannot remove {pad_size} rows from a batch of {len(data)} rows")
-    return slice_batch(data, 0, len(data) - pad_size)  # type: ignore[return-value]
+    return slice_batch(data, 0, len(data) - pad_size) if pad_size else data  # type: ignore[return-value]
 
 
 def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
@@ -323,17 +281,16 @@ class BatchData:
         self.data = data
 
     def is_chunkable(self) -> bool:
-        """Whether `chunk` works: the value is one batch or future."""
-        return is_batch(self.data) or is_chunkable(self.data)
+        """Whether `chunk` works: the value is one batch or future, or has its methods."""
+        splits, joins = getattr(self.data, "chunk", None), getattr(type(self.data), "concat", None)
+        return isinstance(self.data, TensorDict) or (callable(splits) and callable(joins))
 
     def is_concatable(self) -> bool:
-        """Whether `concat` works: the value is a list of batches, or of futures."""
+        """Whether `concat` works: the value is a list of what can be chunked, of one type."""
         if not isinstance(self.data, list | tuple) or not self.data:
             return False
         kind = type(self.data[0])
-        return all(map(is_batch, self.data)) or all(
-            is_chunkable(element) and type(element) is kind for element in self.data
-        )
+        return all(type(x) is kind and BatchData(x).is_chunkable() for x in self.data)
 
     def chunk(self, chunks: int) -> list[Any]:
         """`chunks` equal parts; ChunkError if rows do not divide. Fetches nothing of a future."""

@@ -3,7 +3,6 @@ returns the argument, or says what it must be and what came."""
 
 from __future__ import annotations
 
-import heapq
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
@@ -17,15 +16,12 @@ from protocol.errors import BatchError, BatchTypeError, ChunkError, RowCountErro
 
 __all__ = [
     "Index",
-    "balance",
     "balanced_sizes",
     "check_sizes",
     "count",
     "equal_sizes",
-    "instance",
     "key_list",
     "list_of",
-    "mapping",
     "mini_batches",
     "normalize_index",
     "padded",
@@ -48,56 +44,31 @@ def wrong(name: str, wanted: str, value: object) -> BatchTypeError:
     return BatchTypeError(f"{name} must be {wanted}; got {type(value).__name__} {short(value)}")
 
 
-def instance(kind: type[_T], name: str, value: object) -> _T:
-    if not isinstance(value, kind):
-        raise wrong(name, f"of type {kind.__name__}", value)
-    return value
+def list_of(kind: type[_T], name: str, values: Iterable[object]) -> list[_T]:
+    found = list[_T]()
+    for i, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise wrong(f"{name}[{i}]", f"of type {kind.__name__}", value)
+        found.append(value)
+    return found
 
 
-def list_of(kind: type[_T], name: str, values: object) -> Sequence[_T]:
-    if not isinstance(values, (list, tuple)):
-        raise wrong(name, f"a list of {kind.__name__}", values)
-    return [instance(kind, f"{name}[{i}]", value) for i, value in enumerate(values)]
-
-
-def mapping(name: str, value: object) -> dict[Any, Any]:
-    """A mapping as a new dict; an empty one for None."""
-    if type(value) is dict:
-        return value.copy()
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise wrong(name, "a dict", value)
-    return dict(value.items())  # a TensorDict iterates over its rows
-
-
-def count(name: str, value: object, least: int | None = 0) -> int:
+def count(name: str, value: Any, least: int = 0) -> int:
     """A whole number, also of numpy or torch, as an int that is at least `least`."""
-    try:
-        whole = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):
-        whole = None
-    if whole is None:
-        raise wrong(name, "a whole number", value)
-    if least is not None and whole < least:
+    if (whole := operator.index(value)) < least:
         raise BatchError(f"{name} must be at least {least}; got {whole}")
     return whole
 
 
-def key_list(name: str, keys: object) -> list[Any]:
+def key_list(name: str, keys: Iterable[Any] | None) -> list[Any]:
     """Keys, each once; none for None. The letters of a single string would be taken for keys."""
-    if isinstance(keys, (str, bytes)) or not isinstance(keys, Iterable | None):
+    if isinstance(keys, str):
         raise wrong(name, "a list of keys", keys)
     return list(dict.fromkeys(keys or ()))
 
 
 def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
-    """Any index that selects several rows, as a slice or as int64 positions; both not negative.
-
-    Raises:
-        BatchTypeError: not a slice, list, ndarray, or tensor of integers or booleans.
-        RowIndexError: a row that is not there, or a mask of another length.
-    """
+    """An index of several rows as a slice, or as int64 positions; both not negative."""
     if isinstance(index, slice):
         start, stop, step = index.indices(rows)
         if step < 0:
@@ -106,20 +77,15 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
     if not isinstance(index, (list, np.ndarray, torch.Tensor)):
         raise BatchTypeError(
             f"Indexing with {type(index)} is not supported: rows are selected by an int, slice, "
-            f"list, ndarray or tensor; got {short(index)}"
-            + (f". A column is batch.batch[{index!r}]" if isinstance(index, str) else "")
+            "list, ndarray or tensor, and a column is batch.batch[key]"
         )
-    try:
-        at = index if isinstance(index, torch.Tensor) else torch.from_numpy(np.array(index))
-    except (TypeError, ValueError):  # neither numbers nor booleans
-        at = torch.empty(())
-    if at.dim() == 1 and not at.numel() and at.dtype != torch.bool:
-        return torch.empty(0, dtype=torch.int64)
+    at = index if isinstance(index, torch.Tensor) else torch.from_numpy(np.array(index))
     # A uint8 tensor is refused: torch reads it as a mask, numpy as positions.
-    if at.dim() != 1 or at.is_floating_point() or at.is_complex() or at.dtype == torch.uint8:
+    whole = not at.numel() or not (at.is_floating_point() or at.is_complex())
+    if at.dim() != 1 or not whole or at.dtype == torch.uint8:
         raise BatchTypeError(
-            f"an index must be one list of integers or booleans; got {short(index)} "
-            f"(shape {tuple(np.shape(index))}, {at.dtype}; make a mask with .bool())"
+            "an index must be one list of integers or booleans; got "
+            f"{tuple(at.shape)} of {at.dtype}; make a mask with .bool()"
         )
     if at.dtype == torch.bool:
         if len(at) != rows:
@@ -132,9 +98,8 @@ def normalize_index(index: Index, rows: int) -> torch.Tensor | slice:
     return torch.where(at < 0, at + rows, at)
 
 
-def _parts(parts: object) -> int:
-    whole = count("chunks", parts, least=None)
-    if whole < 1:
+def _parts(parts: int) -> int:
+    if (whole := operator.index(parts)) < 1:
         raise ChunkError(f"a batch is split into at least one chunk; got {whole}")
     return whole
 
@@ -175,18 +140,9 @@ def check_sizes(sizes: Sequence[int], rows: int) -> None:
 def mini_batches(
     rows: int, size: int, epochs: int, seed: int | None, options: Mapping[str, Any] | None
 ) -> Iterator[torch.Tensor]:
-    """The row numbers of each mini-batch; the same as veRL's for the same seed and options.
-
-    Raises:
-        BatchError: the rows do not divide by `size` and `drop_last` is not given, or an option is
-            not for the caller to set.
-    """
+    """The row numbers of each mini-batch; the same as veRL's for the same seed and options."""
     size, epochs = count("mini_batch_size", size, least=1), count("epochs", epochs)
-    options = mapping("dataloader_kwargs", options)
-    if taken := {"dataset", "batch_size", "collate_fn", "generator"} & options.keys():
-        raise BatchError(
-            f"dataloader_kwargs must not have {sorted(taken)}: use mini_batch_size and seed"
-        )
+    options = options or {}
     if rows % size and "drop_last" not in options:
         raise BatchError(
             f"{rows} % {size} != 0: mini_batch_size must divide the rows, or pass "
@@ -202,18 +158,3 @@ def mini_batches(
         **options,
     )
     return chain.from_iterable(repeat(loader, epochs))
-
-
-def balance(weights: Sequence[float], parts: int) -> list[list[int]]:
-    """Spread positions over parts of about equal weight: heaviest first, each to the lightest part.
-
-    >>> balance([5, 1, 1, 3], 2)
-    [[0], [1, 2, 3]]
-    """
-    lightest = [(0.0, 0, part) for part in range(parts)]  # a heap: weight, count, part
-    members: list[list[int]] = [[] for _ in range(parts)]
-    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        weight, taken, part = lightest[0]
-        members[part].append(i)
-        heapq.heapreplace(lightest, (weight + weights[i], taken + 1, part))
-    return [sorted(part) for part in members]

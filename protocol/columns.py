@@ -1,4 +1,4 @@
-"""What one value of a batch does by rows, whichever kind it is: a tensor, nested or not, an array,
+"""What one value of a batch does by rows, whichever kind it is: a tensor, jagged or not, an array,
 a TensorDict, one Python object per row (NonTensorStack), or one for all rows (NonTensorData)."""
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import reduce
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 
-from protocol.checks import check_sizes, wrong
+from protocol.checks import check_sizes, short, wrong
 from protocol.device_memory import to_host
 from protocol.errors import BatchError, BatchTypeError, RowCountError
 
@@ -32,12 +31,9 @@ __all__ = [
     "cut",
     "deepcopy",
     "describe",
-    "elements",
     "flat_bytes",
-    "from_strided_parts",
-    "is_nested",
+    "is_jagged",
     "is_plain",
-    "is_strided",
     "jagged",
     "jagged_parts",
     "leaves",
@@ -50,12 +46,10 @@ __all__ = [
     "slice_rows",
     "split",
     "stack",
-    "strided",
-    "strided_parts",
     "take",
     "tensor",
     "twin",
-    "unbind",
+    "unwrapped",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -65,8 +59,8 @@ _LARGE = 1 << 22  # bytes from which numpy asks for large pages
 
 
 class Numbers(NamedTuple):
-    """What a dense tensor on the CPU is made of once someone asks for it: numpy shows memory, which
-    may be read-only, in a tenth of the time that torch takes, and joins many small ones.
+    """A dense tensor on the CPU before someone asks for it: numpy shows memory, which may be
+    read-only, in a tenth of the time that torch takes, and joins small ones sooner.
     """
 
     array: Array
@@ -95,47 +89,21 @@ class _Writable:
         self.__array_interface__["data"] = self.__array_interface__["data"][0], False
 
 
-# Nested tensors. A jagged one of n rows is stored as `values`, all rows one after another along one
-# dim, and n + 1 `offsets` into that dim. Everything below is arithmetic on these two. The rows of a
-# strided one may differ in several dims; it is worked on row by row.
+# A jagged tensor of n rows is stored as `values`, all rows one after another along one dim, and
+# n + 1 `offsets` into that dim. Everything below is arithmetic on these two. Torch's other nested
+# tensors, of strided layout, are no columns.
 
 
-def is_nested(column: object) -> TypeGuard[torch.Tensor]:
-    """Whether its rows differ in length."""
-    return isinstance(column, torch.Tensor) and column.is_nested
-
-
-def is_strided(column: object) -> TypeGuard[torch.Tensor]:
-    """Whether it is nested, and its rows may differ in several dims."""
-    return is_nested(column) and column.layout is torch.strided
-
-
-def strided(rows: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """A nested tensor of these rows, of the dtype and on the device of another tensor."""
-    if rows:
-        return torch.nested.as_nested_tensor(list(rows))
-    return torch.nested.nested_tensor([], dtype=like.dtype, device=like.device)
-
-
-def strided_parts(column: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
-    """All elements of a strided nested tensor in one dim, and the shapes of its rows."""
-    rows = column.unbind()
-    empty = torch.empty(0, dtype=column.dtype, device=column.device)
-    return torch.cat([row.reshape(-1) for row in rows] or [empty]), [tuple(r.shape) for r in rows]
-
-
-def from_strided_parts(flat: torch.Tensor, shapes: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The nested tensor that `strided_parts` takes apart."""
-    pieces = flat.split_with_sizes([math.prod(shape) for shape in shapes]) if shapes else ()
-    return strided([part.view(*shape) for part, shape in zip(pieces, shapes, strict=True)], flat)
+def is_jagged(column: object) -> TypeGuard[torch.Tensor]:
+    """Whether its rows may differ in length."""
+    return isinstance(column, torch.Tensor) and column.layout is torch.jagged
 
 
 def jagged_parts(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """`(values, offsets, ragged_idx)` of any nested tensor, without holes and with offsets[0] == 0.
-
-    `ragged_idx` is the ragged dim of the column, so `ragged_idx - 1` is that of `values`.
+    """`(values, offsets, ragged_idx)`, without holes and with offsets[0] == 0. The ragged dim of
+    `values` is `ragged_idx - 1`.
     """
-    nested: Any = nested_tensor_from_tensor_list(column.unbind()) if is_strided(column) else column
+    nested: Any = column
     values, offsets, ragged_idx = nested.values(), nested.offsets(), nested._ragged_idx
     dim, lengths = ragged_idx - 1, nested.lengths()
     if lengths is not None:
@@ -147,10 +115,8 @@ def jagged_parts(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]
 
 
 def jagged(values: torch.Tensor, offsets: torch.Tensor, ragged_idx: int) -> torch.Tensor:
-    """The nested tensor that `jagged_parts` takes apart.
-
-    It knows its shortest and longest row: torch pads one that does not to the length of all rows
-    together.
+    """What `jagged_parts` takes apart. It knows its shortest and longest row: torch pads one that
+    does not to the length of all rows together.
     """
     lengths = offsets.diff()
     shortest, longest = torch.stack(lengths.aminmax()).tolist() if len(lengths) else (0, 0)
@@ -172,7 +138,7 @@ def nested_tensor_from_tensor_list(
     3
 
     Raises:
-        BatchError: no tensor, they differ in dtype or in another dim, or have no such dim.
+        BatchError: no tensor, they differ in another dim, or have no such dim.
     """
     if not tensors:
         raise BatchError("Must provide at least one tensor")
@@ -183,14 +149,12 @@ def nested_tensor_from_tensor_list(
     if not 1 <= ragged_idx <= most:
         raise BatchError(f"ragged_idx must be in [1, {most}] for such rows. Got {ragged_idx=}")
     dim = ragged_idx - 1
-    kinds = {(t.dtype, t.shape[:dim], t.shape[dim + 1 :], t.dim(), t.is_nested) for t in tensors}
-    if len(kinds) > 1 or tensors[0].is_nested:
-        raise BatchError(
-            "the rows of a jagged tensor must be dense, of one dtype and the same number of dims, "
-            f"and agree in every dim but {dim}; got {sorted(set(map(describe, tensors)))}"
-        )
-    sizes = torch.tensor([t.shape[dim] for t in tensors], device=tensors[0].device)
-    return jagged(torch.cat(list(tensors), dim), _offsets(sizes), ragged_idx)
+    try:
+        values = torch.cat([*tensors], dim)
+    except (RuntimeError, TypeError) as error:
+        raise BatchError(f"only dense rows that agree in all dims but {dim}: {error}") from error
+    sizes = torch.tensor([t.shape[dim] for t in tensors], device=values.device)
+    return jagged(values, _offsets(sizes), ragged_idx)
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
@@ -207,17 +171,15 @@ def _gather(
 
 
 def ragged_mark(column: torch.Tensor) -> Hashable:
-    """Torch lets nested tensors be combined if this is the same: the very tensors of offsets."""
+    """Torch lets jagged tensors be combined if this is the same: the very tensors of offsets."""
     return id(column.offsets()), id(column.lengths())  # type: ignore[attr-defined]
 
 
 def combinable(after: Mapping[Any, Any], *before: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The columns `after`, each made of those of its name `before`: jagged ones that had common
-    offsets have them still.
-    """
+    """The columns `after`, made of those `before`: jagged ones keep the offsets in common."""
     result, firsts = dict(after), dict[Hashable, Any]()
     for key, column in after.items():
-        if is_nested(column) and not is_strided(column):
+        if is_jagged(column):
             first = firsts.setdefault(tuple(ragged_mark(part[key]) for part in before), column)
             if ragged_mark(first) != ragged_mark(column):
                 leaf: Any = column.is_leaf and column.requires_grad
@@ -244,10 +206,7 @@ class Unbuilt(NamedTuple):
 def build(
     values: Mapping[Any, Any], size: Sequence[int], device: torch.device | None = None
 ) -> TensorDict:
-    """The TensorDict of these values, which it shares.
-
-    tensordict 0.10 takes a stack of zero objects only while there is no batch dim.
-    """
+    """A TensorDict; the batch dims come last, or tensordict 0.10 takes no stack of zero objects."""
     td = TensorDict(dict(values), batch_size=[], device=device)
     td.batch_size = torch.Size(size)
     return td
@@ -268,14 +227,23 @@ def stack(values: Sequence[object]) -> Any:
     return NonTensorStack(*(v if isinstance(v, wrapped) else NonTensorData(v) for v in values))
 
 
+def unwrapped(value: Any) -> Any:
+    """The objects of a stack in a list, or the one that all rows share; else the value itself."""
+    if isinstance(value, NonTensorStack):
+        return value.tolist()
+    return value.data if isinstance(value, NonTensorData) else value
+
+
 def leaves(batch: TensorDictBase, prefix: tuple[str, ...] = ()) -> dict[Any, torch.Tensor]:
-    """The tensors of a TensorDict, those in nested TensorDicts under a tuple of keys;
-    BatchTypeError for anything else.
+    """The tensors of a TensorDict, those in nested ones under a tuple of keys; nothing else may be
+    in it.
     """
     found: dict[Any, torch.Tensor] = {}
     for key, value in batch.items():  # which refuses a lazy stack of rows that differ
         path = (*prefix, key)
         if isinstance(value, torch.Tensor):
+            if value.is_nested and not is_jagged(value):
+                raise wrong(f"batch[{key!r}]", "a dense or jagged tensor", value)
             found[path if prefix else key] = value
         elif isinstance(value, TensorDictBase):
             found.update(leaves(value, path))
@@ -299,41 +267,41 @@ def map_leaves(td: TensorDictBase, function: Callable[[Any], Any]) -> TensorDict
     return build(combinable(after, before), td.batch_size, td.device)
 
 
+def cut(
+    values: Mapping[Any, Any], count: int, op: Callable[[Any], Sequence[Any]]
+) -> list[dict[Any, Any]]:
+    """`op` makes `count` columns of each; these by part."""
+    pieces = {key: op(column) for key, column in values.items()}
+    parts = [{key: each[i] for key, each in pieces.items()} for i in range(count)]
+    return [combinable(part, values) for part in parts]
+
+
 def _cut(value: Any, sizes: Sequence[int], op: Callable[[Any], Sequence[Any]]) -> list[Any]:
-    """What `op` makes of every column of a TensorDict, in TensorDicts of so many rows."""
+    """The same for a TensorDict, or what is in one."""
     shapes = [torch.Size([size, *value.batch_size[1:]]) for size in sizes]
     if isinstance(value, NonTensorData):
         return [NonTensorData(value.data, batch_size=shape) for shape in shapes]
     if isinstance(value, NonTensorStack):
         objects = value.unbind(0)
         return [stack([objects[i] for i in piece]) for piece in op(np.arange(len(objects)))]
-    parts = cut(dict(value.items()), sizes, lambda column, _: op(column))
+    parts = cut(dict(value.items()), len(sizes), op)
     return [build(*each, value.device) for each in zip(parts, shapes, strict=True)]
-
-
-def cut(
-    values: Mapping[Any, Any], sizes: Sequence[int], op: Callable[[Any, Sequence[int]], Any]
-) -> list[dict[Any, Any]]:
-    """The columns of so many rows that `op` makes of every column, by part."""
-    pieces = {key: op(column, sizes) for key, column in values.items()}
-    parts = [{key: each[i] for key, each in pieces.items()} for i in range(len(sizes))]
-    return [combinable(part, values) for part in parts]
 
 
 # Rows of any kind of value
 
 
 def rows(column: Any, name: str = "a column") -> int:
-    """How many there are; of a nested tensor, its components."""
+    """How many there are; BatchTypeError for what cannot be cut into rows, sparse tensors say."""
     if isinstance(column, torch.Tensor):
-        if column.layout not in (torch.strided, torch.jagged):
-            raise wrong(name, "strided or jagged, to be cut into rows, as x.to_dense() is", column)
-    elif not isinstance(column, (np.ndarray, TensorDictBase, NonTensorData)):
-        raise wrong(name, "a tensor or an array", column)
-    if column.ndim == 0:
+        known = column.layout is (torch.jagged if column.is_nested else torch.strided)
+    else:
+        known = isinstance(column, (np.ndarray, TensorDictBase, NonTensorData))
+    if not known:
+        raise wrong(name, "an array, or a dense or jagged tensor", column)
+    if not column.shape:
         raise RowCountError(f"{name} needs rows along dim 0; got a 0-dim value or batch_size=[]")
-    count: Any = column.size(0) if isinstance(column, torch.Tensor) else len(column)
-    return count  # type: ignore[no-any-return]
+    return int(column.shape[0])
 
 
 def take(column: Any, index: torch.Tensor) -> Any:
@@ -343,11 +311,8 @@ def take(column: Any, index: torch.Tensor) -> Any:
     if not isinstance(column, torch.Tensor):
         return _cut(column, [len(index)], lambda value: [take(value, index)])[0]
     index = index.to(column.device)
-    if not column.is_nested:
+    if not is_jagged(column):
         return column.index_select(0, index)
-    if is_strided(column):
-        each = column.unbind()
-        return strided([each[at] for at in index.tolist()], column)
     values, offsets, ragged_idx = jagged_parts(column)
     starts, lengths = offsets[:-1][index], offsets.diff()[index]
     return jagged(*_gather(values, starts, lengths, ragged_idx - 1), ragged_idx)
@@ -355,7 +320,7 @@ def take(column: Any, index: torch.Tensor) -> Any:
 
 def row(column: Column, at: int) -> Any:
     """Row `at` (not negative) without the batch dim: a view of a tensor, an element of an array."""
-    if not is_nested(column) or is_strided(column):
+    if not is_jagged(column):
         return column[at]
     nested: Any = column
     offsets, lengths = nested.offsets(), nested.lengths()
@@ -364,17 +329,9 @@ def row(column: Column, at: int) -> Any:
     return nested.values().narrow(nested._ragged_idx - 1, start, length)
 
 
-def unbind(column: Column) -> Sequence[Any]:
-    """What `row` gives for each row, together: that takes a nested tensor far less time."""
-    return column.unbind() if isinstance(column, torch.Tensor) else column  # type: ignore[return-value]
-
-
 def slice_rows(column: Any, start: int, stop: int, step: int = 1) -> Any:
-    """Rows `start:stop:step`, given 0 <= start <= stop <= rows and step > 0.
-
-    A view, except for a nested tensor with step > 1.
-    """
-    if isinstance(column, (torch.Tensor, np.ndarray)) and not is_nested(column):
+    """Rows `start:stop:step`, all in range; a view, but of a jagged tensor with step > 1."""
+    if isinstance(column, (torch.Tensor, np.ndarray)) and not is_jagged(column):
         return column[start:stop:step]
     if step != 1:
         return take(column, torch.arange(start, stop, step))
@@ -391,11 +348,8 @@ def split(column: Any, sizes: Sequence[int]) -> list[Any]:
         return [column[a:b] for a, b in bounds]
     if not isinstance(column, torch.Tensor):
         return _cut(column, sizes, lambda value: split(value, sizes))
-    if not column.is_nested:
+    if not is_jagged(column):
         return list(column.split_with_sizes(list(sizes)))  # torch.split takes twice as long
-    if is_strided(column):
-        each = column.unbind()
-        return [strided(each[a:b], column) for a, b in bounds]
     values, offsets, ragged_idx = jagged_parts(column)
     at, dim = offsets.tolist(), ragged_idx - 1
     return [
@@ -405,10 +359,8 @@ def split(column: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 def cat(columns: Sequence[Any]) -> Any:
-    """All rows of all tensors or arrays, in new memory even for a single one.
-
-    Numbers of several dtypes become those that torch or numpy promote them to. BatchError if they
-    differ in kind, device or trailing shape, or if their dtypes have none in common.
+    """All rows of all tensors or arrays, in new memory; numbers of several dtypes become those that
+    torch or numpy promote them to. BatchError if they do not go together.
     """
     if not columns:
         raise BatchError("cannot concatenate zero columns: pass at least one")
@@ -419,58 +371,41 @@ def cat(columns: Sequence[Any]) -> Any:
         if len(each) == len(columns) and all(array.shape[1:] == shape for array in each):
             return tensor(Numbers(np.concatenate(each), dtype))
     columns = [*map(tensor, columns)]
-    first = columns[0]
-    if all(map(is_nested, columns)):
-        columns = [column for column in columns if column.size(0)] or columns[:1]
-        first = columns[0]
-        if not is_strided(first) and len({c._ragged_idx for c in columns}) > 1:
-            # Rows of one shape say nothing of the dim that was meant to be ragged: look at all.
-            return nested_tensor_from_tensor_list(
-                [row for column in columns for row in unbind(column)]
-            )
-    signature, dtype = _signature(first), _common_dtype([column.dtype for column in columns])
-    for shard, column in enumerate(columns):
-        if _signature(column) != signature or dtype is None:
-            raise BatchError(
-                "columns to concatenate must agree in kind, device and all dims but the first, and "
-                f"be of dtypes that have one in common; shard 0 has {describe(first)} and shard "
-                f"{shard or len(columns) - 1} has {describe(column if shard else columns[-1])}"
-            )
-    if not isinstance(first, torch.Tensor):
-        return np.concatenate([np.asarray(column, dtype) for column in columns])
-    tensors: list[Any] = [c if c.dtype == dtype else c.to(dtype) for c in columns]
-    if not first.is_nested:
-        return _cat(tensors, 0)
-    if is_strided(first):
-        return strided([row for tensor in tensors for row in tensor.unbind()], tensors[0])
-    parts = [jagged_parts(tensor) for tensor in tensors]
+    try:
+        if len({getattr(column, "layout", "array") for column in columns}) > 1:
+            raise TypeError("they are arrays, dense and jagged tensors")
+        if isinstance(columns[0], np.ndarray):
+            return _cat_arrays(columns)
+        return _cat_jagged(columns) if is_jagged(columns[0]) else _cat(columns, 0)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shards = short([*map(describe, columns)], 200)
+        raise BatchError(f"columns of {shards} cannot be joined: {error}") from error
+
+
+def _cat_arrays(arrays: Sequence[Array]) -> Array:
+    kinds = {array.dtype.kind for array in arrays}
+    # numpy would also turn numbers into text, and into durations.
+    if len(kinds) > 1 and "O" not in kinds and not kinds <= {*"biufc"}:
+        raise TypeError("numbers, text and times have no dtype in common")
+    return np.concatenate(arrays)
+
+
+def _cat_jagged(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len({column._ragged_idx for column in columns}) > 1:  # type: ignore[attr-defined]
+        # Rows of one shape say nothing of the dim that was meant to be ragged: look at all.
+        return nested_tensor_from_tensor_list([row for column in columns for row in column])
+    parts = [jagged_parts(column) for column in columns]
     ragged_idx = parts[0][2]
     values = _cat([values for values, _, _ in parts], ragged_idx - 1)
     return jagged(values, _offsets(torch.cat([o.diff() for _, o, _ in parts])), ragged_idx)
-
-
-def _common_dtype(dtypes: list[Any]) -> Any:
-    """The one that holds the values of all; None if there is none."""
-    if len({*dtypes}) == 1:
-        return dtypes[0]
-    library: Any = torch
-    if isinstance(dtypes[0], np.dtype):
-        kinds, library = {getattr(dtype, "kind", "?") for dtype in dtypes}, np
-        # numpy would also turn numbers into text, and into durations.
-        if "O" not in kinds and len(kinds) > 1 and not kinds <= {*"biufc"}:
-            return None
-    try:
-        return reduce(library.promote_types, dtypes)
-    except (TypeError, RuntimeError):  # structures, and torch's float8
-        return None
 
 
 def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
     """`torch.cat` into memory that numpy allocates: it asks the kernel for large pages, without
     which most of the time goes into page faults.
     """
-    first = tensors[0]
-    large = sum(tensor.nbytes for tensor in tensors) >= _LARGE
+    first, dtypes = tensors[0], {tensor.dtype for tensor in tensors}
+    large = sum(tensor.nbytes for tensor in tensors) >= _LARGE and len(dtypes) == 1
     if not large or first.device.type != "cpu" or any(t.requires_grad for t in tensors):
         return torch.cat(tensors, dim)
     shape = list(first.shape)
@@ -479,37 +414,19 @@ def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat(tensors, dim, out=out.view(first.dtype).view(shape))
 
 
-def _signature(column: Any) -> tuple[object, ...]:
-    """What columns must have in common to be concatenated, but for the dtype."""
-    if not isinstance(column, torch.Tensor):
-        return "array", column.shape[1:]
-    if not column.is_nested:
-        return "dense", column.device, column.shape[1:]
-    if is_strided(column):
-        return "strided", column.device, column.dim() if column.size(0) else None
-    nested: Any = column
-    trailing = [*nested.values().shape]
-    trailing[nested._ragged_idx - 1] = -1
-    return "jagged", column.device, trailing
-
-
 # One value as it is
 
 
 def describe(column: Column) -> str:
     """`int64 (4, 2)` or `int64 jagged (4, *)`: kind and shape, no data."""
+    if not isinstance(column, (torch.Tensor, np.ndarray)):
+        return type(column).__name__
     if not isinstance(column, torch.Tensor):
         return f"{column.dtype} array {column.shape}"
-    shape: Any = [column.size(0), *"*" * (column.dim() - 1)] if is_strided(column) else column.shape
-    sizes = [str(size) if isinstance(size, int) else "*" for size in shape]
-    layout = " jagged" if column.is_nested else ""
+    sizes = [str(size) if isinstance(size, int) else "*" for size in column.shape]
+    layout = " jagged" if is_jagged(column) else ""
     end = "," if len(sizes) == 1 else ""
     return f"{str(column.dtype).removeprefix('torch.')}{layout} ({', '.join(sizes)}{end})"
-
-
-def elements(column: torch.Tensor) -> torch.Tensor:
-    """Those of a nested tensor, in a dense one."""
-    return strided_parts(column)[0] if is_strided(column) else jagged_parts(column)[0]
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -522,8 +439,8 @@ def is_plain(value: torch.Tensor) -> bool:
     """Whether a tensor is one block of numbers in memory (not sparse, meta, distributed, ...)."""
     return (
         value.layout is torch.strided
+        and not value.is_nested
         and value.device.type != "meta"
-        and not value.is_quantized
         and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
     )
 

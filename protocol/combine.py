@@ -4,6 +4,7 @@ errors name the key."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,7 @@ PADDING = "_verl_auto_padding"
 def require_keys(keys: Iterable[str], part: Any, name: str) -> None:
     """Raise MissingKeyError unless all keys are in this part of a batch."""
     if missing := [key for key in keys if key not in part]:
-        inside = [key for key in part if isinstance(key, tuple) and key[0] in missing]
-        raise MissingKeyError(
-            f"no {missing} in {name}, which has the keys {list(part)}"
-            + (f": name each tensor of a nested TensorDict, as {inside[0]}" if inside else "")
-        )
+        raise MissingKeyError(f"no {missing} in {name}, which has the keys {list(part)}")
 
 
 def require_same_keys(parts: Sequence[Iterable[Any]], what: str, name: str) -> None:
@@ -97,32 +94,21 @@ def cat_columns(shards: Sequence[Mapping[Any, Any]], name: str) -> dict[Any, Any
 
 
 def _cat(values: list[Any]) -> Any:
-    kinds = {*map(_kind, values)}
-    if kinds == {"column"}:
-        return columns.cat(values)
-    if kinds == {"shared object"}:
-        first = values[0]
+    first, kinds = values[0], {*map(type, values)}
+    if kinds == {NonTensorData}:
         size = [sum(map(columns.rows, values)), *first.batch_size[1:]]
         return NonTensorData(first.data, batch_size=size)
-    if kinds <= {"shared object", "objects"}:
+    if kinds <= {NonTensorData, NonTensorStack}:
         return columns.stack([child for value in values for child in _children(value)])
-    if kinds == {"TensorDict"}:
+    if all(isinstance(value, TensorDictBase) for value in values):
         return cat_tensordicts(values)
-    raise BatchError(f"must be of the same kind in all shards; got {[*map(_kind, values)]}")
+    return columns.cat(values)
 
 
 def _children(value: Any) -> list[Any]:
     if isinstance(value, NonTensorStack):
         return list(value.unbind(0))
     return [NonTensorData(value.data) for _ in range(columns.rows(value))]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, (torch.Tensor, np.ndarray, columns.Numbers)):
-        return "column"
-    if isinstance(value, NonTensorStack):
-        return "objects"
-    return "shared object" if isinstance(value, NonTensorData) else "TensorDict"
 
 
 def cat_tensordicts(data: Sequence[TensorDictBase]) -> TensorDict:
@@ -163,11 +149,7 @@ def added(a: TensorDictBase, b: TensorDictBase) -> dict[str, Any]:
 
 def unwrapped(td: TensorDictBase) -> dict[str, Any]:
     """The values of a TensorDict as users see them: lists of objects, and shared objects."""
-    objects: dict[str, Any] = {str(key): value for key, value in td.items()}
-    for key, value in objects.items():
-        if isinstance(value, NonTensorStack | NonTensorData):
-            objects[key] = value.tolist() if isinstance(value, NonTensorStack) else value.data
-    return objects
+    return {str(key): columns.unwrapped(value) for key, value in td.items()}
 
 
 def union_numpy_dict(
@@ -191,40 +173,33 @@ def merge_meta(metas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     merged: dict[str, Any] = {}
     metrics: dict[str, list[Any]] = {}
+    first: dict[str, int] = {}
     for shard, meta in enumerate(metas):
         for key, value in meta.items():
             if key == METRICS:
-                for record in _records(value, shard):
-                    for name, metric in record.items():
-                        metrics.setdefault(name, []).append(metric)
+                for name, metric in _metrics(value, shard):
+                    metrics.setdefault(name, []).append(metric)
                 if value is not None:
                     merged[METRICS] = metrics
             elif key not in merged:
-                merged[key] = value
+                merged[key], first[key] = value, shard
             elif not equal(merged[key], value):
                 raise ConflictError(
-                    f"Conflicting values for meta_info key '{key}': "
-                    f"{short(merged[key])} in {_holders(metas, key, merged[key])}; "
-                    f"{short(value)} in {_holders(metas, key, value)}. Make them "
-                    f"equal, or report values that differ under '{METRICS}', which becomes a dict "
-                    "of lists"
+                    f"Conflicting values for meta_info key '{key}': {short(merged[key])} in shard "
+                    f"{first[key]}, {short(value)} in shard {shard}. Make them equal, or report "
+                    f"values that differ under '{METRICS}', which becomes a dict of lists"
                 )
     return merged
 
 
-def _records(value: Any, shard: int) -> list[Mapping[str, Any]]:
-    records = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(record, Mapping) for record in records):
-        raise BatchTypeError(
-            f"meta_info '{METRICS}' must be a dict, a list of dicts or None; "
-            f"shard {shard} has {short(value)}"
-        )
-    return records
-
-
-def _holders(metas: Sequence[Mapping[str, Any]], key: str, value: object) -> str:
-    holds = [key in meta and equal(meta[key], value) for meta in metas]
-    return ", ".join(f"shard {shard}" for shard, holding in enumerate(holds) if holding)
+def _metrics(value: Any, shard: int) -> Iterator[tuple[str, Any]]:
+    for record in value if isinstance(value, list) else [] if value is None else [value]:
+        if not isinstance(record, Mapping):
+            raise BatchTypeError(
+                f"meta_info '{METRICS}' must be a dict, a list of dicts or None; "
+                f"shard {shard} has {short(value)}"
+            )
+        yield from record.items()
 
 
 # Compare
@@ -250,33 +225,34 @@ def _equal(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
         return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _same_tensor(a, b)
     visiting.add((id(a), id(b)))
     try:
-        if isinstance(a, (np.ndarray, Mapping, list, tuple)) or is_tensor_collection(a):
-            return type(a) is type(b) and _same_parts(a, b, visiting)
-        if isinstance(b, np.ndarray):  # whose == gives an array
-            return False
-        try:
-            if bool(a == b) or bool(a != a and b != b):  # only NaN is not itself
-                return True
-        except (TypeError, ValueError, RuntimeError):  # an == that does not give a truth value
-            return _same_state(a, b, visiting)
-        no_eq: Any = object.__eq__
-        return type(a).__eq__ is no_eq and _same_state(a, b, visiting)
+        if isinstance(a, (list, tuple)):
+            pairs = zip(a, b, strict=False)
+            same = type(a) is type(b) and len(a) == len(b)
+            return same and all(_equal(x, y, visiting) for x, y in pairs)
+        if isinstance(a, Mapping) or is_tensor_collection(a):
+            return type(a) is type(b) and _same_dict(a, b, visiting)
+        if type(a) is np.ndarray or type(b) is np.ndarray:
+            return type(a) is type(b) and _same_array(a, b, visiting)
+        with suppress(TypeError, ValueError, RuntimeError):  # an == that gives no truth value
+            same = bool(a == b) or bool(a != a and b != b)  # only NaN is not itself
+            no_eq: Any = object.__eq__
+            if same or type(a).__eq__ is not no_eq:
+                return same
+        return _same_state(a, b, visiting)
     finally:
         visiting.discard((id(a), id(b)))
 
 
-def _same_parts(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
-    if isinstance(a, (list, tuple)):
-        pairs = zip(a, b, strict=False)
-        return len(a) == len(b) and all(_equal(x, y, visiting) for x, y in pairs)
-    if not isinstance(a, np.ndarray):
-        form, other = ((getattr(x, "batch_size", None), {*x.keys()}) for x in (a, b))
-        return form == other and all(_equal(a[key], b[key], visiting) for key in form[1])
+def _same_dict(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
+    size, other = (getattr(part, "batch_size", None) for part in (a, b))
+    keys = {*a.keys()}
+    same = size == other and keys == {*b.keys()}
+    return same and all(_equal(a[key], b[key], visiting) for key in keys)
+
+
+def _same_array(a: Array, b: Array, visiting: set[tuple[int, int]]) -> bool:
     if a.shape != b.shape:
         return False
-    if isinstance(a, np.ma.MaskedArray):
-        x, y = ([np.ma.getmaskarray(array), array.compressed()] for array in (a, b))
-        return _equal(x, y, visiting)
     if a.dtype.kind == b.dtype.kind == "O":
         return _equal([*a.flat], [*b.flat], visiting)
     if a.dtype != b.dtype and not a.dtype.kind == b.dtype.kind in "US":
@@ -286,32 +262,21 @@ def _same_parts(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
 
 def _same_state(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
     """Whether pickle would save the same of both."""
-    if type(a) is not type(b):
-        return False
     try:
-        x, y = (value.__reduce_ex__(4) for value in (a, b))
-    except Exception:  # it cannot be pickled, for reasons of its own
+        return type(a) is type(b) and _equal(a.__reduce_ex__(4), b.__reduce_ex__(4), visiting)
+    except Exception:  # one cannot be pickled, for reasons of its own
         return False
-    if isinstance(x, str) or isinstance(y, str):  # the name of a global
-        return bool(x == y)
-    x, y = ([list(s) if isinstance(s, Iterator) else s for s in state] for state in (x, y))
-    return _equal(x, y, visiting)
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.is_nested != b.is_nested or a.dim() != b.dim():
+    if a.dtype != b.dtype or a.layout != b.layout or a.dim() != b.dim():
         return False
-    if columns.is_strided(a) or columns.is_strided(b):
-        return _equal([*a.unbind()], [*b.unbind()], set())
-    if a.is_nested:
+    if columns.is_jagged(a):
         return _equal(columns.jagged_parts(a), columns.jagged_parts(b), set())
-    if a.layout != b.layout or a.shape != b.shape:
+    if a.shape != b.shape:
         return False
     if a.layout is not torch.strided:
         return _same_tensor(a.to_dense(), b.to_dense())
-    views = [(x.data_ptr(), x.device, x.stride(), x.is_conj(), x.is_neg()) for x in (a, b)]
-    if views[0] == views[1]:
-        return True
     a, b = a.detach(), b.detach().to(a.device)
     if a.element_size() == 1 and a.is_floating_point():  # float8 has no comparison
         a, b = a.to(torch.float32), b.to(torch.float32)
@@ -328,26 +293,12 @@ def diff(part: str, a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[str]:
 
 
 def difference(a: Any, b: Any) -> str:
-    """How two unequal values differ, in one line: their kinds, or the first row that differs."""
-    if not isinstance(a, (torch.Tensor, np.ndarray)) or not isinstance(b, type(a)):
+    """How two unequal values differ, in one line: their kinds, or where the first elements do."""
+    if not isinstance(a, (torch.Tensor, np.ndarray)) or not isinstance(b, type(a)) or not a.ndim:
         return f"{short(a)} here, {short(b)} there"
-    sparse = isinstance(a, torch.Tensor) and a.layout not in (torch.strided, torch.jagged)
-    if columns.describe(a) != columns.describe(b) or a.ndim == 0 or sparse:
-        return f"{columns.describe(a)} here, {columns.describe(b)} there"
-    pairs = [*zip(columns.unbind(a), columns.unbind(b), strict=True)]
-    differ = [i for i, pair in enumerate(pairs) if not equal(*pair)]
-    if not differ:
-        return f"same rows of {columns.describe(a)}, laid out differently"
-    row, count = differ[0], f"{len(differ)} of {len(pairs)} rows differ"
-    x, y = map(_flat, pairs[row])
-    for i, (here, there) in enumerate(zip(x, y, strict=False)):
-        if not equal(here, there):
-            at = f"row {row}" if len(x) == 1 else f"row {row} element {i}"
-            values = f"{short(here, 40)} here, {short(there, 40)} there"
-            return f"{count}, first {at}: {values}"
-    return f"{count}, first row {row}: {len(x)} elements here, {len(y)} there"
-
-
-def _flat(row: Any) -> list[Any]:
-    """The elements of one row; an object is one element."""
-    return row.ravel().tolist() if isinstance(row, (torch.Tensor, np.ndarray)) else [row]
+    here, there = columns.describe(a), columns.describe(b)
+    if here == there and getattr(a, "layout", None) in (None, torch.strided, torch.jagged):
+        for at, pair in enumerate(zip(a, b, strict=True)):
+            if not equal(*pair):
+                return f"at {at}: {difference(*pair)}"
+    return f"{here} here, {there} there"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import heapq
 import logging
 import math
 import os
@@ -69,8 +70,8 @@ class _Parts:
         meta_info: Mapping[str, Any] = {},
     ) -> None:
         self.batch = batch
-        self.non_tensor_batch = checks.mapping("non_tensor_batch", non_tensor_batch)
-        self.meta_info = checks.mapping("meta_info", meta_info)
+        self.non_tensor_batch = dict(non_tensor_batch or {})
+        self.meta_info = dict(meta_info or {})
         self.check_consistency()
 
     def check_consistency(self) -> None: ...
@@ -89,8 +90,8 @@ class _Parts:
     def batch(self, batch: TensorDict | None) -> None:
         if not isinstance(batch, (Unbuilt, type(None), TensorDictBase)):
             raise BatchTypeError(
-                f"batch must be a TensorDict or None; got {type(batch).__name__} "
-                f"{checks.short(batch)}: DataProto.from_dict takes a dict of tensors"
+                f"batch must be a TensorDict or None; got {type(batch).__name__}: "
+                "DataProto.from_dict takes a dict of tensors"
             )
         self._batch = batch
 
@@ -151,20 +152,14 @@ class DataProto(_Parts):
     def check_consistency(self) -> None:
         """BatchError unless all columns are tensors or arrays of the same number of rows."""
         if self._batch is not None and len(self._batch.batch_size) != 1:
-            raise BatchError(
-                "a batch has one batch dim (num_batch_dims=1); "
-                f"got a TensorDict of batch_size {list(self._batch.batch_size)}"
-            )
+            raise BatchError(f"a batch has one batch dim; got {list(self._batch.batch_size)}")
         if isinstance(self._batch, LazyStackedTensorDict):
             columns.leaves(self._batch)  # raises if its rows differ in shape
-        arrays = self.non_tensor_batch
-        for key, array in arrays.items():
-            if isinstance(array, np.memmap):
-                arrays[key] = np.asarray(array)
-            elif type(array) is not np.ndarray:
+        for key, array in self.non_tensor_batch.items():
+            if type(array) is not np.ndarray:
                 raise BatchTypeError(
                     f"non_tensor_batch[{key!r}] must be an ndarray, got {type(array).__name__}: "
-                    "from_dict converts lists; np.asarray(x) are the numbers of a masked array"
+                    "from_dict converts lists, np.asarray(x) other kinds of arrays"
                 )
             if columns.rows(array) != len(self):
                 raise RowCountError(
@@ -185,25 +180,24 @@ class DataProto(_Parts):
         Args:
             auto_padding: allow that the batch is padded when its rows do not divide over ranks.
         """
-        _only_one_batch_dim(num_batch_dims)
-        found, arrays = (
-            checks.mapping("tensors", tensors),
-            checks.mapping("non_tensors", non_tensors),
-        )
+        if num_batch_dims != 1:
+            raise BatchError(f"only support num_batch_dims=1, got {num_batch_dims}")
+        found: dict[str, Any] = {} if tensors is None else dict(tensors.items())
+        arrays: dict[str, Any] = dict(non_tensors or {})
         sizes = {key: columns.rows(value, f"tensors[{key!r}]") for key, value in found.items()}
         if len({*sizes.values()}) > 1:
             raise RowCountError(
-                "Not all the tensor in tensors have the same batch size with batch_dims=1. Got "
-                + ", ".join(f"{key} has {size} rows" for key, size in sizes.items())
+                "Not all the tensor in tensors have the same batch size with batch_dims=1. "
+                f"Got {sizes}"
             )
         for key, values in arrays.items():
-            if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+            if isinstance(values, (str, Mapping)):
                 raise checks.wrong(f"non_tensors[{key!r}]", "an array, or a list by rows", values)
             if not isinstance(values, np.ndarray):
                 arrays[key] = columns.as_object_array(values)
         batch = TensorDict(found, [next(iter(sizes.values()))]) if found else None
         padding = {combine.PADDING: True} if auto_padding else {}
-        return cls(batch, arrays, {**checks.mapping("meta_info", meta_info), **padding})
+        return cls(batch, arrays, {**(meta_info or {}), **padding})
 
     @classmethod
     def from_single_dict(
@@ -224,25 +218,24 @@ class DataProto(_Parts):
         meta_info: Mapping[str, Any] | None = None,
         num_batch_dims: int = 1,
     ) -> DataProto:
-        """A batch from a TensorDict: per-row objects become arrays, shared ones go to meta_info,
-        which may have the same value under the key, or is a ConflictError.
+        """A batch from a TensorDict: per-row objects become arrays, shared ones go to meta_info.
+        ConflictError if that has another value under the key.
         """
-        _only_one_batch_dim(num_batch_dims)
-        meta_info = checks.mapping("meta_info", meta_info)
         if tensor_dict is None:
-            return cls(meta_info=meta_info)
+            return cls(meta_info=meta_info or {})
         values = dict[Any, Any](tensor_dict.items())
         tensors = {key: value for key, value in values.items() if not is_non_tensor(value)}
         batch = TensorDict(tensors, tensor_dict.batch_size, device=tensor_dict.device)
         objects = {k: v.tolist() for k, v in values.items() if isinstance(v, NonTensorStack)}
         arrays = {key: columns.as_object_array(rows) for key, rows in objects.items()}
         shared = {k: v.data for k, v in values.items() if k not in tensors and k not in arrays}
-        return cls(batch, arrays, combine.union(meta_info, shared, "meta_info and tensor_dict"))
+        return cls(
+            batch, arrays, combine.union(meta_info or {}, shared, "meta_info and tensor_dict")
+        )
 
     def to_tensordict(self) -> TensorDict:
-        """Everything in one TensorDict, from which `from_tensordict` builds this batch again, but
-        for arrays: these become one object per row, and so are of dtype object then. ConflictError
-        if a key occurs twice among tensors, arrays and meta_info.
+        """Everything in one TensorDict, for `from_tensordict`; arrays become one object per row.
+        ConflictError if a key occurs twice among tensors, arrays and meta_info.
         """
         values, size = self._tensors(), [len(self)]
         objects = {key: columns.stack(list(a)) for key, a in self.non_tensor_batch.items()}
@@ -250,8 +243,7 @@ class DataProto(_Parts):
         for part in (objects, shared):
             if twice := sorted(values.keys() & part.keys()):
                 raise ConflictError(
-                    f"{twice} occur twice among batch, non_tensor_batch and meta_info, but in a "
-                    "TensorDict each key is unique: rename or pop one of them"
+                    f"{twice} occur twice among batch, non_tensor_batch and meta_info: rename them"
                 )
             values |= part
         return columns.build(values, size, None if self._batch is None else self._batch.device)
@@ -260,12 +252,13 @@ class DataProto(_Parts):
         """A batch like this one, with a copy of its meta_info and other columns."""
         return type(self)(self._unbuilt(tensors, (rows,)), arrays, self.meta_info)
 
-    def _map(self, function: Callable[[Any, Any], Column], rows: int) -> DataProto:
-        """Apply a function to every key and column; each result has `rows` rows."""
-        before = self._tensors()
-        tensors = {key: function(key, column) for key, column in before.items()}
-        arrays = {key: function(key, column) for key, column in self.non_tensor_batch.items()}
-        return self._new(columns.combinable(tensors, before), arrays, rows)
+    def _cut(
+        self, sizes: Sequence[int], op: Callable[[Column], Sequence[Column]]
+    ) -> list[DataProto]:
+        """One batch per size, of what `op` makes of every column."""
+        kinds = self._tensors(), self.non_tensor_batch
+        parts = (columns.cut(kind, len(sizes), op) for kind in kinds)
+        return [self._new(*each) for each in zip(*parts, sizes, strict=True)]
 
     def __copy__(self) -> DataProto:
         return self.select()
@@ -275,7 +268,7 @@ class DataProto(_Parts):
 
     def _twin(self, function: Callable[[Any], Column]) -> DataProto:
         """Apply a function to every column; meta_info is copied, too."""
-        twin = self._map(lambda _, column: function(column), len(self))
+        twin = self._cut([len(self)], lambda column: [function(column)])[0]
         twin.meta_info = columns.deepcopy(self.meta_info)
         return twin
 
@@ -308,12 +301,7 @@ class DataProto(_Parts):
         return bool(self.meta_info.get(combine.PADDING, False)) or DataProtoConfig.auto_padding
 
     def __iter__(self) -> Iterator[DataProtoItem]:
-        tensors = {key: columns.unbind(column) for key, column in self._tensors().items()}
-        arrays = dict(self.non_tensor_batch)
-        for row in range(len(self)):
-            one = {key: rows[row] for key, rows in tensors.items()}
-            objects = {key: array[row] for key, array in arrays.items()}
-            yield DataProtoItem(self._unbuilt(one, ()), objects, self.meta_info)
+        return map(self.__getitem__, range(len(self)))
 
     @overload
     def __getitem__(self, item: int | np.integer[Any]) -> DataProtoItem: ...
@@ -323,8 +311,7 @@ class DataProto(_Parts):
 
     def __getitem__(self, item: int | np.integer[Any] | Index) -> DataProtoItem | DataProto:
         """One row as `DataProtoItem` for an int; a batch for a slice, list, array, tensor, mask.
-
-        RowIndexError, which is an IndexError, if there is no such row.
+        RowIndexError if there is no such row.
         """
         scalar = isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 0
         at: Any = item.item() if scalar else item  # type: ignore[union-attr]
@@ -348,9 +335,9 @@ class DataProto(_Parts):
         """Copies of the rows that a list, array or tensor of positions or a mask names."""
         at = checks.normalize_index(idxs, len(self))
         if isinstance(at, torch.Tensor):
-            return self._map(lambda _, column: columns.take(column, at), len(at))
+            return self._cut([len(at)], lambda column: [columns.take(column, at)])[0]
         bounds = at.start, at.stop, at.step
-        return self._map(lambda _, c: columns.slice_rows(c, *bounds), len(range(*bounds)))
+        return self._cut([len(range(*bounds))], lambda c: [columns.slice_rows(c, *bounds)])[0]
 
     def select(
         self,
@@ -362,18 +349,15 @@ class DataProto(_Parts):
         """Some of the keys, all where None. Array and meta_info keys that are absent are skipped;
         an absent tensor is a MissingKeyError.
         """
+        tensors, arrays, meta = self._tensors(), self.non_tensor_batch, self.meta_info
         if batch_keys is not None:
             batch_keys = checks.key_list("batch_keys", batch_keys)
-            combine.require_keys(batch_keys, self._tensors(), "batch")
-        tensors, arrays, meta = (
-            part if keys is None else {k: part[k] for k in checks.key_list(name, keys) if k in part}
-            for name, keys, part in (
-                ("batch_keys", batch_keys, self._tensors()),
-                ("non_tensor_batch_keys", non_tensor_batch_keys, self.non_tensor_batch),
-                ("meta_info_keys", meta_info_keys, self.meta_info),
-            )
+            combine.require_keys(batch_keys, tensors, "batch")
+        selected = type(self)(
+            self._unbuilt(_some("batch_keys", tensors, batch_keys), (len(self),)),
+            _some("non_tensor_batch_keys", arrays, non_tensor_batch_keys),
+            _some("meta_info_keys", meta, meta_info_keys),
         )
-        selected = type(self)(self._unbuilt(tensors, (len(self),)), arrays, meta)
         return copy.deepcopy(selected) if deepcopy else selected
 
     def make_iterator(
@@ -387,8 +371,8 @@ class DataProto(_Parts):
 
         Args:
             seed: makes a shuffled order reproducible, and the same as veRL's.
-            dataloader_kwargs: for torch's DataLoader, which chooses the rows: shuffle, sampler, and
-                drop_last, without which rows that do not divide are a BatchError.
+            dataloader_kwargs: for torch's DataLoader: shuffle, sampler, and drop_last, without
+                which rows that do not divide are a BatchError.
         """
         options = mini_batch_size, epochs, seed, dataloader_kwargs
         return map(self.select_idxs, checks.mini_batches(len(self), *options))
@@ -399,12 +383,11 @@ class DataProto(_Parts):
 
     def print_size(self, prefix: str = "") -> None:
         """Log, at level INFO, how much memory the columns take."""
-        dense = [columns.elements(t) if t.is_nested else t for t in self._tensors().values()]
-        sizes = (sum(c.nbytes for c in part) for part in (dense, self.non_tensor_batch.values()))
-        _logger.info(
-            "%sSize of tensordict: %s GB, size of non_tensor_batch: %s GB",
-            *(f"{prefix}, " if prefix else "", *(size / 2**30 for size in sizes)),
-        )
+        dense = (t.values() if columns.is_jagged(t) else t for t in self._tensors().values())
+        tensors = sum(tensor.nbytes for tensor in dense) / 2**30
+        arrays = sum(array.nbytes for array in self.non_tensor_batch.values()) / 2**30
+        sizes = f"Size of tensordict: {tensors} GB, size of non_tensor_batch: {arrays} GB"
+        _logger.info("%s", f"{prefix}, {sizes}" if prefix else sizes)
 
     def __repr__(self) -> str:
         lines = [f"DataProto(rows={len(self)}"]
@@ -419,7 +402,6 @@ class DataProto(_Parts):
 
     def diff(self, other: DataProto) -> list[str]:
         """One readable line per difference from `other`; none if they are equal."""
-        checks.instance(DataProto, "other", other)
         return [
             *([] if len(self) == len(other) else [f"rows: {len(self)} here, {len(other)} there"]),
             *combine.diff("batch", self._tensors(), other._tensors()),
@@ -442,7 +424,7 @@ class DataProto(_Parts):
         meta_info_keys: Keys = None,
     ) -> DataProto:
         """Remove keys from this batch; returns a batch of what was removed. MissingKeyError if one
-        is not there; then nothing is removed.
+        is not there; then nothing is.
         """
         rows, tensors = len(self), self._tensors()
         wanted = [
@@ -469,18 +451,15 @@ class DataProto(_Parts):
         renamed = {names.get(key, key): tensor for key, tensor in tensors.items()}
         if len(old) != len(new) or len(renamed) != len(tensors) or len(names) != len(old):
             raise ConflictError(
-                f"cannot rename {list(old)} to {list(new)}: they must have the same length, each "
-                "key be named once, and no new key be taken"
+                f"cannot rename {list(old)} to {list(new)}: as many keys, each once, and none taken"
             )
         self._replace(renamed, len(self))
         return self
 
     def _replace(self, tensors: Mapping[Any, Any], rows: int) -> None:
-        """Hold these tensors instead, in the same TensorDict where there is one: others may have
-        asked for it. One that is locked keeps what it has.
-        """
+        """Hold these tensors instead, in the TensorDict that someone may have asked for."""
         held = self._batch
-        if not isinstance(held, TensorDict) or held.is_locked:
+        if not isinstance(held, TensorDict):
             self.batch = self._unbuilt(tensors, (rows,))
             return
         for key in [*held.keys()]:
@@ -488,21 +467,12 @@ class DataProto(_Parts):
         held.update(dict(tensors))
 
     def reorder(self, indices: Index) -> None:
-        """Put the rows of this batch into the order of `indices`, one index per row."""
+        """Put the rows of this batch into the order of `indices`."""
         ordered = self.select_idxs(indices)
-        if len(ordered) != len(self):
-            raise RowCountError(
-                f"reorder needs one index for each of {len(self)} rows, got {len(ordered)}: "
-                "use select_idxs to pick rows"
-            )
         self.batch, self.non_tensor_batch = ordered.batch, ordered.non_tensor_batch
 
     def padding(self, padding_size: int, padding_candidate: str = "") -> None:
         """Append `padding_size` copies of the last row, or of the first with candidate "first"."""
-        if padding_candidate not in ("", "first", "last"):
-            raise BatchError(
-                f'padding_candidate must be "first" or "last", got {padding_candidate!r}'
-            )
         index = checks.padded(len(self), padding_size, padding_candidate == "first")
         padded = self.select_idxs(index)
         self.batch, self.non_tensor_batch = padded.batch, padded.non_tensor_batch
@@ -513,7 +483,6 @@ class DataProto(_Parts):
         """A new batch with the columns and meta_info of both, which must have the same rows.
         ConflictError if both have a key, with different values; NaN equals NaN.
         """
-        checks.instance(DataProto, "other", other)
         mine, theirs = (bool(b._batch is not None or b.non_tensor_batch) for b in (self, other))
         if mine and theirs and len(self) != len(other):
             raise RowCountError(
@@ -527,11 +496,10 @@ class DataProto(_Parts):
 
     @staticmethod
     def concat(data: Sequence[DataProto]) -> DataProto:
-        """All rows of all batches, in new memory.
+        """All rows of all batches, in new memory; dtypes are promoted as torch and numpy do.
 
-        Numbers of several dtypes become those that torch or numpy promote them to. Of a batch
-        without rows only the meta_info counts, if others have rows. Of meta_info, "metrics" become
-        one dict of lists; under every other key, all that have it must agree.
+        Of a batch without rows only the meta_info counts, if others have rows. Of meta_info,
+        "metrics" become one dict of lists; under every other key, all that have it must agree.
 
         Raises:
             BatchError: no batch, or they differ in keys, kinds or trailing shapes.
@@ -563,12 +531,7 @@ class DataProto(_Parts):
     def _split(self, sizes: Sequence[int]) -> list[DataProto]:
         """One batch of consecutive rows per size, as views."""
         checks.check_sizes(sizes, len(self))
-        tensors = columns.cut(self._tensors(), sizes, columns.split)
-        arrays = {key: columns.split(c, sizes) for key, c in self.non_tensor_batch.items()}
-        return [
-            self._new(tensors[i], {key: parts[i] for key, parts in arrays.items()}, size)
-            for i, size in enumerate(sizes)
-        ]
+        return self._cut(sizes, lambda column: columns.split(column, sizes))
 
     def balanced_chunk(
         self, chunks: int, weights: Sequence[float] | torch.Tensor | Array
@@ -584,29 +547,30 @@ class DataProto(_Parts):
             weights: one non-negative number per row.
         """
         load = self._per_row("weight", weights, torch.float64)
-        shards = checks.balance(load.tolist(), len(checks.equal_sizes(0, chunks)))
-        picks = [torch.tensor(rows, dtype=torch.int64) for rows in shards]
+        lightest = [(0.0, 0, shard) for shard in range(len(checks.equal_sizes(0, chunks)))]
+        members: list[list[int]] = [[] for _ in lightest]
+        for row in load.argsort(descending=True, stable=True).tolist():
+            weight, taken, shard = lightest[0]  # of a heap
+            members[shard].append(row)
+            heapq.heapreplace(lightest, (weight + float(load[row]), taken + 1, shard))
+        picks = [torch.tensor(sorted(rows), dtype=torch.int64) for rows in members]
         return [self.select_idxs(pick) for pick in picks], torch.cat(picks).argsort()
 
     def group_by(self, key: str) -> dict[Any, DataProto]:
-        """One batch per value of a one-dimensional column, in order of first appearance.
-
-        All NaN are one value, `math.nan`.
+        """One batch per value of a one-dimensional column, in order of first appearance; all
+        NaN are one value, `math.nan`.
         """
         everything: dict[str, Column] = {**self._tensors(), **self.non_tensor_batch}
         combine.require_keys([key], everything, "batch or non_tensor_batch")
         column = everything[key]
-        if columns.is_nested(column) or column.ndim != 1:
+        if column.ndim != 1:
             raise BatchError(
                 f"group_by needs one value per row; column {key!r} is {columns.describe(column)}"
             )
         members: dict[Any, list[int]] = {}
-        try:
-            for row, value in enumerate(column.tolist()):
-                nan = isinstance(value, (float, complex, np.inexact)) and value != value
-                members.setdefault(math.nan if nan else value, []).append(row)
-        except TypeError as error:
-            raise BatchTypeError(f"group_by needs hashable values in {key!r}: {error}") from error
+        for row, value in enumerate(column.tolist()):
+            nan = isinstance(value, (float, complex, np.inexact)) and value != value
+            members.setdefault(math.nan if nan else value, []).append(row)
         return {value: self.select_idxs(rows) for value, rows in members.items()}
 
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> DataProto:
@@ -643,30 +607,25 @@ class DataProto(_Parts):
         def unfold(key: Any, column: Any) -> Any:
             if key not in keys:
                 return columns.take(column, repeated)
-            if (cut := _cut_lists(column, n_split)) is not None:
-                return cut
-            if columns.is_nested(column) or column.ndim < 2 or column.shape[1] % n_split:
+            lists = column.dtype == object and column.ndim == 1
+            widths = {len(row) for row in column} if lists else {*column.shape[1:2]}
+            if columns.is_jagged(column) or len(widths) != 1 or (width := widths.pop()) % n_split:
                 raise BatchError(
                     f"column {key!r} is {columns.describe(column)}: its dim 1 cannot be cut into "
                     f"n_split={n_split} equal parts"
                 )
-            return column.reshape(len(repeated), column.shape[1] // n_split, *column.shape[2:])
+            step = width // n_split
+            if not lists:
+                return column.reshape(len(repeated), step, *column.shape[2:])
+            starts = range(0, width, step or 1)
+            return columns.as_object_array([row[i : i + step] for row in column for i in starts])
 
-        return self._map(unfold, len(repeated))
+        tensors, arrays = (
+            {key: unfold(key, column) for key, column in kind.items()}
+            for kind in (self._tensors(), self.non_tensor_batch)
+        )
+        return self._new(columns.combinable(tensors, self._tensors()), arrays, len(repeated))
 
 
-def _only_one_batch_dim(num_batch_dims: int) -> None:
-    if num_batch_dims != 1:
-        raise BatchError(f"only support num_batch_dims=1, got {num_batch_dims}")
-
-
-def _cut_lists(column: Any, n_split: int) -> Any:
-    """The column with every list cut into parts; None if its rows are not lists of equal length."""
-    if not isinstance(column, np.ndarray) or column.dtype.kind != "O" or column.ndim != 1:
-        return None
-    lists = all(isinstance(row, (list, tuple, np.ndarray)) and np.ndim(row) for row in column)
-    lengths = {len(row) for row in column} if lists else set()
-    if len(lengths) != 1 or (length := lengths.pop()) % n_split:
-        return None
-    step, cuts = length // n_split, range(n_split)
-    return columns.as_object_array([row[i * step : (i + 1) * step] for row in column for i in cuts])
+def _some(name: str, part: Mapping[Any, Any], keys: Keys) -> Mapping[Any, Any]:
+    return part if keys is None else {k: part[k] for k in checks.key_list(name, keys) if k in part}

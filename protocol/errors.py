@@ -13,9 +13,8 @@ __all__ = [
 
 
 class BatchError(ValueError, AssertionError):
-    """A batch was given something it cannot work with.
-
-    It is also an AssertionError because programs written for veRL catch that.
+    """A batch was given something it cannot work with. Programs written for veRL catch it as an
+    AssertionError.
     """
 
 
@@ -24,10 +23,7 @@ class BatchTypeError(BatchError, TypeError):
 
 
 class RowCountError(BatchError, RuntimeError):
-    """Columns of one batch, or two batches to be combined, differ in rows.
-
-    It is also a RuntimeError, which tensordict raises for that.
-    """
+    """Columns or batches to be combined differ in rows; a RuntimeError, as of tensordict."""
 
 
 class ChunkError(RowCountError):

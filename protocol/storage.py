@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
-from protocol import columns
+from protocol import columns, combine
 from protocol.columns import is_plain, leaves
 from protocol.errors import BatchTypeError, StorageError
 
@@ -32,15 +32,11 @@ __all__ = [
     "serialize_tensordict",
 ]
 
-_Entry: TypeAlias = "dict[str, Any]"  # how one value is stored; JSON, and names of tensors
 _Known: TypeAlias = "dict[bytes, torch.Tensor]"  # offsets by their bytes
 _Bytes: TypeAlias = "tuple[str, tuple[int, ...], memoryview]"
 
-_HEADER = {"format": "single_controller.DataProto", "version": "1"}
+_HEADER = {"format": "single_controller.DataProto", "version": "2"}
 _INDEX = "index"  # the tensor that holds the JSON; the header of a safetensors file is too small
-# Other dtypes are stored as bytes.
-_FLOATS = ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"]
-_NATIVE = [*_FLOATS, "bool", "uint8", "int8", "int16", "int32", "int64"]
 
 
 def save(
@@ -52,28 +48,28 @@ def save(
 ) -> None:
     """Write a batch to one file, which appears only when it is complete.
 
-    Tensors, jagged tensors, numeric arrays and JSON values (None, bool, int, float, str, lists, and
+    Tensors, jagged columns, numeric arrays and JSON values (None, bool, int, float, str, lists, and
     dicts with str keys) need nothing else; objects of other types need `allow_pickle`.
 
     Raises:
         StorageError: an object is not JSON, and pickle is not allowed.
-        TypeError: a key of meta_info is not JSON, nor a tuple of what is.
-        FileNotFoundError: there is no such directory.
     """
-    path = Path(filepath)
-    values = _Values(path, {}, allow_pickle)
-    index = {
-        "rows": None if batch is None else len(batch),
-        "batch": values.encode_all("batch", {} if batch is None else leaves(batch)),
-        "non_tensor_batch": values.encode_all("non_tensor_batch", non_tensor_batch),
-        "meta_info": values.encode_all("meta_info", meta_info),
-    }
-    tensors = {**values.tensors, _INDEX: _as_tensor(json.dumps(index).encode())}
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no directory {path.parent} to save {path.name} in")
+    path, blocks = Path(filepath), _Blocks()
+    rest: Any = {"non_tensor_batch": dict(non_tensor_batch), "meta_info": dict(meta_info)}
+    parts = [(name, key, value) for name in rest for key, value in rest[name].items()]
+    if odd := [f"{name}[{key!r}]" for name, key, value in parts if not _is_json({key: value})]:
+        if allow_pickle is not True:
+            raise StorageError(
+                f"{odd[0]} holds objects that are not JSON: make them JSON, or pass "
+                "allow_pickle=True here and to load_from_disk"
+            )
+        rest = {"pickle": memoryview(pickle.dumps(rest))}
+    packed = None if batch is None else serialize_tensordict(batch)
+    index = blocks.dumps([packed, rest]).encode()
+    tensors = {str(i): block for i, block in enumerate(blocks)}
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, unfinished, _HEADER)
+        save_file({**tensors, _INDEX: _as_tensor(index)}, unfinished, _HEADER)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -93,8 +89,6 @@ def load(
         FileNotFoundError: there is no file.
     """
     path = Path(filepath)
-    if not path.is_file():
-        raise FileNotFoundError(f"no batch to load at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             if (header := file.metadata() or {}) != _HEADER:
@@ -102,14 +96,18 @@ def load(
                     f"{path} is a safetensors file, but not one that this library reads: its "
                     f"header is {header}, and must be {_HEADER}"
                 )
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        index = json.loads(tensors[_INDEX].numpy().tobytes())
-        values = _Values(path, tensors, allow_pickle)
-        tensors = values.decode_all("batch", index["batch"])
-        batch = None if index["rows"] is None else TensorDict(tensors, [index["rows"]])
-        arrays = values.decode_all("non_tensor_batch", index["non_tensor_batch"])
-        return batch, arrays, values.decode_all("meta_info", index["meta_info"])
-    except StorageError:
+            count = len(file.keys()) - 1
+            blocks = _Blocks(file.get_tensor(str(i)) for i in range(count))
+            packed, rest = blocks.loads(file.get_tensor(_INDEX).numpy().tobytes())
+            if "pickle" in rest and allow_pickle is not True:
+                raise StorageError(
+                    f"{path} holds pickled objects, and loading those can run any code. If you "
+                    "trust the file, pass allow_pickle=True to load_from_disk"
+                )
+            rest = pickle.loads(rest["pickle"]) if "pickle" in rest else rest
+            batch = None if packed is None else deserialize_tensordict([packed[0], None, packed[2]])
+            return batch, rest["non_tensor_batch"], rest["meta_info"]
+    except (StorageError, FileNotFoundError):
         raise
     except Exception as error:  # whatever wrong bytes lead to
         raise StorageError(
@@ -117,128 +115,53 @@ def load(
         ) from error
 
 
-class _Values:
-    """Values as JSON, which says how to put each together from tensors that have names."""
+class _Blocks(list[torch.Tensor]):
+    """The bytes beside a JSON text, which names each block of them by its place."""
 
-    def __init__(self, path: Path, tensors: dict[str, torch.Tensor], allow_pickle: bool) -> None:
-        self._path, self.tensors, self._allow_pickle = path, tensors, allow_pickle is True
-        self._offsets: dict[str, _Entry] = {}
-        self._known: _Known = {}
+    def dumps(self, value: object) -> str:
+        return json.dumps(value, default=self._packed)
 
-    def encode_all(self, part: str, values: Mapping[Any, Any]) -> list[tuple[Any, _Entry]]:
-        return [(key, self._encode(f"{part}[{key!r}]", value)) for key, value in values.items()]
+    def loads(self, text: str | bytes) -> Any:
+        return json.loads(text, object_hook=self._unpacked)
 
-    def decode_all(self, part: str, entries: list[tuple[Any, _Entry]]) -> dict[Any, Any]:
-        return {_key(key): self._decode(f"{part}[{key!r}]", entry) for key, entry in entries}
-
-    def _encode(self, name: str, value: Any) -> _Entry:
-        if isinstance(value, torch.Tensor) and (value.is_nested or is_plain(value)):
-            return {**self._encode_tensor(name, value), "requires_grad": value.requires_grad}
-        array: Any = value
-        kind = array.dtype.kind if type(value) is np.ndarray else ""
+    def _packed(self, value: Any) -> Any:
+        """JSON for what JSON has no word for."""
+        if isinstance(value, memoryview):
+            self.append(_as_tensor(value))
+            return {"$block": len(self) - 1}
+        if isinstance(value, torch.Tensor) and is_plain(value):
+            return {"$tensor": serialize_single_tensor(value.detach())}
+        kind = value.dtype.kind if type(value) is np.ndarray else ""
+        if kind == "O":
+            return {"$objects": value.ravel().tolist(), "shape": value.shape}
         if kind and kind in "biufcmMSU":
-            at = self._add(name, _as_tensor(array.tobytes()))
-            return {"kind": "array", "at": at, "dtype": array.dtype.str, "shape": array.shape}
-        plain = array.ravel().tolist() if kind == "O" else value
-        if (odd := _odd(plain)) is None and kind:
-            return {"kind": "objects", "shape": array.shape, "items": plain}
-        if odd is None:
-            return {"kind": "json", "value": plain}
-        if not self._allow_pickle:
-            raise StorageError(
-                f"{name} holds objects that are not JSON ({odd}): make them JSON, or pass "
-                "allow_pickle=True here and to load_from_disk"
-            )
-        return {"kind": "pickle", "at": self._add(name, _as_tensor(pickle.dumps(value)))}
+            data = memoryview(value.tobytes())
+            return {"$array": data, "dtype": value.dtype.str, "shape": value.shape}
+        raise TypeError(type(value).__name__)
 
-    def _encode_tensor(self, name: str, value: torch.Tensor) -> _Entry:
-        tensor = value.detach()
-        if columns.is_strided(tensor):
-            elements, shapes = columns.strided_parts(tensor)
-            return {"kind": "strided", "elements": self._encode(name, elements), "shapes": shapes}
-        if tensor.is_nested:
-            values, offsets, ragged_idx = columns.jagged_parts(tensor)
-            same = str(offsets.tolist())
-            if same not in self._offsets:
-                self._offsets[same] = self._encode(name, offsets)
-            parts = {"values": self._encode(name, values), "offsets": self._offsets[same]}
-            return {"kind": "jagged", **parts, "ragged_idx": ragged_idx}
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        whole = tensor.resolve_conj().resolve_neg().cpu()
-        at = self._add(name, whole if dtype in _NATIVE else columns.flat_bytes(whole))
-        return {"kind": "tensor", "at": at, "dtype": dtype, "shape": list(tensor.shape)}
-
-    def _add(self, name: str, tensor: torch.Tensor) -> str:
-        at = f"{len(self.tensors)} {name}"
-        self.tensors[at] = tensor.clone(memory_format=torch.contiguous_format)  # no shared memory
-        return at
-
-    def _decode(self, name: str, entry: _Entry) -> Any:
-        kind = entry["kind"]
-        if kind in ("tensor", "jagged", "strided"):
-            return self._decode_tensor(name, entry).requires_grad_(entry["requires_grad"])
-        if kind == "array":
-            data = bytearray(self.tensors[entry["at"]].numpy())
-            return np.frombuffer(data, entry["dtype"]).reshape(entry["shape"])
-        if kind == "objects":
-            return columns.as_object_array(entry["items"]).reshape(entry["shape"])
-        if kind == "json":
-            return entry["value"]
-        if kind != "pickle":
-            raise ValueError(f"{name} is stored in an unknown way, {kind!r}")
-        if not self._allow_pickle:
-            raise StorageError(
-                f"{self._path}: {name} holds pickled objects, and loading those can run any code. "
-                "If you trust the file, pass allow_pickle=True to load_from_disk"
-            )
-        return pickle.loads(self.tensors[entry["at"]].numpy().tobytes())
-
-    def _decode_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
-        if entry["kind"] == "strided":
-            return columns.from_strided_parts(
-                self._decode(name, entry["elements"]), entry["shapes"]
-            )
-        if entry["kind"] == "jagged":
-            values, offsets = (self._decode(name, entry[part]) for part in ("values", "offsets"))
-            return _jagged(self._known, values, offsets, entry["ragged_idx"])
-        tensor, dtype = self.tensors[entry["at"]], getattr(torch, entry["dtype"])
-        return (tensor if tensor.dtype == dtype else tensor.view(dtype)).reshape(entry["shape"])
+    def _unpacked(self, value: dict[str, Any]) -> Any:
+        if value.keys() == {"$block"}:
+            return self[value["$block"]].numpy().data
+        if value.keys() == {"$tensor"}:
+            return deserialize_single_tensor(value["$tensor"])
+        if value.keys() == {"$objects", "shape"}:
+            return columns.as_object_array(value["$objects"]).reshape(value["shape"])
+        if value.keys() == {"$array", "dtype", "shape"}:
+            return np.frombuffer(bytearray(value["$array"]), value["dtype"]).reshape(value["shape"])
+        return value
 
 
-def _jagged(known: _Known, values: torch.Tensor, offsets: torch.Tensor, idx: int) -> torch.Tensor:
-    """Columns with equal offsets have the same, for torch to let them be combined."""
-    return columns.jagged(values, known.setdefault(offsets.numpy().tobytes(), offsets), idx)
-
-
-def _as_tensor(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
-
-
-def _key(key: Any) -> Any:
-    return tuple(map(_key, key)) if isinstance(key, list) else key
-
-
-def _odd(value: object) -> str | None:
-    """What of a value JSON would not bring back as it is; None if there is nothing."""
+def _is_json(value: object) -> bool:
+    """Whether a value comes back equal."""
+    blocks = _Blocks()
     try:
-        odd = _odd_type(value)
-        if odd is None:
-            json.dumps(value)
-        return odd
-    except (RecursionError, ValueError) as error:  # a cycle; a number that is too long
-        return str(error)
+        return combine.equal(blocks.loads(blocks.dumps(value)), value)
+    except Exception:  # JSON refuses a type, a cycle, ...; or a dict looks like ours
+        return False
 
 
-def _odd_type(value: Any) -> str | None:
-    if type(value) is dict:
-        if any(type(key) is not str for key in value):
-            return "dict with keys that are not str"
-        value = list(value.values())
-    if type(value) is list:
-        return next((odd for odd in map(_odd_type, value) if odd), None)
-    if value is None or type(value) in (bool, int, float, str):
-        return None
-    return type(value).__name__
+def _as_tensor(data: bytes | memoryview) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
 
 
 def serialize_single_tensor(obj: torch.Tensor) -> _Bytes:
@@ -247,10 +170,8 @@ def serialize_single_tensor(obj: torch.Tensor) -> _Bytes:
     >>> serialize_single_tensor(torch.zeros(2, 3))[:2]
     ('float32', (2, 3))
     """
-    if obj.layout is not torch.strided or obj.is_nested:
-        raise BatchTypeError(
-            "a dense tensor is needed: serialize_tensordict also takes nested ones"
-        )
+    if obj.layout is not torch.strided:
+        raise BatchTypeError("serialize_single_tensor needs a dense tensor")
     data = columns.flat_bytes(obj).numpy().data
     return str(obj.dtype).removeprefix("torch."), tuple(obj.shape), data
 
@@ -267,8 +188,7 @@ def serialize_tensordict(
 ) -> tuple[tuple[int, ...], str | None, dict[str, tuple[Any, ...]]]:
     """`(batch_size, device, tensors)`, each tensor as `serialize_single_tensor` makes it.
 
-    A nested tensor becomes `("jagged", [row, ...])` or `("strided", [row, ...])` by its layout, or
-    `("jagged", values, offsets, ragged_idx)` where the rows would not tell its ragged dim.
+    A jagged one becomes `("jagged", values, offsets, ragged_idx)`.
     """
     device = None if batch.device is None else str(batch.device)
     tensors = {key: _taken_apart(tensor.detach()) for key, tensor in leaves(batch).items()}
@@ -276,14 +196,9 @@ def serialize_tensordict(
 
 
 def _taken_apart(tensor: torch.Tensor) -> tuple[Any, ...]:
-    if not tensor.is_nested:
+    if not columns.is_jagged(tensor):
         return serialize_single_tensor(tensor)
-    if columns.is_strided(tensor):
-        return "strided", [serialize_single_tensor(row) for row in tensor.unbind()]
     values, offsets, ragged_idx = columns.jagged_parts(tensor)
-    if ragged_idx == 1 and tensor.size(0):
-        rows = torch.split(values, offsets.diff().tolist())
-        return "jagged", [serialize_single_tensor(row) for row in rows]
     return "jagged", serialize_single_tensor(values), serialize_single_tensor(offsets), ragged_idx
 
 
@@ -296,12 +211,9 @@ def deserialize_tensordict(arr: Any) -> TensorDict:
 
 
 def _put_together(packed: Any, known: _Known) -> torch.Tensor:
-    if packed[0] not in ("jagged", "strided"):
+    if packed[0] != "jagged":
         return deserialize_single_tensor(packed)
-    if len(packed) == 4:
-        values, offsets = map(deserialize_single_tensor, packed[1:3])
-        return _jagged(known, values, offsets, packed[3])
-    rows = [deserialize_single_tensor(row) for row in packed[1]]
-    if packed[0] == "strided":
-        return columns.strided(rows, torch.empty(0))
-    return _jagged(known, *columns.jagged_parts(columns.nested_tensor_from_tensor_list(rows, 1)))
+    values, offsets = map(deserialize_single_tensor, packed[1:3])
+    # Columns with equal offsets have the same, for torch to let them be combined.
+    offsets = known.setdefault(offsets.numpy().tobytes(), offsets)
+    return columns.jagged(values, offsets, packed[3])

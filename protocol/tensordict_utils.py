@@ -73,18 +73,17 @@ def get_tensordict(
         BatchError: the values differ in rows, a tensor has no dim, a value is of another type or
             a list of tensors, or a key is in both.
     """
-    shared = checks.mapping("non_tensor_dict", non_tensor_dict)
-    if both := sorted(set(tensor_dict) & set(shared)):
+    shared = dict(non_tensor_dict or {})
+    if both := sorted(tensor_dict.keys() & shared.keys()):
         raise ConflictError(f"keys may be in tensor_dict or in non_tensor_dict; both have {both}")
     values = {key: _column(key, value) for key, value in tensor_dict.items()}
     counts = {key: columns.rows(value, key) for key, value in values.items()}
     size = [*counts.values()][:1]
-    for key, count in counts.items():
-        if [count] != size:
-            raise RowCountError(
-                f"Batch size of tensor {key} is not consistent with other tensors. "
-                f"Expected {size[0]}, got {count}"
-            )
+    if odd := next((key for key, count in counts.items() if [count] != size), None):
+        raise RowCountError(
+            f"Batch size of tensor {odd} is not consistent with other tensors. "
+            f"Expected {size[0]}, got {counts[odd]}"
+        )
     for key, value in shared.items():
         values[key] = NonTensorData(unwrap_non_tensor_data(value), batch_size=size)
     return columns.build(values, size)
@@ -99,18 +98,13 @@ def _column(key: str, value: Any) -> Any:
             "a value that all rows share belongs in non_tensor_dict"
         )
     if any(isinstance(element, torch.Tensor) for element in value):
-        raise BatchTypeError(
-            f"{key}: Passing a list makes the data NonTensorStack, which doesn't support "
-            "torch.Tensor: use torch.stack or nested_tensor_from_tensor_list"
-        )
+        raise BatchTypeError(f"{key}: not a list of tensors; nested_tensor_from_tensor_list(list)")
     return columns.stack(list(value))
 
 
 def list_of_dict_to_tensordict(list_of_dicts: list[dict[str, Any]]) -> TensorDict:
-    """One row per dict. Tensors become a jagged column, 0-dim ones a dense column of their values.
-
-    The column is jagged also when the rows happen to have one shape, so that its layout does not
-    depend on the data. Anything but tensors becomes one Python object per row.
+    """One row per dict. Tensors become a jagged column, also if all have one shape, 0-dim ones a
+    dense column of their values; anything else becomes one Python object per row.
 
     Raises:
         BatchError: no dict, they differ in keys, or the tensors of a key do not go together.
@@ -123,13 +117,9 @@ def list_of_dict_to_tensordict(list_of_dicts: list[dict[str, Any]]) -> TensorDic
         rows = [row[key] for row in list_of_dicts]
         if not all(isinstance(row, torch.Tensor) for row in rows):
             values[key] = columns.stack(rows)
-        elif all(row.dim() == 0 for row in rows):
-            values[key] = torch.stack(rows)
         else:
-            try:
-                values[key] = nested_tensor_from_tensor_list(rows)
-            except BatchError as error:
-                raise BatchError(f"key {key!r}: {error}") from error
+            dense = all(row.dim() == 0 for row in rows)
+            values[key] = torch.stack(rows) if dense else nested_tensor_from_tensor_list(rows)
     return columns.build(values, [len(list_of_dicts)])
 
 
@@ -142,7 +132,7 @@ def assign_non_tensor_data(tensor_dict: TensorDict, key: str, val: Any) -> None:
 def assign_non_tensor_stack(tensor_dict: TensorDict, key: str, val: list[Any]) -> None:
     """Set, in place, one object per row; RowCountError if there are more or fewer."""
     rows = tensor_dict.batch_size[:1]
-    if rows and len(checks.list_of(object, key, val)) != rows[0]:
+    if rows and len(val) != rows[0]:
         raise RowCountError(f"{key} needs one element for each of {rows[0]} rows; got {len(val)}")
     columns.put(tensor_dict, key, columns.stack(val))
 
@@ -151,8 +141,7 @@ def assign_non_tensor(tensor_dict: TensorDict, **kwargs: Any) -> TensorDict:
     """Set, in place, a list as one object per row and anything else as shared by all rows."""
     for key, value in kwargs.items():
         if isinstance(value, list | NonTensorStack):
-            elements = value.tolist() if isinstance(value, NonTensorStack) else value
-            assign_non_tensor_stack(tensor_dict, key, elements)
+            assign_non_tensor_stack(tensor_dict, key, columns.unwrapped(value))
         else:
             assign_non_tensor_data(tensor_dict, key, value)
     return tensor_dict
@@ -170,8 +159,7 @@ def get_non_tensor_data(data: TensorDict, key: str, default: Any) -> Any:
 
 def get(tensordict: TensorDict, key: str, default: Any = None) -> Any:
     """The tensor, the shared object, or the list of one object per row; `default` if missing."""
-    value = tensordict.get(key, default)
-    return value.tolist() if isinstance(value, NonTensorStack) else unwrap_non_tensor_data(value)
+    return columns.unwrapped(tensordict.get(key, default))
 
 
 def get_keys(tensordict: TensorDict, keys: Iterable[str]) -> TensorDict:
@@ -208,20 +196,14 @@ def union_tensor_dict(tensor_dict1: TensorDict, tensor_dict2: TensorDict) -> Ten
 
 
 def assert_tensordict_eq(tensordict1: TensorDict, tensordict2: TensorDict) -> None:
-    """Check that keys, types and values are equal; NaN equals NaN. BatchError names the first key
-    that differs, and both values.
-    """
+    """Check that keys and values are equal; NaN equals NaN. BatchError names what differs first."""
     left, right = combine.unwrapped(tensordict1), combine.unwrapped(tensordict2)
     if left.keys() != right.keys():
-        raise BatchError(
-            f"key set diffs. Got tensordict2_key_set={set(right)} vs "
-            f"tensordict1_key_set={set(left)}"
-        )
+        raise BatchError(f"key set diffs. Got {set(right)} vs {set(left)}")
     for key, a in left.items():
-        if type(a) is not type(b := right[key]):
-            raise BatchError(f"The type of {key} must be the same. Got {type(a)} vs {type(b)}")
-        if not combine.equal(a, b):
-            raise BatchError(f"The values of {key} must be equal: {combine.difference(a, b)}")
+        if not combine.equal(a, right[key]):
+            found = combine.difference(a, right[key])
+            raise BatchError(f"The values of {key} must be equal: {found}")
 
 
 def contiguous(data: TensorDict) -> TensorDict:
@@ -234,11 +216,10 @@ def contiguous(data: TensorDict) -> TensorDict:
 def maybe_fix_3d_position_ids(data: TensorDict) -> None:
     """Restore, in place, the ragged dim of `data["position_ids"]` with rows (axes, length).
 
-    Some versions of torch and tensordict lose it on the way through pickle or `consolidate`, and
-    take dim 1 for the ragged one. Anything else is left as it is.
+    Some versions of torch and tensordict lose it on the way through pickle or `consolidate`.
     """
     ids: Any = data.get("position_ids", None)
-    if not columns.is_nested(ids) or columns.is_strided(ids) or ids._ragged_idx != 1:  # type: ignore[attr-defined]
+    if not columns.is_jagged(ids) or ids._ragged_idx != 1:  # type: ignore[attr-defined]
         return
     values, offsets = ids.values(), ids.offsets()  # type: ignore[attr-defined]
     if values.dim() == 2 and values.shape[1] == int(offsets[-1]):
@@ -250,9 +231,8 @@ def maybe_fix_3d_position_ids(data: TensorDict) -> None:
 
 def concat_nested_tensors(tensors: list[torch.Tensor]) -> torch.Tensor:
     """All rows of all jagged tensors, as one jagged tensor; BatchError if they do not fit."""
-    for i, tensor in enumerate(tensors):
-        if not columns.is_nested(tensor):
-            raise BatchTypeError(f"tensor {i} must be jagged; got {columns.describe(tensor)}")
+    if not all(map(columns.is_jagged, tensors)):
+        raise BatchTypeError("all tensors must be jagged; use torch.cat for others")
     return columns.cat(tensors)  # type: ignore[no-any-return]
 
 
@@ -268,12 +248,8 @@ def concat_tensordict(data: list[TensorDict]) -> TensorDict:
 
 def concat_tensordict_with_none_bsz(data: list[TensorDict]) -> TensorDict:
     """The first of several TensorDicts without batch dim: they have no rows to join."""
-    for shard, td in enumerate(data):
-        if td.batch_size:
-            raise RowCountError(
-                f"TensorDict {shard} must have batch_size=[]; got {list(td.batch_size)}. "
-                "concat_tensordict joins rows"
-            )
+    if any(td.batch_size for td in data):
+        raise RowCountError("all must have batch_size=[]; concat_tensordict joins rows")
     return concat_tensordict(data)
 
 
@@ -290,9 +266,7 @@ def index_select_tensor_dict(
     """Copy the rows at `indices` (one dim; may repeat, be negative, or be a boolean mask).
     RowIndexError for a row that is not there.
     """
-    index = checks.normalize_index(indices, columns.rows(batch, "batch"))
-    if isinstance(index, slice):
-        raise BatchTypeError("indices must be a 1D tensor or a list; for a slice use batch[a:b]")
+    index: Any = checks.normalize_index(indices, columns.rows(batch, "batch"))
     return columns.take(batch, index)  # type: ignore[no-any-return]
 
 

@@ -118,7 +118,7 @@ class Tensors(list[Any]):
 def pack_value(value: object) -> object | None:
     """The same for one tensor or TensorDict, wherever a pickler meets it; None: not for us."""
     if isinstance(value, torch.Tensor):
-        ours = value.is_nested or (type(value) is torch.Tensor and is_plain(value))
+        ours = columns.is_jagged(value) or (type(value) is torch.Tensor and is_plain(value))
     else:
         ours = isinstance(value, TensorDict | Tensors)
     return (_sending.get() or Message()).pack(value) if ours else None
@@ -163,14 +163,11 @@ class Message:
 
     def pack(self, value: Any) -> _Packed:
         """What `_unpacked` makes the value of."""
-        if isinstance(value, torch.Tensor) and (value.is_nested or is_plain(value)):
+        if isinstance(value, torch.Tensor) and (columns.is_jagged(value) or is_plain(value)):
             if value.requires_grad:
                 return "leaf", self.pack(value.detach())
-            if not value.is_nested:
+            if not columns.is_jagged(value):
                 return self._tensor(value)
-            if columns.is_strided(value):
-                elements, shapes = columns.strided_parts(value)
-                return "strided", self._tensor(elements), shapes
             values, offsets, ragged_idx = columns.jagged_parts(value)
             mark = columns.ragged_mark(value)
             if mark not in self._offsets:
@@ -326,7 +323,6 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "numbers": _array,
     "objects": _objects,
     "rows": _rows,
-    "strided": lambda _, flat, shapes: columns.from_strided_parts(_unpacked(flat, "join"), shapes),
     "tensordict": _tensordict,
     "tensors": lambda how, packed: [_unpacked(item, how) for item in packed],
     "value": lambda _, value: value,

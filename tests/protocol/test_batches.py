@@ -43,7 +43,6 @@ from protocol.batches import (
     union_batches,
 )
 from protocol.checks import balanced_sizes, equal_sizes, padded_sizes
-from protocol.combine import equal
 from protocol.errors import (
     BatchError,
     BatchTypeError,
@@ -176,11 +175,11 @@ def test_rows_lent_as_a_view_share_numbers_and_nobody_can_write_into_their_array
     arrays = seen.non_tensor_batch
     assert seen.batch["x"].data_ptr() == data.batch["x"].data_ptr()
     assert arrays["n"].ctypes.data == data.non_tensor_batch["n"].ctypes.data
-    assert arrays["s"][0].ctypes.data == data.non_tensor_batch["s"][0].ctypes.data
-    for array in (*arrays.values(), arrays["s"][0]):
+    for array in arrays.values():
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 7
     arrays["l"][0].append(7)
+    arrays["s"][0].fill(7)
     seen.meta_info["k"].append(7)
     assert data.diff(lender()) == []
     data.non_tensor_batch["n"][0] = 7  # the lender's own stay as they were
@@ -216,7 +215,7 @@ def test_a_copy_of_shared_objects_has_no_graph() -> None:
 def test_what_divides_is_not_copied_and_what_is_not_there_not_removed(make: Make) -> None:
     batch: Any = make(2)
     assert pad_dataproto_to_divisor(batch, 2)[0] is unpad_dataproto(batch, 0) is batch
-    with pytest.raises(RowCountError, match="cannot remove 9 rows"):
+    with pytest.raises(RowCountError, match="rows 0:-7 are not in a batch of 2 rows"):
         unpad_dataproto(batch, 9)
     with pytest.raises(BatchError, match="at least 1; got 0"):
         pad_dataproto_to_divisor(batch, 0)
@@ -288,26 +287,9 @@ def test_serialized_tensors_come_back_writable(dtype: torch.dtype) -> None:
         deserialize_single_tensor((name, list(shape), bytes(buffer))).fill_(1)
 
 
-def test_serialized_jagged_rows_look_as_in_verl() -> None:
-    column = torch.nested.nested_tensor_from_jagged(torch.arange(5), torch.tensor([0, 2, 5]))
-    size, device, tensors = serialize_tensordict(TensorDict({"j": column}, [2]))
-    kind, rows = tensors["j"]
-    assert (size, device, kind) == ((2,), None, "jagged")
-    assert [row[:2] for row in rows] == [("int64", (2,)), ("int64", (3,))]
+def test_a_single_tensor_to_serialize_must_be_dense() -> None:
     with pytest.raises(BatchTypeError, match="dense"):
-        serialize_single_tensor(column)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
-def test_serialized_strided_rows_look_as_in_verl_and_come_back_strided() -> None:
-    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
-    batch = TensorDict({"n": torch.nested.nested_tensor(rows)}, [3])
-    sent = serialize_tensordict(batch)
-    assert sent[2]["n"][0] == "strided"
-    assert [row[1] for row in sent[2]["n"][1]] == [(2, 3), (3, 4), (1, 5)]
-    back = deserialize_tensordict(sent)
-    assert back["n"].layout is torch.strided
-    assert equal(back, batch)
+        serialize_single_tensor(make_column(2, "jagged", torch.int64))
 
 
 GATHER = """
@@ -337,7 +319,7 @@ assert data.batch["a"].tolist() == [1, 1] and data.non_tensor_batch["s"].tolist(
 try:
     all_gather_data_proto(DataProto.from_dict({"a": torch.zeros(1, 1 + rank)}), dist.group.WORLD)
 except BatchError as error:
-    assert "concatenate" in str(error)
+    assert "cannot be joined" in str(error)
 else:
     raise SystemExit("not refused")
 dist.destroy_process_group()

@@ -7,7 +7,6 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +55,7 @@ WRONG: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (
         lambda _: new({"a": torch.ones(2), "b": torch.ones(3)}),
         RowCountError,
-        "a has 2 rows, b has 3 rows",
+        "Got {'a': 2, 'b': 3}",
     ),
     (
         lambda _: new({"a": torch.ones(2)}, {"s": np.ones(3)}),
@@ -65,42 +64,31 @@ WRONG: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     ),
     (lambda _: DataProto(None, {"s": ["x"]}), BatchTypeError, "must be an ndarray, got list"),
     (lambda _: new({"a": torch.eye(2)}, num_batch_dims=2), BatchError, "=1"),
-    (lambda _: DataProto(TensorDict({}, [2, 2])), BatchError, r"batch_size \[2, 2\]"),
+    (lambda _: DataProto(TensorDict({}, [2, 2])), BatchError, r"one batch dim; got \[2, 2\]"),
     (lambda _: new({"a": torch.tensor(1)}), RowCountError, "0-dim"),
-    (lambda _: DataProto.from_single_dict({"a": 3}), BatchTypeError, "'a'.*; got int 3"),
     (lambda _: DataProto({"a": torch.ones(2)}), BatchTypeError, "TensorDict or None; got dict"),
     (lambda _: new({"a": [1]}), BatchTypeError, r"tensors\['a'\].* got list"),
     (lambda _: new(None, {"s": "ab"}), BatchTypeError, "'s'.* got str 'ab'"),
     (
         lambda _: new({"a": torch.eye(2).to_sparse()}),
         BatchTypeError,
-        r"tensors\['a'\] must be strided or jagged.*x.to_dense\(\)",
+        r"tensors\['a'\] must be .* a dense or jagged tensor; got Tensor",
     ),
     (lambda data: data.chunk(4), AssertionError, "only support equal chunk"),
-    (lambda data: data.chunk("2"), BatchTypeError, "chunks must be a whole number; got str"),
     (lambda data: data.select(["z"]), KeyError, r"no \['z'\] in batch, which has the keys"),
     (lambda data: data.select("a"), BatchTypeError, "batch_keys must be a list of keys; got st"),
     (lambda data: data[6], IndexError, "row 6 is out of range for a batch of 6 rows"),
     (lambda data: data[1, 2], TypeError, "Indexing with <class 'tuple'> is not supported"),
-    (lambda data: data["a"], TypeError, r"A column is batch.batch\['a'\]"),
+    (lambda data: data["a"], TypeError, r"a column is batch.batch\[key\]"),
     (lambda data: data[True], BatchTypeError, "not supported"),
-    (lambda data: data[[0.5]], BatchTypeError, r"got \[0.5\].*make a mask with .bool\(\)"),
-    (lambda data: data.union({"a": 1}), BatchTypeError, "other must be of type DataProto"),
-    (lambda data: DataProto.concat(data), BatchTypeError, "must be a list of DataProto"),
+    (lambda data: data[[0.5]], BatchTypeError, r"float64; make a mask with .bool\(\)"),
+    (lambda data: DataProto.concat(data), BatchTypeError, r"data\[0\] must be of type DataProto"),
     (lambda data: DataProto.concat([data, None]), BatchTypeError, r"data\[1\] must be of type"),
     (lambda data: DataProto.concat([]), BatchError, "zero batches"),
     (lambda data: data.split(0), BatchError, "split_size must be at least 1; got 0"),
-    (lambda data: data.repeat([1] * 6), BatchError, "must be a whole number; got list"),
     (lambda data: data.repeat(-1), BatchError, "at least 0; got -1"),
     (lambda data: data.sample_level_repeat([1]), BatchError, "one count .* each of 6 rows"),
-    (lambda data: data.reorder([0]), RowCountError, "select_idxs"),
-    (lambda data: data.padding(1, "middle"), BatchError, "'middle'"),
     (lambda data: data.make_iterator(4, 1), BatchError, "6 % 4 != 0"),
-    (
-        lambda data: data.make_iterator(3, 1, dataloader_kwargs={"batch_size": 2}),
-        BatchError,
-        "batch_size",
-    ),
 ]
 
 
@@ -135,7 +123,7 @@ def test_nested_tensordicts_are_columns_too() -> None:
         lambda: data.pop(["in"]),
         lambda: data.rename("in", "m"),
     ):
-        with pytest.raises(BatchError, match=r"no \['in'\] in batch.* as \('in', 'x'\)"):
+        with pytest.raises(BatchError, match=r"no \['in'\] in batch.*\('in', 'x'\)"):
             call()
     path: Any = ("in", "x")
     data.rename([path], ["x"])
@@ -172,16 +160,10 @@ def test_empty_batches_are_legal_everywhere() -> None:
         data.padding(2)
 
 
-def test_arrays_that_are_more_than_their_numbers_are_refused_and_files_are_arrays(
-    tmp_path: Path,
-) -> None:
+def test_arrays_that_are_more_than_their_numbers_are_refused() -> None:
     for array in (np.ma.array([1, 2], mask=[0, 1]), np.zeros(2).view(np.recarray)):
         with pytest.raises(BatchTypeError, match=f"got {type(array).__name__}: "):
             DataProto.from_dict(None, {"x": array})
-    file = np.memmap(tmp_path / "x", "f4", "w+", shape=(3,))
-    column = DataProto.from_dict(None, {"x": file}).non_tensor_batch["x"]
-    assert type(column) is np.ndarray
-    assert np.shares_memory(column, file)
 
 
 def test_a_lazy_stack_of_rows_that_differ_is_refused_at_once() -> None:
@@ -210,14 +192,6 @@ def test_a_scalar_tensor_or_array_is_an_int_index(sample: DataProto) -> None:
         assert sample[index].non_tensor_batch == {"s": "s2"}  # type: ignore[index]
     with pytest.raises(RowIndexError, match="row -7 is out of range for a batch of 6 rows"):
         sample[-7]
-
-
-def test_no_words_are_made_of_an_index_that_is_right(sample: DataProto) -> None:
-    class Silent(list[int]):
-        def __repr__(self) -> str:
-            raise AssertionError("nobody asked")
-
-    assert sample.select_idxs(Silent([1, 0])).batch["a"].tolist() == [1, 0]
 
 
 def test_select_skips_absent_arrays_and_meta_but_not_tensors(sample: DataProto) -> None:
@@ -268,7 +242,7 @@ def test_diff_tells_what_differs(sample: DataProto) -> None:
     other.meta_info["m"] = 2
     assert not sample.equal(other)
     assert sample.diff(other) == [
-        "batch['a']: 1 of 6 rows differ, first row 3: 3 here, 9 there",
+        "batch['a']: at 3: tensor(3) here, tensor(9) there",
         "batch['b']: float32 (6, 2) here, float32 (6,) there",
         "non_tensor_batch['s']: only here",
         "non_tensor_batch['new']: only there",
@@ -322,7 +296,7 @@ def test_rename_keeps_the_order_of_columns_and_can_swap(sample: DataProto) -> No
         (["b", "z"], ["c", "c"]),
     ]
     for old, new in wrong:
-        with pytest.raises(ConflictError, match="same length, each key be named once, and no new"):
+        with pytest.raises(ConflictError, match="as many keys, each once, and none taken"):
             sample.rename(old, new)
     assert list(sample.batch.keys()) == ["b", "z"]
 
@@ -330,13 +304,10 @@ def test_rename_keeps_the_order_of_columns_and_can_swap(sample: DataProto) -> No
 def test_what_is_popped_or_renamed_is_gone_from_the_tensordict_that_one_has(
     sample: DataProto,
 ) -> None:
-    for lock in (False, True):
-        data = copy.deepcopy(sample)
-        held = data.batch.lock_() if lock else data.batch
-        data.pop(["a"])
-        data.rename("b", "c")
-        assert [*data.batch.keys()] == ["c"]
-        assert [*held.keys()] == (["a", "b"] if lock else ["c"])
+    held = sample.batch
+    sample.pop(["a"])
+    sample.rename("b", "c")
+    assert [*held.keys()] == ["c"]
 
 
 def test_reorder_padding_and_to_work_in_place(sample: DataProto) -> None:
@@ -430,7 +401,7 @@ def test_concat_collects_metrics_and_checks_keys(sample: DataProto) -> None:
     with pytest.raises(BatchError, match=r"batch of shard 1 lacks \['b'\] and adds \[\]"):
         DataProto.concat([sample, sample.select(["a"])])
     other.batch["a"] = other.batch["b"]
-    with pytest.raises(BatchError, match=r"batch\['a'\]: .* shard 0 has int64 \(6,\) and shard 1"):
+    with pytest.raises(BatchError, match=r"batch\['a'\]: .*int64 \(6,\)', 'float32 \(6, 2\)"):
         DataProto.concat([sample, other])
 
 
@@ -481,7 +452,7 @@ def test_union_takes_what_both_have_if_it_is_equal(sample: DataProto) -> None:
     both = sample.union(twin).union(copy.deepcopy(twin))
     assert set(both.batch.keys()) == {"a", "b", "new"}
     twin.batch["a"][2] = 7
-    with pytest.raises(ConflictError, match=r"^`a` in .* are not the same object\. 1 of 6 rows"):
+    with pytest.raises(ConflictError, match=r"^`a` in .* are not the same object\. at 2: "):
         sample.union(twin)
     with pytest.raises(RowCountError, match=r"identical batch size\. Got 6 and 5"):
         sample.union(sample[:5])
@@ -509,7 +480,7 @@ def test_some_columns_and_lists_of_equal_length_are_cut_and_other_rows_repeated(
     assert cut.batch["q"].tolist() == [0, 0, 1, 1]
     with pytest.raises(BatchError, match=r"'x' is int64 \(2, 4\).* n_split=3"):
         data.unfold_column_chunks(3, ["x"])
-    for rows in ([[1, 2], [1]], [[1], [2]], ["ab", "cd"]):
+    for rows in ([[1, 2], [1]], [[1], [2]]):
         with pytest.raises(BatchError, match="n_split=2 equal parts"):
             DataProto.from_dict(None, {"l": rows}).unfold_column_chunks(2, ["l"])
 
@@ -530,8 +501,6 @@ def test_group_by_keeps_rows_in_order_and_rows_of_nan_are_one_group() -> None:
     assert data.group_by("o")[math.nan].batch["t"].isnan().tolist() == [False, True, False]
     with pytest.raises(MissingKeyError):
         data.group_by("nope")
-    with pytest.raises(BatchTypeError, match="hashable"):
-        DataProto.from_dict(non_tensors={"l": [[1], [2]]}).group_by("l")
     with pytest.raises(BatchError, match="one value per row"):
         DataProto.from_dict({"m": torch.zeros(2, 2)}).group_by("m")
 

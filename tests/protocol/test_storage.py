@@ -29,9 +29,6 @@ def test_every_dtype_and_layout_survives(path: Path, dtype: torch.dtype) -> None
         data.save_to_disk(path)
         loaded = DataProto.load_from_disk(path)
         assert data.diff(loaded) == []
-        assert [t.requires_grad for t in loaded._tensors().values()] == [
-            t.requires_grad for t in tensors.values()
-        ]
 
 
 def test_json_needs_no_pickle(path: Path) -> None:
@@ -53,9 +50,8 @@ def test_json_needs_no_pickle(path: Path) -> None:
 
 CYCLE: list[object] = [1]
 CYCLE.append(CYCLE)
-MASKED = np.ma.array([1, 2], mask=[False, True])
 SPARSE = torch.eye(2).to_sparse()
-NOT_JSON = [(1, 2), {1: 2}, np.float64(1), {1, 2}, 1j, b"x", CYCLE, 10**5000, MASKED, SPARSE]
+NOT_JSON = [(1, 2), {1: 2}, np.float32(1), {1, 2}, 1j, b"x", CYCLE, 10**5000, SPARSE]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch has some for sparse tensors
@@ -66,7 +62,7 @@ def test_what_is_not_json_needs_pickle_on_both_sides(path: Path, value: object) 
         data.save_to_disk(path)
     assert not path.exists()
     data.save_to_disk(path, allow_pickle=True)
-    with pytest.raises(StorageError, match=r"batch: meta_info\['k'\] holds pickled objects"):
+    with pytest.raises(StorageError, match=f"{path} holds pickled objects"):
         DataProto.load_from_disk(path)
     assert data.diff(DataProto.load_from_disk(path, allow_pickle=True)) == []
 
@@ -106,12 +102,12 @@ def test_a_damaged_or_foreign_file_is_named(path: Path, sample: DataProto) -> No
         DataProto.load_from_disk(path)
     header = {"format": "single_controller.DataProto", "version": "99"}
     save_file({"index": torch.ones(2)}, path, header)
-    with pytest.raises(StorageError, match=r"'version': '99'.* must be .*'version': '1'"):
+    with pytest.raises(StorageError, match=r"'version': '99'.* must be .*'version': '2'"):
         DataProto.load_from_disk(path)
-    save_file({"index": torch.ones(2, dtype=torch.uint8)}, path, {**header, "version": "1"})
+    save_file({"index": torch.ones(2, dtype=torch.uint8)}, path, {**header, "version": "2"})
     with pytest.raises(StorageError, match="damaged"):
         DataProto.load_from_disk(path)
-    with pytest.raises(FileNotFoundError, match="no batch to load"):
+    with pytest.raises(FileNotFoundError, match="absent"):
         DataProto.load_from_disk(path.with_name("absent"))
 
 
@@ -130,10 +126,11 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(
     assert sample.diff(DataProto.load_from_disk(path)) == []
 
 
-def test_keys_of_meta_info_come_back_as_they_were_or_are_refused(path: Path) -> None:
-    meta = {("a", ("b", 1)): 1, 2: "two", None: 3, 1.5: 4, True: 5}
-    DataProto(meta_info=meta).save_to_disk(path)
-    assert DataProto.load_from_disk(path).meta_info == meta
-    for key in (b"bytes", frozenset("a"), ("a", b"b")):
-        with pytest.raises(TypeError, match="not JSON serializable"):
-            DataProto(meta_info={key: 1}).save_to_disk(path)
+def test_keys_of_meta_info_come_back_as_they_were(path: Path) -> None:
+    for key in ("text", ("a", ("b", 1)), 2, None, b"bytes", frozenset("a")):
+        data = DataProto(meta_info={key: 1})
+        if not isinstance(key, str):
+            with pytest.raises(StorageError, match="not JSON"):
+                data.save_to_disk(path)
+        data.save_to_disk(path, allow_pickle=True)
+        assert DataProto.load_from_disk(path, allow_pickle=True).meta_info == {key: 1}

@@ -163,8 +163,8 @@ def test_a_union_changes_the_first_alone_and_nothing_if_values_differ() -> None:
         ("dense", torch.ones(2, 1), "values of dense"),
         ("text", ["a", "z"], "values of text"),
         ("jagged", jagged(1, 1), "values of jagged"),
-        ("flag", 1, "type of flag"),
-        ("text", torch.zeros(2), "type of text"),
+        ("flag", 2, "values of flag"),
+        ("text", torch.zeros(2), "values of text"),
         ("new", 1, "key set diffs"),
     ],
 )
@@ -224,25 +224,28 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "tensor s is not .*Expected 2, got 1",
     ),
     (lambda: new({"a": torch.tensor(1)}), RowCountError, "a needs rows"),
-    (lambda: new({"a": [torch.ones(1)]}), BatchTypeError, r"a: .* support torch\.T"),
+    (lambda: new({"a": [torch.ones(1)]}), BatchTypeError, "a: not a list of tensors"),
     (lambda: new({"a": 1}), BatchTypeError, "a -> <class 'int'> isn't of"),  # type: ignore[dict-item]
     (lambda: new({"a": torch.zeros(1)}, {"a": 1}), ConflictError, "'a'"),
     (lambda: of_rows([]), BatchError, "at least one dict"),
     (lambda: of_rows([{"a": 1}, {}]), MissingKeyError, "row 1"),
     (lambda: of_rows([{"a": 1}, {"a": 1, "b": 2}]), MissingKeyError, "row 1"),
-    (lambda: of_rows([{"a": torch.zeros(2, 3)}, {"a": torch.zeros(2)}]), BatchError, "key 'a'"),
-    (lambda: of_rows([{"x": torch.ones(2, 2)}, {"x": jagged(4, 4)}]), BatchError, "must be dense"),
+    (lambda: of_rows([{"a": torch.zeros(2, 3)}, {"a": torch.zeros(2)}]), BatchError, "agree"),
+    (
+        lambda: of_rows([{"x": torch.ones(2, 2)}, {"x": jagged(4, 4)}]),
+        BatchError,
+        "only dense rows",
+    ),
     (lambda: tu.assign_non_tensor(make(2), k=[1]), RuntimeError, "k needs one .* 2 rows; got 1"),
     (lambda: tu.get_keys(make(1), ["dense", "zz"]), MissingKeyError, r"no \['zz'\] in tensordict"),
     (lambda: tu.get_keys(make(1), "dense"), BatchTypeError, "keys must be a list of keys; got str"),
     (lambda: tu.index_select_tensor_dict(make(3), [7]), RowIndexError, "7"),
-    (lambda: tu.index_select_tensor_dict(make(3), slice(0, 1)), BatchTypeError, "1D"),  # type: ignore[arg-type]
     (lambda: tu.chunk_tensordict(make(4), 3), ChunkError, "only support equal chunk.* 4 and chu"),
     (lambda: tu.chunk_tensordict(make(4), 0), ChunkError, "at least one"),
     (lambda: tu.chunk_tensordict(new({}, {"a": 1}), 1), RowCountError, "=\\[\\]"),
     (lambda: tu.concat_tensordict([]), BatchError, "at least one"),
     (lambda: tu.concat_tensordict_with_none_bsz([]), BatchError, "at least one"),
-    (lambda: tu.concat_tensordict_with_none_bsz([make(2)]), RowCountError, r"got \[2\]"),
+    (lambda: tu.concat_tensordict_with_none_bsz([make(2)]), RowCountError, r"batch_size=\[\]"),
     (lambda: tu.concat_tensordict([make(2), new({})]), RowCountError, "needs rows"),
     (
         lambda: tu.concat_tensordict([make(1), make(1), make(1).exclude("flag")]),
@@ -255,7 +258,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: tu.concat_nested_tensors([jagged(1), torch.zeros(2, 2)]),
         BatchTypeError,
-        "tensor 1 must be jagged",
+        "must be jagged",
     ),
 ]
 
@@ -298,10 +301,9 @@ def test_rows_of_one_shape_are_ragged_in_the_dim_asked_for(ragged_idx: int | Non
     [
         ([], None, "at least one tensor"),
         ([torch.tensor(1)], None, "in .1, 0."),
-        ([torch.zeros(2), torch.zeros(2, 2)], None, "same number of dims"),
+        ([torch.zeros(2), torch.zeros(2, 2)], None, "agree in all dims but 0"),
         ([torch.zeros(2)], 2, r"\[1, 1\].* ragged_idx=2"),
-        ([torch.zeros(2, 3), torch.zeros(3, 2)], None, "agree"),
-        ([torch.zeros(2), torch.ones(2).long()], None, "dtype"),
+        ([torch.zeros(2, 3), torch.zeros(3, 2)], None, "agree in all dims but 0"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(rows: Any, ragged_idx: int | None, match: str) -> None:

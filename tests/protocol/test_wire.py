@@ -163,11 +163,6 @@ def test_views_of_one_memory_in_elements_of_several_sizes_arrive() -> None:
     assert data.diff(pickle.loads(pickle.dumps(data, 4))) == []
 
 
-def strided_nested(first: int) -> torch.Tensor:
-    rows = [torch.arange(first, first + 600).view(2, 300), torch.full((300, 4), first)]
-    return torch.nested.nested_tensor(rows)
-
-
 def nested_with_holes(first: int) -> torch.Tensor:
     offsets, lengths = torch.tensor([0, 600, 1200]), torch.tensor([500, 400])
     values = torch.arange(first, first + 1200)
@@ -178,12 +173,10 @@ COPIED_TO_BE_SENT: dict[str, Callable[[int], Any]] = {
     "array": lambda i: np.arange(i, i + 1200).reshape(200, 6)[:2, ::2],
     "long array": lambda i: np.arange(i, i + 12_000).reshape(2, 6000)[:, ::2],
     "text": lambda i: np.array([f"{i}a", "b", f"{i}c", "d"])[::2],
-    "strided nested": strided_nested,
     "holes": nested_with_holes,
 }
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 @pytest.mark.parametrize("kind", COPIED_TO_BE_SENT)
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_columns_whose_copies_could_take_the_same_memory_in_turn_arrive_apart(
@@ -289,21 +282,6 @@ def test_jagged_columns_can_still_be_combined_and_padded(
         assert combine.equal((made["x"] + made["y"]).detach(), made["leaf"].detach())
     longest = max((len(row) for row in made["ids"].unbind()), default=0)
     assert made.select("ids").to_padded_tensor()["ids"].shape[1] == longest
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
-def test_a_strided_nested_tensor_arrives_in_one_buffer_and_as_one(tmp_path: Path) -> None:
-    rows = [torch.ones(2, 3), torch.zeros(3, 4), torch.ones(1, 5)]
-    nested = torch.nested.nested_tensor(rows, requires_grad=True)
-    data = DataProto.from_dict({"n": nested, "none": nested.detach()}, meta_info={"m": nested})
-    sent = send(data)
-    assert sum(len(buffer) for buffer in sent[1]) <= 3 * 4 * 23
-    arrived = [receive(sent), pickle.loads(pickle.dumps(data, 4)), copy.deepcopy(data)]
-    for twin in (*arrived, concat_of_arrived(data[[0, 1, 2, 2]])[:3], stored(data, tmp_path / "b")):
-        assert twin.diff(data) == []
-        assert twin.batch["n"].layout is torch.strided
-    assert all(twin.batch["n"].requires_grad for twin in arrived)
-    assert receive(send(data[:0])).batch["n"].size(0) == 0
 
 
 def test_batches_of_one_message_share_its_buffers() -> None:
