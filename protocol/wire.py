@@ -177,7 +177,7 @@ class Message:
         if type(value) is np.ndarray and not value.dtype.hasobject and value.dtype.itemsize:
             name: Any = value.dtype.str  # which does not tell the fields of a row
             name = name if np.dtype(name) == value.dtype else value.dtype
-            flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            flat: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             return "numbers", name, value.shape, self._memory(flat)
         if isinstance(value, NonTensorStack):
             return "objects", value.tolist(), None
@@ -208,7 +208,7 @@ class Message:
             self._known[where] = self._memory(flat.numpy()), real
         return "dense", name, shape, self._known[where][0]
 
-    def _memory(self, array: _Array) -> _Memory:
+    def _memory(self, array: Any) -> _Memory:
         buffer = pickle.PickleBuffer(array) if self._protocol >= 5 else bytearray(array.data)
         self.buffers[id(buffer)] = buffer
         return [buffer]
