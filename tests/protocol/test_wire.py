@@ -154,48 +154,6 @@ def test_views_of_one_memory_in_elements_of_several_sizes_arrive() -> None:
     assert data.diff(pickle.loads(pickle.dumps(data, 4))) == []
 
 
-def nested_with_holes(first: int) -> torch.Tensor:
-    offsets, lengths = torch.tensor([0, 600, 1200]), torch.tensor([500, 400])
-    values = torch.arange(first, first + 1200)
-    return torch.nested.nested_tensor_from_jagged(values, offsets, lengths=lengths)
-
-
-COPIED_TO_BE_SENT: dict[str, Callable[[int], Any]] = {
-    "array": lambda i: np.arange(i, i + 1200).reshape(200, 6)[:2, ::2],
-    "long array": lambda i: np.arange(i, i + 12_000).reshape(2, 6000)[:, ::2],
-    "text": lambda i: np.array([f"{i}a", "b", f"{i}c", "d"])[::2],
-    "holes": nested_with_holes,
-}
-
-
-@pytest.mark.parametrize("kind", COPIED_TO_BE_SENT)
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_columns_whose_copies_could_take_the_same_memory_in_turn_arrive_apart(
-    kind: str, protocol: int
-) -> None:
-    made = {f"c{i}": COPIED_TO_BE_SENT[kind](i) for i in range(6)}
-    arrays = {key: value for key, value in made.items() if isinstance(value, np.ndarray)}
-    tensors = {key: value for key, value in made.items() if key not in arrays}
-    data = DataProto.from_dict(tensors, arrays)
-    assert data.diff(pickle.loads(pickle.dumps(data, protocol))) == []
-
-
-def test_buffers_that_a_sender_lets_go_at_once_are_not_taken_for_one_another() -> None:
-    """As one does that copies each buffer when it gets it."""
-    got: list[bytes] = []
-
-    def take(buffer: pickle.PickleBuffer) -> None:
-        got.append(bytes(buffer))
-        buffer.release()
-
-    arrays = [np.arange(i, i + 12_000).reshape(2, 6000)[:, ::2] for i in range(6)]
-    batches = [DataProto(non_tensor_batch={"a": array}) for array in arrays]
-    with wire.Message():
-        data = pickle.dumps(batches, protocol=5, buffer_callback=take)
-    for arrived, array in zip(pickle.loads(data, buffers=got), arrays, strict=True):
-        assert np.array_equal(arrived.non_tensor_batch["a"], array)
-
-
 class _PicklesItself:
     """Its batch crosses within a pickle of its own."""
 
