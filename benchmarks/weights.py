@@ -215,7 +215,7 @@ class Joined:
             lambda: [torch.distributed.broadcast(tensor, 0) for tensor in tensors], self.begin
         )
 
-    def gather(self, flat: bool = False) -> float:
+    def all_gather(self, flat: bool = False) -> float:
         wholes, shards = ([self.flat], [self.flat_shard]) if flat else (self.tensors, self.shards)
         pairs = list(zip(wholes, shards, strict=True))
         return timed_on_device(
@@ -481,9 +481,25 @@ def on_two_cards(figures: Figures, size: int) -> None:
     """
     whole, sharded = RayClassWithInitArgs(Model, size), RayClassWithInitArgs(Model, size, True)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    joined: list[Any] = []
 
-    def both(method: str, flat: bool) -> Callable[[], float]:
-        return lambda: slower(*[getattr(actor, method).remote(flat) for actor in joined])
+    def beside(collective: str, ways: Mapping[str, tuple[float, Way]], rollout: Any) -> None:
+        """Time ways to hand weights over, each asked to take at most so many times what NCCL takes,
+        whose ranks are there from the first time on.
+        """
+        if not joined:
+            share = Joined.options(num_gpus=0.25, num_cpus=0)
+            joined.extend(share.remote(size, store.port, rank) for rank in range(2))
+
+        def by_hand(flat: bool) -> float:
+            method = collective.replace("-", "_")
+            return slower(*[getattr(actor, method).remote(flat) for actor in joined])
+
+        floor = f"NCCL {collective}, tensor by tensor"
+        figures.asked |= {name: Asked(most, floor) for name, (most, _) in ways.items()}
+        cases = figures.checked({name: way for name, (_, way) in ways.items()}, rollout)
+        flat = f"NCCL {collective}, one flat tensor"
+        figures.time({floor: lambda: by_hand(False), flat: lambda: by_hand(True), **cases})
 
     with (
         RayResourcePool([1], gpus_per_process=0.6) as first,
@@ -492,25 +508,14 @@ def on_two_cards(figures: Figures, size: int) -> None:
         RayWorkerGroup(second, whole) as rollout,
     ):
         print(trainer.describe(), rollout.describe(), sep="\n")
-        joined = [
-            Joined.options(num_gpus=0.25, num_cpus=0).remote(size, store.port, rank)
-            for rank in range(2)
-        ]
-        floor, name = "NCCL broadcast, tensor by tensor", "card to card, made and read"
-        ways = {name: Way(lambda: rollout.load(trainer.weights()[0]), trainer, [[0]])}
-        figures.asked[name] = Asked(1.5, floor)
-        name = "card to card, in buckets of 256 MB"
         pieces = trainer.pieces.options(bucket_bytes=256 << 20)
-        ways[name] = Way(lambda: rollout.load_pieces(pieces()[0]), trainer, [[0]])
-        figures.asked[name] = Asked(2, floor)
-        cases: dict[str, Callable[[], Any]] = {
-            floor: both("broadcast", False),
-            "NCCL broadcast, one flat tensor": both("broadcast", True),
-            **figures.checked(ways, rollout),
-        }
+        plain = Way(lambda: rollout.load(trainer.weights()[0]), trainer, [[0]])
+        in_buckets = Way(lambda: rollout.load_pieces(pieces()[0]), trainer, [[0]])
+        ways = {"card to card, made and read": (1.5, plain)}
+        ways["card to card, in buckets of 256 MB"] = 2, in_buckets
+        beside("broadcast", ways, rollout)
         made = trainer.weights()[0]
-        cases["card to card, already made"] = lambda: rollout.load(made)
-        figures.time(cases)
+        figures.time({"card to card, already made": lambda: rollout.load(made)})
     with (
         RayResourcePool([2], gpus_per_process=0.6) as trainers,
         RayResourcePool([2], gpus_per_process=0.15) as rollouts,
@@ -518,16 +523,8 @@ def on_two_cards(figures: Figures, size: int) -> None:
         RayWorkerGroup(rollouts, whole) as rollout,
     ):
         print(trainer.describe(), rollout.describe(), sep="\n")
-        floor = "NCCL all-gather, tensor by tensor"
-        name = "two cards, shards on both to the whole on both"
         way = Way(lambda: rollout.load_shards(trainer.weights()), trainer, [[0, 1], [0, 1]])
-        cases = {
-            floor: both("gather", False),
-            "NCCL all-gather, one flat tensor": both("gather", True),
-            **figures.checked({name: way}, rollout),
-        }
-        figures.asked[name] = Asked(2, floor)
-        figures.time(cases)
+        beside("all-gather", {"two cards, shards on both to the whole on both": (2, way)}, rollout)
     for actor in joined:
         ray.kill(actor)
 

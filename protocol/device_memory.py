@@ -2,21 +2,18 @@
 receiving bytes (CUDA's interprocess handles), and staged on its way to the CPU.
 
 Mapping costs more than reading, and weights are the same memory every step. So a reader keeps a
-storage mapped from the second message on that lends it, as long as it has its memory: each message
-says which of its lender's have. Memory is mapped with the device that is current then, whichever
-card it is on, and whether the process sees that card or not.
+storage mapped from the second message on that lends it, until a message says that it is gone.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import select
-import struct
 import threading
 from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import count
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import ref
@@ -28,9 +25,9 @@ from protocol.errors import BatchError
 
 __all__ = ["Loans", "borrow", "settle", "to_host"]
 
-# Of a storage: its number, the handle of the allocation that it is in, its bytes, from which byte
-# on, and whether to keep it mapped.
-_Shared: TypeAlias = "tuple[int, bytes, int, int, bool]"
+# Of a storage: its number, the handle of the allocation that it is in, its bytes, and from which
+# byte on.
+_Shared: TypeAlias = "tuple[int, bytes, int, int]"
 # Of a message: the lender's process, by id and by name; the message's number, and those of storages
 # from before that have their memory; and one that readers keep mapped whatever they read.
 _Lender: TypeAlias = "tuple[int, str, int, frozenset[int], _Shared]"
@@ -43,15 +40,15 @@ class _Share:
     """A storage that other processes may map, as long as it keeps its memory."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
-        _, self.handle, self.size, self.offset, *counter = storage._share_cuda_()[:6]  # type: ignore[no-untyped-call]
-        self.number, self.stays = next(_numbers), False
-        self._storage = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        _, handle, size, offset, *counter = storage._share_cuda_()[:6]  # type: ignore[no-untyped-call]
         # Torch counts one receiver, and would keep the memory when the lender drops it, until that
         # one says that it is done. Who borrows here does not have torch count.
-        counters, at = _counters(counter[0]), _HEADER + _COUNT.size * counter[1]
-        if _COUNT.unpack_from(counters, at) != (1,):
+        counters, at = _counters(counter[0]), _HEADER + len(_ONE) * counter[1]
+        if counters[at : at + len(_ONE)] != _ONE:
             raise RuntimeError("torch does not keep its counters of receivers where it did")
-        _COUNT.pack_into(counters, at, 0)
+        counters[at : at + len(_ONE)] = bytes(len(_ONE))
+        self.told: _Shared = next(_numbers), _one_object(handle), size, offset
+        self._storage = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def holds(self) -> bool:
         """Whether the storage has the memory that was shared: it may be gone, or resized."""
@@ -64,13 +61,43 @@ class _Share:
 _shares: dict[int, _Share] = {}  # by the storage's address, which is not used again before it goes
 
 # Torch's counters of receivers are in shared memory, 64 bit each, behind a header.
-_HEADER, _COUNT = 64, struct.Struct("q")
+_HEADER, _ONE = 64, (1).to_bytes(8, "little")
 
 
 @lru_cache(1)
 def _counters(handle: bytes) -> mmap.mmap:
     with Path("/dev/shm", handle.decode().lstrip("/")).open("r+b") as file:
         return mmap.mmap(file.fileno(), 0)
+
+
+@lru_cache(1024)
+def _one_object(handle: bytes) -> bytes:
+    """Which pickle sends once."""
+    return handle
+
+
+def _shared(storage: torch.UntypedStorage) -> _Shared | None:
+    """None if others cannot map it: it is not of torch's allocator, or itself another process's, or
+    this torch counts in another place.
+    """
+    if storage._cdata not in _shares:
+        try:
+            _shares[storage._cdata] = _Share(storage)
+        except (OSError, RuntimeError, ValueError):
+            return None
+    return _shares[storage._cdata].told
+
+
+@cache
+def _anchor(device: int) -> tuple[torch.Tensor, _Shared | None]:
+    """A small tensor that is never freed: where nothing of a card is mapped, mapping takes 5 ms."""
+    tensor = torch.zeros(1, device=torch.device("cuda", device))
+    return tensor, _shared(tensor.untyped_storage())
+
+
+@cache
+def _name() -> str:
+    return os.urandom(16).hex()
 
 
 class Loans:
@@ -81,7 +108,6 @@ class Loans:
     def __init__(self) -> None:
         self._number = next(_numbers)
         self._lenders: dict[int, _Lender | None] = {}  # by device
-        self._handles: dict[bytes, bytes] = {}  # pickle sends one object once
 
     def claim(self, tensor: torch.Tensor) -> tuple[Any, ...] | None:
         """What `borrow` makes a dense tensor of; None if other processes cannot map its memory.
@@ -89,11 +115,11 @@ class Loans:
         """
         if not tensor.is_cuda or tensor.is_conj() or tensor.is_neg():
             return None
-        device = tensor.device.index
+        device, storage = tensor.device.index, tensor.untyped_storage()
         if device not in self._lenders:
             self._lenders[device] = self._lender(device)
         lender = self._lenders[device]
-        shared = lender and self._shared(tensor.untyped_storage())
+        shared = lender and (_shared(storage) if storage.nbytes() else ())
         if shared is None:
             return None
         place = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
@@ -105,96 +131,51 @@ class Loans:
             torch.cuda.current_stream(device).synchronize()
 
     def _lender(self, device: int) -> _Lender | None:
-        anchor = _anchor(device)
-        if anchor is None:
-            return None
+        _, anchor = _anchor(device)
         for key in [key for key, share in _shares.items() if not share.holds()]:
             del _shares[key]
-        numbers = frozenset(share.number for share in _shares.values())
-        pid, name = os.getpid(), _name()
-        return pid, name, self._number, numbers, self._told(anchor[1])
-
-    def _shared(self, storage: torch.UntypedStorage) -> _Shared | tuple[()] | None:
-        if not storage.nbytes():
-            return ()
-        share = _shares.get(storage._cdata)
-        if share is None:  # those that hold no more are gone since `_lender`
-            try:
-                share = _shares[storage._cdata] = _Share(storage)
-            except RuntimeError:  # not of torch's allocator, or itself another process's
-                return None
-        share.stays = share.stays or share.number < self._number
-        return self._told(share)
-
-    def _told(self, share: _Share) -> _Shared:
-        handle = self._handles.setdefault(share.handle, share.handle)
-        return share.number, handle, share.size, share.offset, share.stays
-
-
-@cache
-def _name() -> str:
-    return os.urandom(16).hex()
-
-
-@cache
-def _anchor(device: int) -> tuple[torch.Tensor, _Share] | None:
-    """A small tensor that is never freed; None if this torch does not keep its counters of
-    receivers where they are looked for, or its allocator's memory cannot be mapped by others.
-
-    Where nothing of a card is mapped, the first mapping takes some 5 ms.
-    """
-    tensor = torch.zeros(1, device=torch.device("cuda", device))
-    try:
-        share = _Share(tensor.untyped_storage())
-    except (OSError, AttributeError, RuntimeError, ValueError, struct.error):
-        return None
-    share.stays = True
-    _shares[tensor.untyped_storage()._cdata] = share
-    return tensor, share
+        alive = frozenset(share.told[0] for share in _shares.values())
+        return anchor and (os.getpid(), _name(), self._number, alive, anchor)
 
 
 class _Mapped:
     """In a reader: the storages of one lender that are mapped, by their number."""
 
     def __init__(self, pid: int, name: str) -> None:
-        self.storages: dict[int, tuple[torch.UntypedStorage, bool]] = {}  # and whether it stays
+        self.storages: dict[int, torch.UntypedStorage] = {}
         self._told: _Lender | None = None
         with suppress(OSError):  # it has ended, or the kernel does not tell
-            process = os.pidfd_open(pid)
-            args = process, name
+            args = os.pidfd_open(pid), name
             threading.Thread(target=_await_end, args=args, daemon=True, name="lender").start()
 
     def storage(self, lender: _Lender, shared: _Shared) -> torch.UntypedStorage:
         if self._told is not lender:
             self._told = lender
-            _, _, number, alive, anchor = lender
-            for old in [n for n in [*self.storages] if n < number and n not in alive]:
-                self.storages.pop(old, None)
+            _, _, message, alive, anchor = lender
+            for gone in [n for n in self.storages if n < message and n not in alive]:
+                del self.storages[gone]
             self._map(anchor)
         return self._map(shared)
 
     def _map(self, shared: _Shared) -> torch.UntypedStorage:
-        number, handle, size, offset, stays = shared
-        found, kept = self.storages.get(number, (None, False))
-        if found is None:
-            where = torch.cuda.current_device(), handle, size, offset
-            found = torch.UntypedStorage._new_shared_cuda(*where, _NO_COUNTER, 0, b"", False)
-        if stays or not kept:
-            self.storages[number] = found, stays
-        return found
+        number, *memory = shared
+        if number not in self.storages:
+            where = torch.cuda.current_device(), *memory
+            made = torch.UntypedStorage._new_shared_cuda(*where, _NO_COUNTER, 0, b"", False)
+            self.storages[number] = made
+        return self.storages[number]
 
 
 _NO_COUNTER = b"/no/counter"  # a name that no file there can have: torch counts nothing down
-_mapping = threading.Lock()
+_lock = threading.Lock()  # of all below
 _lenders: dict[str, _Mapped] = {}
 _borrowed: list[tuple[ref[torch.Tensor], int]] = []  # and which device was current
+_passing: list[tuple[_Mapped, int]] = []  # storages that no message lent before
 
 
 def _await_end(process: int, name: str) -> None:
     """Let go of what is mapped of a process's memory when it has ended."""
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    ended.poll()
+    wait([process])
     os.close(process)
     _lenders.pop(name, None)
 
@@ -217,19 +198,23 @@ def borrow(
     here = torch.device("cuda", torch.cuda.current_device())
     if not shared:
         return torch.empty_strided(shape, steps, dtype=dtype, device=here)
-    pid, name, *_ = lender
-    try:
-        with _mapping:
-            if name not in _lenders:
-                _lenders[name] = _Mapped(pid, name)
-            storage = _lenders[name].storage(lender, shared)
-    except RuntimeError as error:
-        raise BatchError(
-            f"device memory of process {pid} cannot be mapped here: that process, which made what "
-            f"is read, is gone, or the devices cannot read each other ({error})"
-        ) from error
-    seen = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, steps)
-    _borrowed.append((ref(seen), here.index))
+    pid, name, message, *_ = lender
+    with _lock:
+        if name not in _lenders:
+            _lenders[name] = _Mapped(pid, name)
+        mapped = _lenders[name]
+        try:
+            storage = mapped.storage(lender, shared)
+        except RuntimeError as error:
+            raise BatchError(
+                f"device memory of process {pid} cannot be mapped here: that process, which made "
+                f"what is read, is gone, or the devices cannot read each other ({error})"
+            ) from error
+        seen = torch.empty(0, dtype=dtype, device=storage.device)
+        seen.set_(storage, offset, shape, steps)
+        _borrowed.append((ref(seen), here.index))
+        if shared[0] > message:
+            _passing.append((mapped, shared[0]))
     if seen.device != here:  # mapped when another one was current
         return seen.to(here)
     return seen.clone() if how == "own" else seen
@@ -237,23 +222,22 @@ def borrow(
 
 def settle() -> None:
     """Wait until all that was borrowed has been read by what the current stream was given so far,
-    and let go of mappings that do not stay. Does nothing where nothing was borrowed.
+    and let go of what is mapped for the first time. Does nothing where nothing was borrowed.
     """
-    if _borrowed:
-        seen = [*_borrowed]
-        for device in {device for _, device in seen}:
+    if not _borrowed:
+        return
+    with _lock:
+        for device in {device for _, device in _borrowed}:
             torch.cuda.current_stream(device).synchronize()
-        del _borrowed[: len(seen)]
-        _borrowed.extend(one for one in seen if one[0]() is not None)  # of calls that go on
-        for lender in [*_lenders.values()]:
-            for number in [n for n, (_, stays) in [*lender.storages.items()] if not stays]:
-                lender.storages.pop(number, None)
+        _borrowed[:] = [one for one in _borrowed if one[0]() is not None]  # of calls that go on
+        for mapped, number in _passing:
+            mapped.storages.pop(number, None)
+        _passing.clear()
 
 
 _CHUNK = 16 << 20  # bytes; smaller tensors go the plain way
 _BUFFERS = 4  # copies under way at a time
-
-_lock = threading.Lock()
+_staging = threading.Lock()
 
 
 def to_host(flat: torch.Tensor) -> torch.Tensor:
@@ -264,7 +248,7 @@ def to_host(flat: torch.Tensor) -> torch.Tensor:
     """
     if flat.device.type == "cpu" or flat.numel() < _CHUNK:
         return flat.cpu()
-    with _lock:
+    with _staging:
         buffers = _pinned()
         return flat.cpu() if buffers is None else _staged(flat, buffers)
 

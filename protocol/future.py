@@ -9,7 +9,6 @@ import asyncio
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -40,7 +39,8 @@ _SIZES: dict[str, Callable[[int, int], list[int]]] = {
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows that someone is producing. It must be picklable, for consumers in other processes.
+    """Rows that someone is producing. It must be picklable, and raises TimeoutError where they are
+    not there within `timeout` seconds.
 
     It may have more: `title`, for messages; `reference`, for `DataProtoFuture.futures`; `async
     arrive(whole)`, which waits on the event loop for its rows to be known, or for the `whole`
@@ -49,24 +49,16 @@ class Source(Protocol):
     """
 
     def rows(self, timeout: float | None) -> int:  # pyright: ignore[reportReturnType]
-        """Wait for the producer and return how many rows it made; moves no data.
-
-        Raises:
-            TimeoutError: not done within `timeout` seconds.
-        """
+        """How many there are; moves no data."""
 
     def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:  # pyright: ignore[reportReturnType]
-        """Wait for the producer and bring its rows `start:stop`, which may be none, here.
-
-        They are private unless the reader asked for views (`protocol.wire.reading`).
-
-        Raises:
-            TimeoutError: not done within `timeout` seconds.
+        """Rows `start:stop`, which may be none; private unless the reader asked for views
+        (`protocol.wire.reading`).
         """
 
 
 class _View:
-    """A source that is made of others, each of which has the same rows unless `_parts` differs."""
+    """A source that is made of others, which have the same rows unless it says otherwise."""
 
     __slots__ = ()
     _sources: tuple[Any, ...]
@@ -75,7 +67,7 @@ class _View:
         return int(self._sources[0].rows(timeout))
 
     def narrowed(self, start: int, stop: int) -> Source:
-        """Rows `start:stop`, made of nothing that has none of them. Waits for all producers."""
+        """These rows, made of nothing that has none of them. Waits for all producers."""
         return self._of([_narrowed(source, start, stop) for source in self._sources])
 
     def some(self, keys: Sequence[str], strict: bool) -> Source:
@@ -83,7 +75,6 @@ class _View:
         return self._of([_some(source, keys, strict) for source in self._sources])
 
     def _of(self, sources: Sequence[Source]) -> Source:
-        """The same view of other sources."""
         made: Any = self
         return replace(made, _sources=tuple(sources))  # type: ignore[no-any-return]
 
@@ -116,8 +107,8 @@ def _some(source: Any, keys: Sequence[str], strict: bool) -> Source:
 class DataProtoFuture(_View):
     """The rows of several sources, one after another, as one batch that is not here yet.
 
-    It can be pickled, and is itself a Source. Every method but `get`, `fetch`, `rows` and `len()`
-    returns at once; what does not fit together is then reported by these four.
+    It can be pickled, and is itself a Source. `get`, `fetch`, `rows` and `len()` wait, and report
+    what does not fit together; all else returns at once and fetches nothing.
 
     Attributes:
         auto_padding: whether a group may pad it when its rows do not divide over the ranks.
@@ -132,7 +123,7 @@ class DataProtoFuture(_View):
         auto_padding: bool = False,
         map_location: torch.device | str | None = None,
     ) -> None:
-        """The rows of `sources`, in that order. Fetches and waits for nothing.
+        """The rows of `sources`, in that order.
 
         Raises:
             BatchError: no source, so that not even the columns of zero rows could be known.
@@ -148,11 +139,10 @@ class DataProtoFuture(_View):
         return f"DataProtoFuture(rows={rows}, sources={len(self._sources)})"
 
     def __len__(self) -> int:
-        """Number of rows. Waits for all producers, fetches nothing."""
         return self.rows()
 
     def rows(self, timeout: float | None = None) -> int:
-        """Number of rows. Waits for all producers, fetches nothing.
+        """How many there are. Waits for all producers, fetches nothing.
 
         Raises:
             TimeoutError: they were not done within `timeout` seconds.
@@ -235,7 +225,6 @@ class DataProtoFuture(_View):
                 raise type(error)(f"{made if titles else ''}{error}") from None
 
     def narrowed(self, start: int, stop: int) -> DataProtoFuture:
-        """Rows `start:stop`, made of nothing that has none of them. Waits for all producers."""
         return self._of([_narrowed(*part) for part in self._parts(start, stop, _deadline(None))])
 
     def resolved(self) -> DataProtoFuture:
@@ -243,7 +232,7 @@ class DataProtoFuture(_View):
         try:
             return self.narrowed(0, self.rows())
         except Exception as error:
-            return self._of([_Failed(error)])
+            return self._of([_Rows((), partial(_fail, error))])
 
     def _parts(self, start: int, stop: int, left: _Left) -> _Parts:
         rows, parts = self.rows(left()), []
@@ -259,16 +248,12 @@ class DataProtoFuture(_View):
         return parts or [(self._sources[filled], 0, 0)]
 
     def slice(self, start: int, stop: int) -> DataProtoFuture:
-        """Rows `start:stop`. Fetches and waits for nothing; if they are not all there, that is a
-        RowCountError once rows are known.
-        """
+        """Rows `start:stop`; if they are not all there, a RowCountError once rows are known."""
         return self._of([_Rows((self,), partial(_inside, start, stop))])
 
     def chunk(self, chunks: int) -> list[DataProtoFuture]:
-        """`chunks` futures of equally many consecutive rows. Fetches and waits for nothing.
-
-        If the rows do not divide, each of them raises ChunkError once they are known, or with
-        `auto_padding` sizes differ by one.
+        """`chunks` futures of equally many consecutive rows. If these do not divide, each raises
+        ChunkError once they are known, or with `auto_padding` sizes differ by one.
 
         Raises:
             ChunkError: `chunks` is less than one.
@@ -277,7 +262,7 @@ class DataProtoFuture(_View):
         return [self._of([shard]) for shard in shards]
 
     def shards(self, parts: int, how: How, advice: str = "") -> list[DataProtoFuture]:
-        """`parts` futures of consecutive rows. Fetches and waits for nothing.
+        """`parts` futures of consecutive rows.
 
         "equal": each has the same number of rows; if they do not divide, each raises ChunkError
         once they are known, which ends in `advice`. "balanced": they differ by at most one row,
@@ -293,13 +278,13 @@ class DataProtoFuture(_View):
 
     def counted(self, count: Callable[..., int], *others: DataProtoFuture) -> DataProtoFuture:
         """The first `count(rows, …)` rows; it gets the rows of the `others` too, and what it raises
-        whoever reads this gets. Fetches and waits for nothing.
+        whoever reads this gets.
         """
         return self._of([_Rows((self, *others), partial(_first, count))])
 
     @staticmethod
     def concat(data: Sequence[DataProtoFuture]) -> DataProtoFuture:
-        """All rows of all futures, in order. Fetches and waits for nothing.
+        """All rows of all futures, in order.
 
         Raises:
             BatchError: no future.
@@ -308,7 +293,7 @@ class DataProtoFuture(_View):
         return DataProtoFuture(data, padding, data[0].map_location if data else None)
 
     def select(self, keys: Iterable[str]) -> DataProtoFuture:
-        """Only these columns: no others leave the worker that made them. Fetches nothing now.
+        """Only these columns: no others leave the worker that made them.
 
         A key that is not there raises MissingKeyError when rows are fetched.
         """
@@ -316,10 +301,8 @@ class DataProtoFuture(_View):
         return self._of([_Columns((_some(s, names, strict=True),), names) for s in self._sources])
 
     def union(self, other: Source) -> DataProtoFuture:
-        """The columns of both. Fetches nothing now; later the same rows from either.
-
-        Different numbers of rows raise RowCountError once they are known, different values
-        under one key ConflictError when rows are fetched.
+        """The columns of both. Different numbers of rows raise RowCountError once they are known,
+        different values under one key ConflictError when rows are fetched.
 
         Raises:
             BatchTypeError: `other` is no future, nor any other source.
@@ -372,6 +355,10 @@ def _inside(start: int, stop: int, rows: int) -> _Span:
     return start, stop, 0
 
 
+def _fail(error: Exception) -> _Span:
+    raise error
+
+
 def _first(count: Callable[..., int], *rows: int) -> _Span:
     return 0, count(*rows), 0
 
@@ -407,22 +394,13 @@ class _Rows(_View):
         return batches.pad_batch(batch, padding) if padding else batch
 
     def some(self, keys: Sequence[str], strict: bool) -> Source:
-        source, *others = self._sources
-        return self._of([_some(source, keys, strict), *others])
+        first = [_some(source, keys, strict) for source in self._sources[:1]]
+        return self._of([*first, *self._sources[1:]])
 
     def narrowed(self, start: int, stop: int) -> Source:
         first, last, padding = _within(self._known(None), start, stop)
         source = _narrowed(self._sources[0], first, last)
         return _Rows((source,), (0, last - first, padding)) if padding else source
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Once the rows are known, only what has these goes to other processes."""
-        sources, span = self._sources, self.span
-        if all(getattr(source, "_ends", ()) for source in sources):
-            with suppress(ValueError):  # it is for who reads the rows
-                rows = self.rows(None)
-                sources, span = (self.narrowed(0, rows),), (0, rows, 0)
-        return _Rows, (sources, span)
 
 
 @dataclass(frozen=True)
@@ -467,16 +445,3 @@ class _Union(_View):
         left = _deadline(timeout)
         found = [source.fetch(start, stop, left()) for source in self._sources]
         return batches.union_batches(*batches.on_one_device(found))
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """Rows that there will not be, and why."""
-
-    error: Exception
-
-    def rows(self, timeout: float | None) -> int:
-        raise self.error
-
-    def fetch(self, start: int, stop: int, timeout: float | None) -> Batch:
-        raise self.error

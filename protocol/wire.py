@@ -1,5 +1,5 @@
 """How a batch crosses a process boundary: tensors and numeric arrays leave as out-of-band pickle-5
-buffers, memory that several of them show only once. What carries the bytes is left to the caller.
+buffers. What carries the bytes is left to the caller.
 
 On arrival a reader chooses (`read_as`) between private writable memory and views of the buffers.
 """
@@ -35,7 +35,7 @@ __all__ = [
 Reading: TypeAlias = Literal["own", "join", "view"]
 _Array: TypeAlias = "np.ndarray[Any, Any]"
 _Packed: TypeAlias = "tuple[Any, ...]"  # the name of what makes a value again, and of what
-# A block of bytes, in a list: pickle keeps one list one. Several tensors may be views of it.
+# A buffer in a list: pickle keeps one list one. Several tensors may show it.
 _Memory: TypeAlias = "list[Any]"
 _Sizes: TypeAlias = "tuple[int, ...]"
 
@@ -79,10 +79,10 @@ def pack(
     """A picklable value from which `unpack` builds the same batch in another process.
 
     Nothing is copied here for contiguous CPU tensors: pickle them with protocol 5 and a
-    `buffer_callback` before they change. Columns that are views of one another cross once, as do
-    those of all batches packed within one `Message`. Tensors below the top level of meta_info and
-    inside object columns are left to the pickler. An array deeper in an object than a row of a
-    column may arrive read-only, as pickle leaves it.
+    `buffer_callback` before they change. The same tensor in several columns crosses once, also in
+    all batches packed within one `Message`. Tensors below the top level of meta_info and inside
+    object columns are left to the pickler. An array deeper in an object than a row of a column may
+    arrive read-only, as pickle leaves it.
     """
     sent = _sending.get()
     if sent is None or sent.paused or protocol < 5:
@@ -135,8 +135,8 @@ def _apart(how: Reading) -> Reading:
 
 
 class Message:
-    """What is sent together, entered as a context: its tensors may share memory, which then
-    crosses once. They arrive independent of each other all the same.
+    """What is sent together, entered as a context: the same memory crosses once, and tensors arrive
+    independent of each other all the same.
 
     With `lends`, memory on a device is not sent but lent: `lent` are tensors to keep until it has
     been read. Its pickler has it `paused` at what may call other picklers; those below protocol 5
@@ -148,9 +148,8 @@ class Message:
         self.paused = False
         self._loans, self._protocol = Loans() if lends else None, protocol
         self.buffers: dict[int, Any] = {}  # by id: those whose bytes unpacking makes private
-        self._blocks: dict[int, list[tuple[int, int, _Memory]]] = {}  # by storage: start, stop
-        self._offsets: dict[Hashable, list[Any]] = {}
-        self._alive: list[torch.Tensor] = []  # whose ids and addresses are noted above
+        # By address or id what was packed before, and what keeps that from being used again.
+        self._known: dict[Hashable, tuple[_Memory, torch.Tensor]] = {}
 
     def __enter__(self) -> Message:
         self._token = _sending.set(self)
@@ -170,17 +169,16 @@ class Message:
                 return self._tensor(value)
             values, offsets, ragged_idx = columns.jagged_parts(value)
             mark = columns.ragged_mark(value)
-            if mark not in self._offsets:
-                self._offsets[mark] = [self._tensor(offsets)]
-                self._alive.append(value)
-            return "jagged", self._tensor(values), self._offsets[mark], ragged_idx
+            if mark not in self._known:
+                self._known[mark] = [self._tensor(offsets)], value
+            return "jagged", self._tensor(values), self._known[mark][0], ragged_idx
         if type(value) is np.ndarray and value.dtype.kind == "O":
             return "rows", [*value.flat], value.shape
         if type(value) is np.ndarray and not value.dtype.hasobject and value.dtype.itemsize:
-            flat = Numbers(np.ascontiguousarray(value).reshape(-1).view(np.uint8), torch.uint8)
             name: Any = value.dtype.str  # which does not tell the fields of a row
             name = name if np.dtype(name) == value.dtype else value.dtype
-            return "numbers", name, value.shape, *self._placed(columns.tensor(flat))
+            flat: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            return "numbers", name, value.shape, self._memory(flat)
         if isinstance(value, NonTensorStack):
             return "objects", value.tolist(), None
         if is_non_tensor(value):
@@ -188,56 +186,32 @@ class Message:
         if isinstance(value, (TensorDictBase, Unbuilt)):
             lazy = isinstance(value, Unbuilt)
             of = value.tensors() if isinstance(value, Unbuilt) else dict(value.items())
-            # Large ones first: smaller ones may be views of them.
-            order = sorted(of, key=lambda key: -getattr(of[key], "nbytes", 0))
-            found = {key: self.pack(of[key]) for key in order}
             names = [*getattr(value, "names", ())]
             form = tuple(value.batch_size), any(names) and names, value.device is not None, lazy
-            return "tensordict", {key: found[key] for key in of}, *form
+            return "tensordict", {key: self.pack(column) for key, column in of.items()}, *form
         if type(value) is Tensors:
             return "tensors", [self.pack(item) for item in value]
         return "value", value
 
     def _tensor(self, tensor: torch.Tensor) -> _Packed:
-        """A dense one as a view of a block, without the bytes that expanding it pretends."""
+        """A dense one; without a copy where its elements are in order on the CPU."""
         if self._loans is not None and (claim := self._loans.claim(tensor)):
             self.lent.append(tensor)
             return "lent", *claim
         real = tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)
-        shape, steps = tuple(real.shape), real.stride()
-        expanded = 0 in steps and [d for d, n in enumerate(shape) if n > 1 and not steps[d]]
-        for dim in expanded or ():
-            real = real.narrow(dim, 0, 1)
-        memory, offset, place = self._placed(real)
-        if expanded:
-            size, like = real.element_size(), torch.empty(real.shape, device="meta")
-            place = place or tuple(step * size for step in like.stride())
-            place = tuple(0 if d in expanded else step for d, step in enumerate(place))
-        return "dense", str(real.dtype).removeprefix("torch."), shape, memory, offset, place
+        name, shape = str(real.dtype).removeprefix("torch."), tuple(real.shape)
+        if not (real.is_cpu and real.is_contiguous()) or real.is_conj() or real.is_neg():
+            return "dense", name, shape, self._memory(columns.flat_bytes(real).numpy())
+        where = real.data_ptr(), real.nbytes
+        if where not in self._known:
+            flat = real if real.dtype in columns.NUMBERS else columns.flat_bytes(real)
+            self._known[where] = self._memory(flat.numpy()), real
+        return "dense", name, shape, self._known[where][0]
 
-    def _placed(self, tensor: torch.Tensor) -> tuple[_Memory, int, _Sizes | None]:
-        """In which block a tensor is, at which byte and with which strides; None where it is all of
-        the block, in order.
-        """
-        start, size, in_order = tensor.data_ptr(), tensor.element_size(), tensor.is_contiguous()
-        steps, last = tensor.stride(), tensor.numel() - 1
-        if not in_order:
-            last = sum((n - 1) * step for n, step in zip(tensor.shape, steps, strict=True))
-        stop = start + (last + 1) * size
-        as_it_is = tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
-        blocks = self._blocks.setdefault(tensor.untyped_storage().data_ptr(), [])
-        for first, end, memory in blocks if as_it_is else ():
-            if first <= start and stop <= end and not (start - first) % size:
-                all_of_it = in_order and stop - start == end - first
-                return memory, start - first, None if all_of_it else tuple(s * size for s in steps)
-        known = as_it_is and in_order and tensor.dtype in columns.NUMBERS
-        array: Any = (tensor if known else columns.flat_bytes(tensor)).numpy()
-        memory = [pickle.PickleBuffer(array) if self._protocol >= 5 else bytearray(array.data)]
-        self.buffers[id(memory[0])] = memory[0]
-        if as_it_is and in_order and last >= 0:
-            blocks.append((start, stop, memory))
-            self._alive.append(tensor)
-        return memory, 0, None
+    def _memory(self, array: Any) -> _Memory:
+        buffer = pickle.PickleBuffer(array) if self._protocol >= 5 else bytearray(array.data)
+        self.buffers[id(buffer)] = buffer
+        return [buffer]
 
 
 def _made(packed: _Packed, how: Reading) -> Any:
@@ -248,23 +222,21 @@ def _unpacked(packed: _Packed, how: Reading) -> Any:
     return columns.tensor(_made(packed, how))
 
 
-def _dense(how: Reading, name: str, *placed: Any) -> Numbers:
-    """A tensor on the CPU, contiguous if "own"."""
+def _dense(how: Reading, name: str, shape: _Sizes, memory: _Memory) -> Numbers:
+    """A tensor on the CPU."""
     dtype: torch.dtype = getattr(torch, name)
     kind = columns.NUMBERS.get(dtype) or f"i{dtype.itemsize}"
-    return Numbers(_array(how, kind, *placed), dtype)
+    return Numbers(_array(how, kind, shape, memory), dtype)
 
 
-def _array(
-    how: Reading, dtype: Any, shape: _Sizes, memory: _Memory, offset: int, steps: _Sizes | None
-) -> _Array:
-    """Part of a block: private and writable if "own", read-only if "view".
+def _array(how: Reading, dtype: Any, shape: _Sizes, memory: _Memory) -> _Array:
+    """Private and writable if "own", read-only if "view".
 
     numpy allocates: it asks the kernel for large pages, and a copy takes a third of the time.
     """
     data = memory[0]
-    array: _Array = np.ndarray(shape, dtype, data, offset, steps)
-    if how == "own" and steps is None and isinstance(data, bytearray):
+    array: _Array = np.ndarray(shape, dtype, data)
+    if how == "own" and isinstance(data, bytearray):
         memory[0] = memoryview(data)  # who comes next copies it
     elif how == "own" or not array.flags.aligned:
         array = array.copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,7 @@ LIBRARY = {module_name(path): path for path in files(*PACKAGES)}
 EVERYTHING = files(*PACKAGES, "tests", "examples", "benchmarks")
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass
@@ -366,9 +366,8 @@ class Recorder:
     """Sums up what is noted about the calls of one group."""
 
     def __init__(self) -> None:
-        self._lock, self._settling = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._totals: dict[str, dict[str, Any]] = {}
-        self._awaited: deque[tuple[str, str, Callable[[], int | None]]] = deque()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process a group begins to count anew."""
@@ -384,21 +383,8 @@ class Recorder:
             totals = self._totals.setdefault(method, {})
             totals[name] = totals.get(name, 0) + amount
 
-    def _settle(self, every: bool) -> None:
-        """Ask for awaited amounts, all or up to the first that is not known yet."""
-        unknown: list[tuple[str, str, Callable[[], int | None]]] = []
-        with self._settling:
-            while self._awaited and (every or not unknown):
-                method, name, amount = self._awaited.popleft()
-                if (known := amount()) is None:
-                    unknown.append((method, name, amount))
-                else:
-                    self.add(method, name, known)
-            self._awaited.extendleft(reversed(unknown))
-
     def stats(self) -> StatsTable:
         """The sums so far, by method."""
-        self._settle(every=True)
         with self._lock:
             return StatsTable(tuple(MethodStats(m, **sums) for m, sums in self._totals.items()))
 
@@ -431,11 +417,3 @@ class CallRecord:
         self._recorder.add(self._method, name, amount)
         if self.number:
             self._counted[name] = self._counted.get(name, 0) + amount
-
-    def count_later(self, name: str, amount: Callable[[], int | None]) -> None:
-        """Count what is known once `amount` returns it, which may hold a lot until then.
-
-        They become known about in order: so the first ones are asked now.
-        """
-        self._recorder._awaited.append((self._method, name, amount))
-        self._recorder._settle(every=False)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import pickle
 import threading
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -246,34 +245,6 @@ def test_counts_and_times_of_a_method_add_up_and_print_as_a_table() -> None:
     head, row, _ = str(table).splitlines()
     assert head.split()[:3] == ["method", "calls", "bytes_out"]
     assert "1 234 577" in row
-
-
-class Known:
-    """An amount, and the memory that it holds."""
-
-    def __init__(self, ready: bool) -> None:
-        self.ready, self.asked = ready, 0
-
-    def __call__(self) -> int | None:
-        self.asked += 1
-        return 1 if self.ready else None
-
-
-def test_what_is_known_later_counts_once_is_not_asked_again_and_again_and_not_kept() -> None:
-    recorder, amounts = Recorder(), [Known(False) for _ in range(3_000)]
-    for amount in (*amounts, Known(True)):
-        recorder.call("actor", "make").count_later("bytes_between", amount)
-    assert sum(amount.asked for amount in amounts) < 2 * len(amounts)
-    assert recorder.stats()["make"].bytes_between == 1
-    kept = weakref.WeakSet(amounts)
-    for amount in amounts:
-        amount.ready = True
-    del amount, amounts
-    assert len(kept) == 3_000
-    recorder.call("actor", "make").count_later("bytes_between", Known(True))
-    assert len(kept) == 0
-    assert [recorder.stats()["make"].bytes_between for _ in range(2)] == [3_002, 3_002]
-    assert (recorder.stats().driver_bytes, recorder.stats().moved_bytes) == (0, 3_002)
 
 
 def test_a_trace_gets_each_part_of_a_call_with_the_bytes_that_went_in_it(tmp_path: Path) -> None:

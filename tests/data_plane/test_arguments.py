@@ -40,12 +40,12 @@ def stored() -> int:
     return int(ray.cluster_resources()[store] - ray.available_resources().get(store, 0))
 
 
-def test_memory_that_several_arguments_show_leaves_once(three: RayWorkerGroup) -> None:
+def test_a_tensor_that_several_arguments_have_leaves_once(three: RayWorkerGroup) -> None:
     data = big()
     assert 6 <= sent(three, lambda: three.total(data)) < 6.1
     assert 6 <= sent(three, lambda: three.total(data, data)) < 6.1
     assert 6 <= sent(three, lambda: three.total(data, data.select(["x"]))) < 6.1
-    assert 6 <= sent(three, lambda: three.give([data, data.batch["x"][1:]])) < 6.1
+    assert 6 <= sent(three, lambda: three.give([data, data.batch["x"]])) < 6.1
     assert three.total(data, data) == [MB] * 3
 
 

@@ -14,7 +14,6 @@ from examples.ppo.models import (
     ValueModel,
     generate,
     language_model,
-    response_logits,
     response_values,
 )
 from examples.ppo.settings import Settings
@@ -105,21 +104,6 @@ def test_a_rows_answer_does_not_depend_on_the_rows_beside_it(
     together, _ = sampled(model, prompts)
     alone = [sampled(model, prompts.slice(i, i + 1))[0] for i in range(len(prompts))]
     assert torch.equal(together, torch.cat(alone))
-
-
-def test_tokens_are_drawn_as_often_as_the_model_says(model: Any, prompts: DataProto) -> None:
-    one = prompts.slice(0, 1).select(["prompts", "prompt_mask"]).repeat(4000)
-    noise = torch.rand(4000, 1, generator=torch.Generator().manual_seed(1))
-    responses, _ = sampled(model, one.union(DataProto.from_dict({"noise": noise})))
-    batch = one.slice(0, 1).batch
-    sequence, mask = (
-        torch.cat([batch[key], torch.ones_like(batch[key][:, :1])], dim=1)
-        for key in ("prompts", "prompt_mask")
-    )
-    with torch.no_grad():
-        expected = response_logits(model, sequence, mask, 1, temperature=1.0)[0, 0].softmax(-1)
-    frequencies = torch.bincount(responses[:, 0], minlength=len(TOKENIZER)) / 4000
-    assert (frequencies - expected).abs().max() < 0.04  # five standard deviations
 
 
 def test_values_are_of_the_state_before_each_token(prompts: DataProto) -> None:

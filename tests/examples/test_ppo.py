@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +18,6 @@ import torch
 pytest.importorskip("transformers", reason="the examples extra is not installed")
 
 from examples.ppo import train
-from examples.ppo.__main__ import report
 from examples.ppo.records import Records
 from examples.ppo.settings import Settings
 from examples.ppo.train import (
@@ -32,8 +30,7 @@ from examples.ppo.train import (
     started,
     train_step,
 )
-from examples.ppo.training import mixed_precision, take_weights
-from protocol import DataProto
+from examples.ppo.training import take_weights
 from tests.examples.runs import (
     TOLERANCE,
     check_learned,
@@ -132,11 +129,6 @@ def test_weights_that_are_cut_by_rows_are_put_in_their_places(ranks: int) -> Non
         assert torch.equal(taken.state_dict()[name], value)
 
 
-def test_weights_of_another_shape_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="size"):
-        take_weights(torch.nn.Linear(2, 3), [dict(torch.nn.Linear(2, 5).state_dict())])
-
-
 def through_the_driver(settings: Settings, roles: Any, step: int) -> None:
     """A step in which each call waits, and gives the driver all that it makes."""
     batch = roles["actor"].generate(make_batch(settings, make_tokenizer(settings), step)).get()
@@ -190,17 +182,6 @@ def test_no_prompt_or_response_comes_to_the_driver_or_leaves_it_again(cluster: N
 )
 def test_it_learns_to_sort_from_reward_alone(options: list[str], cluster: None) -> None:
     check_learned(until_good(Settings.parse(options)))
-
-
-@pytest.mark.parametrize(
-    ("precision", "expected"), [("", torch.float32), ("bfloat16", torch.bfloat16)]
-)
-def test_matrix_products_are_as_precise_as_was_asked_for(
-    precision: str, expected: torch.dtype
-) -> None:
-    x = torch.ones(2, 2)
-    with mixed_precision(x.device, precision):
-        assert (x @ x).dtype == expected
 
 
 @pytest.mark.slow
@@ -263,40 +244,6 @@ def test_the_seconds_of_phases_that_overlap_count_once(monkeypatch: pytest.Monke
     expected = {"update critic": 0.25, "values": 0, "update actor": 0.5}
     expected.update({"controller": 0.25, "step": 1})
     assert seconds.summary() == pytest.approx(expected)
-
-
-def test_the_seconds_of_a_rollout_are_those_of_its_slowest_rank_and_of_the_weights_on_their_way(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = iter([10.0, 10.0, 10.125, 11.0])
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock.__next__))
-    seconds = Seconds()
-    with seconds.alone("weights"):
-        pass
-    other_clock = [(1.0, 1.25), (1.0, 1.0), (1.0, 1.5)]  # of another node
-    answers = DataProto.from_dict({"x": torch.zeros(3)}, meta_info={"metrics": {}})
-    answers.meta_info["metrics"]["worked"] = other_clock
-    seconds.batch("generate", answers, of_rollout=True)
-    seconds.metrics("update actor", [{"worked": (10.625, 10.75)}])
-    expected = {"update actor": 0.125, "weights": 0.125, "generate": 0.5}
-    assert seconds.summary() == pytest.approx({**expected, "controller": 0.25, "step": 1})
-
-
-def test_a_run_that_went_on_in_another_placement_is_summed_up_with_the_phases_of_both(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = Records(replace(UNEVEN, output=str(tmp_path)))
-    line = {"reward": 0.5, "kl": 0.0, "tokens_per_second": 1.0, "driver_bytes": 1}
-    apart = {"generate": 1.0, "weights": 2.0, "controller": 1.0, "step": 4.0}
-    colocated = {"generate": 1.0, "controller": 3.0, "step": 4.0}
-    for step, seconds in enumerate([colocated, apart, colocated]):
-        records.add({**line, "step": step, "seconds": seconds})
-    report(records)
-    table = re.findall(r"^(\w+) +[\d.]+ +([\d.]+)%$", capsys.readouterr().out, re.MULTILINE)
-    assert [phase for phase, _ in table] == ["generate", "controller", "weights", "step"]
-    assert [float(share) for _, share in table] == pytest.approx([25, 58.3, 16.7, 100])
-    records.draw()
-    assert (tmp_path / "progress.png").exists()
 
 
 def test_a_run_does_not_write_over_another_or_go_on_with_other_settings(tmp_path: Path) -> None:

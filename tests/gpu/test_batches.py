@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from protocol.device_memory import _CHUNK, _pinned, to_host
-from single_controller import SharedMemoryWriteError, SingleControllerError
+from single_controller import SharedMemoryWriteError
 from single_controller.ray import (
     RayClassWithInitArgs,
     RayResourcePool,
@@ -139,16 +139,6 @@ def test_a_write_into_what_another_process_is_reading_is_found_out(team: Any, re
         team.producer.write_kept()
     busy.result()
     assert team.producer.write_kept() == [None, None]
-
-
-def test_what_nobody_redeemed_is_given_back_too(team: Any, shared_card: RayResourcePool) -> None:
-    before = sum(team.producer.allocated())
-    with RayWorkerGroup(shared_card, RayClassWithInitArgs(Consumer)) as other:
-        future = team.producer.big(rows(2))
-        with pytest.raises(SingleControllerError):
-            other.look(future)  # "half" is not there
-        del future
-    assert eventually(lambda: sum(team.producer.allocated()) <= before + ANCHOR)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (16 << 20) + 1, (96 << 20) + 5])

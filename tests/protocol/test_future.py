@@ -388,16 +388,3 @@ class TestOrigins:
                 for shard in lazy.shards(parts, "balanced"):
                     assert len(list(origins([shard.resolved()]))) <= 2
             assert len(asked) <= 10 * parts
-
-    def test_a_shard_whose_rows_are_known_takes_along_only_the_sources_that_have_them(self) -> None:
-        whole = DataProtoFuture([future(2, 3, 1), future(2), *produce(0)])
-        shards = [*whole.shards(4, "balanced"), *whole.select("ids").shards(4, "balanced")]
-        assert {len(list(origins([copied(shard)]))) for shard in shards} == {5}
-        assert len(whole) == len(shards[-1]) * 4
-        for shard, count in zip(shards, [1, 1, 2, 1] * 2, strict=True):
-            expected = ids(shard.get())
-            assert len(list(origins([copied(shard)]))) == count
-            assert ids(copied(shard).get()) == expected
-        chunks = whole.chunk(3)
-        with pytest.raises(ChunkError, match="only support equal chunk"):
-            len(copied(chunks[0]))
