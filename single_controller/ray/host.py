@@ -36,7 +36,7 @@ from single_controller.errors import WorkerDiedError, WorkerError
 from single_controller.ray.failure import CallDroppedError
 from single_controller.ray.message import Head, Packer, opened, packed_value, read
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, identify, log_tail
-from single_controller.ray.shelf import Kept, Shelf, Untouched, in_thread
+from single_controller.ray.shelf import Home, Kept, Untouched, check_lent, in_thread
 from single_controller.ray.stream import Offer, made, reading_pairs
 
 __all__ = ["AsyncHost", "Host", "HostInfo", "HostPlace"]
@@ -85,7 +85,7 @@ class Host:
     """
 
     def __init__(self) -> None:
-        self._shelf = Shelf()
+        self._shelf: dict[Home, Kept] = {}
         self._rendezvous: Rendezvous | None = None  # of rank 0
         self._padding = os.environ.get(AUTO_PADDING)
         self._ending: WorkerDiedError | None = None  # why this process is about to end
@@ -175,12 +175,11 @@ class Host:
     def call(self, arrived: Any = None) -> Any:
         """Run one method of one role."""
         head, message, parts = self._opened(arrived)
-        place = self._shelf.open(head.keeps) if head.keeps is not None else None
+        place = self._shelf.setdefault(head.keeps, Kept()) if head.keeps is not None else None
         try:
-            began = now_ns()
-            kept, rank = self._claimed(head), self._context.rank
+            began, rank = now_ns(), self._context.rank
             with reading_pairs() if parts else _NO_PAIRS as opened:
-                args, kwargs = read(head, message, parts, kept, rank, opened)
+                args, kwargs = read(head, message, parts, self._shelf, rank, opened)
                 read_ns = began, now_ns()
                 if self._turns.any:
                     self._turns.take(head.role)
@@ -188,7 +187,7 @@ class Host:
                 with running(head.mark, head.title, read_ns) if head.mark else _UNTRACED:
                     output = getattr(self._workers[head.role], head.method)(*args, **kwargs)
             if head.lent:
-                self._shelf.check_lent(head.lent, head.title)
+                check_lent(self._shelf, head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             if place is not None:
@@ -197,25 +196,29 @@ class Host:
         finally:
             _settle()
 
-    def _claimed(self, head: Head) -> Mapping[tuple[str, int], Kept]:
-        return self._shelf.claim(head.claims) if head.claims else {}
+    def _kept(self, home: Home) -> Kept:
+        """A result that is there or will be, or an empty one of a call that was never begun."""
+        if (kept := self._shelf.get(home)) is None:
+            kept = Kept()
+            kept.fail()
+        return kept
 
     @ray.method(num_returns=2)
     def publish(
-        self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
+        self, home: Home, columns: Any, lends: bool, wanted: list[Any] | None, turn: Any
     ) -> tuple[Message | None, int]:
         """The batch of a call, or some columns of it, for shared memory, and how many bytes that
         takes. `wanted` refers to whether anyone needs it, `None` says so. `lends`: memory on a
         device is lent instead, until the release.
         """
-        kept = self._shelf.publication(token)
+        kept = self._kept(home)
         return kept.published(columns, lends) if _is_needed(wanted) else (None, 0)
 
-    def stream(self, token: str, offer: Offer, turn: Any) -> int:
+    def stream(self, home: Home, offer: Offer, turn: Any) -> int:
         """Make what a method yields, for those that read it now; the bytes that moved."""
-        kept, reply, title = self._shelf.publication(token), None, ""
+        reply, title = None, ""
         try:
-            pairs, title = kept.pairs()
+            pairs, title = self._kept(home).pairs()
             if self._turns.any:
                 self._turns.take(title.rpartition(".")[0])
             steps = made(pairs, title, offer)
@@ -235,9 +238,9 @@ class Host:
         """By list of futures, the same made of nothing that is not read."""
         return _each(_resolved(message))
 
-    def release(self, token: str, publications: int, turn: Any) -> None:
-        """Let go of a result; calls that were sent before this have read it."""
-        self._shelf.release(token, publications)
+    def release(self, home: Home, turn: Any) -> None:
+        """Let go of a result. What was sent before this has it."""
+        self._shelf.pop(home, None)
 
     def _opened(self, arrived: Any) -> tuple[Head, Any, Sequence[Any]]:
         if self._ending is not None:
@@ -330,12 +333,12 @@ class AsyncHost(Host):
 
     async def call(self, arrived: Any = None) -> Any:
         head, message, parts = self._opened(arrived)
-        place = self._shelf.open(head.keeps) if head.keeps is not None else None
+        place = self._shelf.setdefault(head.keeps, Kept()) if head.keeps is not None else None
         interleaves, run = False, None
         try:
             await self._turn(head.turn)
-            # What is here is claimed now: its release may have the next turn.
-            kept = self._claimed(head)
+            # As the shelf is now: the release of what is to be read may have the next turn.
+            kept = {**self._shelf} if parts else {}
             method = getattr(self._workers[head.role], head.method)
             run = self._run(method, head, message, parts, kept, place)
             interleaves = inspect.iscoroutinefunction(method)
@@ -361,7 +364,7 @@ class AsyncHost(Host):
         head: Head,
         message: Any,
         parts: Sequence[Any],
-        kept: Mapping[tuple[str, int], Kept],
+        kept: dict[Home, Kept],
         place: Kept | None,
     ) -> Any:
         began, rank = now_ns(), self._context.rank
@@ -371,30 +374,34 @@ class AsyncHost(Host):
                     args, kwargs = await in_thread(read, head, message, parts, kept, rank, opened)
                 else:
                     args, kwargs = read(head, message, parts, kept, rank, opened)
+                kept.clear()
                 read_ns = began, now_ns()
                 untouched = Untouched(args, kwargs) if head.reads_only else None
                 with running(head.mark, head.title, read_ns):
                     output = method(*args, **kwargs)
                     output = await output if inspect.isawaitable(output) else output
             if head.lent:
-                self._shelf.check_lent(head.lent, head.title)
+                check_lent(self._shelf, head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         finally:
             _settle()
 
     @ray.method(num_returns=2)
     async def publish(
-        self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
+        self, home: Home, columns: Any, lends: bool, wanted: list[Any] | None, turn: Any
     ) -> tuple[Message | None, int]:
-        kept = self._shelf.publication(token)
+        await self._turn(turn)
+        self._end_turn(turn)
+        kept = self._kept(home)
         await kept.made.wait()
         needed = wanted is None or await in_thread(_is_needed, wanted)
         return kept.published(columns, lends) if needed else (None, 0)
 
-    async def stream(self, token: str, offer: Offer, turn: Any) -> int:  # type: ignore[override]
-        kept, reply, title = self._shelf.publication(token), None, ""
+    async def stream(self, home: Home, offer: Offer, turn: Any) -> int:  # type: ignore[override]
+        reply, title = None, ""
         try:
             await self._turn(turn)
+            kept = self._kept(home)
             await kept.made.wait()
             pairs, title = kept.pairs()
             steps = made(pairs, title, offer)
@@ -414,10 +421,10 @@ class AsyncHost(Host):
     async def resolve(self, message: Message) -> Any:
         return _each(await in_thread(_resolved, message))
 
-    async def release(self, token: str, publications: int, turn: Any) -> None:  # type: ignore[override]
+    async def release(self, home: Home, turn: Any) -> None:  # type: ignore[override]
         await self._turn(turn)
         self._end_turn(turn)
-        self._shelf.release(token, publications)
+        self._shelf.pop(home, None)
 
     async def restore(self) -> None:  # type: ignore[override]
         for role, hook in restore_hooks(self._workers):

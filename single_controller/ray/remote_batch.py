@@ -30,10 +30,10 @@ that reads them, or is refused if it reads any. Two streams of one process are m
 other; that all ranks read them in this order is left to the user, and so are drivers that pass
 pairs to and fro between the same groups at the same time.
 
-A host on an event loop runs more than its first task at a time, and waits for no more: a call's
-turn comes after earlier calls have started, what waits for others does so in threads of their own,
-and only calls, releases and the tasks that make pairs have a turn. A method that reads pairs in the
-loop itself stops it meanwhile: what makes them must not wait for what is awaited there.
+A host on an event loop runs more than its first task at a time, and waits for no more: the turn of
+a task comes after what was sent before has started, and what waits for others does so in threads of
+their own. A method that reads pairs in the loop itself stops it meanwhile: what makes them must not
+wait for what is awaited there.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ from single_controller.ray.failure import (
 from single_controller.ray.hosts import RayHosts, later
 from single_controller.ray.message import LARGE, SMALL, Answer, Head, Packer, sealed
 from single_controller.ray.placement import check_started
-from single_controller.ray.shelf import Kept
+from single_controller.ray.shelf import Home, Kept
 from single_controller.ray.stream import Offer, Pairs, borrowed, made_here
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
                     rank in answering,
                     request.opens,
                     hosts.turn(rank),
-                    made.token if request.deferred and rank in answering else None,
-                    tuple(routes.claims.get(rank, ())),
+                    (made.token, rank) if request.deferred and rank in answering else None,
                     mark(request.record.number, hosts) if request.record.number else None,
                     padding,
                     request.bucket_bytes is not None and request.deferred,
@@ -323,11 +322,11 @@ class RemoteCall(Pending):
     def _publication(
         self, rank: int, columns: Columns, lends: bool, wanted: list[Any] | None = None
     ) -> Any:
-        hosts, hold = self.hosts, self._hold
-        assert hold is not None
-        hold.publications[rank] += 1
-        publish = hosts.handles[rank].publish
-        batch, size = publish.remote(hold.token, columns, lends, wanted)
+        hosts = self.hosts
+        with hosts.sending_a_call() as refs:
+            publish, turn = hosts.handles[rank].publish, hosts.turn(rank)
+            batch, size = publish.remote((self.token, rank), columns, lends, wanted, turn)
+            refs.append(batch)
         self._moves(size)
         return batch
 
@@ -347,13 +346,12 @@ class RemoteCall(Pending):
 
     def stream(self, rank: int, offer: Offer) -> Any:
         """Have a rank make what it yields for others; the reference to its task."""
-        hosts, hold = self.hosts, self._checked_hold()
-        hold.publications[rank] += 1
-        with hosts.sending:
+        hosts = self.hosts
+        with hosts.sending_a_call() as refs:
             make = hosts.handles[rank].stream
-            ref = make.remote(hold.token, offer, hosts.turn(rank))
-        self._moves(ref)
-        return ref
+            refs.append(make.remote((self.token, rank), offer, hosts.turn(rank)))
+        self._moves(refs[0])
+        return refs[0]
 
     def can_lend(self, rank: int, hosts: RayHosts, readers: Iterable[int]) -> bool:
         """Whether all these ranks of some hosts can map device memory of a rank's batch."""
@@ -401,7 +399,7 @@ class _Hold:
     def __init__(self, hosts: RayHosts, token: str, request: Request) -> None:
         self._hosts, self.token = hosts, token
         self.habit = request.role, request.method
-        self.publications = dict.fromkeys(request.answers, 0)  # by rank: how many tasks were sent
+        self._ranks = request.answers
         self.published: dict[tuple[int, Columns, bool], Any] = {}
         self.sizes: list[Any] = []  # of publications: references to bytes, not counted yet
         self._lock = threading.Lock()
@@ -422,8 +420,8 @@ class _Hold:
             threading.Thread(target=self._release_after, daemon=True).start()
             return
         with hosts.sending:
-            for rank, count in self.publications.items() if not hosts.ended else ():
-                hosts.handles[rank].release.remote(self.token, count, hosts.turn(rank))
+            for rank in self._ranks if not hosts.ended else ():
+                hosts.handles[rank].release.remote((self.token, rank), hosts.turn(rank))
 
     def lend(self, refs: Iterable[Any]) -> None:
         """Note calls that borrow."""
@@ -509,7 +507,7 @@ class RemoteBatch:
         return self.made if isinstance(self.made, RemoteCall) else None
 
     @property
-    def home(self) -> tuple[str, int]:
+    def home(self) -> Home:
         """By what its process finds it."""
         return self.token, self.site.rank
 
@@ -710,7 +708,6 @@ class _Routes:
         request: Request,
         began: float,
     ) -> None:
-        self.claims: dict[int, dict[tuple[str, int], None]] = {}  # by rank: what it has itself
         self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
         self.streams: list[tuple[RemoteBatch, Offer, int | None]] = []  # and who reads its own
         self._parts: dict[int, Any] = {}  # by id of what is sent: its futures
@@ -771,8 +768,6 @@ class _Routes:
                 offers[key] = self._stream(batch)
                 continue
             here = call.hosts is hosts and number.get(rank) in readers[key]
-            if here:
-                self.claims.setdefault(rank, {})[batch.home] = None
             others = partial(self._others, readers[key], rank if here else None)
             if next(others(), None) is None and not keeps:
                 continue
@@ -805,8 +800,6 @@ class _Routes:
         ranks = {reader for i in passed for reader in self._called[i][1]}
         here = rank if call.hosts is self._hosts and rank in ranks else None
         others = tuple(sorted(ranks - {here}))
-        if here is not None:
-            self.claims.setdefault(rank, {})[batch.home] = None
         lends = bool(others) and call.can_lend(rank, self._hosts, others)
         offer = Offer(batch.home, call.hosts.relay() if others else None, others, size, lends)
         self.streams.append((batch, offer, here))

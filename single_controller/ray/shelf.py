@@ -12,9 +12,9 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from single_controller.base.message import Message, how_to_read, is_packed
 from single_controller.base.trace import Event, note, now_ns
@@ -24,7 +24,11 @@ from single_controller.ray.message import LARGE, Answer, Packer
 if TYPE_CHECKING:
     from protocol.wire import Reading
 
-__all__ = ["Kept", "Shelf", "Untouched", "in_thread", "version"]
+__all__ = ["Home", "Kept", "Untouched", "check_lent", "in_thread", "version"]
+
+
+# The token of a call, and the rank whose result it is, as the caller numbers it.
+Home: TypeAlias = "tuple[str, int]"
 
 
 class _Keeping(Packer):
@@ -43,8 +47,6 @@ class Kept:
 
     def __init__(self) -> None:
         self.made = asyncio.Event()
-        self.publications = 0  # tasks that have come to publish it
-        self.last: int | None = None  # as many are to come before it can go
         self._batch: Any = None
         self._value: Message | None = None  # that is no batch, and `held` its tensors
         self._pairs: Any = None  # a generator's, which are not made yet
@@ -269,51 +271,16 @@ def _tensors(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _tensors(item, f"{path}[{key!r}]")
 
 
-class Shelf:
-    """A host's results, by the token of their call."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Kept] = {}
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def open(self, token: str) -> Kept:
-        """The place of a result that is there, or will be."""
-        return self._kept.setdefault(token, Kept())
-
-    def claim(self, keys: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Kept]:
-        """What a call is going to read, by token and rank. It outlives its release."""
-        return {key: self._kept[key[0]] for key in keys if key[0] in self._kept}
-
-    def check_lent(self, tokens: Iterable[str], title: str) -> None:
-        """Raise SharedMemoryWriteError where the method `title` wrote into what others may have
-        been reading.
-        """
-        for kept in [self._kept[token] for token in tokens if token in self._kept]:
-            if kept.written:
-                raise SharedMemoryWriteError(
-                    f"{title} has written into what {kept.title} returned, and another process "
-                    "may have been reading it: wait for the calls that read it first"
-                )
-
-    def publication(self, token: str) -> Kept:
-        """The same for a task that publishes."""
-        kept = self.open(token)
-        kept.publications += 1
-        self._drop(token)
-        return kept
-
-    def release(self, token: str, publications: int) -> None:
-        """Let go of a result, after so many publications, which may come in any order."""
-        if token in self._kept:
-            self._kept[token].last = publications
-            self._drop(token)
-
-    def _drop(self, token: str) -> None:
-        kept = self._kept[token]
-        if kept.last is not None and kept.publications >= kept.last:
-            del self._kept[token]
+def check_lent(shelf: Mapping[Home, Kept], tokens: Collection[str], title: str) -> None:
+    """Raise SharedMemoryWriteError where the method `title` wrote into what others may have been
+    reading.
+    """
+    for (token, _), kept in shelf.items():
+        if token in tokens and kept.written:
+            raise SharedMemoryWriteError(
+                f"{title} has written into what {kept.title} returned, and another process "
+                "may have been reading it: wait for the calls that read it first"
+            )
 
 
 async def in_thread(function: Callable[..., Any], *args: Any) -> Any:

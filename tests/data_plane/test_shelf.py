@@ -1,4 +1,4 @@
-"""A host's shelf: what is on it, for how long, and that nobody changes it unseen."""
+"""What stays in a process is not changed unseen, and who waits there holds nobody up."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tensordict import TensorDict
 
 from protocol import DataProto
 from single_controller import SharedMemoryWriteError
-from single_controller.ray.shelf import Kept, Shelf, in_thread
-from tests.data_plane.stage import batch, xs
+from single_controller.ray.shelf import Kept, in_thread
+from tests.data_plane.stage import xs
 
 
 def kept(data: DataProto | TensorDict) -> Kept:
@@ -22,36 +22,12 @@ def kept(data: DataProto | TensorDict) -> Kept:
     return place
 
 
-def test_a_result_goes_with_the_last_publication_in_whatever_order_they_come() -> None:
-    shelf = Shelf()
-    assert shelf.open("call:0").keep(batch(3), "actor.make") == 3
-    shelf.publication("call:0")
-    shelf.release("call:0", 2)
-    assert len(shelf) == 1
-    shelf.publication("call:0")
-    assert len(shelf) == 0
-    shelf.release("call:0", 2)  # once more is no error
-    shelf.open("call:0").keep(batch(3), "actor.make")
-    shelf.release("call:0", 0)
-    assert len(shelf) == 0
-    assert Kept().keep("no batch", "actor.make") is None
-
-
 def test_what_was_not_made_is_published_as_nothing_and_no_error_that_nobody_reads() -> None:
     failed = Kept()
     failed.fail()
     assert failed.published(None, lends=False) == (None, 0)
     with pytest.raises(RuntimeError, match="failed or was dropped"):
         failed.batch()
-
-
-def test_what_was_claimed_outlives_its_release() -> None:
-    shelf = Shelf()
-    shelf.open("call:0").keep(batch(3), "actor.make")
-    claims = shelf.claim([("call:0", 1), ("call:1", 1)])
-    shelf.release("call:0", 0)
-    assert [*claims] == [("call:0", 1)]
-    assert xs(claims["call:0", 1].batch()) == [0, 1, 2]
 
 
 def test_a_maker_may_write_on_in_the_arrays_that_it_returned() -> None:

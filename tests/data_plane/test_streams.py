@@ -38,9 +38,9 @@ from single_controller.ray import (
     colocate,
     stream,
 )
+from single_controller.ray.host import AsyncHost, Host
 from single_controller.ray.placement import dead
 from single_controller.ray.remote_batch import RemoteCall
-from single_controller.ray.shelf import Shelf
 from tests.waiting import eventually, once_taken
 
 ALL: dict[str, Any] = {"dispatch_mode": Dispatch.ONE_TO_ALL}
@@ -229,7 +229,7 @@ class Streams(Worker):
     def kept(self) -> tuple[int, int]:
         found = gc.get_objects()
         made = [o for o in found if inspect.isgenerator(o) and o.gi_code.co_name == "weights"]
-        return sum(len(o) for o in found if isinstance(o, Shelf)), len(made)
+        return sum(len(o._shelf) for o in found if isinstance(o, AsyncHost | Host)), len(made)
 
 
 class Lived:
