@@ -33,7 +33,6 @@ _Pair: TypeAlias = "tuple[str, Any]"
 _Key: TypeAlias = "tuple[str, int]"
 _Watched: TypeAlias = "tuple[CallSite, list[Any]]"  # a call, and its reference, which stays one
 
-
 _LATE = 100  # streams that have ended: what was sent before may come after
 
 
@@ -52,12 +51,17 @@ class Offer:
 
 class _Stream:
     def __init__(self) -> None:
-        self.buckets: dict[int, Any] = {}
+        self.buckets: dict[int, Any] = {}  # None behind the last
         self.done: dict[int, int] = defaultdict(int)  # by reader: with how many buckets
         self.gone: set[int] = set()  # readers that have finished
         self.over = False
         self.error: Exception | None = None
         self.changed = asyncio.Condition()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all has been made."""
+        return None in self.buckets.values()
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with self.changed:
@@ -65,8 +69,7 @@ class _Stream:
             await self.changed.wait_for(holds)
 
     def end(self, error: Exception | None = None) -> None:
-        if self.error is None:
-            self.error, self.over = error, True
+        self.error, self.over = self.error or error, True
 
 
 class _Relay:
@@ -79,7 +82,9 @@ class _Relay:
         self._ended: deque[_Key] = deque()
 
     async def give(self, key: _Key, at: int, bucket: Any, readers: Sequence[int]) -> bool:
-        """Leave bucket number `at`, and wait for room for the next; whether anyone wants that."""
+        """Leave bucket number `at`, None behind the last, and wait for room for the next; whether
+        anyone wants that.
+        """
         stream = self._streams[key]
         stream.buckets[at] = bucket
 
@@ -106,17 +111,6 @@ class _Relay:
             raise stream.error
         return stream.buckets.get(at)
 
-    async def end(self, key: _Key, count: int, readers: Sequence[int]) -> None:
-        """There were so many buckets; wait until readers are done with all of them."""
-        stream = self._streams[key]
-        stream.end()
-        await stream.until(
-            lambda: (
-                stream.error is not None
-                or all(r in stream.gone or stream.done[r] >= count for r in readers)
-            )
-        )
-
     async def watch(
         self, offer: Offer, maker: _Watched | None, readers: Sequence[_Watched]
     ) -> None:
@@ -131,7 +125,7 @@ class _Relay:
                 site, error = left.pop(ref), await in_thread(raised, ref)
                 if ref in reading:
                     stream.gone.add(reading[ref])
-                elif not (error or stream.over or stream.gone >= {*offer.readers}):
+                elif not (error or stream.over or stream.gone >= {*offer.readers} or stream.whole):
                     error = RuntimeError(
                         "it has ended, and not made all that other ranks read, too"
                     )
@@ -225,7 +219,7 @@ def made(
             before = bucket
             if not (others or here):
                 return moved
-    yield [], offer.at.end.remote(offer.key, count, offer.readers) if others else None
+    yield [], offer.at.give.remote(offer.key, count, None, offer.readers) if others else None
     if before is not None:
         before.check()
     return moved
