@@ -20,7 +20,6 @@ from ray.exceptions import RayTaskError
 
 from single_controller.base.dispatch import AUTO_PADDING
 from single_controller.base.message import Message, checked_output
-from single_controller.base.plan import origins
 from single_controller.base.roles import RoleSpec, build_roles, restore_hooks
 from single_controller.base.trace import Event, harvest, note, now_ns, running
 from single_controller.base.worker import (
@@ -34,7 +33,7 @@ from single_controller.base.worker import (
 from single_controller.device import DeviceKind, Turns, get_torch_device
 from single_controller.errors import WorkerDiedError, WorkerError
 from single_controller.ray.failure import CallDroppedError
-from single_controller.ray.message import Head, Packer, opened, packed_value, read
+from single_controller.ray.message import Head, opened, packed_value, read
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, identify, log_tail
 from single_controller.ray.shelf import Home, Kept, Untouched, check_lent, in_thread
 from single_controller.ray.stream import Offer, made, reading_pairs
@@ -230,13 +229,9 @@ class Host:
             role, _, method = title.rpartition(".")
             raise self._failure(role, method, error) from None
 
-    def weigh(self, message: Message) -> Any:
-        """By batch, whether any rank but the one that made it reads rows of it."""
-        return _each(_read_elsewhere(message))
-
-    def resolve(self, message: Message) -> Any:
-        """By list of futures, the same made of nothing that is not read."""
-        return _each(_resolved(message))
+    def sort_out(self, message: Message) -> Any:
+        """Who reads what, for all ranks of a call: see `remote_batch`."""
+        return _sorted_out(message)
 
     def release(self, home: Home, turn: Any) -> None:
         """Let go of a result. What was sent before this has it."""
@@ -415,11 +410,8 @@ class AsyncHost(Host):
         finally:
             self._end_turn(turn)
 
-    async def weigh(self, message: Message) -> Any:
-        return _each(await in_thread(_read_elsewhere, message))
-
-    async def resolve(self, message: Message) -> Any:
-        return _each(await in_thread(_resolved, message))
+    async def sort_out(self, message: Message) -> Any:
+        return await in_thread(_sorted_out, message)
 
     async def release(self, home: Home, turn: Any) -> None:  # type: ignore[override]
         await self._turn(turn)
@@ -505,25 +497,9 @@ def _is_needed(wanted: list[Any] | None) -> bool:
     return False
 
 
-def _read_elsewhere(message: Message) -> list[bool]:
-    readers, keys = message.read()
-    needed = set()
-    for ranks, futures in readers:
-        for origin in origins([future.resolved() for future in futures]):
-            key = getattr(origin, "key", None)
-            if key is not None and ranks != [key[1]]:
-                needed.add(key)
-    return [key in needed for key in keys]
-
-
-def _resolved(message: Message) -> list[Message]:
-    lists = message.read()
-    return [Message.of([future.resolved() for future in futures], Packer) for futures in lists]
-
-
-def _each(found: list[Any]) -> Any:
-    """As Ray wants what a task returns one by one."""
-    return found if len(found) > 1 else found[0]
+def _sorted_out(message: Message) -> Any:
+    found = message.read()()
+    return found if len(found) > 1 else found[0]  # as Ray wants what a task returns one by one
 
 
 def _node_ip() -> str:

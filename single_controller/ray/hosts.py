@@ -78,7 +78,7 @@ class RayHosts(Generation):
         # Held for `broken`, `_running` and `_lent`, never while waiting.
         self._noting = threading.Lock()
         self._relay: Any = None
-        self._lent: list[Any] = []  # results in device memory that other processes read
+        self._lent: dict[str, list[Any]] = {}  # see `lent`
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
         if _started.acquire(blocking=False):  # here, since no garbage collection may start it
@@ -155,17 +155,19 @@ class RayHosts(Generation):
         self._turns[rank] = number + 1
         return self._caller, number
 
-    def lend(self, loan: Any) -> None:
-        """Note what calls that may not have ended read in the memory of these hosts."""
+    def lend(self, token: str, refs: Sequence[Any]) -> None:
+        """Note calls that read results in the device memory of these hosts."""
         with self._noting:
-            if loan not in self._lent:
-                self._lent.append(loan)
+            self._lent[token] = [*dict.fromkeys([*self._lent.get(token, ()), *refs])]
 
-    def lent(self) -> tuple[str, ...]:
-        """The tokens of results that calls read there which have not ended."""
+    def lent(self) -> dict[str, list[Any]]:
+        """By token of results, the calls that read them there and have not ended."""
         with self._noting:
-            self._lent = [loan for loan in self._lent if loan.lasts()]
-            return tuple([loan.token for loan in self._lent])
+            for token, refs in [*self._lent.items()]:
+                _, left = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+                self._lent[token] = left
+            self._lent = {token: refs for token, refs in self._lent.items() if refs}
+            return dict(self._lent)
 
     def relay(self) -> Any:
         """The relay of what its ranks send in buckets."""
