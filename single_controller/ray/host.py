@@ -176,9 +176,9 @@ class Host:
         head, message, parts = self._opened(arrived)
         place = self._shelf.setdefault(head.keeps, Kept()) if head.keeps is not None else None
         try:
-            began, rank = now_ns(), self._context.rank
+            began = now_ns()
             with reading_pairs() if parts else _NO_PAIRS as opened:
-                args, kwargs = read(head, message, parts, self._shelf, rank, opened)
+                args, kwargs = read(head, message, parts, self._shelf, self._process, opened)
                 read_ns = began, now_ns()
                 if self._turns.any:
                     self._turns.take(head.role)
@@ -362,13 +362,14 @@ class AsyncHost(Host):
         kept: dict[Home, Kept],
         place: Kept | None,
     ) -> Any:
-        began, rank = now_ns(), self._context.rank
+        began = now_ns()
         try:
             with reading_pairs() if parts else _NO_PAIRS as opened:
+                reading = head, message, parts, kept, self._process, opened
                 if parts or not isinstance(message, Message) or message.held:
-                    args, kwargs = await in_thread(read, head, message, parts, kept, rank, opened)
+                    args, kwargs = await in_thread(read, *reading)
                 else:
-                    args, kwargs = read(head, message, parts, kept, rank, opened)
+                    args, kwargs = read(*reading)
                 kept.clear()
                 read_ns = began, now_ns()
                 untouched = Untouched(args, kwargs) if head.reads_only else None

@@ -123,11 +123,11 @@ def read(
     message: Any,
     parts: Sequence[Any],
     kept: Mapping[tuple[str, int], Any],
-    rank: int,
+    reader: Any,
     opened: list[Any],
 ) -> tuple[list[Any], dict[str, Any]]:
-    """A call's arguments on a rank, all here; `kept` are the results of this process, and `opened`
-    gets the iterators.
+    """A call's arguments, all here. `kept` are the results of this process, which iterators know as
+    the `reader`, and `opened` gets these.
 
     Raises:
         What reading them raises.
@@ -146,7 +146,7 @@ def read(
         late = [one for part in read_parts if isinstance(part, list) for one in part]
         for origin in origins(late):
             if hasattr(origin, "home"):
-                origin.kept, origin.reader, origin.opened = kept.get(origin.home), rank, opened
+                origin.kept, origin.reader, origin.opened = kept.get(origin.home), reader, opened
         return arguments(message, read_parts, arrived)
 
 

@@ -78,6 +78,7 @@ from single_controller.ray.failure import (
 from single_controller.ray.hosts import RayHosts, later
 from single_controller.ray.message import LARGE, SMALL, Answer, Head, Packer, sealed
 from single_controller.ray.placement import check_started
+from single_controller.ray.process import ProcessInfo
 from single_controller.ray.shelf import Home, Kept
 from single_controller.ray.stream import Offer, Pairs, borrowed, made_here
 
@@ -433,7 +434,7 @@ class RemoteBatch:
         self.token, self.site, self.made, self.at = token, site, made, at
         self._rows, self.offer, self.columns = rows, offer, columns
         self.kept: Kept | None = None
-        self.reader = -1  # the rank that reads it, in the process where it is
+        self.reader: ProcessInfo | None = None  # where it is read
         self.opened: list[Pairs] | None = None  # by the call that reads it
         self.session: Any = None  # in which it was pinned
 
@@ -532,6 +533,7 @@ class RemoteBatch:
         if self.opened is None:
             raise SendError(f"what {self.title} yields was passed twice, and can be read once")
         if self.kept is None:
+            assert self.reader is not None
             found = borrowed(offer, self.reader, how_to_read())
         else:
             found = made_here(*self.kept.pairs(), offer, how_to_read())
@@ -641,7 +643,8 @@ class _Routes:
         request: Request,
         known: bool,
     ) -> None:
-        self.streams: list[tuple[RemoteBatch, Offer, int | None]] = []  # and who reads its own
+        # Which, by which ranks of other processes, and whether its own reads it, too.
+        self.streams: list[tuple[RemoteBatch, Offer, tuple[int, ...], bool]] = []
         self._called, self._hosts, self._request = called, hosts, request
         self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
         self._perhaps: list[tuple[RemoteBatch, bool]] = []  # see `_offer`
@@ -721,10 +724,11 @@ class _Routes:
                 f"{self._request.title} is registered with materialize_futures=False, and what "
                 f"{batch.title} yields is read in the call that it is passed to"
             )
+        readers = tuple(self._hosts.infos[other].process for other in others)
         lends = bool(others) and call.can_lend(rank, self._hosts, others)
         relay = call.hosts.relay() if others else None
-        offer = Offer(batch.home, relay, others, call.request.bucket_bytes, lends)
-        self.streams.append((batch, offer, rank if here else None))
+        offer = Offer(batch.home, relay, readers, call.request.bucket_bytes, lends)
+        self.streams.append((batch, offer, others, here))
         return offer
 
     def _check_streams(self) -> None:
@@ -732,17 +736,18 @@ class _Routes:
         with it.
         """
         infos = self._hosts.infos
-        read = {
-            r for _, offer, here in self.streams for r in (*offer.readers, here) if r is not None
+        reading = {
+            infos[rank].process
+            for batch, _, others, here in self.streams
+            for rank in (*others, *([batch.site.rank] if here else ()))
         }
-        reading = {(infos[rank].node_ip, infos[rank].pid) for rank in read}
-        for batch, _, here in self.streams:
-            site = batch.site
-            if here is None and (site.node_ip, site.pid) in reading:
+        for batch, _, _, here in self.streams:
+            assert batch.call is not None
+            if not here and batch.call.hosts.infos[batch.site.rank].process in reading:
                 raise SendError(
-                    f"rank {site.rank} of {batch.title} is to read what another rank yields, and "
-                    "to make for others what it does not read itself: pass it that, too, or send "
-                    "one call after another"
+                    f"rank {batch.site.rank} of {batch.title} is to read what another rank yields, "
+                    "and to make for others what it does not read itself: pass it that, too, or "
+                    "send one call after another"
                 )
 
     def _others(self, at: Iterable[int], rank: int | None) -> Iterator[int]:
@@ -759,18 +764,21 @@ class _Routes:
         """Within this context readers of streams are sent their call; the makers have theirs."""
         makers: list[Any] = []
         try:
-            for batch, offer, here in self.streams:
+            for batch, offer, _, here in self.streams:
                 assert batch.call is not None
                 batch.call.streamed.add(batch.site.rank)
-                alone = offer.at is None or here is not None
-                makers.append(None if alone else batch.call.stream(batch.site.rank, offer))
+                makers.append(None if here else batch.call.stream(batch.site.rank, offer))
             yield
         finally:
             calls = {s.rank: (s, [ref]) for s, ref in zip(made.sites, made.refs, strict=False)}
-            for (batch, offer, here), ref in zip(self.streams, makers, strict=False):
-                if offer.at is not None:
-                    maker = (batch.site, [ref]) if here is None else calls.get(here)
-                    readers = [calls[rank] for rank in offer.readers if rank in calls]
+            for (batch, offer, others, here), ref in zip(self.streams, makers, strict=False):
+                if others:
+                    maker = calls.get(batch.site.rank) if here else (batch.site, [ref])
+                    readers = {
+                        process: calls[rank]
+                        for process, rank in zip(offer.readers, others, strict=True)
+                        if rank in calls
+                    }
                     offer.at.watch.remote(offer, maker, readers)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,12 +25,12 @@ from single_controller.base.message import Message, checked_pair
 from single_controller.errors import SharedMemoryWriteError
 from single_controller.ray.failure import CallSite, get_ours, raised, translate
 from single_controller.ray.message import SMALL, Packer
-from single_controller.ray.shelf import in_thread, version
+from single_controller.ray.process import ProcessInfo
+from single_controller.ray.shelf import Home, in_thread, version
 
 __all__ = ["Offer", "Pairs", "borrowed", "made", "made_here", "reading_pairs", "relay"]
 
 _Pair: TypeAlias = "tuple[str, Any]"
-_Key: TypeAlias = "tuple[str, int]"
 _Watched: TypeAlias = "tuple[CallSite, list[Any]]"  # a call, and its reference, which stays one
 
 _LATE = 100  # streams that have ended: what was sent before may come after
@@ -38,13 +38,13 @@ _LATE = 100  # streams that have ended: what was sent before may come after
 
 @dataclass(frozen=True)
 class Offer:
-    """By what the maker of a stream and its readers, of these ranks, find each other. `at` is the
-    relay, None where nobody reads it but the maker's own process.
+    """By what the maker of a stream and its readers, in these other processes, find each other.
+    `at` is the relay, None where nobody reads it but the maker's own process.
     """
 
-    key: _Key
+    key: Home
     at: Any
-    readers: tuple[int, ...]
+    readers: tuple[ProcessInfo, ...]
     bucket_bytes: int
     lends: bool
 
@@ -52,8 +52,8 @@ class Offer:
 class _Stream:
     def __init__(self) -> None:
         self.buckets: dict[int, Any] = {}  # None behind the last
-        self.done: dict[int, int] = defaultdict(int)  # by reader: with how many buckets
-        self.gone: set[int] = set()  # readers that have finished
+        self.done: dict[ProcessInfo, int] = defaultdict(int)  # by reader: with how many buckets
+        self.gone: set[ProcessInfo] = set()  # readers that have finished
         self.over = False
         self.error: Exception | None = None
         self.changed = asyncio.Condition()
@@ -78,17 +78,17 @@ class _Relay:
     def __init__(self) -> None:
         # Ray warns of a `ray.get` that would block the loop; the one here waits in a thread.
         ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
-        self._streams: dict[_Key, _Stream] = defaultdict(_Stream)
-        self._ended: deque[_Key] = deque()
+        self._streams: dict[Home, _Stream] = defaultdict(_Stream)
+        self._ended: deque[Home] = deque()
 
-    async def give(self, key: _Key, at: int, bucket: Any, readers: Sequence[int]) -> bool:
+    async def give(self, key: Home, at: int, bucket: Any, readers: Sequence[ProcessInfo]) -> bool:
         """Leave bucket number `at`, None behind the last, and wait for room for the next; whether
         anyone wants that.
         """
         stream = self._streams[key]
         stream.buckets[at] = bucket
 
-        def reading() -> list[int]:
+        def reading() -> list[ProcessInfo]:
             return [] if stream.over else [r for r in readers if r not in stream.gone]
 
         def room() -> bool:
@@ -100,7 +100,7 @@ class _Relay:
         await stream.until(room)
         return bool(reading())
 
-    async def take(self, key: _Key, at: int, reader: int) -> Any:
+    async def take(self, key: Home, at: int, reader: ProcessInfo) -> Any:
         """Bucket number `at`, once it is there, for a reader that is done with those before; None
         behind the last. Raises what ended it.
         """
@@ -112,13 +112,13 @@ class _Relay:
         return stream.buckets.get(at)
 
     async def watch(
-        self, offer: Offer, maker: _Watched | None, readers: Sequence[_Watched]
+        self, offer: Offer, maker: _Watched | None, readers: Mapping[ProcessInfo, _Watched]
     ) -> None:
         """Until these calls have ended, tell the others of each end."""
         stream = self._streams[offer.key]
-        reading = {ref: site.rank for site, [ref] in readers}
-        stream.gone |= {*offer.readers} - {*reading.values()}
-        left = {ref: site for site, [ref] in (*readers, *([maker] if maker else ()))}
+        reading = {ref: reader for reader, (_, [ref]) in readers.items()}
+        stream.gone |= {*offer.readers} - {*readers}
+        left = {ref: site for site, [ref] in (*readers.values(), *([maker] if maker else ()))}
         while left:
             ready, _ = await in_thread(_first, [*left])
             for ref in ready:
@@ -291,7 +291,7 @@ def made_here(pairs: Any, title: str, offer: Offer, how: Any) -> Pairs:
     return Pairs(buckets(), offer.at is not None, copies=how != "view")
 
 
-def borrowed(offer: Offer, reader: int, how: Any) -> Pairs:
+def borrowed(offer: Offer, reader: ProcessInfo, how: Any) -> Pairs:
     """The pairs, in another process.
 
     Raises:
