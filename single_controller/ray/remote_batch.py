@@ -13,22 +13,22 @@ for all of them, when its turn comes: it tells each its own, and before that, wh
 read in their own process as well as elsewhere, it tells their hosts which to publish. So what that
 rank was told before holds up its peers, too.
 
-No order of calls can dead-lock. Put all tasks (calls, publications, and those that sort out who
-reads what) in the order in which the driver sent them. A task waits for earlier tasks in its host's
-queue, for earlier calls whose rows it needs to know, and for what else it reads. All of these were
-sent before it: for a call, first the task that tells what to publish, then the publications that
-wait for it, then the task that tells each rank its own; and all after the calls that make the
-batches. So the first unfinished task waits for nothing.
+No order of calls can dead-lock. Put all tasks (calls, publications, those that sort out who reads
+what) in the order in which the driver sent them. A task waits for earlier ones in its host's queue,
+for earlier calls whose rows it needs to know, and for what else it reads, all of which was sent
+before it: after the calls that make the batches first what tells the hosts which to publish, then
+the publications, then what tells each rank its own, then the call. So the first unfinished task
+waits for nothing.
 
 Pairs that are yielded are made and read at the same time, by tasks that wait for each other. So all
-that is sent for a call that reads what comes later is sent together, under one lock: what must be
-published, then the tasks that make pairs, then the call. Take the first of these calls that has not
-ended. What its tasks find before them in their queues was sent for earlier ones, or waits for
-nothing but its own queue; so all get their turn, and then wait only for each other. None stands
-before another of them: a process that makes pairs for others either makes them in the very call
-that reads them, or is refused if it reads any. Two streams of one process are made one after the
-other; that all ranks read them in this order is left to the user, and so are drivers that pass
-pairs to and fro between the same groups at the same time.
+that a call needs which reads pairs is sent together with it, under one lock: publications, then the
+tasks that make pairs, then the call. Take the first of these calls that has not ended. What its
+tasks find before them in their queues was sent for earlier ones, or waits for nothing but its own
+queue; so all get their turn, and then wait only for each other. None stands before another of them:
+a process that makes pairs for others makes them in the very call that reads them, or is refused if
+it reads any. Two streams of one process are made one after the other; that all ranks read them in
+this order is left to the user, and so are drivers that pass pairs to and fro between the same
+groups at the same time.
 
 A host on an event loop runs more than its first task at a time, and waits for no more: the turn of
 a task comes after what was sent before has started, and what waits for others does so in threads of
@@ -198,11 +198,7 @@ class _Answers:
         return _got(self.refs, timeout_s, self.title, self.sites)
 
     async def arrive(self) -> bool:
-        return await all_arrived(self.refs, self.left(None), self.title, self.ranks)
-
-    def left(self, timeout_s: float | None) -> float | None:
-        """The seconds that a wait may take."""
-        return timeout_s
+        return await all_arrived(self.refs, None, self.title, self.ranks)
 
 
 class RemoteCall(_Answers, Pending):
@@ -237,7 +233,7 @@ class RemoteCall(_Answers, Pending):
         at = {rank: i for i, rank in enumerate(self.ranks)}
         return [at[rank] for rank in self.request.answers]
 
-    def left(self, timeout_s: float | None) -> float | None:
+    def _left(self, timeout_s: float | None) -> float | None:
         """The seconds asked for, or else what is left of the call's own time."""
         if timeout_s is not None or self._deadline is None:
             return timeout_s
@@ -251,7 +247,7 @@ class RemoteCall(_Answers, Pending):
         hosts = self.hosts
         hosts.check_current()
         try:
-            return _got(self.refs, self.left(timeout_s), self.title, self.sites, hosts)
+            return _got(self.refs, self._left(timeout_s), self.title, self.sites, hosts)
         except GetTimeoutError:
             seconds = self.limit if timeout_s is None else timeout_s
             raise hosts.timed_out(
@@ -272,7 +268,7 @@ class RemoteCall(_Answers, Pending):
 
     async def arrive(self) -> bool:
         self.hosts.check_current()
-        return await super().arrive()
+        return await all_arrived(self.refs, self._left(None), self.title, self.ranks)
 
     def done(self) -> bool:
         if self.hosts.gone:
@@ -304,7 +300,7 @@ class RemoteCall(_Answers, Pending):
             raise TypeError(ONLY_PASSED.format(self.request.title))
         what = rank, columns, lends
         if wanted is not None:
-            return self._publication(what, wanted)
+            return self._publication(what, [wanted])
         with self._lock:
             self._asked.add(what)
             self.hosts.read_elsewhere[self.request.role, self.request.method] = self._asked
@@ -317,8 +313,9 @@ class RemoteCall(_Answers, Pending):
         if self.request.deferred:
             read = self.hosts.read_elsewhere.get((self.request.role, self.request.method), ())
             answering = {*self.request.answers}
-            for what in [what for what in [*read] if what[0] in answering]:
-                self.published[what] = self._publication(what)
+            for what in [*read]:
+                if what[0] in answering:
+                    self.published[what] = self._publication(what)
 
     def check_there(self) -> None:
         """Raise GroupBrokenError where the results are gone."""
@@ -329,28 +326,20 @@ class RemoteCall(_Answers, Pending):
                 "Fetch what you need of a future before the group closes"
             )
 
-    def _publication(self, what: _What, wanted: Any = None) -> Any:
-        rank, *how = what
-        batch, size = self._queue(rank, "publish", *how, None if wanted is None else [wanted])
-        self._count(size)
-        return batch
+    def _publication(self, what: _What, wanted: list[Any] | None = None) -> Any:
+        rank, columns, lends = what
+        return self.task("publish", rank, columns, lends, wanted)
 
-    def stream(self, rank: int, offer: Offer) -> Any:
-        """Have a rank make what it yields for others; the reference to its task."""
-        ref = self._queue(rank, "stream", offer)
-        self._count(ref)
-        return ref
-
-    def _queue(self, rank: int, name: str, *args: Any) -> Any:
-        """Put a task about a rank's result into its queue."""
+    def task(self, name: str, rank: int, *args: Any) -> Any:
+        """A reference to what a host does about a rank's result, in its turn. The last that it
+        returns are the bytes that this moves.
+        """
         with self.hosts.sending_a_call() as refs:
             method, turn = getattr(self.hosts.handles[rank], name), self.hosts.turn(rank)
-            refs.append(method.remote((self.token, rank), *args, turn))
+            returned = method.remote((self.token, rank), *args, turn)
+            refs += [returned] if isinstance(returned, ray.ObjectRef) else returned
+        refs[-1].future().add_done_callback(partial(_count_moved, self.record))
         return refs[0]
-
-    def _count(self, size: Any) -> None:
-        """Count the bytes that a task says it has moved, once it does."""
-        size.future().add_done_callback(partial(_count_moved, self.record))
 
     def can_lend(self, rank: int, hosts: RayHosts, readers: Iterable[int]) -> bool:
         """Whether all these ranks of some hosts can map device memory of a rank's batch."""
@@ -767,7 +756,8 @@ class _Routes:
             for batch, offer, _, here in self.streams:
                 assert batch.call is not None
                 batch.call.streamed.add(batch.site.rank)
-                makers.append(None if here else batch.call.stream(batch.site.rank, offer))
+                rank = batch.site.rank
+                makers.append(None if here else batch.call.task("stream", rank, offer))
             yield
         finally:
             calls = {s.rank: (s, [ref]) for s, ref in zip(made.sites, made.refs, strict=False)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import gc
 from pathlib import Path
 from typing import Any
@@ -74,17 +73,6 @@ def test_a_call_that_is_waited_for_has_only_what_it_reads_elsewhere_published(
     assert sent == []
     assert sum(both.two.total(both.one.thin(batch(5)))) == 0 + 1 + 2 + 3
     assert sent == [(0, None, False)]  # rank 0 made three rows of the four, rank 1 reads two
-
-
-def test_a_future_whose_rows_are_known_may_hold_what_only_the_driver_can_import(
-    both: Colocated,
-) -> None:
-    class Key(str, enum.Enum):
-        X = "x"
-
-    made = both.one.step(batch(2))
-    assert len(made) == 2
-    assert sum(both.two.total(made.select([Key.X]))) == 1 + 3
 
 
 def test_a_call_that_waits_for_what_it_reads_is_given_up_after_its_time(both: Colocated) -> None:
@@ -176,13 +164,6 @@ def test_a_future_goes_from_group_to_group_past_the_driver(
     assert sum(three.total(three.step(made))) == sum(4 * x + 3 for x in range(6))
     assert [group.stats().driver_bytes for group in (both.one, three)] == before
     assert both.one.stats()["step"].bytes_between > published
-
-
-def test_rows_that_lie_elsewhere_are_fetched(both: Colocated, three: RayWorkerGroup) -> None:
-    uneven = both.one.thin(batch(5))  # 3 and 1 rows
-    assert xs(both.two.step(uneven).get()) == [1, 3, 5, 7]
-    assert xs(three.step(uneven).get()) == [1, 3, 5, 7]
-    assert xs(both.two.step(three.double(both.one.step(batch(2)))).get()) == [3, 3, 7, 7]
 
 
 def test_a_result_is_let_go_of_when_the_driver_drops_it(both: Colocated) -> None:
