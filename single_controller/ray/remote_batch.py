@@ -334,8 +334,11 @@ class RemoteCall(_Answers, Pending):
         """A reference to what a host does about a rank's result, in its turn. The last that it
         returns are the bytes that this moves.
         """
-        with self.hosts.sending_a_call() as refs:
-            method, turn = getattr(self.hosts.handles[rank], name), self.hosts.turn(rank)
+        hosts = self.hosts
+        # A turn that is taken and lost would hold up the host for ever.
+        sending: Any = contextlib.nullcontext([]) if hosts.ordered else hosts.sending_a_call()
+        with sending as refs:
+            method, turn = getattr(hosts.handles[rank], name), hosts.turn(rank)
             returned = method.remote((self.token, rank), *args, turn)
             refs += [returned] if isinstance(returned, ray.ObjectRef) else returned
         refs[-1].future().add_done_callback(partial(_count_moved, self.record))
