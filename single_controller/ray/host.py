@@ -21,7 +21,6 @@ from ray.exceptions import RayTaskError
 
 from single_controller.base.dispatch import AUTO_PADDING
 from single_controller.base.message import Message, checked_output
-from single_controller.base.plan import origins
 from single_controller.base.roles import ClassWithInitArgs, build_roles, restore_hooks
 from single_controller.base.trace import Event, harvest, note, now_ns, running
 from single_controller.base.worker import (
@@ -34,9 +33,9 @@ from single_controller.base.worker import (
 from single_controller.device import DeviceKind, Turns, get_torch_device
 from single_controller.errors import WorkerDiedError, WorkerError
 from single_controller.ray.failure import CallDroppedError
-from single_controller.ray.message import Head, Packer, opened, packed_value, read
+from single_controller.ray.message import Head, opened, packed_value, read
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, identify, log_tail
-from single_controller.ray.shelf import Kept, Shelf, Untouched, in_thread
+from single_controller.ray.shelf import Home, Kept, Untouched, check_lent, in_thread
 from single_controller.ray.stream import Offer, made, reading_pairs
 
 __all__ = ["AsyncHost", "Host", "HostInfo"]
@@ -83,7 +82,7 @@ class AsyncHost:
     def __init__(self) -> None:
         # Ray warns of a `ray.get` that would block the loop; the ones here wait in threads.
         ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
-        self._shelf = Shelf()
+        self._shelf: dict[Home, Kept] = {}
         self._order = _Order()
         self._rendezvous: Rendezvous | None = None  # of rank 0
         self._padding = os.environ.get(AUTO_PADDING)
@@ -162,24 +161,25 @@ class AsyncHost:
     async def call(self, arrived: Any = None) -> Any:
         """Run one method of one role."""
         head, message, parts = self._opened(arrived)
-        place = self._shelf.open(head.keeps) if head.keeps is not None else None
-        interleaves, on_loop, rank = False, not self.ordered, self._context.rank
+        place = self._shelf.setdefault(head.keeps, Kept()) if head.keeps is not None else None
+        interleaves, on_loop = False, not self.ordered
         try:
             if on_loop:
                 await self._order.begin(head.turn)
             began = now_ns()
-            # What is here is claimed now: its release may have the next turn.
-            kept = self._shelf.claim(head.claims) if head.claims else {}
+            # As the shelf is now: the release of what is to be read may have the next turn.
+            kept = {**self._shelf} if parts else {}
             method = getattr(self._workers[head.role], head.method)
             if on_loop and inspect.iscoroutinefunction(method):
                 interleaves = True
                 self._order.end(head.turn)
             with reading_pairs() if parts else _NO_PAIRS as pairs:
-                reading = head, message, parts, kept, rank, pairs
+                reading = head, message, parts, kept, self._process, pairs
                 if on_loop and (parts or not isinstance(message, Message) or message.held):
                     args, kwargs = await _seen(self._awaiting, in_thread(read, *reading))
                 else:
                     args, kwargs = read(*reading)
+                kept.clear()
                 read_ns = began, now_ns()
                 if self._turns.any:
                     self._turns.take(head.role)
@@ -189,7 +189,7 @@ class AsyncHost:
                     if on_loop and inspect.isawaitable(output):
                         output = await _seen(self._awaiting, output)
             if head.lent:
-                self._shelf.check_lent(head.lent, head.title)
+                check_lent(self._shelf, head.lent, head.title)
             return _outgoing(head, output, place, untouched)
         except BaseException as error:
             if place is not None:
@@ -200,24 +200,34 @@ class AsyncHost:
                 self._order.end(head.turn)
             _settle()
 
+    def _kept(self, home: Home) -> Kept:
+        """A result that is there or will be, or an empty one of a call that was never begun."""
+        if (kept := self._shelf.get(home)) is None:
+            kept = Kept()
+            kept.fail()
+        return kept
+
     @ray.method(num_returns=2)
     async def publish(
-        self, token: str, columns: Any, lends: bool, wanted: list[Any] | None = None
+        self, home: Home, columns: Any, lends: bool, wanted: list[Any] | None, turn: Any
     ) -> tuple[Message | None, int]:
         """The batch of a call, or some columns of it, for shared memory, and how many bytes that
         takes. `wanted` refers to whether anyone needs it, `None` says so. `lends`: memory on a
         device is lent instead, until the release.
         """
-        kept = self._shelf.publication(token)
+        await self._order.begin(turn)
+        self._order.end(turn)
+        kept = self._kept(home)
         await kept.made.wait()
         needed = wanted is None or await _aside(self.ordered, _is_needed, wanted)
         return kept.published(columns, lends) if needed else (None, 0)
 
-    async def stream(self, token: str, offer: Offer, turn: Any) -> int:
+    async def stream(self, home: Home, offer: Offer, turn: Any) -> int:
         """Make what a method yields, for those that read it now; the bytes that moved."""
-        kept, reply, title = self._shelf.publication(token), None, ""
+        reply, title = None, ""
         try:
             await self._order.begin(turn)
+            kept = self._kept(home)
             await kept.made.wait()
             pairs, title = kept.pairs()
             self._turns.take(title.rpartition(".")[0])
@@ -233,19 +243,15 @@ class AsyncHost:
         finally:
             self._order.end(turn)
 
-    async def weigh(self, message: Message) -> Any:
-        """By batch, whether any rank but the one that made it reads rows of it."""
-        return _each(await _aside(self.ordered, _read_elsewhere, message))
+    async def sort_out(self, message: Message) -> Any:
+        """Who reads what, for all ranks of a call: see `remote_batch`."""
+        return await _aside(self.ordered, _sorted_out, message)
 
-    async def resolve(self, message: Message) -> Any:
-        """By list of futures, the same made of nothing that is not read."""
-        return _each(await _aside(self.ordered, _resolved, message))
-
-    async def release(self, token: str, publications: int, turn: Any) -> None:
-        """Let go of a result; calls that were sent before this have read it."""
+    async def release(self, home: Home, turn: Any) -> None:
+        """Let go of a result. What was sent before this has it."""
         await self._order.begin(turn)
         self._order.end(turn)
-        self._shelf.release(token, publications)
+        self._shelf.pop(home, None)
 
     def drop(self, turn: tuple[str, int]) -> None:
         """Do not run a call whose turn has not come."""
@@ -377,8 +383,7 @@ class Host(AsyncHost):
     call = _at_once(AsyncHost.call)
     publish = _at_once(AsyncHost.publish)
     stream = _at_once(AsyncHost.stream)
-    weigh = _at_once(AsyncHost.weigh)
-    resolve = _at_once(AsyncHost.resolve)
+    sort_out = _at_once(AsyncHost.sort_out)
     release = _at_once(AsyncHost.release)
 
     def leave(self, code: int) -> None:  # type: ignore[override]
@@ -433,25 +438,9 @@ def _is_needed(wanted: list[Any] | None) -> bool:
     return False
 
 
-def _read_elsewhere(message: Message) -> list[bool]:
-    readers, keys = message.read()
-    needed = set()
-    for ranks, futures in readers:
-        for origin in origins([future.resolved() for future in futures]):
-            key = getattr(origin, "key", None)
-            if key is not None and ranks != [key[1]]:
-                needed.add(key)
-    return [key in needed for key in keys]
-
-
-def _resolved(message: Message) -> list[Message]:
-    lists = message.read()
-    return [Message.of([future.resolved() for future in futures], Packer) for futures in lists]
-
-
-def _each(found: list[Any]) -> Any:
-    """As Ray wants what a task returns one by one."""
-    return found if len(found) > 1 else found[0]
+def _sorted_out(message: Message) -> Any:
+    found = message.read()()
+    return found if len(found) > 1 else found[0]  # as Ray wants what a task returns one by one
 
 
 def _node_ip() -> str:

@@ -78,7 +78,8 @@ class RayHosts(Generation):
         self._turns = [0] * len(self.handles)
         self._running: dict[Any, tuple[int, str]] = {}  # by reference: which rank, and why
         self._relay: Any = None
-        self._lent: dict[Any, None] = {}  # results in device memory that other processes read
+        self._lent: dict[str, list[Any]] = {}  # see `lent`
+        self._lending = threading.Lock()  # held for it, never while waiting
         self.sending = threading.Lock()  # one call at a time, or ranks would see different orders
         self._half_sent = False
         if _started.acquire(blocking=False):  # here, since no garbage collection may start it
@@ -139,16 +140,19 @@ class RayHosts(Generation):
         self._turns[rank] = number + 1
         return self._caller, number
 
-    def lend(self, loan: Any) -> None:
-        """Note what calls that may not have ended read in the memory of these hosts."""
-        self._lent[loan] = None
+    def lend(self, token: str, refs: Sequence[Any]) -> None:
+        """Note calls that read results in the device memory of these hosts."""
+        with self._lending:
+            self._lent[token] = [*dict.fromkeys([*self._lent.get(token, ()), *refs])]
 
-    def lent(self) -> tuple[str, ...]:
-        """The tokens of results that calls read there which have not ended."""
-        for loan in [*self._lent]:
-            if not loan.lasts():
-                self._lent.pop(loan, None)
-        return tuple([loan.token for loan in [*self._lent]])
+    def lent(self) -> dict[str, list[Any]]:
+        """By token of results, the calls that read them there and have not ended."""
+        with self._lending:
+            for token, refs in [*self._lent.items()]:
+                _, left = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+                self._lent[token] = left
+            self._lent = {token: refs for token, refs in self._lent.items() if refs}
+            return dict(self._lent)
 
     def relay(self) -> Any:
         """The relay of what its ranks send in buckets."""

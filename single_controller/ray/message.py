@@ -64,10 +64,10 @@ class Head(NamedTuple):
 
     `answers`: the caller wants the output; `opens`: as a reference that anyone may ask Ray for.
     `turn` (caller, number) orders the calls of one caller where Ray itself keeps no order. `keeps`:
-    the token under which the output stays in the host, if it does; `claims`: the keys of results
-    in this host that the arguments read. `mark`: what a trace knows the call by. `padding`: whether
-    the caller pads its batches, where that was set. `pairs`: the output is a generator of them.
-    `lent`: the tokens of results in this host that others may be reading, which it must not change.
+    where the output stays in the host (`shelf.Home`), if it does. `mark`: what a trace knows the
+    call by. `padding`: whether the caller pads its batches, where that was set. `pairs`: the output
+    is a generator of them. `lent`: the tokens of results in this host that others may be reading,
+    which it must not change.
     """
 
     role: str
@@ -77,8 +77,7 @@ class Head(NamedTuple):
     answers: bool = True
     opens: bool = False
     turn: tuple[str, int] | None = None
-    keeps: str | None = None
-    claims: tuple[tuple[str, int], ...] = ()
+    keeps: tuple[str, int] | None = None
     mark: CallMark | None = None
     padding: str | None = None
     pairs: bool = False
@@ -121,11 +120,11 @@ def read(
     message: Any,
     parts: Sequence[Any],
     kept: Mapping[tuple[str, int], Any],
-    rank: int,
+    reader: Any,
     opened: list[Any],
 ) -> tuple[list[Any], dict[str, Any]]:
-    """A call's arguments on a rank, all here; `kept` are the results of this process among them,
-    and `opened` gets the iterators.
+    """A call's arguments, all here. `kept` are the results of this process, which iterators know as
+    the `reader`, and `opened` gets these.
 
     Raises:
         What reading them raises.
@@ -143,7 +142,7 @@ def read(
         late: list[Any] = read_parts.pop() if parts and isinstance(read_parts[-1], list) else []
         for origin in origins(late):
             if hasattr(origin, "home"):
-                origin.kept, origin.reader, origin.opened = kept.get(origin.home), rank, opened
+                origin.kept, origin.reader, origin.opened = kept.get(origin.home), reader, opened
         values = [one.get() for one in late] if head.materialize else late
         args, kwargs = message.read(values, read_parts)
         return [*map(fetched, args)], {name: fetched(value) for name, value in kwargs.items()}

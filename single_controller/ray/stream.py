@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,39 +25,43 @@ from single_controller.base.message import Message, checked_pair
 from single_controller.errors import SharedMemoryWriteError
 from single_controller.ray.failure import CallSite, get_ours, raised, translate
 from single_controller.ray.message import SMALL, Packer
-from single_controller.ray.shelf import in_thread, version
+from single_controller.ray.process import ProcessInfo
+from single_controller.ray.shelf import Home, in_thread, version
 
 __all__ = ["Offer", "Pairs", "borrowed", "made", "made_here", "reading_pairs", "relay"]
 
 _Pair: TypeAlias = "tuple[str, Any]"
-_Key: TypeAlias = "tuple[str, int]"
 _Watched: TypeAlias = "tuple[CallSite, list[Any]]"  # a call, and its reference, which stays one
-
 
 _LATE = 100  # streams that have ended: what was sent before may come after
 
 
 @dataclass(frozen=True)
 class Offer:
-    """By what the maker of a stream and its readers, of these ranks, find each other. `at` is the
-    relay, None where nobody reads it but the maker's own process.
+    """By what the maker of a stream and its readers, in these other processes, find each other.
+    `at` is the relay, None where nobody reads it but the maker's own process.
     """
 
-    key: _Key
+    key: Home
     at: Any
-    readers: tuple[int, ...]
+    readers: tuple[ProcessInfo, ...]
     bucket_bytes: int
     lends: bool
 
 
 class _Stream:
     def __init__(self) -> None:
-        self.buckets: dict[int, Any] = {}
-        self.done: dict[int, int] = defaultdict(int)  # by reader: with how many buckets
-        self.gone: set[int] = set()  # readers that have finished
+        self.buckets: dict[int, Any] = {}  # None behind the last
+        self.done: dict[ProcessInfo, int] = defaultdict(int)  # by reader: with how many buckets
+        self.gone: set[ProcessInfo] = set()  # readers that have finished
         self.over = False
         self.error: Exception | None = None
         self.changed = asyncio.Condition()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all has been made."""
+        return None in self.buckets.values()
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with self.changed:
@@ -65,8 +69,7 @@ class _Stream:
             await self.changed.wait_for(holds)
 
     def end(self, error: Exception | None = None) -> None:
-        if self.error is None:
-            self.error, self.over = error, True
+        self.error, self.over = self.error or error, True
 
 
 class _Relay:
@@ -75,15 +78,17 @@ class _Relay:
     def __init__(self) -> None:
         # Ray warns of a `ray.get` that would block the loop; the one here waits in a thread.
         ray._private.worker.blocking_get_inside_async_warned = True  # pyright: ignore[reportAttributeAccessIssue]
-        self._streams: dict[_Key, _Stream] = defaultdict(_Stream)
-        self._ended: deque[_Key] = deque()
+        self._streams: dict[Home, _Stream] = defaultdict(_Stream)
+        self._ended: deque[Home] = deque()
 
-    async def give(self, key: _Key, at: int, bucket: Any, readers: Sequence[int]) -> bool:
-        """Leave bucket number `at`, and wait for room for the next; whether anyone wants that."""
+    async def give(self, key: Home, at: int, bucket: Any, readers: Sequence[ProcessInfo]) -> bool:
+        """Leave bucket number `at`, None behind the last, and wait for room for the next; whether
+        anyone wants that.
+        """
         stream = self._streams[key]
         stream.buckets[at] = bucket
 
-        def reading() -> list[int]:
+        def reading() -> list[ProcessInfo]:
             return [] if stream.over else [r for r in readers if r not in stream.gone]
 
         def room() -> bool:
@@ -95,7 +100,7 @@ class _Relay:
         await stream.until(room)
         return bool(reading())
 
-    async def take(self, key: _Key, at: int, reader: int) -> Any:
+    async def take(self, key: Home, at: int, reader: ProcessInfo) -> Any:
         """Bucket number `at`, once it is there, for a reader that is done with those before; None
         behind the last. Raises what ended it.
         """
@@ -106,32 +111,21 @@ class _Relay:
             raise stream.error
         return stream.buckets.get(at)
 
-    async def end(self, key: _Key, count: int, readers: Sequence[int]) -> None:
-        """There were so many buckets; wait until readers are done with all of them."""
-        stream = self._streams[key]
-        stream.end()
-        await stream.until(
-            lambda: (
-                stream.error is not None
-                or all(r in stream.gone or stream.done[r] >= count for r in readers)
-            )
-        )
-
     async def watch(
-        self, offer: Offer, maker: _Watched | None, readers: Sequence[_Watched]
+        self, offer: Offer, maker: _Watched | None, readers: Mapping[ProcessInfo, _Watched]
     ) -> None:
         """Until these calls have ended, tell the others of each end."""
         stream = self._streams[offer.key]
-        reading = {ref: site.rank for site, [ref] in readers}
-        stream.gone |= {*offer.readers} - {*reading.values()}
-        left = {ref: site for site, [ref] in (*readers, *([maker] if maker else ()))}
+        reading = {ref: reader for reader, (_, [ref]) in readers.items()}
+        stream.gone |= {*offer.readers} - {*readers}
+        left = {ref: site for site, [ref] in (*readers.values(), *([maker] if maker else ()))}
         while left:
             ready, _ = await in_thread(_first, [*left])
             for ref in ready:
                 site, error = left.pop(ref), await in_thread(raised, ref)
                 if ref in reading:
                     stream.gone.add(reading[ref])
-                elif not (error or stream.over or stream.gone >= {*offer.readers}):
+                elif not (error or stream.over or stream.gone >= {*offer.readers} or stream.whole):
                     error = RuntimeError(
                         "it has ended, and not made all that other ranks read, too"
                     )
@@ -225,7 +219,7 @@ def made(
             before = bucket
             if not (others or here):
                 return moved
-    yield [], offer.at.end.remote(offer.key, count, offer.readers) if others else None
+    yield [], offer.at.give.remote(offer.key, count, None, offer.readers) if others else None
     if before is not None:
         before.check()
     return moved
@@ -297,7 +291,7 @@ def made_here(pairs: Any, title: str, offer: Offer, how: Any) -> Pairs:
     return Pairs(buckets(), offer.at is not None, copies=how != "view")
 
 
-def borrowed(offer: Offer, reader: int, how: Any) -> Pairs:
+def borrowed(offer: Offer, reader: ProcessInfo, how: Any) -> Pairs:
     """The pairs, in another process.
 
     Raises:

@@ -17,7 +17,7 @@ from protocol.batches import shared_values
 from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import RayWorkerGroup
-from single_controller.ray.shelf import Shelf
+from single_controller.ray.host import AsyncHost, Host
 
 ONE = {"dispatch_mode": Dispatch.ONE_TO_ALL}
 ROWS = {"dispatch_mode": Dispatch.DP_COMPUTE_PROTO, "uneven": True}
@@ -187,7 +187,7 @@ class Stage(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def results_kept(self) -> int:
-        return sum(len(o) for o in gc.get_objects() if isinstance(o, Shelf))
+        return sum(len(o._shelf) for o in gc.get_objects() if isinstance(o, AsyncHost | Host))
 
 
 class AsyncStage(Stage):

@@ -1,4 +1,4 @@
-"""A host's shelf: what is on it, for how long, and that nobody changes it unseen."""
+"""What stays in a process is not changed unseen, and who waits there holds nobody up."""
 
 from __future__ import annotations
 
@@ -8,50 +8,25 @@ import threading
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
 
 from protocol import DataProto
-from single_controller import SharedMemoryWriteError
-from single_controller.ray.shelf import Kept, Shelf, in_thread
-from tests.data_plane.stage import batch, xs
+from single_controller.ray.shelf import Kept, in_thread
+from tests.data_plane.stage import xs
 
 
-def kept(data: DataProto | TensorDict) -> Kept:
+def kept(data: DataProto) -> Kept:
     place = Kept()
     place.keep(data, "actor.make")
     return place
-
-
-def test_a_result_goes_with_the_last_publication_in_whatever_order_they_come() -> None:
-    shelf = Shelf()
-    assert shelf.open("call:0").keep(batch(3), "actor.make") == 3
-    shelf.publication("call:0")
-    shelf.release("call:0", 2)
-    assert len(shelf) == 1
-    shelf.publication("call:0")
-    assert len(shelf) == 0
-    shelf.release("call:0", 2)  # once more is no error
-    shelf.open("call:0").keep(batch(3), "actor.make")
-    shelf.release("call:0", 0)
-    assert len(shelf) == 0
-    assert Kept().keep("no batch", "actor.make") is None
 
 
 def test_what_was_not_made_is_published_as_nothing_and_no_error_that_nobody_reads() -> None:
     failed = Kept()
     failed.fail()
     assert failed.published(None, lends=False) == (None, 0)
+    assert Kept().keep("no batch", "actor.make") is None
     with pytest.raises(RuntimeError, match="failed or was dropped"):
-        failed.batch()
-
-
-def test_what_was_claimed_outlives_its_release() -> None:
-    shelf = Shelf()
-    shelf.open("call:0").keep(batch(3), "actor.make")
-    claims = shelf.claim([("call:0", 1), ("call:1", 1)])
-    shelf.release("call:0", 0)
-    assert [*claims] == [("call:0", 1)]
-    assert xs(claims["call:0", 1].batch()) == [0, 1, 2]
+        failed.rows(0, 1, None)
 
 
 def test_a_maker_may_write_on_in_the_arrays_that_it_returned() -> None:
@@ -60,18 +35,8 @@ def test_a_maker_may_write_on_in_the_arrays_that_it_returned() -> None:
     place = kept(DataProto.from_dict(None, {"n": base[:2], "s": names}))
     base += 10
     names[0] = "z"
-    arrays = place.batch().non_tensor_batch
+    arrays = place.rows(0, 2, None).non_tensor_batch
     assert [arrays["n"].tolist(), arrays["s"].tolist()] == [[0, 1], ["a", "b"]]
-
-
-@pytest.mark.parametrize("wrap", [DataProto.from_dict, lambda x: TensorDict(x, [2])])
-def test_a_write_into_what_was_returned_is_found_out(wrap: type) -> None:
-    x = torch.ones(2, 3)
-    place = kept(wrap({"x": x}))
-    assert place.batch() is place.batch()
-    x[:, :1].add_(1)
-    with pytest.raises(SharedMemoryWriteError, match=r"actor.make returned.*x.clone\(\)"):
-        place.batch()
 
 
 def test_it_holds_neither_the_graph_nor_the_containers_of_its_maker() -> None:
@@ -80,15 +45,15 @@ def test_it_holds_neither_the_graph_nor_the_containers_of_its_maker() -> None:
     place = kept(data)
     data.meta_info["steps"].append(2)
     data.pop(["x"])
-    assert place.batch().batch["x"].grad_fn is None
-    assert place.batch().batch["x"].requires_grad
-    assert place.batch().meta_info == {"steps": [1]}
+    assert place.rows(0, 2, None).batch["x"].grad_fn is None
+    assert place.rows(0, 2, None).batch["x"].requires_grad
+    assert place.rows(0, 2, None).meta_info == {"steps": [1]}
 
 
 def test_tensors_of_inference_mode_can_stay_too() -> None:
     with torch.inference_mode():
         data = DataProto.from_dict({"x": torch.ones(2)})
-    assert xs(kept(data).batch()) == [1, 1]
+    assert xs(kept(data).rows(0, 2, None)) == [1, 1]
 
 
 def test_waiting_in_threads_knows_no_limit() -> None:
