@@ -348,8 +348,8 @@ def checked_pair(pair: Any) -> tuple[str, Any]:
     """What a method yielded. Raises TypeError where it is no name and tensor."""
     import torch
 
-    match pair:
-        case (str() as name, torch.Tensor() as tensor):
-            return name, tensor
+    name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+    if isinstance(name, str) and isinstance(tensor, torch.Tensor):
+        return name, tensor
     found = [type(one) for one in pair] if isinstance(pair, tuple) else type(pair)
     raise TypeError(f"{_MUST_YIELD}; it yielded {found}")
