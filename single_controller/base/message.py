@@ -203,10 +203,12 @@ NOTHING = Message(pickle.dumps(((), {})))  # of a call without arguments
 
 class Outgoing(NamedTuple):
     """What the ranks that are called alike get: a message, which reads as arguments and keyword
-    arguments; its parts; and what was left out of it, `futures` and handles.
+    arguments; its parts; and what was left out of it, `futures` and handles. `size` are the bytes
+    of what is in the message itself.
     """
 
     message: Message
+    size: int
     parts: list[Any]
     futures: list[Any]
 
@@ -284,7 +286,8 @@ class Outbox:
         args, kwargs = [*map(placed, call.args)], {k: placed(v) for k, v in call.kwargs.items()}
         futures: list[Any] = []
         message = packed((args, kwargs), self._packer, late=futures) if args or kwargs else NOTHING
-        return Outgoing(message, [*parts.values()], futures)
+        away = all(type(v) is _Part or is_late(v) for v in (*args, *kwargs.values()))
+        return Outgoing(message, 0 if away else message.size, [*parts.values()], futures)
 
 
 def packed(value: Any, packer: Packer, what: str = "its arguments", **options: Any) -> Message:
