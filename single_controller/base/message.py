@@ -203,10 +203,12 @@ NOTHING = Message(pickle.dumps(((), {})))  # of a call without arguments
 
 class Outgoing(NamedTuple):
     """What the ranks that are called alike get: a message, which reads as arguments and keyword
-    arguments; its parts; and what was left out of it, `futures` and handles.
+    arguments; its parts; and what was left out of it, `futures` and handles. `size` are the bytes
+    of what is in the message itself.
     """
 
     message: Message
+    size: int
     parts: list[Any]
     futures: list[Any]
 
@@ -284,7 +286,8 @@ class Outbox:
         args, kwargs = [*map(placed, call.args)], {k: placed(v) for k, v in call.kwargs.items()}
         futures: list[Any] = []
         message = packed((args, kwargs), self._packer, late=futures) if args or kwargs else NOTHING
-        return Outgoing(message, [*parts.values()], futures)
+        away = all(type(v) is _Part or is_late(v) for v in (*args, *kwargs.values()))
+        return Outgoing(message, 0 if away else message.size, [*parts.values()], futures)
 
 
 def packed(value: Any, packer: Packer, what: str = "its arguments", **options: Any) -> Message:
@@ -348,8 +351,8 @@ def checked_pair(pair: Any) -> tuple[str, Any]:
     """What a method yielded. Raises TypeError where it is no name and tensor."""
     import torch
 
-    match pair:
-        case (str() as name, torch.Tensor() as tensor):
-            return name, tensor
+    name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
+    if isinstance(name, str) and isinstance(tensor, torch.Tensor):
+        return name, tensor
     found = [type(one) for one in pair] if isinstance(pair, tuple) else type(pair)
     raise TypeError(f"{_MUST_YIELD}; it yielded {found}")

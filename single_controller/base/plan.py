@@ -322,10 +322,6 @@ def is_late(value: Any) -> bool:
 
 def origins(late: Sequence[Any]) -> list[Any]:
     """The sources at the bottom of these futures and handles, each once. Waits for nothing."""
-    found = {id(one.source): one.source for one in late if isinstance(one, Handle)}
-    if len(found) < len(late):
-        from protocol import future
-
-        of_rows = future.origins(one for one in late if not isinstance(one, Handle))
-        found |= {id(origin): origin for origin in of_rows}
-    return [*found.values()]
+    sources = [one.source if isinstance(one, Handle) else one for one in late]
+    future = sys.modules.get("protocol.future")  # where it is not loaded, all are handles
+    return [*future.origins(sources)] if future else [*{id(s): s for s in sources}.values()]

@@ -246,11 +246,10 @@ class Worker:
                 f"in it; it has the dimensions {list(names)}"
             )
         place = dict(zip(names, zip(device_mesh.shape, coordinates, strict=True), strict=True))
-        others = ((name, *place[name]) for name in names if name not in dp_names)
-        collects = all(at == wanted.get(name, 0) % size for name, size, at in others)
         dp_rank = 0
-        for size, at in map(place.__getitem__, dp_names):
+        for size, at in map(place.pop, dp_names):
             dp_rank = dp_rank * size + at
+        collects = all(at == wanted.get(name, 0) % size for name, (size, at) in place.items())
         self._register_dispatch_collect_info(mesh_name, dp_rank, collects)
 
     def _register_dispatch_collect_info(

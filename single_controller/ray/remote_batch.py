@@ -117,7 +117,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
     def placed(out: Outgoing, readers: int) -> Any:
         """What Ray gives a task before its turn, it can neither spill nor free."""
         stores = out.message.size > LARGE and (readers > 1 or not hosts.ordered)
-        count(out.message.size * (1 if stores else readers))
+        count(out.size if stores else out.size * readers)
         return ray.put(out.message) if stores else out.message
 
     outbox = Outbox(calls, Packer, share)
