@@ -11,7 +11,6 @@ from typing import Any
 
 from single_controller.base.decorator import MethodSpec, Transport, check_bytes
 from single_controller.base.dispatch import CustomMode
-from single_controller.base.explain import Explanation
 from single_controller.base.plan import Call, Layout, Plan, named_arguments, placed
 from single_controller.base.trace import CallRecord
 from single_controller.errors import DispatchError, check_seconds
@@ -238,11 +237,6 @@ class BoundMethod:
             given["bucket_bytes"] = check_bytes(bucket_bytes)
         said = {name: value for name, value in given.items() if value is not None}
         return BoundMethod(self.group, self.binding, replace(self.call_options, **said))
-
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """What the call would do, without calling: see `WorkerGroup.explain`."""
-        made: Explanation = self.group._explain(self, args, kwargs)
-        return made
 
     def dispatch(
         self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]

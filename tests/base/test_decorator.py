@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -261,22 +260,21 @@ def test_a_users_functions_get_the_group_and_decide_both_ways() -> None:
 @pytest.mark.parametrize(
     ("spread", "named"),
     [
-        (None, "NoneType"),
-        ([1, 2], "list"),
-        (([1, 2], [3]), "tuple"),
+        (None, "mine must return .*NoneType"),
+        (([1, 2], [3]), "mine must return .*tuple"),
         ((([1, 2, 3],), {}), "argument 0 needs one value for each of 2 ranks; got 3"),
         (((), {"k": [1]}), r"argument 'k' .*got 1"),
         (((5,), {}), "a list is needed, .*; got 5"),
     ],
 )
-def test_a_dispatch_function_that_returns_something_else_is_named(spread: Any, named: str) -> None:
+def test_what_a_dispatch_function_returns_is_refused_where_it_is_no_list_per_rank(
+    spread: Any, named: str
+) -> None:
     def mine(group: Any, *args: Any, **kwargs: Any) -> Any:
         return spread
 
-    for function, name in ((mine, "mine"), (partial(mine), "dispatch_fn")):
-        with pytest.raises(DispatchError, match=named) as caught:
-            custom(function).dispatch(FLAT2, (), {})
-        assert name in str(caught.value)
+    with pytest.raises(DispatchError, match=named):
+        custom(mine).dispatch(FLAT2, (), {})
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
