@@ -267,7 +267,7 @@ def test_a_users_functions_get_the_group_and_decide_both_ways() -> None:
         (((5,), {}), "a list is needed, .*; got 5"),
     ],
 )
-def test_what_a_dispatch_function_returns_is_refused_where_it_is_no_list_per_rank(
+def test_a_dispatch_function_that_returns_something_else_is_refused(
     spread: Any, named: str
 ) -> None:
     def mine(group: Any, *args: Any, **kwargs: Any) -> Any:
