@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUCKET_BYTES",
-    "BUILT_IN",
     "DISPATCH_MODE_FN_REGISTRY",
     "Dispatch",
     "Execute",
@@ -123,18 +122,16 @@ class Dispatch:
     DP_COMPUTE_METRIC: ClassVar[_Whole]
     DIRECT_ROLLOUT_METHOD: ClassVar[Dispatch]
 
-    _members: ClassVar[dict[str, Dispatch]] = {}
-
-    def __init__(self, name: str, value: int) -> None:
-        self.name, self.value = name, value
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     @classmethod
     def register(cls, name: str) -> Dispatch:
         """The member called `name`, made if it is new."""
-        if name not in cls._members:
-            cls._members[name] = cls(name, len(cls._members))
-            setattr(cls, name, cls._members[name])
-        return cls._members[name]
+        if name not in vars(cls):
+            setattr(cls, name, cls(name))
+        member: Dispatch = vars(cls)[name]
+        return member
 
     def __repr__(self) -> str:
         return f"Dispatch.{self.name}"
@@ -275,7 +272,12 @@ dispatch_dp_compute_data_proto_with_func = partial(_dispatch, ByRows(function_fi
 dummy_direct_rollout_call = partial(_dispatch, Direct())
 """Raises NotImplementedError: the method is called on workers, not through a group."""
 
-BUILT_IN: dict[str, Mode] = {
+
+def _pair(dispatch_fn: Any, collect_fn: Any) -> Functions:
+    return {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
+
+
+_BUILT_IN: dict[str, Mode] = {
     "RANK_ZERO": RankZero(),
     "ONE_TO_ALL": OneToAll(),
     "ALL_TO_ALL": AllToAll(),
@@ -285,14 +287,10 @@ BUILT_IN: dict[str, Mode] = {
     "DP_COMPUTE_METRIC": ByRows(merge="list"),
     "DIRECT_ROLLOUT_METHOD": Direct(),
 }
-"""The built-in modes by the names of `Dispatch`."""
 
 DISPATCH_MODE_FN_REGISTRY: dict[Dispatch, Functions] = {
-    Dispatch.register(name): {
-        "dispatch_fn": partial(_dispatch, mode),
-        "collect_fn": partial(_collect, mode),
-    }
-    for name, mode in BUILT_IN.items()
+    Dispatch.register(name): _pair(partial(_dispatch, mode), partial(_collect, mode))
+    for name, mode in _BUILT_IN.items()
 }
 
 
@@ -319,7 +317,7 @@ def update_dispatch_mode(
     Raises:
         RegistrationError: a function cannot be called.
     """
-    functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
+    functions = _pair(dispatch_fn, collect_fn)
     _check_dispatch_mode(functions)
     DISPATCH_MODE_FN_REGISTRY[dispatch_mode] = functions
 
@@ -487,39 +485,34 @@ class Registered(Generic[P, R, M]):
         raise NotImplementedError
 
 
+_Marked: TypeAlias = Registered[P, R, GroupMethod[P, M]]
+
+
 class _ToOne(Protocol):
     """Decorates methods of which a group returns what one rank does: its rows, or its output."""
 
     @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[P, R]]: ...
+    def __call__(self, method: _Async[P, R], /) -> _Marked[P, _Awaited[R], R]: ...
     @overload
-    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, R]]: ...
+    def __call__(self, method: _Plain[P, R], /) -> _Marked[P, R, R]: ...
 
 
 class _ToList(Protocol):
     """Decorates methods of which a group returns the list of outputs."""
 
     @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[P, list[R]]]: ...
+    def __call__(self, method: _Async[P, R], /) -> _Marked[P, _Awaited[R], list[R]]: ...
     @overload
-    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, list[R]]]: ...
+    def __call__(self, method: _Plain[P, R], /) -> _Marked[P, R, list[R]]: ...
 
 
 class _ToHandles(Protocol):
     """The same, where the group does not wait."""
 
     @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[P, list[Handle[R]]]]: ...
+    def __call__(self, method: _Async[P, R], /) -> _Marked[P, _Awaited[R], list[Handle[R]]]: ...
     @overload
-    def __call__(
-        self, method: _Plain[P, R], /
-    ) -> Registered[P, R, GroupMethod[P, list[Handle[R]]]]: ...
+    def __call__(self, method: _Plain[P, R], /) -> _Marked[P, R, list[Handle[R]]]: ...
 
 
 class _Options(TypedDict, total=False):
@@ -547,7 +540,7 @@ def register(
     *,
     blocking: Literal[False],
     **more: Unpack[_Options],
-) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[P, DataProtoFuture]]]: ...
+) -> Callable[[_Plain[P, R]], _Marked[P, R, DataProtoFuture]]: ...
 @overload
 def register(
     dispatch_mode: _Whole,

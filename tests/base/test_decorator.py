@@ -19,7 +19,6 @@ import torch
 from protocol import DataProto
 from single_controller.base import decorator
 from single_controller.base.decorator import (
-    BUILT_IN,
     DISPATCH_MODE_FN_REGISTRY,
     Dispatch,
     Execute,
@@ -91,7 +90,7 @@ def custom(dispatch_fn: Any = scatter) -> CustomMode:
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Puts the modes back as they were."""
-    with mock.patch.dict(DISPATCH_MODE_FN_REGISTRY), mock.patch.dict(Dispatch._members):
+    with mock.patch.dict(DISPATCH_MODE_FN_REGISTRY):
         yield
     for name in {"MINE", "OTHER", "STRANGER"} & {*vars(Dispatch)}:
         delattr(Dispatch, name)
@@ -277,10 +276,10 @@ def test_a_dispatch_function_that_returns_something_else_is_refused(
         custom(mine).dispatch(FLAT2, (), {})
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_built_in_mode_as_functions_is_the_mode_again(name: str) -> None:
-    functions = get_predefined_dispatch_fn(getattr(Dispatch, name))
-    assert _check_dispatch_mode(functions) == BUILT_IN[name]
+@pytest.mark.parametrize("member", DISPATCH_MODE_FN_REGISTRY, ids=repr)
+def test_a_built_in_mode_as_functions_is_the_mode_again(member: Dispatch) -> None:
+    functions = get_predefined_dispatch_fn(member)
+    assert _check_dispatch_mode(functions) == _check_dispatch_mode(member)
     mixed = {**functions, "collect_fn": join}
     assert _check_dispatch_mode(mixed) == CustomMode(functions["dispatch_fn"], join)
 
