@@ -1,10 +1,8 @@
 """`register` marks the methods that a group may call, and tells type checkers what they are: on a
-worker what their author wrote, on a group the collected result. `Dispatch` and `Execute` name the
-ways.
+worker what their author wrote, on a group the collected result.
 
-How a mode splits and merges is in `dispatch`; calling is left to the group. The modes are here as
-functions in veRL's shape too, `f(worker_group, *args)` and `g(worker_group, output)`, because
-veRL has them here.
+How a mode splits and merges is in `dispatch`. The modes are here as functions in veRL's shape too,
+`f(worker_group, *args)` and `g(worker_group, output)`.
 """
 
 from __future__ import annotations
@@ -470,19 +468,14 @@ class GroupView:
 class Registered(Generic[P, R, M]):
     """A method that groups may call; `M` is what it is on a group."""
 
-    __name__: str
-
     @overload
-    def __get__(self, instance: None, owner: Any = None) -> Self: ...
+    def __get__(self, instance: None, owner: Any = None) -> Any: ...
     @overload
     def __get__(self, instance: GroupView, owner: Any = None) -> M: ...
     @overload
     def __get__(self, instance: object, owner: Any = None) -> Callable[P, R]: ...
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         raise NotImplementedError  # no value has this type: it is a function's
-
-    def __call__(self, worker: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        raise NotImplementedError
 
 
 _Marked: TypeAlias = Registered[P, R, GroupMethod[P, M]]
@@ -580,27 +573,26 @@ def register(
     Args:
         dispatch_mode: a `Dispatch` member, what `make_nd_compute_dataproto_dispatch_fn` returns,
             or `{"dispatch_fn": f, "collect_fn": g}`.
-        execute_mode: whether all ranks run the method or only rank 0.
-        blocking: whether a call waits for its result. Otherwise it returns at once, and what the
-            method returns stays with its worker: behind a `DataProtoFuture` (modes that join
-            batches), or behind a `Handle` for each output, in the shape of the result.
+        execute_mode: whether all ranks run the method, or only rank 0, with all arguments.
+        blocking: whether a call waits for its result. Otherwise what the method returns stays with
+            its worker, behind a `DataProtoFuture` (modes that join batches) or a `Handle` for each
+            output.
         materialize_futures: whether the worker gets what a `DataProtoFuture` or a `Handle` stands
             for, or these themselves.
         uneven: let shards differ by one row, so that any batch fits any number of ranks.
         reads_only: the method never writes into the tensors and arrays that it gets, so they may
-            be views of memory that others read too, and no byte is copied for it. numpy refuses
-            to write into them; torch does not know, and `SINGLE_CONTROLLER_CHECK_READS=1` in the
-            workers' environment finds a method that wrote anyway.
+            be views of memory that others read too, without a copy. numpy refuses to write into
+            them; a method that wrote into a tensor is found by `SINGLE_CONTROLLER_CHECK_READS=1`
+            in the workers' environment.
         timeout_s: seconds that a call may take, unless it is called with others; None: what its
             group says.
         transport: how tensors on a device that a method without `blocking` returns get to workers
-            in other processes. "host": through shared memory; they arrive on the CPU. "device":
-            workers on the same node copy them from device to device, and they arrive on the
-            worker's own; others get them by "host". To the driver they come on the CPU.
+            in other processes: "host", by shared memory, to the CPU; "device", on the same node
+            from device to device. To the driver they come on the CPU.
         bucket_bytes: for a method without `blocking` that yields pairs of a name and a tensor, and
             256 MB where it is a generator function: so many bytes are sent at a time, and two such
             buckets are alive at most. Who is passed the handle gets an iterator, once; the method
-            goes on as its pairs are read, with its process busy until the last was.
+            goes on as its pairs are read.
 
     Raises:
         RegistrationError: an argument is none of these. ValueError: `timeout_s` is no time.

@@ -252,17 +252,15 @@ class CustomMode(Mode):
 
 @dataclass(frozen=True)
 class ByRows(Mode):
-    """Batches (DataProto, TensorDict, futures of them) are split by rows over the dp ranks.
+    """Batches (DataProto, TensorDict, futures of them, and what has `chunk(n)` and whose class has
+    `concat`) are split by rows over the dp ranks. A TensorDict of `batch_size=[]` goes whole to
+    every rank, and of such outputs the first counts.
 
-    So is whatever has `chunk(n)` and a `concat` of its class. A TensorDict of `batch_size=[]` goes
-    whole to every rank, and of such outputs the first counts.
-
-    Ranks of one dp group get the same shard object. `uneven`: shards may differ by one row;
-    otherwise rows must divide, unless the batch has padding enabled: then its last row is
-    repeated, and what comes back is cut; all batches of the call then need equally many rows, and
-    of several the futures' rows are waited for. `merge`: "concat" joins the outputs to
-    one batch, "list" returns them as they are. `function_first`: the first argument is a function
-    that every rank gets whole.
+    `uneven`: shards may differ by one row. Otherwise rows must divide, unless a batch has padding
+    enabled: then its last row is repeated, and what comes back is cut. All batches of the call need
+    equally many rows then, and where there are several, futures are waited for.
+    `merge`: "concat" joins the outputs to one batch, "list" returns them as they are.
+    `function_first`: the first argument is a function that every rank gets whole.
     """
 
     uneven: bool = False
