@@ -141,10 +141,9 @@ class WorkerError(SingleControllerError, RuntimeError):
         `dumps` pickles the cause's type and state; one that knows classes of the driver's own
         program, as cloudpickle does, lets it be caught as such there.
         """
-        try:
-            text = f"{type(cause).__name__}: {cause}".removesuffix(": ")
-        except Exception:
-            text = type(cause).__name__
+        text = type(cause).__name__
+        with contextlib.suppress(Exception):
+            text = f"{text}: {cause}".removesuffix(": ")
         message = "{role}.{method} failed on rank {rank} (node {node_ip}, pid {pid}): "
         where["remote_traceback"] = _shortened(where["remote_traceback"], 20_000)
         return _rebuilt(message.format(**where) + _shortened(text), where, _pickled(cause, dumps))
@@ -175,16 +174,11 @@ def _shortened(text: str, limit: int = 2_000) -> str:
     return text if len(text) <= limit else f"{text[:half]}\n… cut …\n{text[-half:]}"
 
 
-def _native(cause_type: Any) -> Any:
-    return next(base for base in cause_type.__mro__ if base.__module__ == "builtins")
-
-
 def _pickled(cause: BaseException, dumps: Callable[[Any], bytes]) -> bytes:
     """Type, arguments and attributes of `cause`, or its type alone where the rest is too much: not
     itself, since pickle calls its constructor, which may take other arguments.
     """
-    args = _native(type(cause)).__reduce__(cause)[1]  # OSError's has the file name, args has not
-    forms: Any = ((type(cause), args, vars(cause)), (type(cause), (), {}))
+    forms: Any = ((type(cause), cause.args, vars(cause)), (type(cause), (), {}))
     for parts in forms:
         with contextlib.suppress(Exception):
             if len(pickled := dumps(parts)) < 50_000:
@@ -197,7 +191,8 @@ def _rebuilt(message: str, where: Mapping[str, Any], pickled: bytes) -> WorkerEr
 
     def build(error_type: Any) -> Any:
         made = cause_type.__new__(error_type, *args)
-        _native(cause_type).__init__(made, *args)  # such as OSError's errno, not in __dict__
+        native = next(base for base in cause_type.__mro__ if base.__module__ == "builtins")
+        native.__init__(made, *args)  # such as OSError's errno, not in __dict__
         made.__dict__.update(state)
         return made
 
@@ -222,8 +217,7 @@ def _both(cause_type: Any) -> type[WorkerError]:
 
 def check_seconds(name: str, value: Any, optional: bool = True) -> None:
     """Raise ValueError for what is no time: seconds that may be 0 or, where `optional`, None."""
-    if isinstance(value, bool) or not (
-        value >= 0 if isinstance(value, int | float) else optional and value is None
-    ):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (value >= 0 if number else optional and value is None):
         wanted = "at least 0, or None" if optional else "at least 0"
         raise ValueError(f"{name} must be seconds, {wanted}; got {value!r}")

@@ -1,10 +1,8 @@
 """`register` marks the methods that a group may call, and tells type checkers what they are: on a
-worker what their author wrote, on a group the collected result. `Dispatch` and `Execute` name the
-ways.
+worker what their author wrote, on a group the collected result.
 
-How a mode splits and merges is in `dispatch`; calling is left to the group. The modes are here as
-functions in veRL's shape too, `f(worker_group, *args)` and `g(worker_group, output)`, because
-veRL has them here.
+How a mode splits and merges is in `dispatch`. The modes are here as functions in veRL's shape too,
+`f(worker_group, *args)` and `g(worker_group, output)`.
 """
 
 from __future__ import annotations
@@ -54,7 +52,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUCKET_BYTES",
-    "BUILT_IN",
     "DISPATCH_MODE_FN_REGISTRY",
     "Dispatch",
     "Execute",
@@ -123,18 +120,16 @@ class Dispatch:
     DP_COMPUTE_METRIC: ClassVar[_Whole]
     DIRECT_ROLLOUT_METHOD: ClassVar[Dispatch]
 
-    _members: ClassVar[dict[str, Dispatch]] = {}
-
-    def __init__(self, name: str, value: int) -> None:
-        self.name, self.value = name, value
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     @classmethod
     def register(cls, name: str) -> Dispatch:
         """The member called `name`, made if it is new."""
-        if name not in cls._members:
-            cls._members[name] = cls(name, len(cls._members))
-            setattr(cls, name, cls._members[name])
-        return cls._members[name]
+        if name not in vars(cls):
+            setattr(cls, name, cls(name))
+        member: Dispatch = vars(cls)[name]
+        return member
 
     def __repr__(self) -> str:
         return f"Dispatch.{self.name}"
@@ -275,7 +270,12 @@ dispatch_dp_compute_data_proto_with_func = partial(_dispatch, ByRows(function_fi
 dummy_direct_rollout_call = partial(_dispatch, Direct())
 """Raises NotImplementedError: the method is called on workers, not through a group."""
 
-BUILT_IN: dict[str, Mode] = {
+
+def _pair(dispatch_fn: Any, collect_fn: Any) -> Functions:
+    return {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
+
+
+_BUILT_IN: dict[str, Mode] = {
     "RANK_ZERO": RankZero(),
     "ONE_TO_ALL": OneToAll(),
     "ALL_TO_ALL": AllToAll(),
@@ -285,14 +285,10 @@ BUILT_IN: dict[str, Mode] = {
     "DP_COMPUTE_METRIC": ByRows(merge="list"),
     "DIRECT_ROLLOUT_METHOD": Direct(),
 }
-"""The built-in modes by the names of `Dispatch`."""
 
 DISPATCH_MODE_FN_REGISTRY: dict[Dispatch, Functions] = {
-    Dispatch.register(name): {
-        "dispatch_fn": partial(_dispatch, mode),
-        "collect_fn": partial(_collect, mode),
-    }
-    for name, mode in BUILT_IN.items()
+    Dispatch.register(name): _pair(partial(_dispatch, mode), partial(_collect, mode))
+    for name, mode in _BUILT_IN.items()
 }
 
 
@@ -319,7 +315,7 @@ def update_dispatch_mode(
     Raises:
         RegistrationError: a function cannot be called.
     """
-    functions = {"dispatch_fn": dispatch_fn, "collect_fn": collect_fn}
+    functions = _pair(dispatch_fn, collect_fn)
     _check_dispatch_mode(functions)
     DISPATCH_MODE_FN_REGISTRY[dispatch_mode] = functions
 
@@ -440,7 +436,6 @@ class GroupMethod(Protocol[P, G_co]):
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> GroupFuture[G_co]: ...
     @overload
     def submit(self, *args: Any, timeout_s: float | None, **kwargs: Any) -> GroupFuture[G_co]: ...
-    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation: ...
     def options(
         self,
         *,
@@ -479,10 +474,8 @@ class GroupView:
 class Registered(Generic[P, R, M]):
     """A method that groups may call; `M` is what it is on a group."""
 
-    __name__: str
-
     @overload
-    def __get__(self, instance: None, owner: Any = None) -> Self: ...
+    def __get__(self, instance: None, owner: Any = None) -> Any: ...
     @overload
     def __get__(self, instance: GroupView, owner: Any = None) -> M: ...
     @overload
@@ -490,43 +483,35 @@ class Registered(Generic[P, R, M]):
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         raise NotImplementedError  # no value has this type: it is a function's
 
-    def __call__(self, worker: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        raise NotImplementedError
+
+_Marked: TypeAlias = Registered[P, R, GroupMethod[P, M]]
 
 
 class _ToOne(Protocol):
     """Decorates methods of which a group returns what one rank does: its rows, or its output."""
 
     @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[P, R]]: ...
+    def __call__(self, method: _Async[P, R], /) -> _Marked[P, _Awaited[R], R]: ...
     @overload
-    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, R]]: ...
+    def __call__(self, method: _Plain[P, R], /) -> _Marked[P, R, R]: ...
 
 
 class _ToList(Protocol):
     """Decorates methods of which a group returns the list of outputs."""
 
     @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[P, list[R]]]: ...
+    def __call__(self, method: _Async[P, R], /) -> _Marked[P, _Awaited[R], list[R]]: ...
     @overload
-    def __call__(self, method: _Plain[P, R], /) -> Registered[P, R, GroupMethod[P, list[R]]]: ...
+    def __call__(self, method: _Plain[P, R], /) -> _Marked[P, R, list[R]]: ...
 
 
 class _ToHandles(Protocol):
     """The same, where the group does not wait."""
 
     @overload
-    def __call__(
-        self, method: _Async[P, R], /
-    ) -> Registered[P, _Awaited[R], GroupMethod[P, list[Handle[R]]]]: ...
+    def __call__(self, method: _Async[P, R], /) -> _Marked[P, _Awaited[R], list[Handle[R]]]: ...
     @overload
-    def __call__(
-        self, method: _Plain[P, R], /
-    ) -> Registered[P, R, GroupMethod[P, list[Handle[R]]]]: ...
+    def __call__(self, method: _Plain[P, R], /) -> _Marked[P, R, list[Handle[R]]]: ...
 
 
 class _Options(TypedDict, total=False):
@@ -554,7 +539,7 @@ def register(
     *,
     blocking: Literal[False],
     **more: Unpack[_Options],
-) -> Callable[[_Plain[P, R]], Registered[P, R, GroupMethod[P, DataProtoFuture]]]: ...
+) -> Callable[[_Plain[P, R]], _Marked[P, R, DataProtoFuture]]: ...
 @overload
 def register(
     dispatch_mode: _Whole,
@@ -594,27 +579,26 @@ def register(
     Args:
         dispatch_mode: a `Dispatch` member, what `make_nd_compute_dataproto_dispatch_fn` returns,
             or `{"dispatch_fn": f, "collect_fn": g}`.
-        execute_mode: whether all ranks run the method or only rank 0.
-        blocking: whether a call waits for its result. Otherwise it returns at once, and what the
-            method returns stays with its worker: behind a `DataProtoFuture` (modes that join
-            batches), or behind a `Handle` for each output, in the shape of the result.
+        execute_mode: whether all ranks run the method, or only rank 0, with all arguments.
+        blocking: whether a call waits for its result. Otherwise what the method returns stays with
+            its worker, behind a `DataProtoFuture` (modes that join batches) or a `Handle` for each
+            output.
         materialize_futures: whether the worker gets what a `DataProtoFuture` or a `Handle` stands
             for, or these themselves.
         uneven: let shards differ by one row, so that any batch fits any number of ranks.
         reads_only: the method never writes into the tensors and arrays that it gets, so they may
-            be views of memory that others read too, and no byte is copied for it. numpy refuses
-            to write into them; torch does not know, and `SINGLE_CONTROLLER_CHECK_READS=1` in the
-            workers' environment finds a method that wrote anyway.
+            be views of memory that others read too, without a copy. numpy refuses to write into
+            them; a method that wrote into a tensor is found by `SINGLE_CONTROLLER_CHECK_READS=1`
+            in the workers' environment.
         timeout_s: seconds that a call may take, unless it is called with others; None: what its
             group says.
         transport: how tensors on a device that a method without `blocking` returns get to workers
-            in other processes. "host": through shared memory; they arrive on the CPU. "device":
-            workers on the same node copy them from device to device, and they arrive on the
-            worker's own; others get them by "host". To the driver they come on the CPU.
+            in other processes: "host", by shared memory, to the CPU; "device", on the same node
+            from device to device. To the driver they come on the CPU.
         bucket_bytes: for a method without `blocking` that yields pairs of a name and a tensor, and
             256 MB where it is a generator function: so many bytes are sent at a time, and two such
             buckets are alive at most. Who is passed the handle gets an iterator, once; the method
-            goes on as its pairs are read, with its process busy until the last was.
+            goes on as its pairs are read.
 
     Raises:
         RegistrationError: an argument is none of these. ValueError: `timeout_s` is no time.

@@ -7,7 +7,6 @@ to register methods, and needs no torch for it.
 
 from __future__ import annotations
 
-import abc
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +59,7 @@ Spread: TypeAlias = Callable[[str, Any], Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Mode(abc.ABC):
+class Mode:
     """A way to spread arguments over ranks and to merge what comes back.
 
     `mesh` names the mesh whose layout the mode needs; None: every rank is a dp rank.
@@ -77,7 +76,6 @@ class Mode(abc.ABC):
         """Whose outputs count, as far as the arguments do not matter."""
         return Plan(tuple(range(layout.world_size)))
 
-    @abc.abstractmethod
     def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
         """The plan and, for each rank, its call (None: the rank is not called). Ranks that get the
         same values get the same `Call`.
@@ -85,6 +83,11 @@ class Mode(abc.ABC):
         Raises:
             DispatchError: the arguments cannot be spread this way.
         """
+        return self.plan(layout), _per_rank(layout, args, kwargs, partial(self._spread, layout))
+
+    def _spread(self, layout: Layout, name: str, value: Any) -> Sequence[Any]:
+        """One value per rank of an argument that is not marked."""
+        return [value] * layout.world_size
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
         """Merge the outputs of `plan.answers`, in that order."""
@@ -146,10 +149,6 @@ def _named(name: str, function: Callable[[], T]) -> T:
 class OneToAll(Mode):
     """Every rank gets every argument whole; the result is the list of all outputs."""
 
-    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
-        size = layout.world_size
-        return self.plan(layout), _per_rank(layout, args, kwargs, lambda _, v: [v] * size)
-
 
 @dataclass(frozen=True)
 class RankZero(Mode):
@@ -159,8 +158,8 @@ class RankZero(Mode):
         return Plan((0,))
 
     def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
-        calls = OneToAll().dispatch(layout, args, kwargs)[1]
-        return self.plan(layout), [calls[0], *[None] * (layout.world_size - 1)]
+        plan, calls = super().dispatch(layout, args, kwargs)
+        return plan, [calls[0], *[None] * (layout.world_size - 1)]
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
         return outputs[0]
@@ -197,17 +196,14 @@ class PerElement(Mode):
     def plan(self, layout: Layout) -> Plan:
         return Plan(layout.collecting)
 
-    def dispatch(self, layout: Layout, args: Args, kwargs: Kwargs) -> tuple[Plan, Calls]:
-        def spread(name: str, value: Any) -> Sequence[Any]:
-            if not isinstance(value, list | tuple) or len(value) != layout.dp_size:
-                came = f"length {len(value)}" if isinstance(value, list | tuple) else "no list"
-                raise DispatchError(
-                    f"{name} must be a list of {layout.dp_size} elements, one per data-parallel "
-                    f"rank; got {type(value).__name__} ({came}). Broadcast(x) sends a value whole"
-                )
-            return [value[dp_rank] for dp_rank in layout.dp_ranks]
-
-        return self.plan(layout), _per_rank(layout, args, kwargs, spread)
+    def _spread(self, layout: Layout, name: str, value: Any) -> Sequence[Any]:
+        if not isinstance(value, list | tuple) or len(value) != layout.dp_size:
+            came = f"length {len(value)}" if isinstance(value, list | tuple) else "no list"
+            raise DispatchError(
+                f"{name} must be a list of {layout.dp_size} elements, one per data-parallel "
+                f"rank; got {type(value).__name__} ({came}). Broadcast(x) sends a value whole"
+            )
+        return [value[dp_rank] for dp_rank in layout.dp_ranks]
 
 
 @dataclass(frozen=True)
@@ -243,12 +239,8 @@ class CustomMode(Mode):
                 f"{self.name} must return (args, kwargs), each value in them a list with one "
                 f"element per rank; got {type(spread).__name__}"
             )
-        lists, named = spread
-        try:
-            marked = {name: PerRank(values) for name, values in named.items()}
-            return OneToAll().dispatch(layout, tuple(map(PerRank, lists)), marked)
-        except DispatchError as error:
-            raise DispatchError(f"{self.name}: {error}") from None
+        named = {name: PerRank(values) for name, values in spread[1].items()}
+        return super().dispatch(layout, tuple(map(PerRank, spread[0])), named)
 
     def collect(self, plan: Plan, outputs: Sequence[Any]) -> Any:
         return self.collect_fn(self.group, list(outputs))
@@ -260,17 +252,15 @@ class CustomMode(Mode):
 
 @dataclass(frozen=True)
 class ByRows(Mode):
-    """Batches (DataProto, TensorDict, futures of them) are split by rows over the dp ranks.
+    """Batches (DataProto, TensorDict, futures of them, and what has `chunk(n)` and whose class has
+    `concat`) are split by rows over the dp ranks. A TensorDict of `batch_size=[]` goes whole to
+    every rank, and of such outputs the first counts.
 
-    So is whatever has `chunk(n)` and a `concat` of its class. A TensorDict of `batch_size=[]` goes
-    whole to every rank, and of such outputs the first counts.
-
-    Ranks of one dp group get the same shard object. `uneven`: shards may differ by one row;
-    otherwise rows must divide, unless the batch has padding enabled: then its last row is
-    repeated, and what comes back is cut; all batches of the call then need equally many rows, and
-    of several the futures' rows are waited for. `merge`: "concat" joins the outputs to
-    one batch, "list" returns them as they are. `function_first`: the first argument is a function
-    that every rank gets whole.
+    `uneven`: shards may differ by one row. Otherwise rows must divide, unless a batch has padding
+    enabled: then its last row is repeated, and what comes back is cut. All batches of the call need
+    equally many rows then, and where there are several, futures are waited for.
+    `merge`: "concat" joins the outputs to one batch, "list" returns them as they are.
+    `function_first`: the first argument is a function that every rank gets whole.
     """
 
     uneven: bool = False

@@ -126,13 +126,12 @@ class Explanation(Printed):
 
 def explain_arguments(
     signature: inspect.Signature,
-    ranks: Sequence[int],
     calls: Sequence[Call | None],
     size: Callable[[Any], int | None],
 ) -> tuple[SentArgument, ...]:
-    """What dispatch decided for `ranks`, each value once; `size` gives the bytes of one."""
+    """What dispatch decided for all ranks, each value once; `size` gives the bytes of one."""
     called: dict[int, tuple[Call, list[int]]] = {}
-    for rank, call in zip(ranks, calls, strict=True):
+    for rank, call in enumerate(calls):
         if call is not None:
             called.setdefault(id(call), (call, []))[1].append(rank)
     found: dict[tuple[str, int], tuple[Any, list[int]]] = {}

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from single_controller.base.decorator import MethodSpec, Transport, check_bytes
 from single_controller.base.dispatch import CustomMode
-from single_controller.base.explain import Explanation
 from single_controller.base.plan import Call, Layout, Plan
 from single_controller.base.trace import CallRecord
 from single_controller.errors import DispatchError, check_seconds
@@ -215,11 +214,6 @@ class BoundMethod:
             if self.bucket_bytes is None:
                 raise ValueError(f"{self.title} sends nothing in buckets: see register")
             made.bucket_bytes = check_bytes(bucket_bytes)
-        return made
-
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """What the call would do, without calling: see `WorkerGroup.explain`."""
-        made: Explanation = self.group._explain(self, args, kwargs)
         return made
 
     def dispatch(

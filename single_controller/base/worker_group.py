@@ -223,25 +223,17 @@ class WorkerGroup(abc.ABC, Generic[W]):
         """
         if method_name not in self._methods:
             raise UnknownMethodError(self._explain_missing(method_name))
-        return BoundMethod(self, self._methods[method_name]).explain(*args, **kwargs)
+        method: BoundMethod = getattr(self, method_name)
+        plan, calls = method.dispatch(self._layout(method.mode), args, kwargs)
 
-    def _explain(
-        self, method: BoundMethod, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Explanation:
         def size(value: Any) -> int | None:
             with suppress(Exception):
                 return Message.of(value, self._packer, late=[]).size
             return None
 
-        asked = method.ranks
-        plan, calls = method.dispatch(self._layout(method.mode, asked), args, kwargs)
-        ranks = asked or range(self.world_size)
-        return Explanation(
-            title=f"{method.title} [{method.mode_title}]",
-            ranks=tuple(rank for rank, call in zip(ranks, calls, strict=True) if call),
-            answers=tuple(ranks[i] for i in plan.answers),
-            arguments=explain_arguments(method.__signature__, ranks, calls, size),
-        )
+        sent = explain_arguments(method.__signature__, calls, size)
+        called = tuple(rank for rank, call in enumerate(calls) if call)
+        return Explanation(f"{method.title} [{method.mode_title}]", called, plan.answers, sent)
 
     def _bind(self, cls: type[Worker]) -> None:
         """Give the group a callable for each registered method of `cls`.

@@ -77,7 +77,7 @@ CAUSES: list[Exception] = [
     CallTimeoutError("late", [1, 2]),
 ]
 READ = {
-    FileNotFoundError: ("errno", "filename"),
+    FileNotFoundError: ("errno",),
     json.JSONDecodeError: ("pos", "doc"),
     UnicodeDecodeError: ("reason", "start"),
     RuntimeWithTwoError: ("code",),
@@ -116,7 +116,7 @@ def test_an_exception_that_cannot_be_sent_or_shown_is_a_plain_worker_error() -> 
     for cause in (LocalError("gone"), StopIteration(3), KeyboardInterrupt()):
         error = pickle.loads(pickle.dumps(wrap(cause)))
         assert type(error) is WorkerError
-        assert str(error.args[0]).endswith(f"{name_of(cause)}: {cause}".removesuffix(": "))
+        assert f"pid 4711): {name_of(cause)}" in str(error)
     assert "NoTextError" in str(wrap(NoTextError("x")))
 
 

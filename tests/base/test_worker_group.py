@@ -168,7 +168,7 @@ def test_what_cannot_be_a_call_sends_nothing_however_it_is_made(
     group: Any, method: str, args: tuple[Any, ...], error: type[Exception]
 ) -> None:
     bound = getattr(group, method)
-    for call in (bound, bound.submit, bound.explain, bound.options(ranks=[0, 1])):
+    for call in (bound, bound.submit, bound.options(ranks=[0, 1])):
         with pytest.raises(error, match=rf"Actor\.{method}\("):
             call(*args)
     assert sent == []
@@ -254,11 +254,6 @@ def test_what_ranks_would_get_and_who_answers_is_told_and_nothing_is_sent(group:
     ]
     assert told.arguments[0].bytes - told.arguments[2].bytes == 8  # one int64
     assert told.ranks == told.answers == (0, 1, 2, 3)
-    told = group.tag.options(ranks=[3, 1]).explain(proto(3))
-    assert [(a.ranks, a.rows) for a in told.arguments] == [((3,), 2), ((1,), 1)]
-    assert told.ranks == told.answers == (3, 1)
-    (shared,) = group.where.options(ranks=[2, 1]).explain(torch.zeros(4)).arguments
-    assert shared.ranks == (2, 1)
     assert str(group.explain("first", [1, 2])).endswith("\nranks called: 0")
     assert str(group.explain("refs")).endswith("]\nranks called: 0 … 3")
     assert sent == []
@@ -282,7 +277,7 @@ def test_arguments_are_told_under_the_workers_names_whatever_is_known_of_them(gr
     told = group.explain("custom", 2)
     assert [(a.ranks, a.name) for a in told.arguments] == [((r,), "n") for r in range(4)]
     assert told.title.endswith("[<lambda>]")
-    told = group.where.explain(PerRank([threading.Lock(), 1, None, "x"]), y=Broadcast(proto(0)))
+    told = group.explain("where", PerRank([threading.Lock(), 1, None, "x"]), y=Broadcast(proto(0)))
     assert [(a.ranks, a.rows) for a in told.arguments if a.name == "y"] == [((0, 1, 2, 3), 0)]
     assert told.arguments[0].bytes is None
     future = group.later(proto(4, auto_padding=True))  # whose rows are not waited for

@@ -146,9 +146,10 @@ def test_it_can_be_seen_what_a_handle_is_and_what_was_published(
 ) -> None:
     with trace(tmp_path / "t.json") as recorded:
         handle, made = both.one.state(1_000)[1], both.one.step(batch(4))
-        for call in (three.borrowed.explain(handle), three.give.explain({"w": [handle]})):
+        told = three.explain("borrowed", handle)
+        for call in (told, three.explain("give", {"w": [handle]})):
             assert [(a.ranks, a.bytes) for a in call.arguments] == [((0, 1, 2), None)]
-        assert "Handle  -" in str(three.borrowed.explain(handle))
+        assert "Handle  -" in str(told)
         assert handle.get() is not None
         assert len(made.get()) == 4
     found = [(e["pid"], e["args"]) for e in slices(recorded, "user") if e["name"] == "publish"]

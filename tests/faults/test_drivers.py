@@ -154,7 +154,7 @@ refused = {
     "result": sent.result, "running": running.result, "await": lambda: asyncio.run(awaited(sent)),
     "rows": unread.rows, "get": fetched.get, "get unread": unread.get,
     "await future": lambda: asyncio.run(awaited(unread)), "pickle": lambda: pickle.dumps(unread),
-    "pinned": pinned.get, "stacks": maker.stacks, "explain": lambda: maker.make.explain(data),
+    "pinned": pinned.get, "stacks": maker.stacks, "explain": lambda: maker.explain("make", data),
     "handle": handle.get, "small": small.get, "take": lambda: maker.take(handle),
     "await handle": lambda: asyncio.run(awaited(handle)), "send": lambda: pickle.dumps(handle),
     "execute": lambda: other.execute_all_async("look"), "restart": maker.restart,
