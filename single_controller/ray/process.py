@@ -42,7 +42,6 @@ __all__ = [
     "collective",
     "end",
     "identify",
-    "is_running",
     "log_tail",
     "read_logs",
     "read_stacks",
@@ -188,7 +187,7 @@ def _stat(pid: int) -> _Stat | None:
     return None if fields[0] in "ZX" else _Stat(fields[0], int(fields[19]))
 
 
-def is_running(process: ProcessInfo) -> bool:
+def _is_running(process: ProcessInfo) -> bool:
     """Whether the process is there, on this node, and no zombie."""
     found = _stat(process.pid)
     return found is not None and process.started in (0, found.started)
@@ -231,7 +230,7 @@ def read_stacks(processes: Sequence[ProcessInfo]) -> list[str]:
 
 
 def _stacks_of(process: ProcessInfo) -> str:
-    found = _stat(process.pid) if is_running(process) else None
+    found = _stat(process.pid) if _is_running(process) else None
     if found is None:
         return f"no stack: process {process.pid} has ended"
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as asks:
@@ -311,17 +310,17 @@ def end(processes: Sequence[ProcessInfo]) -> list[bool]:
     be ended, too; whether each is gone.
     """
     _await_end(processes, _EXIT_S)
-    for process in filter(is_running, processes):
+    for process in filter(_is_running, processes):
         with contextlib.suppress(OSError):
             os.kill(process.pid, signal.SIGKILL)
     watchers = [ProcessInfo("", "", process.watcher) for process in processes if process.watcher]
     _await_end([*processes, *watchers], _END_S)
-    return [not is_running(process) for process in processes]
+    return [not _is_running(process) for process in processes]
 
 
 def _await_end(processes: Sequence[ProcessInfo], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while any(map(is_running, processes)) and time.monotonic() < deadline:
+    while any(map(_is_running, processes)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 

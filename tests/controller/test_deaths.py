@@ -119,11 +119,6 @@ def test_a_call_that_is_interrupted_while_it_is_sent_leaves_a_group_that_says_so
     assert group.act("fine") == ["fine"] * 2
 
 
-def test_a_place_in_the_order_of_calls_is_given_once_whatever_becomes_of_the_call() -> None:
-    hosts = RayHosts([None], ["one"], [INFO])
-    assert [hosts.turn(0)[1] for _ in range(3)] == [0, 1, 2]  # type: ignore[index]
-
-
 def test_a_dropped_group_is_ended_by_a_thread_and_not_while_garbage_is_collected() -> None:
     ended_by: list[str] = []
     hosts: Any = SimpleNamespace(

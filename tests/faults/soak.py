@@ -13,7 +13,6 @@ import argparse
 import os
 import random
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -93,17 +92,9 @@ FAULTS = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    fault: Fault
-    got: str
-    detected: bool
-    seconds: float
-    survived: bool
-
-
-def inflict(fault: Fault, group: RayWorkerGroup, pool: RayResourcePool) -> Outcome:
-    got, detected = "nothing", False
+def inflict(fault: Fault, group: RayWorkerGroup, pool: RayResourcePool) -> tuple[bool, str]:
+    """Whether the fault was detected and survived; what the driver got, and how soon."""
+    got, detected, survived = "nothing", False, False
     began = time.monotonic()
     try:
         fault.cause(group, pool)
@@ -114,8 +105,7 @@ def inflict(fault: Fault, group: RayWorkerGroup, pool: RayResourcePool) -> Outco
         survived = whole(group)
     except Exception as error:
         got += f", then {error!r:.200}"
-        survived = False
-    return Outcome(fault, got, detected, seconds, survived)
+    return detected and survived, f"{seconds:6.2f} s  {got}"
 
 
 def whole(group: RayWorkerGroup) -> bool:
@@ -168,7 +158,7 @@ def main() -> int:
     ray.init(
         "local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False
     )
-    done: list[Outcome] = []
+    good = 0
     with (
         RayResourcePool([2], cpus_per_process=0.5) as pool,
         RayWorkerGroup(pool, RayClassWithInitArgs(Victim)) as group,
@@ -177,24 +167,15 @@ def main() -> int:
         # Each kind once in every round, in an order of chance.
         order = [f for _ in range(options.faults) for f in chance.sample(FAULTS, len(FAULTS))]
         for number, fault in enumerate(order[: options.faults], start=1):
-            done.append(inflict(fault, group, pool))
-            last = done[-1]
-            marks = "" if last.detected and last.survived else "  <-- NOT AS IT OUGHT TO BE"
-            line = f"{number:>4}  {fault.name:<34}{last.seconds:6.2f} s  {last.got}{marks}"
-            print(line, flush=True)
-        restarts = group.restarts
+            well, told = inflict(fault, group, pool)
+            good += well
+            marks = "" if well else "  <-- NOT AS IT OUGHT TO BE"
+            print(f"{number:>4}  {fault.name:<34}{told}{marks}", flush=True)
+        print(f"\ndetected and survived: {good}, with {group.restarts} restarts")
     left = leaks()
-    print()
-    for fault in FAULTS:
-        if seconds := [outcome.seconds for outcome in done if outcome.fault is fault]:
-            spread = f"median {statistics.median(seconds):.2f}, worst {max(seconds):.2f}"
-            print(f"      {fault.name:<34}{spread}")
-    print(f"\ndetected  {sum(outcome.detected for outcome in done)} of {len(done)}")
-    print(f"survived  {sum(outcome.survived for outcome in done)}, with {restarts} restarts")
-    print("left      " + ", ".join(f"{count} {what}" for what, count in left.items()))
+    print("left: " + ", ".join(f"{count} {what}" for what, count in left.items()))
     ray.shutdown()
-    good = all(outcome.detected and outcome.survived for outcome in done)
-    return 0 if good and not any(left.values()) else 1
+    return 0 if good == options.faults and not any(left.values()) else 1
 
 
 if __name__ == "__main__":

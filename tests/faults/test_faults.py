@@ -85,22 +85,11 @@ def test_a_rank_killed_idle_is_reported_by_the_watcher_and_by_the_next_call(
     group.restart()
 
 
-def test_a_stopped_process_does_not_keep_the_group_from_ending(group: RayWorkerGroup) -> None:
-    pids = [pid for _, pid, *_ in group.look()]
-    os.kill(pids[0], signal.SIGSTOP)
-    group.restart()
-    assert eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [("lock", "cannot pickle '_thread.lock'"), ("unreadable", "invalid literal")],
-)
-def test_a_result_that_cannot_travel_is_that_ranks_error_and_the_group_goes_on(
-    group: RayWorkerGroup, what: str, message: str
+def test_a_result_that_cannot_be_read_is_that_ranks_error_and_the_group_goes_on(
+    group: RayWorkerGroup,
 ) -> None:
-    with pytest.raises(WorkerError, match=rf"(?s)Victim.act failed on rank 1.*{message}"):
-        group.act(PerRank(["fine", what]))
+    with pytest.raises(WorkerError, match=r"(?s)Victim.act failed on rank 1.*invalid literal"):
+        group.act(PerRank(["fine", "unreadable"]))
     assert group.act("fine") == ["fine", "fine"]
 
 
