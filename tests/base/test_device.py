@@ -56,7 +56,7 @@ def test_the_current_device_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("kind", DEVICE_KINDS, ids=lambda kind: kind.name)
-def test_availability_is_what_torch_says_and_a_missing_plugin_is_no_error(
+def test_availability_is_what_torch_says_also_of_a_kind_that_it_does_not_know(
     kind: DeviceKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
