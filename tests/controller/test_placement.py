@@ -185,29 +185,28 @@ def test_a_pool_is_split_on_the_accelerators_that_the_cluster_has(
 def test_ranks_keep_their_bundles_when_ray_moves_some_to_another_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    names = {b"9".hex(): "10.0.0.9", b"10".hex(): "10.0.0.10", b"12".hex(): "10.0.0.12"}
+    names = {"9": "10.0.0.9", "10": "10.0.0.10", "12": "10.0.0.12"}
     group = PlacementGroup(ray.PlacementGroupID.from_random(), [{"CPU": 1}] * 4)
     there: dict[PlacementGroup, placement.Reservation] = {}
 
-    def put(*nodes: bytes) -> None:
-        ids = tuple(node.hex() for node in nodes)
-        there[group] = placement.Reservation("", "CREATED", ids, "", "alive")
+    def put(*nodes: str) -> None:
+        on = tuple((node, names[node]) for node in nodes)
+        there[group] = placement.Reservation("", "CREATED", on, "", "alive")
 
     def bundles(*pools: RayResourcePool) -> list[list[int]]:
         return [[bundle.index for bundle in pool.bundles()] for pool in pools]
 
     monkeypatch.setattr(placement, "check_started", lambda: None)
-    monkeypatch.setattr(placement, "_node_addresses", lambda: names)
     monkeypatch.setattr(placement, "cluster_nodes", lambda: [ROOMY])
     monkeypatch.setattr(placement, "placement_group", lambda *_: group)
     monkeypatch.setattr(placement, "reservations", lambda: there)
-    put(b"9", b"10", b"9", b"10")
+    put("9", "10", "9", "10")
     pool = RayResourcePool([4], use_gpu=False)
     pools = [pool, *split_resource_pool(pool, 2)]
-    for first in (b"9", b"12"):
-        put(first, b"10", first, b"10")
+    for first in ("9", "12"):
+        put(first, "10", first, "10")
         assert bundles(*pools) == [[0, 2, 1, 3], [0, 2], [1, 3]]
-        assert pool.bundles()[0].node_ip == names[first.hex()]
+        assert pool.bundles()[0].node_ip == names[first]
 
 
 def test_a_role_can_take_placement_groups_of_others(cluster: None) -> None:
