@@ -6,7 +6,6 @@ What CUDA alone can do names it: lending memory, in `protocol`, and telling devi
 from __future__ import annotations
 
 import gc
-import importlib.util
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +33,7 @@ class DeviceKind:
 
     `name` is torch's, `resource` is Ray's, `visible` the environment variable that selects
     devices, `backend` the collective backend, `files` the pattern of the device files of a
-    machine, `plugin` the package that adds the kind to torch, `lends` whether processes can map
-    each other's memory.
+    machine, `lends` whether processes can map each other's memory.
     """
 
     name: str
@@ -43,28 +41,20 @@ class DeviceKind:
     visible: str
     backend: str
     files: str = ""
-    plugin: str | None = None
     lends: bool = False
 
     def is_available(self) -> bool:
         """Whether torch sees a device of this kind in this process."""
-        if self.name == "cpu":
-            return True
-        if self.plugin is not None:
-            if importlib.util.find_spec(self.plugin) is None:
-                return False
-            importlib.import_module(self.plugin)
         import torch
 
-        return bool(getattr(torch, self.name).is_available())
+        module = getattr(torch, self.name, None)  # torch loads the package that adds a kind
+        return module is not None and bool(module.is_available())
 
 
 CPU = DeviceKind("cpu", "CPU", "", "gloo")
 DEVICE_KINDS = (
     DeviceKind("cuda", "GPU", "CUDA_VISIBLE_DEVICES", "nccl", "/dev/nvidia[0-9]*", lends=True),
-    DeviceKind(
-        "npu", "NPU", "ASCEND_RT_VISIBLE_DEVICES", "hccl", "/dev/davinci[0-9]*", plugin="torch_npu"
-    ),
+    DeviceKind("npu", "NPU", "ASCEND_RT_VISIBLE_DEVICES", "hccl", "/dev/davinci[0-9]*"),
     DeviceKind("xpu", "GPU", "ONEAPI_DEVICE_SELECTOR", "xccl"),
     CPU,
 )

@@ -263,11 +263,7 @@ class RayResourcePool(ResourcePool):
                 "the pool's reservation is gone: Ray was started anew, a node was lost, or it "
                 "was removed. close() the pool to reserve it again"
             )
-        addresses = _node_addresses()
-        return tuple(
-            Bundle(group, i, node := there[group].nodes[i], addresses[node])
-            for group, i in self.ranks
-        )
+        return tuple(Bundle(group, i, *there[group].nodes[i]) for group, i in self.ranks)
 
     def _reserve(self, strategy: str, name: str | None, kind: DeviceKind) -> list[PlacementGroup]:
         check_started()
@@ -296,11 +292,11 @@ class RayResourcePool(ResourcePool):
         for group in () if self.detached else groups:
             weakref.finalize(group, _dropped.put, group.id).atexit = False
         groups = sort_placement_group_by_node_ip(groups)
-        addresses, there = _node_addresses(), reservations()
+        there = reservations()
         self._store, self.ranks = [group.bundle_count for group in groups], []
         for group in groups:
-            nodes = [_node_order(addresses[node], node) for node in there[group].nodes]
-            self.ranks += [(group, i) for i in sorted(range(len(nodes)), key=nodes.__getitem__)]
+            order = [_node_order(*node) for node in there[group].nodes]
+            self.ranks += [(group, i) for i in sorted(range(len(order)), key=order.__getitem__)]
         self.pgs = groups
         return groups
 
@@ -388,25 +384,18 @@ def cluster_nodes() -> list[NodeResources]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted(found, key=lambda node: _node_order(node.ip))
+    return sorted(found, key=lambda node: _node_order("", node.ip))
 
 
 def sort_placement_group_by_node_ip(pgs: list[PlacementGroup]) -> list[PlacementGroup]:
     """Placement groups by the lowest address of their nodes, as a number (10.0.0.9 comes before
-    10.0.0.10); nodes of one address by their ids, and groups on one node by their names, in which
-    a pool has numbered them.
+    10.0.0.10), and nodes of one address by their ids; those on one node stay in their order.
     """
-    addresses, there = _node_addresses(), reservations()
-
-    def key(group: PlacementGroup) -> tuple[Any, ...]:
-        name = there[group].name
-        first = min(_node_order(addresses[node], node) for node in there[group].nodes)
-        return first, len(name), name, group.id.hex()
-
-    return sorted(pgs, key=key)
+    there = reservations()
+    return sorted(pgs, key=lambda group: min(_node_order(*node) for node in there[group].nodes))
 
 
-def _node_order(address: str, node_id: str = "") -> tuple[int, int, str]:
+def _node_order(node_id: str, address: str) -> tuple[int, int, str]:
     try:
         number = ipaddress.ip_address(address)
     except ValueError:  # Ray takes a name, too
@@ -414,25 +403,23 @@ def _node_order(address: str, node_id: str = "") -> tuple[int, int, str]:
     return number.version, int(number), node_id
 
 
-def _node_addresses() -> dict[str, str]:
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-
-
 @dataclass(frozen=True)
 class Reservation:
-    """A placement group as the cluster knows it: the node of each bundle, by id; `bundles`, such as
-    "2 × {CPU: 1}"; `creator`: "detached" if it outlives it, "ended" if that was an actor which has.
+    """A placement group as the cluster knows it: the node of each bundle, as id and address;
+    `bundles`, such as "2 × {CPU: 1}"; `creator`: "detached" if it outlives it, "ended" if that was
+    an actor which has.
     """
 
     name: str
     state: str
-    nodes: tuple[str, ...]
+    nodes: tuple[tuple[str, str], ...]
     bundles: str
     creator: str
 
 
 def reservations() -> dict[PlacementGroup, Reservation]:
     """All placement groups that are not removed, by name, whoever made them."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     found = {}
     for raw in _tables().get_placement_group_table():
         group = _pb.PlacementGroupTableData.FromString(raw)
@@ -441,10 +428,11 @@ def reservations() -> dict[PlacementGroup, Reservation]:
             by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
             creator = "ended" if by_actor and group.creator_actor_dead else "alive"
             bundles = sorted(group.bundles, key=lambda bundle: bundle.bundle_id.bundle_index)
+            nodes = [bundle.node_id.hex() for bundle in bundles]
             found[PlacementGroup(ray.PlacementGroupID(group.placement_group_id))] = Reservation(
                 group.name,
                 state,
-                tuple(bundle.node_id.hex() for bundle in bundles),
+                tuple((node, addresses.get(node, "")) for node in nodes),
                 f"{len(bundles)} × {_shown(bundles[0].unit_resources)}",
                 "detached" if group.is_detached else creator,
             )
