@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from tensordict import NonTensorData, TensorDict, lazy_stack
 
-from protocol import columns, combine
+from protocol import columns
 from protocol.batches import detach_batch, pad_batch, select_keys
 from protocol.data_proto import DataProto, DataProtoConfig
 from protocol.errors import (
@@ -28,7 +28,7 @@ from protocol.errors import (
     RowCountError,
     RowIndexError,
 )
-from tests.protocol.conftest import LAYOUTS, batches, make_column
+from tests.protocol.conftest import batches, make_column
 
 NAN = float("nan")
 Unchanged = Callable[[DataProto, Callable[[DataProto], Any]], Any]
@@ -40,14 +40,11 @@ def test_the_callers_dicts_are_not_kept() -> None:
     tensors, arrays, meta = {"a": torch.ones(2)}, {"s": np.ones(2)}, {"m": 1}
     data = DataProto.from_dict(tensors, {**arrays, "v": [[1], [2]]}, meta, auto_padding=True)  # type: ignore[dict-item]
     assert data.non_tensor_batch["v"].shape == (2,)  # not an array of two dims
+    single = DataProto.from_single_dict({**tensors, **arrays}, meta)
+    assert single.diff(DataProto.from_dict(tensors, arrays, meta)) == []
     data.pop(["a"], ["s"], ["m"])
     DataProto(TensorDict(tensors, [2]), arrays, meta).pop(["a"], ["s"], ["m"])
     assert (tensors.keys(), arrays.keys(), meta) == ({"a"}, {"s"}, {"m": 1})
-
-
-def test_from_single_dict_sorts_by_type() -> None:
-    data = DataProto.from_single_dict({"a": torch.ones(2), "s": np.ones(2)}, {"m": 1})
-    assert (set(data.batch.keys()), set(data.non_tensor_batch)) == ({"a"}, {"s"})
 
 
 new = DataProto.from_dict
@@ -87,6 +84,7 @@ WRONG: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda data: DataProto.concat([]), BatchError, "zero batches"),
     (lambda data: data.split(0), BatchError, "split_size must be at least 1; got 0"),
     (lambda data: data.repeat(-1), BatchError, "at least 0; got -1"),
+    (lambda _: new({"a": torch.ones(2)}, None, {"a": 1}).to_tensordict(), ConflictError, "'a'"),
     (lambda data: data.sample_level_repeat([1]), BatchError, "one count .* each of 6 rows"),
     (lambda data: data.make_iterator(4, 1), BatchError, "6 % 4 != 0"),
 ]
@@ -114,25 +112,12 @@ def test_non_tensor_data_in_a_batch_is_refused_with_the_way_out() -> None:
 def test_nested_tensordicts_are_columns_too() -> None:
     inner = TensorDict({"x": torch.arange(4)}, [4])
     data = DataProto(TensorDict({"in": inner, "a": torch.arange(4)}, [4]))
-    first, second = data.chunk(2)
-    assert second.batch["in", "x"].tolist() == [2, 3]
-    assert DataProto.concat([first, second]).diff(data) == []
+    assert DataProto.concat(data.chunk(2)).diff(data) == []
     assert data[[3, 0]].batch["in"]["x"].tolist() == [3, 0]
-    for call in (
-        lambda: data.select(["in"]),
-        lambda: data.pop(["in"]),
-        lambda: data.rename("in", "m"),
-    ):
-        with pytest.raises(BatchError, match=r"no \['in'\] in batch.*\('in', 'x'\)"):
-            call()
     path: Any = ("in", "x")
-    data.rename([path], ["x"])
-    assert data.pop(["x"]).batch["x"].tolist() == [0, 1, 2, 3]
-
-
-def test_a_key_that_occurs_twice_cannot_go_into_a_tensordict() -> None:
-    with pytest.raises(ConflictError, match=r"\['a'\] occur twice"):
-        DataProto.from_dict({"a": torch.ones(2)}, meta_info={"a": 1}).to_tensordict()
+    with pytest.raises(MissingKeyError, match=r"no \['in'\] in batch.*\('in', 'x'\)"):
+        data.select(["in"])
+    assert data.pop([path]).batch[path].tolist() == [0, 1, 2, 3]
 
 
 @given(data=batches())
@@ -176,15 +161,6 @@ def test_a_lazy_stack_of_rows_that_differ_is_refused_at_once() -> None:
 
 
 # Read
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_iterating_gives_the_rows_that_indexing_gives(layout: str) -> None:
-    column = make_column(5, layout, torch.float32)
-    data = DataProto.from_dict({"x": column}, {"o": [*range(5)]}, {"m": 1})
-    assert [*data] == [data[i] for i in range(5)]
-    assert combine.equal([item.batch["x"] for item in data], [*column.unbind()])
-    assert [*data[:0]] == []
 
 
 def test_a_scalar_tensor_or_array_is_an_int_index(sample: DataProto) -> None:
@@ -252,18 +228,10 @@ def test_diff_tells_what_differs(sample: DataProto) -> None:
 
 def test_two_equal_signs_compare_batches_and_rows_by_their_values(sample: DataProto) -> None:
     twin, other = copy.deepcopy(sample), sample.repeat(2)
-    assert sample == twin
-    assert sample != other
     assert twin in [other, sample]
     assert sample[1] == twin[1]
     assert sample[1] != twin[2]
-    for stranger in (1, None, "x", {"a": 1}):
-        assert sample != stranger
-        assert sample[1] != stranger
-    with pytest.raises(TypeError, match="unhashable"):
-        hash(sample)
-    twin.meta_info["m"] = 2
-    assert sample[1] != twin[1]
+    assert sample not in (1, None, {"a": 1}, sample[1], other)
 
 
 # In place
@@ -289,15 +257,9 @@ def test_rename_keeps_the_order_of_columns_and_can_swap(sample: DataProto) -> No
     assert list(sample.batch.keys()) == ["b", "z"]
     with pytest.raises(MissingKeyError):
         sample.rename("nope", "x")
-    wrong = [
-        (["b"], ["z"]),
-        (["b", "z"], ["x"]),
-        (["b", "b"], ["c", "d"]),
-        (["b", "z"], ["c", "c"]),
-    ]
-    for old, new in wrong:
+    for old, new in (("b", "z"), ("bz", "x"), ("bb", "cd"), ("bz", "cc")):
         with pytest.raises(ConflictError, match="as many keys, each once, and none taken"):
-            sample.rename(old, new)
+            sample.rename([*old], [*new])
     assert list(sample.batch.keys()) == ["b", "z"]
 
 

@@ -89,10 +89,10 @@ def test_indices_and_slices_pick_their_rows(data: DataProto, draw: st.DataObject
     start, stop = draw.draw(bounds), draw.draw(bounds)
     step = draw.draw(st.none() | st.integers(1, 3) | st.integers(-3, -1))
     same_rows(data.slice(start, stop, step), rows[start:stop:step])
-    for at in range(-len(rows), len(rows)):
-        item = data[at]
+    items = [*data, *(data[at] for at in range(-len(rows), len(rows)))]
+    for item, row in zip(items, rows * 3, strict=True):
         tensors = {} if item.batch is None else dict(item.batch.items())
-        assert {k: plain(v) for k, v in {**tensors, **item.non_tensor_batch}.items()} == rows[at]
+        assert {k: plain(v) for k, v in {**tensors, **item.non_tensor_batch}.items()} == row
 
 
 @given(data=batches(), draw=st.data())

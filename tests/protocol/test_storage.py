@@ -10,9 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from protocol import columns
+from protocol import (
+    columns,
+    deserialize_single_tensor,
+    deserialize_tensordict,
+    serialize_single_tensor,
+    serialize_tensordict,
+)
 from protocol.data_proto import DataProto
-from protocol.errors import StorageError
+from protocol.errors import BatchTypeError, StorageError
 from tests.protocol.conftest import DTYPES, LAYOUTS, make_column
 
 
@@ -27,8 +33,14 @@ def test_every_dtype_and_layout_survives(path: Path, dtype: torch.dtype) -> None
         tensors = {layout: make_column(rows, layout, dtype) for layout in LAYOUTS}
         data = DataProto.from_dict(tensors)
         data.save_to_disk(path)
-        loaded = DataProto.load_from_disk(path)
-        assert data.diff(loaded) == []
+        tuples = serialize_tensordict(data.batch)
+        for back in (DataProto.load_from_disk(path), DataProto(deserialize_tensordict(tuples))):
+            assert data.diff(back) == []
+        name, shape, buffer = serialize_single_tensor(tensors["plain"])
+        assert (f"torch.{name}", shape, type(buffer)) == (str(dtype), (rows,), memoryview)
+        deserialize_single_tensor((name, list(shape), bytes(buffer))).fill_(1)  # it is writable
+    with pytest.raises(BatchTypeError, match="needs a dense tensor"):
+        serialize_single_tensor(tensors["jagged"])
 
 
 def test_json_needs_no_pickle(path: Path) -> None:
