@@ -332,12 +332,9 @@ class RemoteCall(Pending):
         return batch
 
     def _moves(self, size: Any) -> None:
-        """Count bytes that a task says it has moved."""
-        hosts, hold = self.hosts, self._checked_hold()
-        hold.sizes.append(size)
-        if len(hold.sizes) == 1:
-            sizes = partial(_if_ready, hosts, hold.sizes, self._lock)
-            self.record.count_later("bytes_between", sizes)
+        """Count bytes that a task says it has moved, once it does."""
+        self._checked_hold()
+        size.future().add_done_callback(partial(_count_moved, self.record))
 
     def check_unread(self, rank: int) -> None:
         """Raise SendError where what a rank yields was passed on before."""
@@ -373,26 +370,9 @@ def _told(outputs: Iterable[Any]) -> _Rows:
     return tuple(o if not isinstance(o, Answer) else o.message or 1 for o in outputs)
 
 
-def _if_ready(hosts: RayHosts, sizes: list[Any], lock: threading.RLock) -> int | None:
-    """What all publications of a call so far have moved, which are then forgotten; None if some are
-    to come.
-    """
-    with lock:
-        asked = [] if hosts.gone else [*sizes]
-        if asked and ray.wait(asked, num_returns=len(asked), timeout=0)[1]:
-            return None
-        sizes.clear()
-    try:
-        return int(sum(ray.get(asked)))
-    except Exception:
-        return sum(_size(ref) for ref in asked)
-
-
-def _size(ref: Any) -> int:
-    try:
-        return int(ray.get(ref))
-    except Exception:  # whoever reads it is told
-        return 0
+def _count_moved(record: Any, size: Any) -> None:
+    if size.exception() is None:  # of which whoever reads what was to move is told
+        record.count("bytes_between", size.result())
 
 
 class _Hold:
@@ -403,7 +383,6 @@ class _Hold:
         self.habit = request.role, request.method
         self.publications = dict.fromkeys(request.answers, 0)  # by rank: how many tasks were sent
         self.published: dict[tuple[int, Columns, bool], Any] = {}
-        self.sizes: list[Any] = []  # of publications: references to bytes, not counted yet
         self._lock = threading.Lock()
         self.borrowers: list[Any] = []
         self.unread = set[tuple[int, Columns, bool]]()  # published ahead, and nobody asked

@@ -51,7 +51,6 @@ class Kept:
         self._watched: list[Any] = []  # its tensors, and how often they had been written to
         self._versions: list[int] = []
         self.title = ""
-        self.call = 0  # by what a trace knows the call that made it
         self._lent: list[Any] = []  # what was made of it for others, who map it
 
     def keep(self, output: Any, title: str) -> int | None:
@@ -116,8 +115,7 @@ class Kept:
         message = Message.of(found, Packer, lends=lends)
         self._lent += message.lent
         details = {"method": self.title, "bytes": message.size}
-        flow = threading.get_ident()  # the call itself has ended
-        note(Event("user", "publish", began, now_ns(), self.call, details, flow))
+        note(Event("user", "publish", began, now_ns(), details=details))  # that call has ended
         return message, message.size
 
     def batch(self) -> Any:

@@ -16,7 +16,6 @@ from single_controller import (
     ResourcePool,
     Worker,
     inline,
-    trace,
 )
 from single_controller import ray as on_ray
 from single_controller.inline import InlineWorkerGroup, colocate
@@ -128,14 +127,6 @@ def test_what_names_no_role_is_refused(class_dict: Any) -> None:
             RegistrationError, match=r"class_dict must be .* at least one role; got"
         ):
             create(class_dict)
-
-
-def test_a_trace_keeps_at_least_one_span_in_a_file_of_its_own() -> None:
-    for capacity in (0, "x"):
-        with pytest.raises(ValueError, match="capacity must be a whole number, at least 1; got "):
-            trace("never_written.json", capacity=capacity)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"os\.PathLike"):
-        trace(5)  # type: ignore[arg-type]
 
 
 class Named(Worker):
