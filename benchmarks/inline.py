@@ -22,6 +22,7 @@ from single_controller.inline import InlineWorkerGroup
 START = """
 import time
 started = time.perf_counter()
+import torch
 from single_controller import ResourcePool, ClassWithInitArgs, Worker
 from single_controller.inline import InlineWorkerGroup
 imported = time.perf_counter()

@@ -7,7 +7,7 @@ Say `pytest_plugins = ["single_controller.testing"]` in the top `conftest.py`:
         assert actor.add(batch).batch["a"].tolist() == [0, 1]
         assert actor.workers[1].calls == 1  # the worker itself
 
-A group starts in a millisecond, and neither Ray nor a GPU is asked for.
+Once torch is imported, a group starts in a millisecond; neither Ray nor a GPU is asked for.
 """
 
 from __future__ import annotations

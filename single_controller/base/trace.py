@@ -4,16 +4,14 @@ of all processes, and each group sums up its calls. How spans come here is left 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import json
-import logging
 import os
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass
@@ -43,22 +41,21 @@ __all__ = [
 ]
 
 _OFF = contextlib.nullcontext()
-_logger = logging.getLogger(__name__)
+_MOST = 200_000  # events that a process keeps
 
 now_ns = time.time_ns  # the clock that processes of several machines share, more or less
 
 
 class CallMark(NamedTuple):
-    """What a traced call carries to its ranks. `capacity`: the spans that each process keeps."""
+    """What a traced call carries to its ranks."""
 
     number: int
     sent_ns: int
-    capacity: int
 
 
 class Event(NamedTuple):
     """A `part` of call number `call`, which `name`s its method; or with the part "user" a span of
-    the user's. `flow`: the thread or task that it ran in, 0 where that is the call's own.
+    the user's, which may be in no call: 0.
     """
 
     part: str
@@ -67,13 +64,12 @@ class Event(NamedTuple):
     end_ns: int
     call: int = 0
     details: Mapping[str, Any] | None = None
-    flow: int = 0
 
 
 _buffer: deque[Event] | None = None  # of this process, while a trace is on
-# The buffer, the number and the flow of the traced call that runs here: user code stands between
-# the call and its spans, and hands nothing on.
-_here: ContextVar[tuple[deque[Event], int, int] | None] = ContextVar("_here", default=None)
+# The number of the traced call that runs here: user code stands between it and its spans, and hands
+# nothing on.
+_here: ContextVar[int] = ContextVar("_here", default=0)
 
 
 def note(event: Event) -> None:
@@ -87,14 +83,6 @@ def harvest() -> tuple[int, Sequence[Event]]:
     global _buffer
     buffer, _buffer = _buffer, None
     return now_ns(), tuple(buffer or ())
-
-
-def _flow() -> int:
-    """The task or else the thread that runs here: within one, spans nest."""
-    with contextlib.suppress(RuntimeError):
-        if (task := asyncio.current_task()) is not None:
-            return id(task)
-    return threading.get_ident()
 
 
 def span(name: str, **details: Any) -> AbstractContextManager[None]:
@@ -115,42 +103,28 @@ def _span(name: str, details: Mapping[str, Any]) -> Generator[None]:
     try:
         yield
     finally:
-        buffer, call, own = _here.get() or (_buffer, 0, 0)
-        if buffer is not None:
-            flow = _flow()
-            flow = 0 if flow == own else flow
-            buffer.append(Event("user", name, start, now_ns(), call, details, flow))
+        note(Event("user", name, start, now_ns(), _here.get(), details))
 
 
 @contextmanager
-def running(
-    mark: CallMark | None,
-    title: str,
-    read_ns: tuple[int, int] | None = None,
-    buffer: deque[Event] | None = None,
-) -> Generator[None]:
-    """Note, of a traced call, that it waited, was read (from, to) and runs within this context.
-
-    `buffer` is that of a rank which has no process of its own.
-    """
+def running(mark: CallMark | None, title: str, read_ns: tuple[int, int]) -> Generator[None]:
+    """Note, of a traced call, that it waited, was read (from, to) and runs within this context."""
     global _buffer
     if mark is None:
         yield
         return
-    if buffer is None:
-        buffer = _buffer = deque(maxlen=mark.capacity) if _buffer is None else _buffer
-    began, number = now_ns(), mark.number
-    read, ready = read_ns or (began, began)
-    buffer.append(Event("queue", title, mark.sent_ns, read, number))  # the caller's clock, and this
-    if read_ns is not None:
-        buffer.append(Event("deserialise", title, read, ready, number))
-        buffer.append(Event("prepare", title, ready, began, number))  # its turn, or what it reads
-    token = _here.set((buffer, number, _flow()))
+    if _buffer is None:
+        _buffer = deque(maxlen=_MOST)
+    (read, ready), began, number = read_ns, now_ns(), mark.number
+    note(Event("queue", title, mark.sent_ns, read, number))  # from the caller's clock to this one
+    note(Event("deserialise", title, read, ready, number))
+    note(Event("prepare", title, ready, began, number))  # its turn on the device
+    token = _here.set(number)
     try:
         yield
     finally:
         _here.reset(token)
-        buffer.append(Event("run", title, began, now_ns(), number))
+        note(Event("run", title, began, now_ns(), number))
 
 
 class trace:  # noqa: N801 — used as a function, as contextlib's are
@@ -158,38 +132,32 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
 
     Perfetto (ui.perfetto.dev) and chrome://tracing open it;
     `python -m single_controller timeline trace.json` sums it up. Times are by the driver's clock: a
-    process whose own one would have it read a call before that was sent, or end it after it was
-    collected, is set right, and the file says by how much. Spans stay in their workers, the last
-    `capacity` in each, until the context or the worker's group ends; the file names those that were
+    process whose own is another is set right, and the file says by how much. Each process keeps the
+    last 200,000 spans, until the context or the worker's group ends. The file names those that were
     full, and those that are missing: a worker that dies takes its spans with it.
 
     Args:
         path: of the file, JSON.
-        capacity: spans kept per process.
 
     Raises:
         ValueError: a trace is being recorded already.
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, *, capacity: int = 200_000) -> None:
-        os.fspath(path)  # a number would be a file that is open already
-        if not (isinstance(capacity, int) and capacity >= 1):
-            raise ValueError(f"capacity must be a whole number, at least 1; got {capacity!r}")
-        self.path, self.capacity = Path(path), capacity
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         self.content: dict[str, Any] = {}
         self._hosts: dict[int, Any] = {}
-        # Of each process what its clock is ahead, in ns, at least and at most, and what it noted.
-        self._found: dict[str, tuple[int, int, Sequence[Event]]] = {}
+        self._found: dict[str, list[Event]] = {f"driver, pid {os.getpid()}": []}
+        self._clocks: dict[str, float] = {}
         self._missing: list[str] = []
 
     def __enter__(self) -> Self:
         global _buffer, _current
-        with _starting:
-            if _current is not None:
-                raise ValueError(f"a trace is being recorded already, to {_current.path}")
-            self.path.touch()
-            _buffer, _current = deque(maxlen=self.capacity), self
+        if _current is not None:
+            raise ValueError(f"a trace is being recorded already, to {_current.path}")
+        self.path.touch()
+        _buffer, _current = deque(maxlen=_MOST), self
         return self
 
     def _take(self, hosts: Any) -> None:
@@ -197,34 +165,31 @@ class trace:  # noqa: N801 — used as a function, as contextlib's are
             asked = now_ns()
             found, missing = hosts.harvest()
             answered = now_ns()
-            for name, (told, events) in found.items():
-                *_, before = self._found.get(name, ((),))
-                self._found[name] = told - answered, told - asked, [*before, *events]
             self._missing += missing
-            for what in missing:
-                _logger.warning("the trace lacks %s", what)
+            for name, (told, events) in found.items():
+                ahead = 0 if asked <= told <= answered else _ahead(events)
+                self._clocks[name] = ahead / 1e6
+                by_driver = [_moved(event, ahead) for event in events]
+                self._found.setdefault(name, []).extend(by_driver)
 
     def __exit__(self, *_: object) -> None:
         global _current
         _current = None
-        noted = harvest()[1]
+        self._found[f"driver, pid {os.getpid()}"] += harvest()[1]
         for hosts in list(self._hosts.values()):
             self._take(hosts)
-        processes, clocks = {f"driver, pid {os.getpid()}": noted}, dict[str, float]()
-        collected = {event.call: event.start_ns for event in noted if event.part == "collect"}
-        for name, (least, most, events) in self._found.items():
-            processes[name], ahead = _by_driver(events, least, most, collected)
-            clocks[name] = ahead / 1e6
-        full = [name for name, events in processes.items() if len(events) >= self.capacity]
         self.content = {
-            "traceEvents": list(_chrome_events(processes)),
+            "traceEvents": list(_chrome_events(self._found)),
             "displayTimeUnit": "ms",
-            "otherData": {"missing": self._missing, "full": full, "clocks_ahead_ms": clocks},
+            "otherData": {
+                "missing": self._missing,
+                "full": [name for name, noted in self._found.items() if len(noted) >= _MOST],
+                "clocks_ahead_ms": self._clocks,
+            },
         }
         self.path.write_text(json.dumps(self.content, default=str), encoding="utf-8")
 
 
-_starting = threading.Lock()
 _current: trace | None = None
 _numbers = itertools.count(1)  # of traced calls
 
@@ -238,7 +203,7 @@ def mark(call: int, hosts: Any) -> CallMark | None:
     if not call or (trace := _current) is None:
         return None
     trace._hosts.setdefault(id(hosts), hosts)
-    return CallMark(call, now_ns(), trace.capacity)
+    return CallMark(call, now_ns())
 
 
 def left(hosts: Any) -> None:
@@ -247,25 +212,17 @@ def left(hosts: Any) -> None:
         trace._take(hosts)
 
 
-def _by_driver(
-    noted: Sequence[Event], least: int, most: int, collected: Mapping[int, int]
-) -> tuple[Sequence[Event], int]:
-    """A process's events by the driver's clock, and how far ahead its own is: a call was sent
-    before it was read, and had ended when it was `collected`. 0 where that may be.
-    """
-    for event in noted:
-        if event.part == "queue":
-            most = min(most, event.end_ns - event.start_ns)
-        elif event.part in ("run", "serialise") and event.call in collected:
-            least = max(least, event.end_ns - collected[event.call])
-    if least <= 0 <= most:
-        return noted, 0
-    ahead, moved = (least + most) // 2, list[Event]()
-    for event in noted:
-        start, end = event.start_ns, event.end_ns - ahead
-        start -= ahead if event.part != "queue" else 0  # that began by the driver's
-        moved.append(event._replace(start_ns=min(start, end), end_ns=end))
-    return moved, ahead
+def _ahead(events: Sequence[Event]) -> int:
+    """How many ns a process's clock is ahead, if its quickest call was read when it was sent."""
+    queued = (event.end_ns - event.start_ns for event in events if event.part == "queue")
+    return min(queued, default=0)
+
+
+def _moved(event: Event, ahead: int) -> Event:
+    """An event by the driver's clock, by which a call is sent."""
+    start, end = event.start_ns, event.end_ns - ahead
+    start -= ahead if event.part != "queue" else 0
+    return event._replace(start_ns=min(start, end), end_ns=end)
 
 
 def _chrome_events(processes: Mapping[str, Sequence[Event]]) -> Iterator[dict[str, Any]]:
@@ -280,35 +237,41 @@ def _chrome_events(processes: Mapping[str, Sequence[Event]]) -> Iterator[dict[st
         process = {"ph": "M", "pid": pid}
         yield {**process, "name": "process_name", "args": {"name": name}}
         yield {**process, "name": "process_sort_index", "args": {"sort_index": pid}}
-        rows = defaultdict[tuple[int, int], list[Event]](list)
+        rows = defaultdict[int, list[Event]](list)
         for event in noted:
-            rows[event.call, event.flow].append(event)
-        for (call, flow), events in rows.items():
-            if call and not flow:
+            rows[event.call].append(event)
+        for call, events in rows.items():
+            if call:
                 start, end = min(e.start_ns for e in events), max(e.end_ns for e in events)
                 events.insert(0, Event("call", titles.get(call, "call"), start, end, call))
-            row = {"cat": "span", "id": f"{pid}.{call}.{flow}", "pid": pid, "tid": 0}
-            yield from _nested(row, events, zero)
+            yield from _nested(
+                {"cat": "span", "id": f"{pid}.{call}", "pid": pid, "tid": 0}, events, zero
+            )
 
 
-def _nested(row: dict[str, Any], events: Iterable[Event], zero: int) -> Iterator[dict[str, Any]]:
-    """Where each event of a row begins and ends, in an order in which they nest. Viewers ignore
-    "part" and "dur", by which others read the file.
+def _nested(row: dict[str, Any], events: list[Event], zero: int) -> Iterator[dict[str, Any]]:
+    """Where each event of a row begins and ends, in an order in which they nest. One that would
+    not, such as a span of another thread, has a row of its own. Viewers ignore "part" and "dur", by
+    which others read the file.
     """
-    inside: list[tuple[int, str]] = []
-    last = Event("", "", 2**63, 0)
-    for event in (*sorted(events, key=lambda e: (e.start_ns, -e.end_ns)), last):
+    inside: list[tuple[int, dict[str, Any]]] = []  # when they end, and what says so
+    for number, event in enumerate(sorted(events, key=lambda e: (e.start_ns, -e.end_ns))):
         while inside and inside[-1][0] <= event.start_ns:
-            end, name = inside.pop()
-            yield {**row, "ph": "e", "name": name, "ts": (end - zero) / 1_000}
-        if event is not last:
-            name = event.name if event.part in ("user", "call") else event.part
-            args = {**(event.details or {}), **({"call": event.call} if event.call else {})}
-            end = min(event.end_ns, inside[-1][0]) if inside else event.end_ns
-            end = max(event.start_ns, end)  # a clock may be set back
-            times = {"ts": (event.start_ns - zero) / 1_000, "dur": (end - event.start_ns) / 1_000}
-            yield {**row, "ph": "b", "name": name, "part": event.part, **times, "args": args}
-            inside.append((end, name))
+            yield inside.pop()[1]
+        end_ns = max(event.start_ns, event.end_ns)  # a clock may be set back
+        apart = bool(inside) and inside[-1][0] < end_ns
+        name = event.name if event.part in ("user", "call") else event.part
+        at = {**row, "id": f"{row['id']}.{number}" if apart else row["id"], "name": name}
+        args = {**(event.details or {}), **({"call": event.call} if event.call else {})}
+        begins, took = (event.start_ns - zero) / 1_000, (end_ns - event.start_ns) / 1_000
+        yield {**at, "ph": "b", "ts": begins, "dur": took, "part": event.part, "args": args}
+        end = {**at, "ph": "e", "ts": (end_ns - zero) / 1_000}
+        if apart:
+            yield end
+        else:
+            inside.append((end_ns, end))
+    while inside:
+        yield inside.pop()[1]
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import math
 import os
 import pickle
-import sys
-import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from traceback import walk_stack
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from single_controller.base.explain import RankState
 from single_controller.base.hosts import Generation, Hosts, allowed_restarts
 from single_controller.base.message import (
-    ONLY_PASSED,
-    READ_BEFORE,
     Message,
     Outbox,
     Outgoing,
@@ -40,7 +31,7 @@ from single_controller.base.message import (
     packed,
 )
 from single_controller.base.method import Pending, Request
-from single_controller.base.plan import Call, Handle, ResourcePool, origins
+from single_controller.base.plan import Call, Handle, ResourcePool
 from single_controller.base.roles import (
     ClassWithInitArgs,
     Colocate,
@@ -49,10 +40,9 @@ from single_controller.base.roles import (
     W,
     build_roles,
     create_fused_worker_cls,
-    has_async_method,
     restore_hooks,
 )
-from single_controller.base.trace import CallMark, Event, mark, now_ns, running
+from single_controller.base.trace import Recorder
 from single_controller.base.worker import (
     NO_BATCH,
     Rendezvous,
@@ -60,7 +50,6 @@ from single_controller.base.worker import (
     WorkerContext,
     coroutine_stacks,
     exit_code,
-    own_frames,
     own_traceback,
 )
 from single_controller.base.worker_group import WorkerGroup
@@ -69,11 +58,16 @@ from single_controller.errors import (
     CallTimeoutError,
     GroupBrokenError,
     RegistrationError,
-    SendError,
     WorkerDiedError,
     WorkerError,
 )
-from single_controller.inline.world import RankLoop, RankWorld, one_at_a_time, wait_until
+from single_controller.inline.world import (
+    RankWorld,
+    has_begun,
+    in_event_loop,
+    one_at_a_time,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,15 +76,9 @@ if TYPE_CHECKING:
     from protocol.batches import Batch
 
 __all__ = [
-    "InProcess",
     "InlinePending",
     "InlineReference",
     "InlineWorkerGroup",
-    "LocalBatch",
-    "LocalValue",
-    "Packer",
-    "PinnedBatch",
-    "Rank",
     "Ranks",
     "colocate",
     "create_colocated_worker_cls",
@@ -99,23 +87,18 @@ __all__ = [
     "pin",
 ]
 
-_logger = logging.getLogger(__name__)
-
 _ADDRESS = "127.0.0.1"
-_HIDDEN = (os.path.dirname(__file__), threading.__file__, os.path.dirname(asyncio.__file__))
-_NO_ATTACHING = (
-    "worker_names, worker_handles and from_detached find running Ray actors; an inline group lives "
-    "in this process alone, and has none to attach to"
-)
-_Read: TypeAlias = "Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]"
+_HIDDEN = (os.path.dirname(__file__), os.path.dirname(asyncio.__file__))
+_POLL_S = 0.005
+_Arguments: TypeAlias = "tuple[Sequence[Any], Mapping[str, Any]]"
 
 
-class InProcess:
+class _InProcess:
     """What stands for something in this process, and is passed to ranks as it is."""
 
 
-class Packer(Packing, pickle.Pickler):
-    kept = (type, FunctionType, ModuleType, InProcess)
+class _Packer(Packing, pickle.Pickler):
+    kept = (type, FunctionType, ModuleType, _InProcess)
 
 
 def _copied(message: Message) -> Message:
@@ -126,34 +109,32 @@ def _copied(message: Message) -> Message:
 
 def _dumps(value: Any) -> bytes:
     """A pickle alone. Only what reads it at once finds the classes that are kept."""
-    message = Message.of(value, Packer)
+    message = Message.of(value, _Packer)
     if message.buffers:
         raise ValueError("it cannot be read without its buffers")
     held.set((message.held, ()))
     return message.data
 
 
-class Rank:
+class _Rank(RankWorld):
     """One rank: its workers by role, and where they are."""
 
     node_ip = _ADDRESS
 
     def __init__(self, context: WorkerContext, env: Mapping[str, str]) -> None:
+        super().__init__({**env, **context.environment()})
         self.context, self.rank, self.pid = context, context.rank, os.getpid()
         name = context.device_name
         self.device = name if name == CPU.name else f"{name}:{context.local_rank}"
-        self.world = RankWorld({**env, **context.environment()})
         self.workers: dict[str, Worker] = {}
         self.turns = Turns()
-        self.awaited: dict[InlineReference, Any] = {}  # coroutines, by their call
-        self.noted: deque[Event] | None = None  # while a trace is on
+        # What it awaits in calls, and by what that is cancelled.
+        self.awaited: dict[InlinePending, tuple[Any, Future[None]]] = {}
 
     def stack(self) -> str:
-        """What the rank's code is doing, the innermost frame first."""
-        running = sys._current_frames().get(self.world.thread or 0)
-        frames = () if running is None else (frame for frame, _ in walk_stack(running))
-        waiting = coroutine_stacks([*self.awaited.values()], _HIDDEN) if self.awaited else ""
-        return "\n".join(filter(None, [*own_frames(frames, _HIDDEN), waiting])) or "  in no call"
+        """What its `async def` methods wait for, the innermost frame first."""
+        awaited = [coroutine for coroutine, _ in self.awaited.values()]
+        return coroutine_stacks(awaited, _HIDDEN) or "  in no call"
 
     def failure(self, role: str, error: BaseException, method: str = "__init__") -> Exception:
         """What to raise for `error`, which stays its cause with all its frames, for a debugger."""
@@ -182,127 +163,92 @@ class Rank:
 
     def close(self) -> None:
         """Let go of the workers and their process groups."""
-        self.world.close()
+        super().close()
         self.workers.clear()
         self.context.peers.clear()
 
 
-class Ranks(Generation, InProcess):
+class Ranks(Generation, _InProcess):
     """All ranks of a group, in this process: `infos` are they themselves.
 
     Raises:
-        WorkerError: a role's constructor, or its `restore`, raised. ResourceError: the port is
-            taken.
+        WorkerError: a role's constructor, or its `restore`, raised.
     """
 
     def __init__(
         self,
-        pool: ResourcePool,
+        contexts: Callable[[], Iterator[WorkerContext]],
         roles: Mapping[str, ClassWithInitArgs],
         env: Mapping[str, str],
-        prefix: str = "",
-        device_name: str | None = None,
-        master_port: int = 0,
-        port_range: Sequence[int] | None = None,
         restored: bool = False,
     ) -> None:
-        kind = _device(device_name)
-        rendezvous = Rendezvous(_ADDRESS, master_port, port_range)  # no other group gets the port
-        contexts = _contexts(pool, kind, rendezvous.port, prefix)
-        ranks = [Rank(context, env) for context in contexts]
-        super().__init__(ranks, tuple(roles), (_ADDRESS, rendezvous.port))
-        self.loop = RankLoop() if has_async_method(roles) else None
-        # Calls whose deadline has passed, which was so many seconds.
-        self.given_up: list[tuple[InlineReference, float]] = []
-        self._deaths: list[WorkerDiedError] = []
-        self._drop = weakref.finalize(self, _dropped, rendezvous, self.loop)
+        ranks = [_Rank(context, env) for context in contexts()]
+        super().__init__(ranks, tuple(roles), (_ADDRESS, ranks[0].context.master_port))
+        self.given_up: dict[InlinePending, float] = {}  # after so many seconds
+        self._dead: dict[int, WorkerDiedError] = {}
         try:
             for rank in ranks:
-                with rank.world.here():
+                with rank.here():
                     built = build_roles(rank.context, roles, rank.turns, rank.failure)
                     rank.workers.update(built)
-            for rank, role in [(r, role) for r in ranks for role, _ in restore_hooks(r.workers)]:
-                if restored:
-                    restoring = InlineReference(self, rank, role, "restore")
-                    restoring.run(lambda: ([], {}))
-                    restoring.get()
+            hooks = [(rank, role) for rank in ranks for role, _ in restore_hooks(rank.workers)]
+            for rank, role in hooks if restored else ():
+                request = Request(role, "restore", (rank.rank,), Recorder().call(role, "restore"))
+                restore = InlinePending(self, request)
+                restore.run(rank, lambda: ([], {}))
+                restore.wait(None)
         except BaseException:
             self.end("the group did not start")
             raise
 
     def find_dead(self) -> WorkerDiedError | None:
-        if not self._deaths:
-            return None
-        _logger.error("%s", self.broken)
-        return self._deaths[0]
+        return next(iter(self._dead.values()), None)
 
     def died(self, error: WorkerDiedError) -> None:
         """A rank asked for the end of its process: the group takes no more calls."""
-        self._deaths.append(error)
-        if self.broken is None:
-            self.broken = f"the group lost a rank: {error.args[0]}"
+        self._dead[error.rank] = error
+        self.broken = self.broken or f"the group lost a rank: {error.args[0]}"
 
     def look(self) -> None:
-        self.given_up = [(call, after) for call, after in self.given_up if not call.done()]
+        self.given_up = {call: s for call, s in self.given_up.items() if not call.done()}
         if self.given_up:
-            ranks, after = sorted({c.rank.rank for c, _ in self.given_up}), self.given_up[0][1]
+            ranks = sorted({rank for call in self.given_up for rank in call.running})
             raise GroupBrokenError(
-                f"ranks {ranks} are still in a call that was given up after {after:g} s"
+                f"ranks {ranks} are still in a call that was given up after "
+                f"{min(self.given_up.values()):g} s"
             )
 
     def states(self) -> list[RankState]:
-        dead = {error.rank for error in self._deaths}
         lives: RankState = "broken" if self.broken else "alive"
-        return ["dead" if self.ended or at.rank in dead else lives for at in self.infos]
+        return ["dead" if self.ended or at.rank in self._dead else lives for at in self.infos]
 
     def stacks(self) -> dict[int, str]:
         return {rank.rank: rank.stack() for rank in self.infos}
 
-    def harvest(self) -> tuple[dict[str, tuple[int, Sequence[Event]]], list[str]]:
-        """What each rank noted for a trace, as if it were a process of its own."""
-        roles, found = "+".join(self.roles), dict[str, tuple[int, Sequence[Event]]]()
-        for at in self.infos:
-            found[f"{roles} rank {at.rank} on {at.node_ip}"] = now_ns(), tuple(at.noted or ())
-            at.noted = None
-        return found, []
-
     def end(self, why: str) -> None:
         self.ended = self.ended or why
-        if self.loop is not None:
-            self.loop.close()
         with one_at_a_time:
             for rank in self.infos:
-                for call in [*rank.awaited]:  # which do not heed that they are cancelled
-                    call.raised(asyncio.CancelledError())
+                for call in [*rank.awaited]:
+                    call.drop(rank, self.ended)
                 rank.close()
-        self._drop()
-
-
-def _dropped(rendezvous: Rendezvous, loop: RankLoop | None) -> None:
-    if loop is not None:
-        loop.stop()
-    rendezvous.close()
-
-
-def _device(name: str | None) -> DeviceKind:
-    """By default what torch sees, if it is there to be asked: it takes seconds to import."""
-    return CPU if name is None and "torch" not in sys.modules else device_kind(name)
+            one_at_a_time.notify_all()
 
 
 def _contexts(
     pool: ResourcePool, kind: DeviceKind, port: int, prefix: str
 ) -> Iterator[WorkerContext]:
-    devices = 0
+    devices = pool.world_size
     if kind is not CPU:
         import torch
 
-        devices = getattr(torch, kind.name).device_count()
+        devices = getattr(torch, kind.name).device_count() or devices
     places = zip(pool.local_rank_list(), pool.local_world_size_list(), strict=True)
     for rank, (node_rank, on_node) in enumerate(places):
         yield WorkerContext(
             rank=rank,
             world_size=pool.world_size,
-            local_rank=node_rank % devices if devices else node_rank,
+            local_rank=node_rank % devices,
             local_world_size=on_node,
             node_rank=node_rank,
             master_addr=_ADDRESS,
@@ -313,21 +259,155 @@ def _contexts(
         )
 
 
-class InlineReference(InProcess):
-    """What one rank returns from a call, for whoever asks: each gets a copy of its own."""
+class InlinePending(Pending):
+    """A call. It has run, but for what `async def` methods still wait for: a deadline counts for
+    those alone.
+    """
 
-    def __init__(self, hosts: Ranks, rank: Rank, role: str, method: str) -> None:
-        self.hosts, self.rank, self.role, self.method = hosts, rank, role, method
-        self.title = f"{role}.{method}"
-        self.output: Message | None = None
-        self.error: Exception | None = None
-        self.ends: Future[None] | None = None  # that of an async method
-        self.pairs = self.passed = False  # whether it yields them, and a call has read those
-        self._task: object = None  # which asyncio would forget
+    def __init__(self, hosts: Ranks, request: Request) -> None:
+        self.hosts, self.request, self.record = hosts, request, request.record
+        self.pairs = request.bucket_bytes is not None and request.deferred
+        self.running = set[int]()
+        self.outputs: dict[int, Message] = {}
+        self.errors: dict[int, Exception] = {}
+
+    def run(self, rank: _Rank, arguments: Callable[[], _Arguments]) -> None:
+        """Run the method on a rank with the arguments that are read there, an async one to where it
+        first waits.
+        """
+        request = self.request
+        self.running.add(rank.rank)
+        with rank.here():
+            try:
+                args, kwargs = arguments()
+                rank.turns.take(request.role)
+                output = getattr(rank.workers[request.role], request.method)(*args, **kwargs)
+                if inspect.isawaitable(output):
+                    coroutine = self._await(rank, output)
+                    rank.awaited[self] = coroutine, rank.start(coroutine)
+                    if not in_event_loop():
+                        wait_until(lambda: has_begun(coroutine))
+                else:
+                    self._returned(rank, output)
+            except (Exception, SystemExit) as error:
+                self._raised(rank, error)
+
+    async def _await(self, rank: _Rank, output: Any) -> None:
+        try:
+            self._returned(rank, await output)
+        except BaseException as error:
+            self._raised(rank, error)
+
+    def _returned(self, rank: _Rank, output: Any) -> None:
+        request = self.request
+        output = checked_output(output, self.pairs)
+        if self.pairs:
+            output = [(name, x.detach().clone()) for name, x in map(checked_pair, output)]
+        elif request.deferred and not request.opens:
+            _check_batch(output, request)
+        output = output if rank.rank in request.answers else None
+        self.outputs[rank.rank] = _copied(Message.of(output, _Packer))
+        self._finished(rank)
+
+    def _raised(self, rank: _Rank, error: BaseException) -> None:
+        if rank.rank in self.running:  # or the group has ended
+            request = self.request
+            failure: Any = rank.failure(request.role, error, request.method)
+            self.errors[rank.rank] = failure
+            if isinstance(error, SystemExit):
+                self.hosts.died(failure)
+            self._finished(rank)
+
+    def _finished(self, rank: _Rank) -> None:
+        self.running.discard(rank.rank)
+        rank.awaited.pop(self, None)
+
+    def drop(self, rank: _Rank, why: str) -> None:
+        """Cancel an async method, and wait for it no more: its group ends."""
+        rank.awaited[self][1].cancel()
+        self.errors[rank.rank] = GroupBrokenError(why)
+        self._finished(rank)
+
+    def wait(self, timeout_s: float | None) -> list[Any]:
+        limit = self.request.timeout_s if timeout_s is None else timeout_s
+        self.finish(limit, gives_up=timeout_s is None)
+        return [self.outputs[rank].read() for rank in self.request.answers]
+
+    def finish(self, limit: float | None, gives_up: bool = False) -> None:
+        """Wait for all ranks; raise what went wrong."""
+        if not self.done():
+            if in_event_loop():
+                raise RuntimeError(
+                    "an async method waits for an async method of an inline group, which cannot go "
+                    "on meanwhile: await what `submit` returns"
+                )
+            wait_until(self.done, limit)
+        self._check(limit, gives_up)
+
+    def _check(self, limit: float | None, gives_up: bool) -> None:
+        self.hosts.check_current()
+        if self.running:
+            stacks = {rank: self.hosts.infos[rank].stack() for rank in sorted(self.running)}
+            if gives_up:
+                self.hosts.given_up[self] = limit or 0
+            raise CallTimeoutError(
+                f"{self.request.title}: ranks {[*stacks]} of {len(self.hosts.infos)} had not "
+                f"finished after {limit:g} s",
+                [*stacks],
+                stacks,
+            )
+        if self.errors:
+            first = min(self.errors.values(), key=lambda error: getattr(error, "when", math.inf))
+            if isinstance(first, WorkerError):
+                first.failed_ranks = len(self.errors)
+            raise first
+
+    async def arrive(self) -> bool:
+        limit = math.inf if self.request.timeout_s is None else self.request.timeout_s
+        end = time.monotonic() + limit
+        while not self.done() and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
+        self._check(limit, gives_up=True)
+        return True
 
     def done(self) -> bool:
-        """Whether the method has returned or raised."""
-        return self.output is not None or self.error is not None
+        return not self.running
+
+    def cancel(self) -> bool:
+        return False
+
+    def handles(self, batched: bool) -> list[Any]:
+        made = [InlineReference(self, rank, batched) for rank in self.request.answers]
+        return [*map(Handle, made)] if self.request.deferred and not batched else made
+
+
+@dataclass(frozen=True)
+class InlineReference(_InProcess):
+    """What one rank of a call returns, for whoever asks: each gets a copy of its own. It counts
+    only if the other ranks succeed. As `batched` it is a `protocol.future.Source`.
+    """
+
+    pending: InlinePending
+    rank: int
+    batched: bool = False
+
+    @property
+    def title(self) -> str:
+        """The method that makes it, for messages."""
+        return self.pending.request.title
+
+    @property
+    def reference(self) -> Self:
+        """What a future shows for it."""
+        return self
+
+    def done(self) -> bool:
+        """Whether its rank has returned or raised."""
+        return self.rank not in self.pending.running
+
+    async def arrive(self, whole: bool) -> bool:
+        """Wait on the running event loop for an async method."""
+        return await self.pending.arrive()
 
     def get(self, timeout: float | None = None) -> Any:
         """What the method returned. Waits, at most `timeout` seconds, for an async one.
@@ -335,233 +415,61 @@ class InlineReference(InProcess):
         Raises:
             WorkerError: the method raised. CallTimeoutError: it was not done in time.
         """
-        return InlinePending(self.hosts, [self], [self]).wait(timeout)[0]
-
-    def run(self, read: _Read, keep: bool = False, mark: CallMark | None = None) -> None:
-        """Run the method on its rank with the arguments that are read there, an async one to where
-        it first waits. Without `keep`, what it returns does not count.
-        """
-        rank, loop, coroutine = self.rank, self.hosts.loop, None
-        with rank.world.here():
-            try:
-                function, began = getattr(rank.workers[self.role], self.method), now_ns()
-                args, kwargs = read()
-                if mark is not None and rank.noted is None:
-                    rank.noted = deque(maxlen=mark.capacity)
-                noted = running(mark, self.title, (began, now_ns()), rank.noted)
-                rank.turns.take(self.role)
-                is_async = loop is not None and inspect.iscoroutinefunction(function)
-                with nullcontext() if is_async else noted:
-                    output = function(*args, **kwargs)
-                if loop is not None and inspect.isawaitable(output):
-                    coroutine = self._await(output, noted if is_async else nullcontext(), keep)
-                    self.ends, rank.awaited[self] = Future(), coroutine
-                    self.ends.set_running_or_notify_cancel()  # who waits no longer cancels nothing
-                else:
-                    self._returned(output, keep)
-            except (Exception, SystemExit) as error:
-                self.raised(error)
-        if loop is not None and coroutine is not None:
-            self._task = loop.start(rank.world, coroutine)
-
-    async def _await(self, output: Any, noted: AbstractContextManager[None], keep: bool) -> None:
-        try:
-            with noted:
-                output = await output
-            self._returned(output, keep)
-        except BaseException as error:
-            self.raised(error)
-
-    def _returned(self, output: Any, keep: bool) -> None:
-        output = checked_output(output, self.pairs)
-        if self.pairs:
-            output = [(name, x.detach().clone()) for name, x in map(checked_pair, output)]
-        self.output = _copied(Message.of(output if keep else None, Packer))
-        self._end()
-
-    def raised(self, error: BaseException) -> None:
-        """Note why there is no output."""
-        if isinstance(error, asyncio.CancelledError) and self.hosts.ended:
-            self.error = GroupBrokenError(self.hosts.ended)
-        else:
-            self.error = self.rank.failure(self.role, error, self.method)
-        if isinstance(error, SystemExit) and isinstance(self.error, WorkerDiedError):
-            self.hosts.died(self.error)
-        self._end()
-
-    def _end(self) -> None:
-        if self.ends is not None and not self.ends.done():
-            del self.rank.awaited[self]
-            self.ends.set_result(None)
-
-
-class InlinePending(Pending):
-    """A call that has run, but for what `async def` methods still wait for.
-
-    A deadline counts only for those: what has returned came in time. `answers` are those of its
-    `calls` whose outputs count.
-    """
-
-    def __init__(
-        self,
-        hosts: Ranks,
-        calls: Sequence[InlineReference],
-        answers: Sequence[InlineReference],
-        request: Request | None = None,
-    ) -> None:
-        self._hosts, self.calls, self._answers = hosts, calls, answers
-        self._timeout_s = None if request is None else request.timeout_s
-        self._deferred = request is not None and request.deferred
-        if request is not None:
-            self.record = request.record
-
-    def wait(self, timeout_s: float | None) -> list[Any]:
-        limit = self._timeout_s if timeout_s is None else timeout_s
-        if not self.done():
-            if self._hosts.loop is not None and self._hosts.loop.runs_here:
-                raise RuntimeError(
-                    "an async method waits for an async method of its own inline group, which "
-                    "cannot go on meanwhile: await the other worker's method itself"
-                )
-            wait_until(self.done, limit)
-        self._check(limit, given_up=timeout_s is None)
-        return [call.output.read() for call in self._answers if call.output is not None]
-
-    async def arrive(self) -> bool:
-        if not self.done():
-            ends = [asyncio.wrap_future(call.ends) for call in self.calls if call.ends is not None]
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*ends), self._timeout_s)
-        self._check(self._timeout_s, given_up=True)
-        return True
-
-    def _check(self, limit: float | None, given_up: bool) -> None:
-        """Raise what went wrong: ranks are late, or one failed."""
-        self._hosts.check_current()
-        if late := [call for call in self.calls if not call.done()]:
-            stacks = {call.rank.rank: call.rank.stack() for call in late}
-            if given_up:
-                self._hosts.given_up += [(call, limit or 0) for call in late]
-            raise CallTimeoutError(
-                f"{late[0].title}: ranks {[*stacks]} of {len(self._hosts.infos)} had not finished "
-                f"after {limit:g} s",
-                [*stacks],
-                stacks,
-            )
-        errors = [call.error for call in self.calls if call.error is not None]
-        if errors:
-            first = min(errors, key=_order)
-            if isinstance(first, WorkerError):
-                first.failed_ranks = len(errors)
-            raise first
-
-    def done(self) -> bool:
-        return all(call.done() for call in self.calls)
-
-    def cancel(self) -> bool:
-        return False
-
-    def handles(self, batched: bool) -> list[Any]:
-        if not self._deferred:
-            return [*self._answers]
-        if batched:
-            return [LocalBatch(self, reference) for reference in self._answers]
-        return [Handle(LocalValue(self, reference)) for reference in self._answers]
-
-
-def _order(error: Exception) -> tuple[bool, float]:
-    """A death first, then by time: others may have failed because of it."""
-    return not isinstance(error, WorkerDiedError), getattr(error, "when", math.inf)
-
-
-class _Rows(InProcess):
-    """A batch that stays here: a `protocol.future.Source`."""
-
-    def _batch(self, timeout: float | None) -> Any:
-        """The batch, as the reader asked (`protocol.wire.read_as`)."""
-        raise NotImplementedError
+        return self.fetch(0, 1, timeout)
 
     def rows(self, timeout: float | None = None) -> int:
-        """How many rows the batch has. Waits, at most `timeout` seconds, for an async method."""
-        from protocol.batches import batch_rows
-        from protocol.wire import read_as
-
-        with read_as("view"):
-            return batch_rows(self._batch(timeout))
+        """How many rows it has; a value of any kind has one."""
+        self.pending.finish(timeout)
+        return _count(self.pending.outputs[self.rank]) if self.batched else 1
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
-        """Rows `start` to `stop` of the batch."""
-        from protocol.batches import lend_rows
-        from protocol.wire import read_as, reading
-
-        if start <= 0 and stop >= self.rows(timeout):
-            return self._batch(timeout)
-        how = reading()
-        with read_as("join" if how == "own" else how):
-            batch = self._batch(timeout)
-        return lend_rows(batch, start, stop)
+        """Rows `start` to `stop`, or the value."""
+        self.pending.finish(timeout)
+        output = self.pending.outputs[self.rank]
+        if self.batched:
+            return _rows(output, start, stop)
+        return iter(output.read()) if self.pending.pairs else output.read()
 
 
 @dataclass(frozen=True)
-class LocalBatch(_Rows):
-    """A batch that a rank returned. It counts only if the others of its call succeed."""
-
-    pending: InlinePending
-    reference: InlineReference
-
-    @property
-    def title(self) -> str:
-        """The method that makes it, for messages."""
-        return self.reference.title
-
-    @property
-    def rank(self) -> int:
-        return self.reference.rank.rank
-
-    def done(self) -> bool:
-        """Whether its rank has finished."""
-        return self.reference.done()
-
-    async def arrive(self, whole: bool) -> bool:
-        """Wait on the running event loop for an async method."""
-        return await self.pending.arrive()
-
-    def _output(self, timeout: float | None) -> Any:
-        made = self.reference
-        return InlinePending(made.hosts, self.pending.calls, [made]).wait(timeout)[0]
-
-    def _batch(self, timeout: float | None) -> Any:
-        from protocol.batches import is_batch
-
-        made, output = self.reference, self._output(timeout)
-        if not is_batch(output):
-            error = TypeError(NO_BATCH.format(role=made.role, method=made.method))
-            raise made.rank.failure(made.role, error, made.method)
-        return output
-
-
-class LocalValue(LocalBatch):
-    """What a rank returned, of any kind."""
-
-    def rows(self, timeout: float | None = None) -> int:
-        InlinePending(self.reference.hosts, self.pending.calls, []).wait(timeout)
-        return 1
-
-    def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
-        made, output = self.reference, self._output(timeout)
-        if made.pairs and not made.passed:
-            raise TypeError(ONLY_PASSED.format(made.title))
-        return iter(output) if made.pairs else output
-
-
-@dataclass(frozen=True)
-class PinnedBatch(_Rows):
-    """A batch in memory of its own."""
+class _Pinned(_InProcess):
+    """A batch in memory of its own: a `protocol.future.Source`."""
 
     message: Message
 
-    def _batch(self, timeout: float | None) -> Any:
-        return self.message.read()
+    def rows(self, timeout: float | None = None) -> int:
+        return _count(self.message)
+
+    def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
+        return _rows(self.message, start, stop)
+
+
+def _check_batch(output: Any, request: Request) -> None:
+    from protocol.batches import is_batch
+
+    if not is_batch(output):
+        raise TypeError(NO_BATCH.format(role=request.role, method=request.method))
+
+
+def _count(batch: Message) -> int:
+    from protocol.batches import batch_rows
+    from protocol.wire import read_as
+
+    with read_as("view"):
+        return batch_rows(batch.read())
+
+
+def _rows(batch: Message, start: int, stop: int) -> Any:
+    """As the reader asked for them (`protocol.wire.read_as`)."""
+    from protocol.batches import lend_rows
+    from protocol.wire import read_as, reading
+
+    if start <= 0 and stop >= _count(batch):
+        return batch.read()
+    how = reading()
+    with read_as("join" if how == "own" else how):
+        whole = batch.read()
+    return lend_rows(whole, start, stop)
 
 
 def pin(data: Batch) -> DataProtoFuture:
@@ -576,7 +484,7 @@ def pin(data: Batch) -> DataProtoFuture:
 
     if not is_batch(data):
         raise BatchTypeError(f"data must be a DataProto or TensorDict; got {type(data).__name__}")
-    pinned = PinnedBatch(_copied(packed(data, Packer)))
+    pinned = _Pinned(_copied(packed(data, _Packer)))
     return DataProtoFuture([pinned], isinstance(data, DataProto) and data.is_padding_enabled())
 
 
@@ -584,25 +492,23 @@ class InlineWorkerGroup(WorkerGroup[W]):
     """A role's ranks in the driver's own process, for debuggers and unit tests.
 
     It takes what `RayWorkerGroup` takes and does what that does, without Ray: ranks run one after
-    another, in the thread that calls, so `breakpoint()` in a worker's method works; coroutines of
-    `async def` methods go on in a thread beside it. What a rank gets and returns is copied as
-    between processes; classes and functions are passed as they are. `torch.distributed` works with
-    one rank; with more, meshes can be built, and a collective raises CollectiveError. Ctrl-C
-    interrupts the driver.
+    another, in the thread that calls, so `breakpoint()` in a worker's method works; `async def`
+    methods run in a thread beside it. What a rank gets and returns is copied as between processes;
+    classes and functions are passed as they are. `torch.distributed` works with one rank; with
+    more, meshes can be built, and a collective raises CollectiveError.
 
     Args:
         resource_pool: how many ranks on how many nodes, which all are this one; None: one rank.
         ray_cls_with_init: what they hold.
         name_prefix: the workers' WG_PREFIX.
         use_gpu: False is `device_name="cpu"`.
-        device_name: "cuda", "cpu", …: by default what torch sees, where torch is loaded already.
+        device_name: "cuda", "cpu", …: by default what torch sees.
         worker_env: environment variables for all ranks, there while their code runs.
         master_port, master_port_range: the workers' MASTER_PORT; nobody listens there.
         call_timeout_s: how long an `async def` method may take; others end when they end.
         on_failure, max_restarts: as on Ray; what breaks a group is a rank that exits.
         bin_pack, detached, ray_wait_register_center_timeout, master_addr, startup_timeout_s:
             without meaning here, and taken so that a program can be switched.
-        worker_names, worker_handles: refused, there being nothing to attach to.
 
     Raises:
         RegistrationError: a class cannot be used as a worker, or not with these arguments.
@@ -610,7 +516,7 @@ class InlineWorkerGroup(WorkerGroup[W]):
         ResourceError: `master_port` is taken.
     """
 
-    _packer = Packer
+    _packer = _Packer
     _pending: type[InlinePending] = InlinePending
 
     def __init__(
@@ -620,8 +526,6 @@ class InlineWorkerGroup(WorkerGroup[W]):
         bin_pack: bool = True,
         name_prefix: str | None = None,
         detached: bool = False,
-        worker_names: Sequence[str] | None = None,
-        worker_handles: Sequence[Any] | None = None,
         ray_wait_register_center_timeout: float | None = None,
         *,
         use_gpu: bool | None = None,
@@ -636,42 +540,23 @@ class InlineWorkerGroup(WorkerGroup[W]):
         max_restarts: int = 3,
     ) -> None:
         super().__init__(resource_pool)
-        startup_timeout_s = ray_wait_register_center_timeout or startup_timeout_s
         self._check_options(name_prefix, worker_env, startup_timeout_s, call_timeout_s)
         allowed = allowed_restarts(on_failure, max_restarts)
-        if worker_names or worker_handles:
-            raise ValueError(_NO_ATTACHING)
         if not isinstance(ray_cls_with_init, ClassWithInitArgs):
             raise RegistrationError(
                 "ray_cls_with_init must say what to start, as ClassWithInitArgs(cls, ...) or "
                 f"create_colocated_worker_cls(...); got {ray_cls_with_init!r}"
             )
         pool = ResourcePool([1]) if resource_pool is None else resource_pool
-        if not isinstance(pool, ResourcePool):
-            raise TypeError(f"resource_pool must be a ResourcePool, or None; got {pool!r}")
         if not pool.world_size:
             raise ValueError("process_on_nodes must name the processes of at least one node")
         roles = ray_cls_with_init.roles()
-        start = partial(
-            Ranks,
-            pool,
-            roles,
-            dict(worker_env or {}),
-            name_prefix or "",
-            CPU.name if use_gpu is False else device_name,
-            master_port or 0,
-            master_port_range,
-        )
+        kind = device_kind(CPU.name if use_gpu is False else device_name)
+        port = Rendezvous(_ADDRESS, master_port or 0, master_port_range)
+        port.close()  # no rank meets another
+        contexts = partial(_contexts, pool, kind, port.port, name_prefix or "")
+        start = partial(Ranks, contexts, roles, dict(worker_env or {}))
         self._take(Hosts(start(), partial(start, restored=True), allowed), ray_cls_with_init)
-
-    @classmethod
-    def from_detached(cls, *_: Any, **__: Any) -> Self:
-        """Refused: an inline group ends with its driver.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(_NO_ATTACHING)
 
     @property
     def workers(self) -> list[W]:
@@ -690,83 +575,49 @@ class InlineWorkerGroup(WorkerGroup[W]):
 
     def _submit(self, hosts: Ranks, request: Request, calls: Sequence[Call | None]) -> Pending:
         hosts.check_current()
-        by_rank = Outbox(calls, Packer, lambda message, ranks: _copied(message)).by_rank
+        by_rank = Outbox(calls, _Packer, lambda message, ranks: _copied(message)).by_rank
         different = {id(out): out for out in by_rank if out is not None}
-        for one in origins([late for out in different.values() for late in out.futures]):
-            if isinstance(one, LocalValue) and one.reference.pairs:
-                if one.reference.passed:
-                    raise SendError(READ_BEFORE.format(one.title, one.rank))
-                one.reference.passed = True
-        sent = {key: _reader(out, request) for key, out in different.items()}
-        made = {
-            rank: InlineReference(hosts, hosts.infos[rank], request.role, request.method)
-            for rank, out in enumerate(by_rank)
-            if out is not None
-        }
-        for reference in made.values():
-            reference.pairs = request.bucket_bytes is not None and request.deferred
-        marked = mark(request.record.number, hosts)
-        with request.record.span("wait"):
-            for rank, call in made.items():
-                call.run(sent[id(by_rank[rank])], rank in request.answers, marked)
-        answers = [made[rank] for rank in request.answers]
-        return self._pending(hosts, [*made.values()], answers, request)
+        for one in different.values():
+            _copied(one.message)
+        pending = self._pending(hosts, request)
+        for rank, out in enumerate(by_rank):
+            if out is not None:
+                pending.run(hosts.infos[rank], partial(_arguments, out, request))
+        return pending
 
 
-def _reader(out: Outgoing, request: Request) -> _Read:
-    """What reads a call's arguments, for each rank that is called so."""
-    message = _copied(out.message)
-    futures = packed(out.futures, Packer) if out.futures else None
-    shared: Callable[[], AbstractContextManager[None]] = nullcontext
-    if request.reads_only:
-        from protocol.wire import read_as
+def _arguments(out: Outgoing, request: Request) -> _Arguments:
+    """A rank's arguments, in memory of its own, or as views that all ranks share."""
 
-        shared = partial(read_as, "view")
+    from protocol.wire import read_as
 
     def fetched(value: Any) -> Any:
         return value.get() if isinstance(value, InlineReference) else value
 
-    def read() -> tuple[Sequence[Any], Mapping[str, Any]]:
-        with shared():
-            parts = [part.read() for part in out.parts]
-            late: list[Any] = [] if futures is None else futures.read()
-            values = [one.get() for one in late] if request.materialize else late
-            args, kwargs = message.read(values, parts)
-            return [*map(fetched, args)], {name: fetched(value) for name, value in kwargs.items()}
-
-    return read
+    with read_as("view" if request.reads_only else "own"):
+        late = Message.of(out.futures, _Packer).read() if out.futures else []
+        values = [one.get() for one in late] if request.materialize else late
+        args, kwargs = out.message.read(values, [part.read() for part in out.parts])
+        return [*map(fetched, args)], {name: fetched(value) for name, value in kwargs.items()}
 
 
-def create_colocated_worker_cls(class_dict: Mapping[str, ClassWithInitArgs]) -> ColocatedClasses:
-    """What to start so that each rank holds all roles; `spawn` gives their groups.
-
-    Raises:
-        RegistrationError: see `ColocatedClasses`.
-    """
-    return ColocatedClasses(class_dict)
+create_colocated_worker_cls = ColocatedClasses
+"""What to start so that each rank holds all roles; `spawn` gives their groups."""
 
 
 def create_colocated_worker_raw_cls(
     class_dict: Mapping[str, ClassWithInitArgs],
 ) -> type[FusedWorker]:
-    """A worker class with the roles as attributes, to subclass with methods that use several.
-
-    Raises:
-        RegistrationError: see `ColocatedClasses`.
-    """
+    """A worker class with the roles as attributes, to subclass with methods that use several."""
     return create_fused_worker_cls(ColocatedClasses(class_dict))
 
 
 def create_colocated_worker_cls_fused(
     class_dict: Mapping[str, ClassWithInitArgs],
 ) -> ClassWithInitArgs:
-    """As `create_colocated_worker_cls`, with a `FusedWorker` beside the roles.
-
-    Raises:
-        RegistrationError: see `ColocatedClasses`.
-    """
+    """As `create_colocated_worker_cls`, with a `FusedWorker` beside the roles."""
     return ClassWithInitArgs(create_colocated_worker_raw_cls(class_dict))
 
 
-colocate = Colocate(InlineWorkerGroup, create_colocated_worker_cls)
+colocate = Colocate(InlineWorkerGroup, ColocatedClasses)
 """Every role on each rank of the pool, by default on one rank, in this process: see `Colocate`."""

@@ -410,7 +410,6 @@ def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched 
     if untouched is not None:
         untouched.check(head.title)
     if place is not None:
-        place.call = head.mark.number if head.mark else 0
         keep = place.keep_pairs if head.pairs else place.keep_value if head.opens else place.keep
         return keep(output, head.title)
     if not head.answers:

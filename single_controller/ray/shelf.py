@@ -50,7 +50,6 @@ class Kept:
     def __init__(self) -> None:
         self.made = asyncio.Event()
         self.title = ""
-        self.call = 0  # by what a trace knows the call that made it
         self._result: Any = None
         self._watched: list[Any] = []  # its tensors, and how often they had been written to
         self._versions: list[int] = []
@@ -133,8 +132,7 @@ class Kept:
         message = Message.of(found, Packer, lends=lends)
         self._lent += message.lent
         details = {"method": self.title, "bytes": message.size}
-        flow = threading.get_ident()  # the call itself has ended
-        note(Event("user", "publish", began, now_ns(), self.call, details, flow))
+        note(Event("user", "publish", began, now_ns(), details=details))  # that call has ended
         return message, message.size
 
     def rows(self, start: int, stop: int, columns: Any) -> Any:

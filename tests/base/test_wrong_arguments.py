@@ -14,7 +14,6 @@ from single_controller import (
     ResourcePool,
     Worker,
     inline,
-    trace,
 )
 from single_controller import ray as on_ray
 from single_controller.inline import InlineWorkerGroup
@@ -103,11 +102,3 @@ def test_what_names_no_role_is_refused() -> None:
     for create in (on_ray.create_colocated_worker_cls, inline.create_colocated_worker_cls):
         with pytest.raises(RegistrationError, match="class_dict must have at least one role"):
             create({})
-
-
-def test_a_trace_keeps_at_least_one_span_in_a_file_of_its_own() -> None:
-    for capacity in (0, "x"):
-        with pytest.raises(ValueError, match="capacity must be a whole number, at least 1; got "):
-            trace("never_written.json", capacity=capacity)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"os\.PathLike"):
-        trace(5)  # type: ignore[arg-type]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,11 @@ import pytest
 import ray
 import torch
 
-from single_controller import CallTimeoutError, RegistrationError
+from single_controller import CallTimeoutError, RegistrationError, trace
 from single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, create_colocated_worker_cls
 from tests.conformance.probe import batch
-from tests.conformance.team import Actor
+from tests.conformance.team import Actor, zeros
+from tests.slices import processes, slices
 from tests.waiting import once_taken
 
 pytestmark = pytest.mark.parametrize("backend", ["ray"], indirect=True)
@@ -114,3 +117,40 @@ def test_roles_that_disagree_on_an_option_are_refused(backend: Any) -> None:
     second.update_options({"max_restarts": 2})
     with pytest.raises(RegistrationError, match="'max_restarts' is 1 and, for role 'b', 2"):
         create_colocated_worker_cls({"a": first, "b": second})
+
+
+@pytest.mark.parametrize(("role", "method"), [("actor", "add"), ("critic", "sub")])
+def test_a_trace_has_each_part_of_a_call_and_the_users_spans_in_every_rank(
+    roles: dict[str, Any], tmp_path: Path, role: str, method: str
+) -> None:
+    before = roles[role].stats()[method]
+    with trace(tmp_path / "t.json") as recorded:
+        getattr(roles[role], method)(zeros())
+    found, names = slices(recorded), processes(recorded)
+    assert {*recorded.content["otherData"]["clocks_ahead_ms"].values()} == {0}, "of one machine"
+    calls = [e for e in recorded.content["traceEvents"] if e.get("part") == "call"]
+    assert [(e["pid"], e["name"]) for e in calls] == [(i, f"{role}.{method}") for i in range(3)]
+    assert len({e["args"]["call"] for e in found + calls}) == 1
+    at = {(e["part"], e["pid"]): (e["ts"], e["ts"] + e["dur"]) for e in found}
+    for pid in (1, 2):
+        assert f"+critic rank {pid - 1} on" in names[pid]
+        order = [at["dispatch", 0][:1] * 2]
+        order += [at[part, pid] for part in ("queue", "deserialise", "run", "serialise")]
+        order.append(at["collect", 0])
+        assert all(end <= start + 0.01 for (_, end), (start, _) in itertools.pairwise(order))
+        assert at["run", pid][0] <= at["user", pid][0]
+        assert at["user", pid][1] <= at["run", pid][1] + 0.01
+    assert at["dispatch", 0][1] <= at["wait", 0][0] + 0.01
+    assert at["wait", 0][1] <= at["collect", 0][0] + 0.01
+    assert [e["args"]["rows"] for e in slices(recorded, "user")] == [5, 5]
+    waited = sum(e["dur"] for e in slices(recorded, "wait")) / 1e6
+    after = roles[role].stats()[method]
+    assert after.calls == before.calls + 1
+    assert after.wait_s - before.wait_s == pytest.approx(waited, abs=1e-3)
+
+
+def test_a_run_that_raises_is_in_the_trace(roles: dict[str, Any], tmp_path: Path) -> None:
+    with trace(tmp_path / "t.json") as recorded, pytest.raises(LookupError):
+        roles["actor"].add(zeros(fails=True))
+    assert len(slices(recorded, "run")) == 2
+    assert slices(recorded, "user") == []

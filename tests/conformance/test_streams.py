@@ -126,6 +126,7 @@ def test_what_cannot_be_sent_in_buckets_is_refused(
         reader.load(getattr(maker, method)()[0])
 
 
+@pytest.mark.parametrize("backend", ["ray"], indirect=True)
 def test_pairs_are_read_once(maker: Any, reader: Any) -> None:
     handle = maker.weights()[0]
     assert reader.load(handle) == [values(0)] * 2
@@ -133,6 +134,7 @@ def test_pairs_are_read_once(maker: Any, reader: Any) -> None:
         reader.load(handle)
 
 
+@pytest.mark.parametrize("backend", ["ray"], indirect=True)
 def test_the_driver_cannot_read_pairs(maker: Any) -> None:
     with pytest.raises(TypeError, match="pass the handle to a method of a group"):
         maker.weights()[0].get()

@@ -62,13 +62,6 @@ def test_a_trace_tells_bytes_and_workers_note_nothing_after_it(group: Any, tmp_p
     assert args["serialise"]["bytes"] > 800
 
 
-def test_each_process_keeps_the_newest_spans_up_to_its_capacity(group: Any, tmp_path: Path) -> None:
-    with trace(tmp_path / "t.json", capacity=2) as recorded:
-        update(group)
-    assert len(slices(recorded)) == 3 * 2
-    assert len(recorded.content["otherData"]["full"]) == 3
-
-
 @pytest.mark.slow
 def test_spans_stand_in_their_order_whatever_clocks_their_processes_have(
     pool: RayResourcePool, tmp_path: Path
@@ -90,8 +83,9 @@ def test_spans_stand_in_their_order_whatever_clocks_their_processes_have(
     assert -7_300_000 < behind < -7_100_000
     found: dict[int, dict[tuple[str, int], tuple[float, float]]] = {}
     for e in slices(recorded):
-        times = e["ts"], e["ts"] + e["dur"]
-        found.setdefault(e["args"]["call"], {})[e["part"], e["pid"]] = times
+        if e["name"] != "publish":  # of a call that has ended
+            times = e["ts"], e["ts"] + e["dur"]
+            found.setdefault(e["args"]["call"], {})[e["part"], e["pid"]] = times
     for call in found.values():
         pid = max(pid for _, pid in call)
         assert call["dispatch", 0][0] <= call["queue", pid][0]
