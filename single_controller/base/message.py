@@ -273,21 +273,22 @@ class Outbox:
 
     def _packed_call(self, call: Call) -> Outgoing:
         parts: dict[int, Any] = {}
-
-        def placed(value: Any) -> Any:
-            if id(value) in self.stored:
-                part, at = self.stored[id(value)]
-                parts.setdefault(id(part), part)
-                return _Part([*parts].index(id(part)), at)
-            shared = _shared_values(value) if self.stored else {}
-            found = {k: placed(item) for k, item in shared.items() if id(item) in self.stored}
-            return _with_shared(copy.copy(value), found) if found else value
-
-        args, kwargs = [*map(placed, call.args)], {k: placed(v) for k, v in call.kwargs.items()}
+        args = [self._placed(value, parts) for value in call.args]
+        kwargs = {name: self._placed(value, parts) for name, value in call.kwargs.items()}
         futures: list[Any] = []
         message = packed((args, kwargs), self._packer, late=futures) if args or kwargs else NOTHING
         away = all(type(v) is _Part or is_late(v) for v in (*args, *kwargs.values()))
         return Outgoing(message, 0 if away else message.size, [*parts.values()], futures)
+
+    def _placed(self, value: Any, parts: dict[int, Any]) -> Any:
+        """What stands for a value in a message that has these parts."""
+        if id(value) in self.stored:
+            part, at = self.stored[id(value)]
+            parts.setdefault(id(part), part)
+            return _Part([*parts].index(id(part)), at)
+        shared = _shared_values(value) if self.stored else {}
+        found = {k: self._placed(v, parts) for k, v in shared.items() if id(v) in self.stored}
+        return _with_shared(copy.copy(value), found) if found else value
 
 
 def packed(value: Any, packer: Packer, what: str = "its arguments", **options: Any) -> Message:

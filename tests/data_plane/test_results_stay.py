@@ -216,9 +216,9 @@ def test_a_future_inside_another_value_or_process_finds_its_rows(
 ) -> None:
     made = both.one.step(batch(4))
     (pair, *_) = three.give([made, {"again": made.select("x")}])
-    assert xs(pair[0].get()) == xs(pair[1]["again"].get()) == [1, 3, 5, 7]
+    assert xs(pair[0]) == xs(pair[1]["again"]) == [1, 3, 5, 7]
     ((again, [inside]), *_) = both.two.give([made, [made]])
-    assert xs(again.get()) == xs(inside.get()) == [1, 3, 5, 7]
+    assert xs(again) == xs(inside) == [1, 3, 5, 7]
     both.two.keep(made)
     three.keep(made)
     rest = ray.remote(lambda future: future.get().batch["x"].sum().item())
