@@ -94,11 +94,6 @@ def test_every_name_listed_as_the_same_is_a_public_one() -> None:
     assert sorted(set(missing) - known) == []
 
 
-def test_concat_keeps_metrics_that_only_some_shards_have() -> None:
-    shards = [DataProto(meta_info={"metrics": m}) for m in ({"a": 1.0}, {"a": 2.0, "b": 3.0})]
-    assert DataProto.concat(shards).meta_info["metrics"] == {"a": [1.0, 2.0], "b": [3.0]}
-
-
 def options(title: str) -> list[dict[str, str]]:
     """The tables below a heading of docs/options.md: options and their defaults."""
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
