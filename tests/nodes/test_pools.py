@@ -299,9 +299,7 @@ def test_a_pool_waits_for_a_node_that_joins_late_and_its_ranks_meet_there(
 ) -> None:
     log, address = tmp_path / "log", "127.0.0.11" if name == "late_ipv4" else ipv6_address()
     found = driver.submit(of_a_late_node, name, str(log))
-    said = (
-        rf"0 of 1 placement groups; process_on_nodes=\[2\] .*\n  node .* holds 0 .* 0 {name} free"
-    )
+    said = rf"0 of 1 placement groups; process_on_nodes=\[2\] .* asks for 2 .*{name}: 1"
     assert eventually(lambda: log.exists() and re.search(said, log.read_text(encoding="utf-8")))
     assert not found.done()
     nodes.add(**{name: address})
