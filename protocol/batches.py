@@ -236,9 +236,7 @@ def collate_fn(x: Sequence[DataProtoItem]) -> DataProto:
 
 def fold_batch_dim(data: DataProto, new_batch_size: int) -> DataProto:
     """Columns of shape (rows, ...) become (new_batch_size, rows // new_batch_size, ...)."""
-    each, rest = divmod(len(data), checks.count("new_batch_size", new_batch_size, least=1))
-    if rest:
-        raise RowCountError(f"{len(data)} rows do not divide by {new_batch_size=}")
+    each = len(data) // checks.count("new_batch_size", new_batch_size, least=1)
     return _reshaped(data, lambda column: (new_batch_size, each, *column.shape[1:]))
 
 
@@ -296,17 +294,9 @@ class BatchData:
         """`chunks` equal parts; ChunkError if rows do not divide. Fetches nothing of a future."""
         if isinstance(self.data, TensorDict):
             return [*split_batch(self.data, equal_sizes(batch_rows(self.data), chunks))]
-        if self.is_chunkable():
-            return [*self.data.chunk(chunks)]
-        raise BatchTypeError(
-            f"only a batch, a future, or what has chunk(n) can be chunked; got {self.data!r:.80}"
-        )
+        return [*self.data.chunk(chunks)]
 
     def concat(self) -> Any:
-        """All rows of all elements; BatchTypeError if it does not work. Fetches nothing."""
-        if not self.is_concatable():
-            raise BatchTypeError(
-                f"only a list of batches or futures can be concatenated; got {self.data!r:.80}"
-            )
+        """All rows of all elements. Fetches nothing."""
         joined: Any = concat_batches if is_batch(self.data[0]) else type(self.data[0]).concat
         return joined(self.data)

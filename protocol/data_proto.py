@@ -424,7 +424,7 @@ class DataProto(_Parts):
         meta_info_keys: Keys = None,
     ) -> DataProto:
         """Remove keys from this batch; returns a batch of what was removed. MissingKeyError if one
-        is not there; then nothing is.
+        is not there; then nothing is removed.
         """
         rows, tensors = len(self), self._tensors()
         wanted = [

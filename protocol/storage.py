@@ -129,14 +129,13 @@ class _Blocks(list[torch.Tensor]):
         if isinstance(value, memoryview):
             self.append(_as_tensor(value))
             return {"$block": len(self) - 1}
-        if isinstance(value, torch.Tensor) and is_plain(value):
-            return {"$tensor": serialize_single_tensor(value.detach())}
-        kind = value.dtype.kind if type(value) is np.ndarray else ""
-        if kind == "O":
+        if type(value) is np.ndarray and value.dtype.kind == "O":
             return {"$objects": value.ravel().tolist(), "shape": value.shape}
-        if kind and kind in "biufcmMSU":
+        if type(value) is np.ndarray and value.dtype.kind in "biufcmMSU":
             data = memoryview(value.tobytes())
             return {"$array": data, "dtype": value.dtype.str, "shape": value.shape}
+        if isinstance(value, torch.Tensor) and is_plain(value):
+            return {"$tensor": serialize_single_tensor(value.detach())}
         raise TypeError(type(value).__name__)
 
     def _unpacked(self, value: dict[str, Any]) -> Any:
