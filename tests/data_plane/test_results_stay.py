@@ -38,9 +38,8 @@ def test_a_pipeline_over_roles_of_one_host_moves_no_byte(both: Colocated) -> Non
     assert sum(both.one.total(last)) == sum(16 * x + 15 for x in range(6))
     assert moved(both.one, both.two) == before
     assert xs(last.get()) == [16 * x + 15 for x in range(6)]
-    stats = both.two.stats()["step"]
-    assert stats.bytes_between > 0
-    assert stats.bytes_in > 0
+    assert eventually(lambda: both.two.stats()["step"].bytes_between > 0)
+    assert both.two.stats()["step"].bytes_in > 0
 
 
 def test_a_role_that_reads_only_gets_what_another_made_and_others_a_copy(both: Colocated) -> None:
@@ -176,7 +175,7 @@ def test_a_future_goes_from_group_to_group_past_the_driver(
     before = [group.stats().driver_bytes for group in (both.one, three)]
     assert sum(three.total(three.step(made))) == sum(4 * x + 3 for x in range(6))
     assert [group.stats().driver_bytes for group in (both.one, three)] == before
-    assert both.one.stats()["step"].bytes_between > published
+    assert eventually(lambda: both.one.stats()["step"].bytes_between > published)
 
 
 def test_rows_that_lie_elsewhere_are_fetched(both: Colocated, three: RayWorkerGroup) -> None:
