@@ -142,6 +142,7 @@ def test_a_check_that_raises_fails_alone_and_one_whose_devices_others_hold_is_sk
     ]
 
 
+@pytest.mark.slow
 def test_doctor_checks_a_running_cluster_and_exits_0(cluster: None) -> None:
     done = run("doctor", "--address", here())
     assert done.returncode == 0, done.stdout + done.stderr

@@ -63,6 +63,7 @@ def test_a_program_runs_with_this_core_in_driver_and_workers(
     assert output.endswith(f"[('protocol', {hooked})] {rest} protocol.data_proto True\n"), errors
 
 
+@pytest.mark.slow
 def test_an_import_in_the_first_line_does_the_same_and_modules_are_attributes(
     tmp_path: Path,
 ) -> None:

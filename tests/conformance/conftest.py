@@ -14,6 +14,12 @@ from tests.conformance.probe import Engine, Fragile, Member, Probe
 from tests.conformance.team import ARGUMENTS, specs
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow_on_ray") and "[ray" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 class Backend(Protocol):
     """How a backend's users say what the tests need."""
 

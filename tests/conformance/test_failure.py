@@ -90,7 +90,7 @@ class LeavingAsync(Leaving):
     [
         (Leaving, "leave", None, 0),
         pytest.param(LeavingAsync, "leave", 3, 3, marks=pytest.mark.slow),
-        (LeavingAsync, "leave_async", "no more data", 1),
+        pytest.param(LeavingAsync, "leave_async", "no more data", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_asks_for_its_end_is_told_with_reason_and_code_and_breaks_the_group(

@@ -33,6 +33,7 @@ def test_roles_stay_apart_also_where_the_name_of_one_begins_that_of_another(
         roles["actor"].generate()
 
 
+@pytest.mark.slow_on_ray
 def test_a_group_of_one_role_gives_the_same_numbers_and_ends_when_it_is_dropped(
     backend: Backend, roles: dict[str, Any]
 ) -> None:
@@ -120,6 +121,7 @@ def test_what_cannot_be_a_role_or_a_team_is_refused_by_name(backend: Backend, ho
             use()
 
 
+@pytest.mark.slow_on_ray
 def test_a_fused_worker_calls_its_roles_directly(backend: Backend) -> None:
     fused = backend.module.create_colocated_worker_raw_cls(specs(backend, "actor", "actor_rollout"))
 

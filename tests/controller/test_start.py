@@ -265,6 +265,7 @@ def test_the_class_that_a_group_is_attached_with_says_which_methods_it_has(
         other.absent()
 
 
+@pytest.mark.slow
 def test_different_counts_per_node_start_all_workers(cluster: None) -> None:
     with (
         RayResourcePool([1, 2], cpus_per_process=0.5) as uneven,

@@ -95,6 +95,7 @@ def test_spans_stand_in_their_order_whatever_clocks_their_processes_have(
     assert sum(("collect", 0) in call for call in found.values()) == 2
 
 
+@pytest.mark.slow
 def test_processes_that_end_within_a_trace_leave_their_spans_and_one_that_died_loses_its_own(
     group: Any, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from single_controller.base import Worker
 from single_controller.base.decorator import Dispatch, register
 from single_controller.ray import RayWorkerGroup
 from single_controller.ray.host import AsyncHost, Host
+from tests.waiting import eventually
 
 ONE = {"dispatch_mode": Dispatch.ONE_TO_ALL}
 ROWS = {"dispatch_mode": Dispatch.DP_COMPUTE_PROTO, "uneven": True}
@@ -204,7 +205,17 @@ class AsyncStage(Stage):
 
 
 def moved(*groups: RayWorkerGroup) -> int:
-    return sum(group.stats().moved_bytes for group in groups)
+    """Bytes between workers are counted a moment after they moved: this waits for a look that finds
+    what the last one found.
+    """
+    seen = [-1]
+
+    def still() -> bool:
+        seen.append(sum(group.stats().moved_bytes for group in groups))
+        return seen[-1] == seen[-2]
+
+    assert eventually(still)
+    return seen[-1]
 
 
 def batch(rows: int) -> DataProto:

@@ -163,7 +163,7 @@ def test_a_future_goes_from_group_to_group_past_the_driver(
     before = [group.stats().driver_bytes for group in (both.one, three)]
     assert sum(three.total(three.step(made))) == sum(4 * x + 3 for x in range(6))
     assert [group.stats().driver_bytes for group in (both.one, three)] == before
-    assert both.one.stats()["step"].bytes_between > published
+    assert eventually(lambda: both.one.stats()["step"].bytes_between > published)
 
 
 def test_a_result_is_let_go_of_when_the_driver_drops_it(both: Colocated) -> None:

@@ -490,6 +490,7 @@ def test_ranks_that_would_wait_for_one_another_are_refused(roles: Colocated) -> 
         assert group.load(PerRank(handles)) == [expected(0), expected(1)]
 
 
+@pytest.mark.slow
 def test_methods_on_a_loop_make_and_read(maker: Any, reader: Any, on_a_loop: Any) -> None:
     assert reader.load(on_a_loop.awaited()[1]) == [expected(1)] * 2
     assert on_a_loop.load_there(in_buckets(maker)[0]) == [expected(0)] * 2
@@ -500,14 +501,15 @@ def test_methods_on_a_loop_make_and_read(maker: Any, reader: Any, on_a_loop: Any
     assert (caught.value.method, caught.value.rank) == ("weights", 1)
 
 
-def test_what_is_dropped_unread_is_let_go_of(roles: Colocated, on_a_loop: Any) -> None:
-    for group in (roles.maker, on_a_loop):
-        gc.collect()
-        assert eventually(lambda group=group: group.kept() == [(0, 0)] * 2)  # type: ignore[misc]
-        handles = in_buckets(group)
-        assert group.kept() == [(1, 1)] * 2
-        del handles
-        assert eventually(lambda group=group: group.kept() == [(0, 0)] * 2)  # type: ignore[misc]
+@pytest.mark.parametrize("makers", ["maker", pytest.param("on_a_loop", marks=pytest.mark.slow)])
+def test_what_is_dropped_unread_is_let_go_of(makers: str, request: pytest.FixtureRequest) -> None:
+    group = request.getfixturevalue(makers)
+    gc.collect()
+    assert eventually(lambda: group.kept() == [(0, 0)] * 2)
+    handles = in_buckets(group)
+    assert group.kept() == [(1, 1)] * 2
+    del handles
+    assert eventually(lambda: group.kept() == [(0, 0)] * 2)
 
 
 def test_a_relay_keeps_no_bucket_that_was_read(maker: Any, reader: Any) -> None:

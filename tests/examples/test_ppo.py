@@ -206,33 +206,6 @@ def test_a_checkpoint_holds_all_that_the_next_steps_depend_on(
         assert largest_difference(got[role], expected[role]) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("placed", "more"), [("two_ranks", []), ("with_rollout", ["weights"])])
-def test_a_step_says_what_it_did_and_where_its_time_went(
-    placed: str, more: list[str], request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    settings, roles = request.getfixturevalue(placed)[:2]
-    settings = replace(settings, output=str(tmp_path))
-    records = Records(settings)
-    for step in range(2):
-        records.add(train_step(settings, roles, make_tokenizer(settings), step))
-    metrics = records.history[-1]
-    assert 0 <= metrics["reward"] <= 1
-    assert metrics["kl"] >= 0
-    assert 1 <= metrics["response_length"] <= settings.answer_tokens
-    seconds = metrics["seconds"]
-    assert set(seconds) == {
-        *("generate", "reference", "reward", "values", "update critic", "update actor"),
-        *("driver", "controller", "step", *more),
-    }
-    assert all(value > 0 for value in seconds.values())
-    assert sum(seconds.values()) == pytest.approx(2 * seconds["step"])
-    tokens = settings.rows * metrics["response_length"]
-    assert metrics["tokens_per_second"] == pytest.approx(tokens / seconds["step"])
-    records.draw()
-    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_seconds_of_phases_that_overlap_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 11.0])
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock.__next__))

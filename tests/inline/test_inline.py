@@ -289,6 +289,7 @@ def test_without_a_pool_there_is_one_rank_and_what_cannot_be_a_group_is_refused(
         InlineWorkerGroup(ResourcePool([]), ClassWithInitArgs(Notebook))
 
 
+@pytest.mark.slow
 def test_a_program_for_ray_runs_inline_without_an_edit_and_without_a_cluster(
     cluster: None,
 ) -> None:

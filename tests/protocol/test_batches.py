@@ -290,6 +290,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_all_gather_gives_every_rank_the_rows_of_all(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(

@@ -22,7 +22,10 @@ from protocol.batches import copy_batch, detach_batch
 from protocol.data_proto import DataProto
 from protocol.errors import BatchError
 from protocol.storage import deserialize_tensordict, serialize_tensordict
-from tests.protocol.conftest import DTYPES, LAYOUTS, batches, make_column
+from tests.protocol.conftest import LAYOUTS, batches, make_column
+
+# Of a batch's dtypes those that numpy has, has not, and has in pairs.
+UNLIKE = [torch.int64, torch.bfloat16, torch.complex64]
 
 
 def send(value: Any) -> tuple[bytes, list[memoryview]]:
@@ -59,7 +62,7 @@ def test_a_batch_arrives_equal(data: DataProto) -> None:
             assert column.requires_grad == data._tensors()[key].requires_grad
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", UNLIKE, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rows", [0, 3])
 def test_every_layout_arrives_writable_and_private(
@@ -121,7 +124,7 @@ def test_numbers_leave_out_of_band_and_without_a_copy() -> None:
 
 
 def test_only_the_bytes_of_the_rows_themselves_are_sent() -> None:
-    jagged = make_column(100, "jagged", DTYPES[0])
+    jagged = make_column(100, "jagged", torch.bool)
     data = DataProto.from_dict({"x": torch.zeros(100, 8), "j": jagged})
     sent = send(data.chunk(10)[3])
     assert sum(len(buffer) for buffer in sent[1]) < 10 * 32 + 11 * 8 + 100
@@ -290,7 +293,7 @@ def test_batches_of_one_message_share_its_buffers() -> None:
     assert [id(buffer) in message.buffers for buffer in buffers] == [True, True, False]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", UNLIKE, ids=str)
 def test_shards_joined_as_they_arrive_are_the_whole(dtype: torch.dtype) -> None:
     tensors = {layout: make_column(6, layout, dtype) for layout in ("plain", "grad", "expanded")}
     data = DataProto.from_dict({**tensors, "int": torch.arange(6), "mask": torch.ones(6, 2) > 0})

@@ -41,6 +41,7 @@ def run(*command: str) -> str:
 PYRIGHT = "-p", "tests/typing/pyrightconfig.json", "--pythonpath", sys.executable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "checker",
     [("mypy", "--config-file", "tests/typing/mypy.ini", str(SNIPPETS)), ("basedpyright", *PYRIGHT)],
