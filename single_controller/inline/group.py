@@ -405,8 +405,8 @@ class InlineReference(_InProcess):
         return self
 
     def done(self) -> bool:
-        """Whether its rank has returned or raised."""
-        return self.rank not in self.pending.running
+        """Whether all ranks of the call have returned or raised."""
+        return self.pending.done()
 
     async def arrive(self, whole: bool) -> bool:
         """Wait on the running event loop for an async method."""
