@@ -12,11 +12,12 @@ from single_controller import (
     ClassWithInitArgs,
     GroupView,
     RegistrationError,
+    ResourcePool,
     UnknownMethodError,
     Worker,
 )
 from single_controller.base.decorator import Dispatch, register
-from single_controller.inline import Colocated
+from single_controller.inline import Colocated, colocate
 from single_controller.testing import InlineGroups
 
 
@@ -104,7 +105,8 @@ def test_a_view_of_another_worker_class_is_refused(inline_group: InlineGroups) -
 
 
 def test_roles_are_viewed_as_a_team_whose_members_are_checked(inline_group: InlineGroups) -> None:
-    roles = inline_group.colocate(2, actor=ClassWithInitArgs(Actor))
+    pool = ResourcePool([2])
+    roles = inline_group.enter_context(colocate(pool, actor=ClassWithInitArgs(Actor)))
     team = Team.of(roles)
     assert team is roles
     assert team.actor.where(1) == [1, 2]
