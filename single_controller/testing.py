@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from single_controller.base.plan import ResourcePool
-from single_controller.base.roles import ClassWithInitArgs, Colocated, W
-from single_controller.inline import InlineWorkerGroup, colocate
+from single_controller.base.roles import ClassWithInitArgs, W
+from single_controller.inline import InlineWorkerGroup
 
 __all__ = ["InlineGroups", "inline_group"]
 
@@ -38,18 +38,8 @@ class InlineGroups(ExitStack):
             options: those of `InlineWorkerGroup`, such as `worker_env`.
         """
         spec = role if isinstance(role, ClassWithInitArgs) else ClassWithInitArgs(role)
-        return self.enter_context(InlineWorkerGroup(_pool(ranks), spec, **options))
-
-    def colocate(self, ranks: int | Sequence[int] = 1, /, **roles: Any) -> Colocated:
-        """Several roles on each rank: `inline_group.colocate(2, actor=Actor).actor.update(x)`.
-
-        It takes the options of `single_controller.inline.colocate` as well.
-        """
-        return self.enter_context(colocate(_pool(ranks), **roles))
-
-
-def _pool(ranks: int | Sequence[int]) -> ResourcePool:
-    return ResourcePool([ranks] if isinstance(ranks, int) else ranks)
+        pool = ResourcePool([ranks] if isinstance(ranks, int) else ranks)
+        return self.enter_context(InlineWorkerGroup(pool, spec, **options))
 
 
 @pytest.fixture

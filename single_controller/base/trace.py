@@ -244,12 +244,10 @@ def _chrome_events(processes: Mapping[str, Sequence[Event]]) -> Iterator[dict[st
             if call:
                 start, end = min(e.start_ns for e in events), max(e.end_ns for e in events)
                 events.insert(0, Event("call", titles.get(call, "call"), start, end, call))
-            yield from _nested(
-                {"cat": "span", "id": f"{pid}.{call}", "pid": pid, "tid": 0}, events, zero
-            )
+            yield from _nested(f"{pid}.{call}", pid, events, zero)
 
 
-def _nested(row: dict[str, Any], events: list[Event], zero: int) -> Iterator[dict[str, Any]]:
+def _nested(row: str, pid: int, events: list[Event], zero: int) -> Iterator[dict[str, Any]]:
     """Where each event of a row begins and ends, in an order in which they nest. One that would
     not, such as a span of another thread, has a row of its own. Viewers ignore "part" and "dur", by
     which others read the file.
@@ -261,7 +259,8 @@ def _nested(row: dict[str, Any], events: list[Event], zero: int) -> Iterator[dic
         end_ns = max(event.start_ns, event.end_ns)  # a clock may be set back
         apart = bool(inside) and inside[-1][0] < end_ns
         name = event.name if event.part in ("user", "call") else event.part
-        at = {**row, "id": f"{row['id']}.{number}" if apart else row["id"], "name": name}
+        own = f"{row}.{number}" if apart else row
+        at = {"cat": "span", "id": own, "pid": pid, "tid": 0, "name": name}
         args = {**(event.details or {}), **({"call": event.call} if event.call else {})}
         begins, took = (event.start_ns - zero) / 1_000, (end_ns - event.start_ns) / 1_000
         yield {**at, "ph": "b", "ts": begins, "dur": took, "part": event.part, "args": args}

@@ -63,15 +63,13 @@ from single_controller.errors import (
 )
 from single_controller.inline.world import (
     RankWorld,
-    has_begun,
     in_event_loop,
     one_at_a_time,
+    wait_for_first_step,
     wait_until,
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from protocol import DataProtoFuture
     from protocol.batches import Batch
 
@@ -184,7 +182,6 @@ class Ranks(Generation, _InProcess):
     ) -> None:
         ranks = [_Rank(context, env) for context in contexts()]
         super().__init__(ranks, tuple(roles), (_ADDRESS, ranks[0].context.master_port))
-        self.given_up: dict[InlinePending, float] = {}  # after so many seconds
         self._dead: dict[int, WorkerDiedError] = {}
         try:
             for rank in ranks:
@@ -210,13 +207,7 @@ class Ranks(Generation, _InProcess):
         self.broken = self.broken or f"the group lost a rank: {error.args[0]}"
 
     def look(self) -> None:
-        self.given_up = {call: s for call, s in self.given_up.items() if not call.done()}
-        if self.given_up:
-            ranks = sorted({rank for call in self.given_up for rank in call.running})
-            raise GroupBrokenError(
-                f"ranks {ranks} are still in a call that was given up after "
-                f"{min(self.given_up.values()):g} s"
-            )
+        """A call that is late waits for something, and is in nobody's way."""
 
     def states(self) -> list[RankState]:
         lives: RankState = "broken" if self.broken else "alive"
@@ -285,8 +276,7 @@ class InlinePending(Pending):
                 if inspect.isawaitable(output):
                     coroutine = self._await(rank, output)
                     rank.awaited[self] = coroutine, rank.start(coroutine)
-                    if not in_event_loop():
-                        wait_until(lambda: has_begun(coroutine))
+                    wait_for_first_step(coroutine)
                 else:
                     self._returned(rank, output)
             except (Exception, SystemExit) as error:
@@ -330,10 +320,10 @@ class InlinePending(Pending):
 
     def wait(self, timeout_s: float | None) -> list[Any]:
         limit = self.request.timeout_s if timeout_s is None else timeout_s
-        self.finish(limit, gives_up=timeout_s is None)
+        self.finish(limit)
         return [self.outputs[rank].read() for rank in self.request.answers]
 
-    def finish(self, limit: float | None, gives_up: bool = False) -> None:
+    def finish(self, limit: float | None) -> None:
         """Wait for all ranks; raise what went wrong."""
         if not self.done():
             if in_event_loop():
@@ -342,14 +332,12 @@ class InlinePending(Pending):
                     "on meanwhile: await what `submit` returns"
                 )
             wait_until(self.done, limit)
-        self._check(limit, gives_up)
+        self._check(limit)
 
-    def _check(self, limit: float | None, gives_up: bool) -> None:
+    def _check(self, limit: float | None) -> None:
         self.hosts.check_current()
         if self.running:
             stacks = {rank: self.hosts.infos[rank].stack() for rank in sorted(self.running)}
-            if gives_up:
-                self.hosts.given_up[self] = limit or 0
             raise CallTimeoutError(
                 f"{self.request.title}: ranks {[*stacks]} of {len(self.hosts.infos)} had not "
                 f"finished after {limit:g} s",
@@ -367,7 +355,7 @@ class InlinePending(Pending):
         end = time.monotonic() + limit
         while not self.done() and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
-        self._check(limit, gives_up=True)
+        self._check(limit)
         return True
 
     def done(self) -> bool:
@@ -396,14 +384,9 @@ class InlineReference(_InProcess):
         """The method that makes it, for messages."""
         return self.pending.request.title
 
-    @property
-    def reference(self) -> Self:
-        """What a future shows for it."""
-        return self
-
     def done(self) -> bool:
-        """Whether its rank has returned or raised."""
-        return self.rank not in self.pending.running
+        """Whether all ranks of the call have returned or raised."""
+        return self.pending.done()
 
     async def arrive(self, whole: bool) -> bool:
         """Wait on the running event loop for an async method."""
@@ -464,8 +447,6 @@ def _rows(batch: Message, start: int, stop: int) -> Any:
     from protocol.batches import lend_rows
     from protocol.wire import read_as, reading
 
-    if start <= 0 and stop >= _count(batch):
-        return batch.read()
     how = reading()
     with read_as("join" if how == "own" else how):
         whole = batch.read()
@@ -500,15 +481,13 @@ class InlineWorkerGroup(WorkerGroup[W]):
     Args:
         resource_pool: how many ranks on how many nodes, which all are this one; None: one rank.
         ray_cls_with_init: what they hold.
-        name_prefix: the workers' WG_PREFIX.
-        use_gpu: False is `device_name="cpu"`.
-        device_name: "cuda", "cpu", …: by default what torch sees.
+        use_gpu, device_name: False is "cpu"; by default what torch sees.
         worker_env: environment variables for all ranks, there while their code runs.
         master_port, master_port_range: the workers' MASTER_PORT; nobody listens there.
         call_timeout_s: how long an `async def` method may take; others end when they end.
         on_failure, max_restarts: as on Ray; what breaks a group is a rank that exits.
-        bin_pack, detached, ray_wait_register_center_timeout, master_addr, startup_timeout_s:
-            without meaning here, and taken so that a program can be switched.
+        name_prefix: the workers' WG_PREFIX. All other options have no meaning here, and are taken
+            so that a program can be switched.
 
     Raises:
         RegistrationError: a class cannot be used as a worker, or not with these arguments.

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from single_controller.errors import CollectiveError
 
-__all__ = ["RankWorld", "has_begun", "in_event_loop", "one_at_a_time", "wait_until"]
+__all__ = ["RankWorld", "in_event_loop", "one_at_a_time", "wait_for_first_step", "wait_until"]
 
 _BACKEND = "inline"
 _COLLECTIVE = re.compile("gather|reduce|all_?to_?all|barrier|broadcast|scatter|send|recv")
@@ -199,9 +199,10 @@ def _event_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
     return loop, thread
 
 
-def has_begun(coroutine: Coroutine[Any, Any, None]) -> bool:
-    """Whether it has come to where it first waits."""
-    return inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED
+def wait_for_first_step(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Wait until it has come to where it first waits, unless it is the event loop that asks."""
+    if not in_event_loop():
+        wait_until(lambda: inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED)
 
 
 def in_event_loop() -> bool:

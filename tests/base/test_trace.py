@@ -150,7 +150,7 @@ def called(sent: int, ahead: int, call: int = 1) -> list[Event]:
 
 @pytest.mark.parametrize("ahead_s", [0, 3_600, -3_600])
 def test_a_process_whose_clock_is_another_is_shown_by_the_drivers_and_the_file_says_so(
-    tmp_path: Path, ahead_s: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ahead_s: int
 ) -> None:
     ahead, sent = ahead_s * 1_000 * MS, now_ns()
     driver = [
@@ -168,17 +168,9 @@ def test_a_process_whose_clock_is_another_is_shown_by_the_drivers_and_the_file_s
     assert told["user"][0] - told["run"][0] == pytest.approx(1)
     clocks = {"a rank 0 on 10.0.0.1": pytest.approx(ahead_s * 1e3, abs=1.01 * bool(ahead_s))}
     assert made.content["otherData"]["clocks_ahead_ms"] == clocks
-
-
-def test_the_summary_names_the_clock_that_is_furthest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sent, hour = now_ns(), 3_600_000 * MS
-    hosts = Hosts(called(sent, hour), called(sent, hour), ahead=hour)
-    made = recorded(tmp_path / "t.json", [Event("dispatch", "a.f", sent, sent, 1)], hosts)
-    assert max(e["ts"] for e in slices(made)) < 1e9
     assert main(["timeline", str(made.path)]) == 0
-    assert "the clock of a rank 0 on 10.0.0.1 was +3" in capsys.readouterr().out.splitlines()[-1]
+    told_so = "the clock of a rank 0 on 10.0.0.1 was" in capsys.readouterr().out.splitlines()[-1]
+    assert told_so == bool(ahead_s)
 
 
 def test_a_clock_that_is_set_during_a_trace_makes_no_time_negative(tmp_path: Path) -> None:

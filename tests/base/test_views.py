@@ -6,9 +6,9 @@ import inspect
 import pydoc
 
 from protocol import DataProto
-from single_controller import ClassWithInitArgs, GroupView, Worker
+from single_controller import ClassWithInitArgs, GroupView, ResourcePool, Worker
 from single_controller.base.decorator import Dispatch, register
-from single_controller.inline import Colocated
+from single_controller.inline import Colocated, colocate
 from single_controller.testing import InlineGroups
 
 
@@ -41,7 +41,8 @@ def test_a_view_is_the_group_itself_and_a_team_the_roles_themselves(
 ) -> None:
     group = inline_group(Actor, ranks=2)
     assert ActorGroup.of(group) is group
-    roles = inline_group.colocate(2, actor=ClassWithInitArgs(Actor))
+    pool = ResourcePool([2])
+    roles = inline_group.enter_context(colocate(pool, actor=ClassWithInitArgs(Actor)))
     assert Team.of(roles) is roles
     assert Team.of(roles).actor.where(1) == [1, 2]
 

