@@ -70,7 +70,7 @@ class RayHosts(Generation):
         self.ordered = infos[0].ordered
         self.handles, self.names, self.attached = list(handles), list(names), attached
         # See remote_batch.
-        self.read_elsewhere: dict[tuple[str, str], set[tuple[int, Any, bool]]] = {}
+        self.read_elsewhere: dict[str, set[tuple[int, Any, bool]]] = {}
         self._session = session()
         self._sites: dict[tuple[str, str], list[CallSite]] = {}
         self._callables: dict[str, list[Any]] = {}

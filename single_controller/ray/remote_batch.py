@@ -216,9 +216,9 @@ class RemoteCall(_Answers, Pending):
         self._deadline = None if self.limit is None else began + self.limit
         self._turns: dict[int, tuple[str, int]] = {}
         self._lock = threading.RLock()
-        self._asked = set[_What]()  # what others than its hosts have read
+        self._unread = set[_What]()  # what was published ahead, and nobody has asked for
         if request.deferred:
-            release = partial(_release, hosts, self.token, request, self._asked)
+            release = partial(_release, hosts, self.token, request, self._unread)
             weakref.finalize(self, later, release).atexit = False
 
     def sent(self, site: CallSite, ref: Any, turn: tuple[str, int] | None) -> None:
@@ -302,20 +302,19 @@ class RemoteCall(_Answers, Pending):
         if wanted is not None:
             return self._publication(what, [wanted])
         with self._lock:
-            self._asked.add(what)
-            self.hosts.read_elsewhere[self.request.role, self.request.method] = self._asked
+            self._unread.discard(what)
+            self.hosts.read_elsewhere.setdefault(self.request.title, set()).add(what)
             if what not in self.published:
                 self.published[what] = self._publication(what)
             return self.published[what]
 
     def publish_ahead(self) -> None:
-        """Publish what the readers of the last call's results would have to wait for."""
+        """Publish what was read of the last call's results: later calls would hold it up."""
         if self.request.deferred:
-            read = self.hosts.read_elsewhere.get((self.request.role, self.request.method), ())
-            answering = {*self.request.answers}
-            for what in [*read]:
-                if what[0] in answering:
-                    self.published[what] = self._publication(what)
+            read, ranks = self.hosts.read_elsewhere, {*self.request.answers}
+            found = [*read.get(self.request.title, ())]  # others may drop some now
+            self._unread |= {what for what in found if what[0] in ranks}
+            self.published |= {what: self._publication(what) for what in self._unread}
 
     def check_there(self) -> None:
         """Raise GroupBrokenError where the results are gone."""
@@ -384,15 +383,15 @@ def _count_moved(record: Any, size: Any) -> None:
         record.count("bytes_between", size.result())
 
 
-def _release(hosts: RayHosts, token: str, request: Request, asked: set[_What]) -> None:
-    """Have the hosts of a call let go of its results, once nobody borrows them any more; and note
-    what was read elsewhere.
+def _release(hosts: RayHosts, token: str, request: Request, unread: set[_What]) -> None:
+    """Have the hosts of a call let go of its results, once nobody borrows them any more; what was
+    published ahead for nobody is not any more.
     """
     if hosts.gone or hosts.ended:
         return
-    hosts.read_elsewhere[request.role, request.method] = asked
+    hosts.read_elsewhere.get(request.title, set()).difference_update(unread)
     if refs := hosts.lent().get(token):
-        again = partial(_release, hosts, token, request, asked)
+        again = partial(_release, hosts, token, request, unread)
         threading.Thread(target=_after, args=(refs, again), daemon=True).start()
         return
     with hosts.sending:

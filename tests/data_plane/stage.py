@@ -155,10 +155,6 @@ class Stage(Worker):
     def spoil_borrowed(self, data: DataProto) -> None:
         data.batch["x"] += 100
 
-    @register(**LIST, reads_only=True)
-    def spoil_borrowed_arrays(self, data: DataProto) -> None:
-        data.non_tensor_batch["s"][0].fill(7)
-
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, reads_only=True)
     def write_array(self, x: dict[str, Any]) -> None:
         x["a"][0] = 1
