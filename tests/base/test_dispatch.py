@@ -172,24 +172,6 @@ def test_arguments_that_cannot_be_spread_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("mode", "sent"),
-    [
-        (ONE, lambda bad: bad),
-        (ALL, lambda bad: bad),
-        (ByRows(), lambda bad: bad),
-        (ByRows(), Broadcast),
-    ],
-)
-def test_a_batch_whose_columns_somebody_made_differ_in_rows_is_sent_by_no_mode(
-    mode: Mode, sent: Callable[[DataProto], Any]
-) -> None:
-    bad = proto(2)
-    bad.non_tensor_batch["t"] = bad.non_tensor_batch["t"][:1]
-    with pytest.raises(DispatchError, match="argument 0"):
-        mode.dispatch(FLAT2, (sent(bad),), {})
-
-
-@pytest.mark.parametrize(
     ("mode", "layout", "outputs", "answers", "result"),
     [
         (ONE, FLAT3, ["a", "b", "c"], (0, 1, 2), ["a", "b", "c"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -257,7 +256,7 @@ class Hybrid(
 
 @pytest.fixture(scope="module")
 def single(cluster: None) -> Iterator[RayResourcePool]:
-    with RayResourcePool([2], cpus_per_process=0.5, detached=True) as two:
+    with RayResourcePool([2], cpus_per_process=0.5) as two:
         yield split_resource_pool(two, [1, 1])[0]
 
 
@@ -273,20 +272,3 @@ def test_a_fused_worker_reaches_its_roles_and_the_driver_fuses_and_spawns_them(
     classes = {"critic": RayClassWithInitArgs(ray.remote(Critic))}
     with RayWorkerGroup(single, create_colocated_worker_cls_fused(class_dict=classes)) as group:
         assert group.spawn(prefix_set=classes.keys())["critic"].measure(data) == [2.0]
-
-
-@ray.remote(num_cpus=0.1)
-def attach(worker_names: list[str]) -> tuple[int, list[str]]:
-    """What another driver does with a group that outlives the one that started it."""
-    spec = RayClassWithInitArgs(ray.remote(ActorRolloutRef), config={}, role="kept")
-    group = RayWorkerGroup.from_detached(worker_names=worker_names, ray_cls_with_init=spec)
-    return group.add(1, y=1), ray.get(group.save_checkpoint("/x"))
-
-
-def test_a_detached_group_is_found_by_name_from_another_process(single: RayResourcePool) -> None:
-    spec = RayClassWithInitArgs(ray.remote(ActorRolloutRef), config={}, role="kept")
-    group = RayWorkerGroup(single, spec, name_prefix="ppo_", detached=True)
-    assert all(name.startswith("ppo_") for name in group.worker_names)
-    assert ray.get(attach.remote(group.worker_names)) == (2, ["/x/kept/0/0"])
-    group.close()
-    assert os.environ.get("RANK") is None
