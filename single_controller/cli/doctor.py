@@ -31,8 +31,8 @@ _WAIT_S = 60.0
 _KNOCK_S = 30.0
 _GIB = 1 << 30
 _CLIENT = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
-_START = "start one with `ray start --head`, or name one with --address"
-_NAME = "name one with --address or RAY_ADDRESS; --address local: doctor starts one of its own"
+_START = "start one with `ray start --head`, or name one with --address or RAY_ADDRESS"
+_MANAGERS = ("Node", "Object")  # each with a port of its own
 _TOKEN = (
     "RAY_AUTH_MODE=token, with the cluster's own token (`ray get-auth-token` there) in "
     "RAY_AUTH_TOKEN or in the file at RAY_AUTH_TOKEN_PATH"
@@ -119,8 +119,8 @@ def _examined(address: str | None) -> Iterator[Finding]:
     if nodes:
         yield from guarded("ports", _PORTS, _ports, nodes)
     for kind in reversed(DEVICE_KINDS) if nodes else ():
-        there = (n for n in nodes.values() if n.resources.get(kind.resource))
-        has = any(node.devices.get(kind.resource) for node in there)
+        name = kind.resource
+        has = any(n.resources.get(name) and n.devices.get(name) for n in nodes.values())
         if kind is CPU or (kind.files and has):
             yield from guarded(f"all-reduce {kind.name}", _REDUCE, _reduce, kind, len(nodes))
 
@@ -146,7 +146,7 @@ def connect(address: str | None) -> str:
     if named and named != "auto":
         _knock(named)
     elif len(found := sorted(find_gcs_addresses())) > 1:
-        raise ValueError(f"{len(found)} clusters run on this machine: {', '.join(found)}\n{_NAME}")
+        raise ValueError(f"{len(found)} clusters run on this machine: {', '.join(found)}\n{_START}")
     try:
         context: Any = ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:
@@ -201,7 +201,7 @@ def _nodes(nodes: dict[str, Node]) -> Iterator[Sequence[str]]:
         else:
             nodes[key] = seen
     total, free = ray.cluster_resources(), ray.available_resources()
-    kinds = [k for k in dict.fromkeys(k.resource for k in reversed(DEVICE_KINDS)) if k in total]
+    kinds = sorted({kind.resource for kind in DEVICE_KINDS} & total.keys())
     amounts = ", ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}" for kind in kinds)
     yield "ok", f"{len(living)} alive, {amounts} free"
 
@@ -241,15 +241,8 @@ def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _ports(nodes: Mapping[str, Node]) -> Iterator[Sequence[str]]:
-    batch, addresses = (
-        ray.put(bytearray(64 << 20)),
-        [
-            (node["NodeManagerAddress"], node[f"{port}ManagerPort"])
-            for node in ray.nodes()
-            for port in ("Node", "Object")
-            if node["NodeID"] in nodes
-        ],
-    )
+    batch, table = ray.put(bytearray(64 << 20)), [n for n in ray.nodes() if n["NodeID"] in nodes]
+    addresses = [(n["NodeManagerAddress"], n[f"{p}ManagerPort"]) for n in table for p in _MANAGERS]
     failed: list[str] = []
     for key, found in _on_each(nodes, unreachable, lambda _: (addresses, batch)).items():
         missed = [f"a batch ({found})"] if isinstance(found, Exception) else found

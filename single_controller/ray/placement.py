@@ -1,6 +1,5 @@
-"""Pools reserved as placement groups: whether a cluster can hold one and what is short, where each
-rank goes, who else holds resources, and giving back what is closed, dropped, or left behind by an
-actor that has ended.
+"""Pools reserved as placement groups: whether a cluster can hold one, where each rank goes, who
+else holds resources, and giving back what is closed, dropped, or left by an actor that has ended.
 
 Splitting and merging pools is left to `pools`, what runs in them to `start`.
 """
@@ -143,10 +142,10 @@ class Bundle:
 class RayResourcePool(ResourcePool):
     """Processes per node, each with CPUs and, where the cluster has them, accelerators.
 
-    Reserved on first use, once; given back by `close`, or when neither the pool nor a group on it
-    is held any more and what runs in it has ended. Its parts, and the ranks of each, go by the
-    addresses of their nodes; once it is reserved, `store` does too. Several groups may share the
-    pool: each worker takes 1/max_colocate_count of its bundle.
+    Reserved on first use; given back by `close`, or when neither the pool nor a group on it is held
+    any more and what runs in it has ended. Ranks, and from then on `store`, go by the addresses of
+    their nodes. Several groups may share the pool: each worker takes 1/max_colocate_count of its
+    bundle.
 
     Args:
         process_on_nodes: processes per node; `[2, 4]` makes placement groups of 2 and 4 bundles.
@@ -276,22 +275,22 @@ class RayResourcePool(ResourcePool):
             request.check("this pool")
         named = f"{name or self.name_prefix}{_MARK}{uuid.uuid4().hex[:6]}"
         lifetime: Any = "detached" if self.detached else None
-        groups: list[PlacementGroup] = []
+        made: dict[int, PlacementGroup] = {}
         # Ray places one after another: small ones would leave no room for large ones.
         largest_first = sorted(enumerate(request.counts), key=lambda item: -item[1])
         try:
             for node, count in largest_first:
                 asked = [dict(request.bundle)] * count
-                groups.append(placement_group(asked, strategy, f"{named}_{node}", lifetime))
-            self._await(groups, request, "the pool was not free")
+                made[node] = placement_group(asked, strategy, f"{named}_{node}", lifetime)
+            self._await([*made.values()], request, "the pool was not free")
         except BaseException:
-            remove(groups)
+            remove([*made.values()])
             raise
         if _started.acquire(blocking=False):
             threading.Thread(target=_give_back_dropped, daemon=True, name="give-back").start()
-        for group in () if self.detached else groups:
+        for group in () if self.detached else made.values():
             weakref.finalize(group, _dropped.put, group.id).atexit = False
-        groups = sort_placement_group_by_node_ip(groups)
+        groups = sort_placement_group_by_node_ip([made[node] for node in sorted(made)])
         there = reservations()
         self._store, self.ranks = [group.bundle_count for group in groups], []
         for group in groups:

@@ -4,7 +4,6 @@ left to `placement`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -169,6 +168,5 @@ def parallel_put(data_list: Sequence[Any], max_workers: int | None = None) -> li
         ResourceError: Ray has not been started.
     """
     check_started()
-    workers = max_workers or min(len(data_list) or 1, os.cpu_count() or 1, 16)
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(ray.put, data_list))
+    with ThreadPoolExecutor(max_workers) as threads:
+        return list(threads.map(ray.put, data_list))
