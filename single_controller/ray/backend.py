@@ -20,7 +20,7 @@ from single_controller.ray import pools
 from single_controller.ray.placement import RayResourcePool
 from single_controller.ray.remote_batch import RayHandle
 from single_controller.ray.shelf import Kept
-from single_controller.ray.spec import RayClassWithInitArgs, create_colocated_worker_cls
+from single_controller.ray.spec import create_colocated_worker_cls
 
 __all__ = [
     "RayWorkerGroup",
@@ -112,6 +112,6 @@ if TYPE_CHECKING or backend_name() == "ray":
     from single_controller.ray.worker_group import RayWorkerGroup, colocate
 else:
     RayWorkerGroup, ResourcePoolManager = SwitchedWorkerGroup, _PoolManager
-    colocate = Colocate(SwitchedWorkerGroup, create_colocated_worker_cls, RayClassWithInitArgs)
+    colocate = Colocate(SwitchedWorkerGroup, create_colocated_worker_cls)
     pin = inline.pin
     merge_resource_pool, split_resource_pool = _merge, _split
