@@ -117,11 +117,9 @@ class Explanation(Printed):
 
     def __str__(self) -> str:
         head = ("ranks", "argument", "rows", "keys", "bytes")
-        table = [aligned([head, *(a.cells() for a in self.arguments)])] if self.arguments else []
-        lines = [self.title, *table, f"ranks called: {_shown(self.ranks)}"]
-        if self.answers != self.ranks:
-            lines[-1] += f"; answers of: {_shown(self.answers)}"
-        return "\n".join(lines)
+        table = aligned([head, *(argument.cells() for argument in self.arguments)])
+        answers = f"; answers of: {_shown(self.answers)}" if self.answers != self.ranks else ""
+        return f"{self.title}\n{table}\nranks called: {_shown(self.ranks)}{answers}"
 
 
 def explain_arguments(
@@ -130,21 +128,17 @@ def explain_arguments(
     size: Callable[[Any], int | None],
 ) -> tuple[SentArgument, ...]:
     """What dispatch decided for all ranks, each value once; `size` gives the bytes of one."""
-    called: dict[int, tuple[Call, list[int]]] = {}
+    found: dict[tuple[str, int], tuple[Any, list[int]]] = {}
     for rank, call in enumerate(calls):
         if call is not None:
-            called.setdefault(id(call), (call, []))[1].append(rank)
-    found: dict[tuple[str, int], tuple[Any, list[int]]] = {}
-    for call, alike in called.values():
-        for name, value in signature.bind(*call.args, **call.kwargs).arguments.items():
-            found.setdefault((name, id(value)), (value, []))[1].extend(alike)
-
-    def sent(name: str, value: Any, receivers: list[int]) -> SentArgument:
+            for name, value in signature.bind(*call.args, **call.kwargs).arguments.items():
+                found.setdefault((name, id(value)), (value, []))[1].append(rank)
+    arguments = []
+    for (name, _), (value, ranks) in found.items():
         kind = (Handle if isinstance(value, Handle) else type(value)).__name__
         taken = None if is_late(value) else size(value)
-        return SentArgument(tuple(receivers), name, kind, *_contents(value), taken)
-
-    return tuple([sent(name, *entry) for (name, _), entry in found.items()])
+        arguments.append(SentArgument(tuple(ranks), name, kind, *_contents(value), taken))
+    return tuple(arguments)
 
 
 def _contents(value: Any) -> tuple[int | None, tuple[str, ...] | None]:

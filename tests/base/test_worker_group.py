@@ -255,7 +255,7 @@ def test_what_ranks_would_get_and_who_answers_is_told_and_nothing_is_sent(group:
     assert told.arguments[0].bytes - told.arguments[2].bytes == 8  # one int64
     assert told.ranks == told.answers == (0, 1, 2, 3)
     assert str(group.explain("first", [1, 2])).endswith("\nranks called: 0")
-    assert str(group.explain("refs")).endswith("]\nranks called: 0 … 3")
+    assert str(group.explain("refs")).endswith("bytes\nranks called: 0 … 3")
     assert sent == []
 
 
