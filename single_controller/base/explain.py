@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, TypeAlias
 
-from single_controller.base.plan import Call, Handle, is_late
+from single_controller.base.plan import Call, Handle
 
 __all__ = [
     "Explanation",
@@ -136,8 +136,7 @@ def explain_arguments(
     arguments = []
     for (name, _), (value, ranks) in found.items():
         kind = (Handle if isinstance(value, Handle) else type(value)).__name__
-        taken = None if is_late(value) else size(value)
-        arguments.append(SentArgument(tuple(ranks), name, kind, *_contents(value), taken))
+        arguments.append(SentArgument(tuple(ranks), name, kind, *_contents(value), size(value)))
     return tuple(arguments)
 
 

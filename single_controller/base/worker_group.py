@@ -227,8 +227,10 @@ class WorkerGroup(abc.ABC, Generic[W]):
         plan, calls = method.dispatch(self._layout(method.mode), args, kwargs)
 
         def size(value: Any) -> int | None:
+            late: list[Any] = []  # which is fetched where it is read
             with suppress(Exception):
-                return Message.of(value, self._packer, late=[]).size
+                found = Message.of(value, self._packer, late=late).size
+                return None if late else found
             return None
 
         sent = explain_arguments(method.__signature__, calls, size)
