@@ -101,15 +101,11 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
             raise RegistrationError(
                 f"class_dict must be a dict of {wanted}, with at least one role; got {class_dict!r}"
             )
-        self.specs = {role: self._spec(spec) for role, spec in class_dict.items()}
+        self.specs = dict(class_dict)
         for role, spec in self.specs.items():
             if isinstance(spec, ColocatedClasses) or not isinstance(spec, ClassWithInitArgs):
                 raise RegistrationError(f"role {role!r} needs {wanted}; got {spec!r}")
         self.roles()
-
-    def _spec(self, given: Any) -> Any:
-        """A role's spec as this backend needs it."""
-        return given
 
     @property
     def role(self) -> str:
