@@ -84,12 +84,11 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
     def __init__(self, class_dict: Mapping[str, Any]) -> None:
         if not class_dict:
             raise RegistrationError("class_dict must have at least one role; got none")
-        self.specs = {role: self._spec(spec) for role, spec in class_dict.items()}
+        self.specs: dict[str, ClassWithInitArgs] = {
+            role: spec if isinstance(spec, ClassWithInitArgs) else ClassWithInitArgs(spec)
+            for role, spec in class_dict.items()
+        }
         self.roles()
-
-    def _spec(self, given: Any) -> Any:
-        """A role's spec as this backend needs it."""
-        return given if isinstance(given, ClassWithInitArgs) else ClassWithInitArgs(given)
 
     @property
     def role(self) -> str:

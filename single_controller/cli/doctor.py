@@ -78,8 +78,8 @@ def _seen(ip: str, resources: Mapping[str, float]) -> Node:
     return Node(ip, resources, versions(), *space, devices)
 
 
-def unreachable(addresses: Sequence[tuple[str, int]], batch: Any = None) -> list[str]:
-    """Those that take no connection from here, each with why; the batch has to arrive, too."""
+def unreachable(addresses: Sequence[tuple[str, int]]) -> list[str]:
+    """Those that take no connection from here, each with why."""
 
     def why(address: tuple[str, int]) -> str:
         try:
@@ -241,11 +241,11 @@ def look_at(node: Node, versions: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _ports(nodes: Mapping[str, Node]) -> Iterator[Sequence[str]]:
-    batch, table = ray.put(bytearray(64 << 20)), [n for n in ray.nodes() if n["NodeID"] in nodes]
+    table = [node for node in ray.nodes() if node["NodeID"] in nodes]
     addresses = [(n["NodeManagerAddress"], n[f"{p}ManagerPort"]) for n in table for p in _MANAGERS]
     failed: list[str] = []
-    for key, found in _on_each(nodes, unreachable, lambda _: (addresses, batch)).items():
-        missed = [f"a batch ({found})"] if isinstance(found, Exception) else found
+    for key, found in _on_each(nodes, unreachable, lambda _: (addresses,)).items():
+        missed = [f"? ({found})"] if isinstance(found, Exception) else found
         failed += [f"{nodes[key].ip} → {what}" for what in missed]
     if failed:
         yield "fail", f"no connection: {'; '.join(failed[:5])}", _PORTS

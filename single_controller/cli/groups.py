@@ -110,8 +110,7 @@ def kill(address: str | None, name: str, namespace: str | None) -> int:
     at_once(lambda host: ray.kill(ray.get_actor(host.name, host.ray_namespace)), hosts)
     if left := await_death(ids, _END_S):
         pids = [f"{h.pid} on {h.address.ip_address}" for h in hosts if h.actor_id.hex() in left]
-        sys.stderr.write(f"not gone after {_END_S:g} s: {', '.join(pids)}\n")
-        return 1
+        raise TimeoutError(f"not gone after {_END_S:g} s: {', '.join(pids)}")
     give_back(ids)
     sys.stdout.write(f"ended the {len(ids)} hosts of {name}\n")
     return 0

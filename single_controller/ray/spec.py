@@ -76,8 +76,8 @@ class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
     """Roles by name, to be built in one actor per rank.
 
     Raises:
-        RegistrationError: no role, a role that is not `RayClassWithInitArgs` of a `Worker`, or
-            roles that give one of Ray's options different values.
+        RegistrationError: no role, a role that is no worker class, or roles that give one of Ray's
+            options different values.
     """
 
     def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
@@ -85,16 +85,10 @@ class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
         ColocatedClasses.__init__(self, class_dict)
         self.actor_spec()
 
-    def _spec(self, given: Any) -> Any:
-        if isinstance(given, RayClassWithInitArgs):
-            return given
-        spec = super()._spec(given)
-        return RayClassWithInitArgs(spec.cls, *spec.args, **spec.kwargs)
-
     def actor_spec(self) -> ActorSpec:
         options = dict(self._options)
         for role, spec in self.specs.items():
-            for key, value in spec.actor_spec().options.items():
+            for key, value in getattr(spec, "_options", {}).items():
                 if options.setdefault(key, value) != value:
                     raise RegistrationError(
                         f"roles of one host must agree on Ray's options: {key!r} is "
