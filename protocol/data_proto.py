@@ -256,9 +256,12 @@ class DataProto(_Parts):
         self, sizes: Sequence[int], op: Callable[[Column], Sequence[Column]]
     ) -> list[DataProto]:
         """One batch per size, of what `op` makes of every column."""
-        kinds = self._tensors(), self.non_tensor_batch
-        parts = (columns.cut(kind, len(sizes), op) for kind in kinds)
-        return [self._new(*each) for each in zip(*parts, sizes, strict=True)]
+        tensors = columns.cut(self._tensors(), len(sizes), op)
+        arrays = {key: op(column) for key, column in self.non_tensor_batch.items()}
+        return [
+            self._new(tensors[i], {key: parts[i] for key, parts in arrays.items()}, size)
+            for i, size in enumerate(sizes)
+        ]
 
     def __copy__(self) -> DataProto:
         return self.select()
