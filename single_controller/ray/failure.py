@@ -281,9 +281,12 @@ def died(site: CallSite, said: str) -> WorkerDiedError:
     )
 
 
-def note_last_words(death: WorkerError, process: ProcessInfo) -> None:
-    """Have the error show the last lines that the process wrote."""
-    death.log_tail = death.log_tail or beside(read_logs, [process], _NODE_S)[0] or ""
+def note_last_words(death: WorkerDiedError, process: ProcessInfo) -> None:
+    """Have the error show the last lines that the process wrote; one that asked for its end has
+    said so itself.
+    """
+    if death.exit_code is None:
+        death.log_tail = beside(read_logs, [process], _NODE_S)[0] or ""
 
 
 def own_death(error: Exception, processes: Mapping[int, ProcessInfo]) -> TypeGuard[WorkerDiedError]:
