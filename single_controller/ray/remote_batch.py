@@ -532,7 +532,7 @@ class RemoteBatch:
         self.opened = None
         return found
 
-    def _published(self) -> Any:
+    def published(self) -> Any:
         """A reference to where it is published; None where none is needed."""
         if self.session not in (None, session()):
             raise GroupBrokenError(GONE)
@@ -546,7 +546,7 @@ class RemoteBatch:
             timeout = call.limit
         hosts = None if call is None else call.hosts
         try:
-            ref, title = self._published(), f"rows of {self.title}"
+            ref, title = self.published(), f"rows of {self.title}"
             [message] = _got([ref], timeout, title, [site], hosts)
         except GetTimeoutError:
             raise CallTimeoutError(
@@ -570,14 +570,14 @@ class RemoteBatch:
             return True
         limit = self.call.limit if self.call else None
         title = f"rows of {self.title}"
-        return await all_arrived([self._published()], limit, title, [self.site.rank])
+        return await all_arrived([self.published()], limit, title, [self.site.rank])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.offered({})
 
     def offered(self, offers: Mapping[Any, Any]) -> tuple[Any, ...]:
         """As it is pickled, with what is offered of it, else with all of it published."""
-        offer = offers[self.key] if self.key in offers else self._published()
+        offer = offers[self.key] if self.key in offers else self.published()
         made, rows = (None, self._told()) if self.known else (self.made, None)
         return RemoteBatch, (self.token, self.site, made, self.at, rows, offer, self.columns)
 
@@ -683,7 +683,7 @@ class _Routes:
         """
         call, rank, hosts = batch.call, batch.site.rank, self._hosts
         if call is None or batch.came:
-            return batch.offer
+            return batch.published()
         here = call.hosts is hosts and number.get(rank) in at
         others = partial(self._others, at, rank if here else None)
         if call.request.bucket_bytes is not None:
