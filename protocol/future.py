@@ -112,17 +112,11 @@ class DataProtoFuture(_View):
 
     Attributes:
         auto_padding: whether a group may pad it when its rows do not divide over the ranks.
-        map_location: where `get` puts the tensors unless told otherwise.
     """
 
-    __slots__ = ("_ends", "_sources", "auto_padding", "map_location")
+    __slots__ = ("_ends", "_sources", "auto_padding")
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        auto_padding: bool = False,
-        map_location: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], auto_padding: bool = False) -> None:
         """The rows of `sources`, in that order.
 
         Raises:
@@ -132,7 +126,7 @@ class DataProtoFuture(_View):
             raise BatchError("a DataProtoFuture needs at least one source; got none")
         self._sources = tuple(sources)
         self._ends: tuple[int, ...] = ()  # rows up to the end of each source, once all are known
-        self.auto_padding, self.map_location = auto_padding, map_location
+        self.auto_padding = auto_padding
 
     def __repr__(self) -> str:
         rows = self._ends[-1] if self._ends else "?"
@@ -166,16 +160,14 @@ class DataProtoFuture(_View):
         """Wait for all producers and fetch all rows.
 
         Args:
-            map_location: where the tensors go; by default where the future says, else on the
-                driver to the CPU.
+            map_location: where the tensors go; on the driver by default to the CPU.
 
         Raises:
             TimeoutError: the rows were not here within `timeout` seconds.
         """
         left = _deadline(timeout)
         batch = self.fetch(0, self.rows(timeout), left())
-        place = self.map_location if map_location is None else map_location
-        return batch if place is None else batch.to(place)
+        return batch if map_location is None else batch.to(map_location)
 
     @property
     def futures(self) -> list[Any]:
@@ -276,11 +268,9 @@ class DataProtoFuture(_View):
         spans = [partial(_shard, part, parts, how, advice) for part in range(parts)]
         return [DataProtoFuture([_Rows((self,), span)]) for span in spans]
 
-    def counted(self, count: Callable[..., int], *others: DataProtoFuture) -> DataProtoFuture:
-        """The first `count(rows, …)` rows; it gets the rows of the `others` too, and what it raises
-        whoever reads this gets.
-        """
-        return self._of([_Rows((self, *others), partial(_first, count))])
+    def counted(self, count: Callable[[int], int]) -> DataProtoFuture:
+        """The first `count(rows)` rows; what it raises whoever reads this gets."""
+        return self._of([_Rows((self,), partial(_first, count))])
 
     @staticmethod
     def concat(data: Sequence[DataProtoFuture]) -> DataProtoFuture:
@@ -290,7 +280,7 @@ class DataProtoFuture(_View):
             BatchError: no future.
         """
         padding = any(future.auto_padding for future in data)
-        return DataProtoFuture(data, padding, data[0].map_location if data else None)
+        return DataProtoFuture(data, padding)
 
     def select(self, keys: Iterable[str]) -> DataProtoFuture:
         """Only these columns: no others leave the worker that made them.
@@ -317,12 +307,7 @@ class DataProtoFuture(_View):
         return joined
 
     def _of(self, sources: Sequence[Source]) -> DataProtoFuture:
-        return DataProtoFuture(sources, self.auto_padding, self.map_location)
-
-    def __getstate__(self) -> tuple[None, dict[str, Any]]:
-        """In another process rows stay where they arrive: `map_location` is of this one."""
-        state = {name: getattr(self, name) for name in self.__slots__}
-        return None, {**state, "map_location": None}
+        return DataProtoFuture(sources, self.auto_padding)
 
 
 def _deadline(timeout: float | None) -> _Left:
@@ -359,8 +344,8 @@ def _fail(error: Exception) -> _Span:
     raise error
 
 
-def _first(count: Callable[..., int], *rows: int) -> _Span:
-    return 0, count(*rows), 0
+def _first(count: Callable[[int], int], rows: int) -> _Span:
+    return 0, count(rows), 0
 
 
 def _within(span: _Span, start: int, stop: int) -> _Span:

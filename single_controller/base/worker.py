@@ -5,8 +5,6 @@ its rank, device and meshes; the port where ranks meet, and how their errors and
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
-import importlib.util
 import os
 import socket
 import sys
@@ -15,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.machinery import ModuleSpec
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AGENT_STORE",
     "NO_BATCH",
-    "OnImport",
     "Rendezvous",
     "Worker",
     "WorkerContext",
@@ -354,24 +350,6 @@ class Rendezvous:
     def close(self) -> None:
         """Give the port back."""
         self._socket.close()
-
-
-class OnImport(importlib.abc.MetaPathFinder):
-    """Calls `then` with a module as soon as that has been imported."""
-
-    def __init__(self, module: str, then: Callable[[Any], None]) -> None:
-        self._module, self._then = module, then
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != self._module:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        loader: Any = spec and spec.loader
-        if loader is not None:
-            execute, then = loader.exec_module, self._then
-            loader.exec_module = lambda module: (execute(module), then(module))
-        return spec
 
 
 def check_worker_env(env: Mapping[str, str] | None, argument: str = "worker_env") -> None:
