@@ -391,6 +391,7 @@ def _cat_arrays(arrays: Sequence[Array]) -> Array:
 
 
 def _cat_jagged(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    columns = [column for column in columns if len(column)] or columns[:1]
     if len({column._ragged_idx for column in columns}) > 1:  # type: ignore[attr-defined]
         # Rows of one shape say nothing of the dim that was meant to be ragged: look at all.
         return nested_tensor_from_tensor_list([row for column in columns for row in column])
@@ -440,6 +441,7 @@ def is_plain(value: torch.Tensor) -> bool:
     return (
         value.layout is torch.strided
         and not value.is_nested
+        and not value.is_quantized
         and value.device.type != "meta"
         and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
     )

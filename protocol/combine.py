@@ -271,6 +271,8 @@ def _same_state(a: Any, b: Any, visiting: set[tuple[int, int]]) -> bool:
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.layout != b.layout or a.dim() != b.dim():
         return False
+    if a.is_nested and not columns.is_jagged(a):
+        return b.is_nested and _equal([*a.unbind()], [*b.unbind()], set())
     if columns.is_jagged(a):
         return _equal(columns.jagged_parts(a), columns.jagged_parts(b), set())
     if a.shape != b.shape:

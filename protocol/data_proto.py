@@ -304,7 +304,11 @@ class DataProto(_Parts):
         return bool(self.meta_info.get(combine.PADDING, False)) or DataProtoConfig.auto_padding
 
     def __iter__(self) -> Iterator[DataProtoItem]:
-        return map(self.__getitem__, range(len(self)))
+        tensors = {key: column.unbind() for key, column in self._tensors().items()}
+        for row in range(len(self)):
+            own = self._unbuilt({key: rows[row] for key, rows in tensors.items()}, ())
+            arrays = {key: array[row] for key, array in self.non_tensor_batch.items()}
+            yield DataProtoItem(own, arrays, self.meta_info)
 
     @overload
     def __getitem__(self, item: int | np.integer[Any]) -> DataProtoItem: ...
@@ -462,7 +466,7 @@ class DataProto(_Parts):
     def _replace(self, tensors: Mapping[Any, Any], rows: int) -> None:
         """Hold these tensors instead, in the TensorDict that someone may have asked for."""
         held = self._batch
-        if not isinstance(held, TensorDict):
+        if not isinstance(held, TensorDict) or held.is_locked:
             self.batch = self._unbuilt(tensors, (rows,))
             return
         for key in [*held.keys()]:
@@ -550,12 +554,13 @@ class DataProto(_Parts):
             weights: one non-negative number per row.
         """
         load = self._per_row("weight", weights, torch.float64)
+        loads = load.tolist()
         lightest = [(0.0, 0, shard) for shard in range(len(checks.equal_sizes(0, chunks)))]
         members: list[list[int]] = [[] for _ in lightest]
         for row in load.argsort(descending=True, stable=True).tolist():
             weight, taken, shard = lightest[0]  # of a heap
             members[shard].append(row)
-            heapq.heapreplace(lightest, (weight + float(load[row]), taken + 1, shard))
+            heapq.heapreplace(lightest, (weight + loads[row], taken + 1, shard))
         picks = [torch.tensor(sorted(rows), dtype=torch.int64) for rows in members]
         return [self.select_idxs(pick) for pick in picks], torch.cat(picks).argsort()
 
@@ -611,6 +616,7 @@ class DataProto(_Parts):
             if key not in keys:
                 return columns.take(column, repeated)
             lists = column.dtype == object and column.ndim == 1
+            lists = lists and all(isinstance(row, list | tuple | np.ndarray) for row in column)
             widths = {len(row) for row in column} if lists else {*column.shape[1:2]}
             if columns.is_jagged(column) or len(widths) != 1 or (width := widths.pop()) % n_split:
                 raise BatchError(
@@ -620,8 +626,8 @@ class DataProto(_Parts):
             step = width // n_split
             if not lists:
                 return column.reshape(len(repeated), step, *column.shape[2:])
-            starts = range(0, width, step or 1)
-            return columns.as_object_array([row[i : i + step] for row in column for i in starts])
+            cuts = [slice(i * step, (i + 1) * step) for i in range(n_split)]
+            return columns.as_object_array([row[cut] for row in column for cut in cuts])
 
         tensors, arrays = (
             {key: unfold(key, column) for key, column in kind.items()}

@@ -268,9 +268,11 @@ class DataProtoFuture(_View):
         spans = [partial(_shard, part, parts, how, advice) for part in range(parts)]
         return [DataProtoFuture([_Rows((self,), span)]) for span in spans]
 
-    def counted(self, count: Callable[[int], int]) -> DataProtoFuture:
-        """The first `count(rows)` rows; what it raises whoever reads this gets."""
-        return self._of([_Rows((self,), partial(_first, count))])
+    def counted(self, count: Callable[..., int], *others: DataProtoFuture) -> DataProtoFuture:
+        """The first `count(rows, …)` rows; it gets the rows of the `others` too, and what it raises
+        whoever reads this gets.
+        """
+        return self._of([_Rows((self, *others), partial(_first, count))])
 
     @staticmethod
     def concat(data: Sequence[DataProtoFuture]) -> DataProtoFuture:
@@ -344,8 +346,8 @@ def _fail(error: Exception) -> _Span:
     raise error
 
 
-def _first(count: Callable[[int], int], rows: int) -> _Span:
-    return 0, count(rows), 0
+def _first(count: Callable[..., int], *rows: int) -> _Span:
+    return 0, count(*rows), 0
 
 
 def _within(span: _Span, start: int, stop: int) -> _Span:

@@ -49,7 +49,8 @@ def save(
     """Write a batch to one file, which appears only when it is complete.
 
     Tensors, jagged columns, numeric arrays and JSON values (None, bool, int, float, str, lists, and
-    dicts with str keys) need nothing else; objects of other types need `allow_pickle`.
+    dicts with str keys) need nothing else; objects of other types need `allow_pickle`. Tensors come
+    back without `requires_grad`, and numbers of subclasses, such as numpy's, as Python's own.
 
     Raises:
         StorageError: an object is not JSON, and pickle is not allowed.
@@ -65,7 +66,8 @@ def save(
             )
         rest = {"pickle": memoryview(pickle.dumps(rest))}
     packed = None if batch is None else serialize_tensordict(batch)
-    index = blocks.dumps([packed, rest]).encode()
+    shown = None if packed is None else [packed[0], [*packed[2].items()]]
+    index = blocks.dumps([shown, rest]).encode()
     tensors = {str(i): block for i, block in enumerate(blocks)}
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -105,8 +107,10 @@ def load(
                     "trust the file, pass allow_pickle=True to load_from_disk"
                 )
             rest = pickle.loads(rest["pickle"]) if "pickle" in rest else rest
-            batch = None if packed is None else deserialize_tensordict([packed[0], None, packed[2]])
-            return batch, rest["non_tensor_batch"], rest["meta_info"]
+            if packed is not None:  # a key of a nested TensorDict is a tuple
+                found = {tuple(k) if isinstance(k, list) else k: v for k, v in packed[1]}
+                packed = deserialize_tensordict([packed[0], None, found])
+            return packed, rest["non_tensor_batch"], rest["meta_info"]
     except (StorageError, FileNotFoundError):
         raise
     except Exception as error:  # whatever wrong bytes lead to

@@ -201,9 +201,10 @@ def assert_tensordict_eq(tensordict1: TensorDict, tensordict2: TensorDict) -> No
     if left.keys() != right.keys():
         raise BatchError(f"key set diffs. Got {set(right)} vs {set(left)}")
     for key, a in left.items():
-        if not combine.equal(a, right[key]):
-            found = combine.difference(a, right[key])
-            raise BatchError(f"The values of {key} must be equal: {found}")
+        if type(a) is not type(b := right[key]):
+            raise BatchError(f"The type of {key} must be the same. Got {type(a)} vs {type(b)}")
+        if not combine.equal(a, b):
+            raise BatchError(f"The values of {key} must be equal: {combine.difference(a, b)}")
 
 
 def contiguous(data: TensorDict) -> TensorDict:

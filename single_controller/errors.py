@@ -87,6 +87,9 @@ class CallTimeoutError(SingleControllerError, TimeoutError):
         return type(self), (self.args[0], self.pending_ranks, self.stacks)
 
 
+_LEARNT = ("rank", "log_tail", "failed_ranks", "stuck")
+
+
 class WorkerError(SingleControllerError, RuntimeError):
     """A worker raised. It can be caught as the exception type that the worker raised, too.
 
@@ -126,7 +129,7 @@ class WorkerError(SingleControllerError, RuntimeError):
         return f"\n\n{self.remote_traceback.rstrip()}" if self.remote_traceback else ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        learnt = {name: getattr(self, name) for name in ("log_tail", "failed_ranks", "stuck")}
+        learnt = {name: getattr(self, name) for name in _LEARNT}
         where = {**self._where, **learnt}
         if self._pickled_cause:
             return _rebuilt, (self.args[0], where, self._pickled_cause)
@@ -178,7 +181,10 @@ def _pickled(cause: BaseException, dumps: Callable[[Any], bytes]) -> bytes:
     """Type, arguments and attributes of `cause`, or its type alone where the rest is too much: not
     itself, since pickle calls its constructor, which may take other arguments.
     """
-    forms: Any = ((type(cause), cause.args, vars(cause)), (type(cause), (), {}))
+    args = (
+        OSError.__reduce__(cause)[1] if isinstance(cause, OSError) else cause.args
+    )  # and its file
+    forms: Any = ((type(cause), args, vars(cause)), (type(cause), (), {}))
     for parts in forms:
         with contextlib.suppress(Exception):
             if len(pickled := dumps(parts)) < 50_000:

@@ -18,12 +18,11 @@ else:
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("protocol", "single_controller")
 # Most files and lines of each folder. DESIGN.md asks for 12 and 3,000, 40 and 6,500, of which 16
-# and 3,300: they are to go down, and went up twice: by 3 in 100 for what many nodes need, and by 10
-# for results of any kind, weights in device memory and in buckets.
+# and 3,300: they are to go down.
 BUDGETS = {
-    "protocol": (12, 4_000),
-    "single_controller": (43, 12_830),
-    "single_controller/ray": (16, 5_430),
+    "protocol": (12, 3_520),
+    "single_controller": (43, 10_930),
+    "single_controller/ray": (16, 4_710),
 }
 
 # Each file may import only from files above it; a package's name stands for its __init__.py.

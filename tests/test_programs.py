@@ -100,7 +100,8 @@ def test_the_demo_takes_uneven_rows_when_told(address: str) -> None:
 def test_the_demo_says_what_is_missing_where_a_device_is_asked_for(address: str) -> None:
     done = demo("--device", "cuda", RAY_ADDRESS=address)
     assert done.returncode == 1
-    assert re.search(r"GPU +2 +0 +0", done.stderr), done.stderr
+    assert "asks for 2 × {CPU: 1, GPU: 1}" in done.stderr
+    assert "0 of 0 GPU free" in done.stderr
 
 
 def scale(*options: str) -> None:

@@ -237,6 +237,8 @@ def _dispatch(mode: Mode, worker_group: Any, *args: Any, **kwargs: Any) -> Lists
 
 
 def _collect(mode: Mode, worker_group: Any, output: Sequence[Any]) -> Any:
+    if isinstance(mode, OneToAll | AllToAll):
+        return output
     plan = mode.plan(worker_group._layout(mode))
     return mode.collect(plan, [output[rank] for rank in plan.answers])
 
@@ -300,7 +302,8 @@ def register_dispatch_mode(
     Raises:
         RegistrationError: the name is taken, or a function cannot be called.
     """
-    if getattr(Dispatch, dispatch_mode_name, None) in DISPATCH_MODE_FN_REGISTRY:
+    taken = getattr(Dispatch, dispatch_mode_name, None)
+    if taken in DISPATCH_MODE_FN_REGISTRY or (taken and not isinstance(taken, Dispatch)):
         raise RegistrationError(
             f"dispatch_mode_name {dispatch_mode_name!r} is taken; update_dispatch_mode changes it"
         )
@@ -368,6 +371,10 @@ def _check_dispatch_mode(dispatch_mode: Any) -> Mode:
             f'and "collect_fn"; got {dispatch_mode!r}'
         )
     spreads, merges = map(_mode_of, pair)
+    if isinstance(spreads, OneToAll) and isinstance(merges, AllToAll):
+        return spreads  # as veRL pairs its functions
+    if spreads == ByRows() and isinstance(merges, PerElement):
+        return ByRows(merge="list")
     return spreads if spreads is not None and spreads == merges else CustomMode(*pair)
 
 

@@ -28,7 +28,6 @@ from single_controller.base.plan import (
 from single_controller.errors import DispatchError
 
 if TYPE_CHECKING:
-    from protocol import DataProtoFuture
     from protocol.future import How
 
 __all__ = [
@@ -290,15 +289,18 @@ class ByRows(Mode):
         plan = self.plan(layout)
         named = named_arguments(args, kwargs)
         batches = {n: v for n, v in named if is_future(v) or (is_batch(v) and has_rows(v))}
+        late: dict[int, Any] = {}
         if any(map(_may_be_padded, batches.values())):
             plan = replace(plan, auto_padding=True)
             if not self.uneven:
-                plan = replace(plan, padding=Padding(_same_rows(batches), layout.dp_size))
+                rows, late = _same_rows(batches)
+                plan = replace(plan, padding=Padding(rows, layout.dp_size))
         cut: dict[int, Sequence[Any]] = {}  # by id: a batch in two arguments has one set of shards
 
         def spread(name: str, value: Any) -> Sequence[Any]:
             if id(value) not in cut:
-                shards = self._shards(name, value, layout.dp_size, plan.padding is not None)
+                batch = late.get(id(value), value)
+                shards = self._shards(name, batch, layout.dp_size, plan.padding is not None)
                 cut[id(value)] = [shards[dp_rank] for dp_rank in layout.dp_ranks]
             return cut[id(value)]
 
@@ -405,20 +407,32 @@ def _may_be_padded(batch: Any) -> bool:
     return DataProtoConfig.auto_padding or (is_future(batch) and batch.auto_padding)
 
 
-def _same_rows(batches: Mapping[str, Any]) -> int | DataProtoFuture:
-    """The rows that all these arguments have; for a future alone itself, which will tell."""
+def _same_rows(batches: Mapping[str, Any]) -> tuple[Any, dict[int, Any]]:
+    """The rows that all these arguments have, or the future that will tell; and by id what goes in
+    place of other futures: nobody waits for rows here, who reads them finds out that they differ.
+    """
     from protocol.batches import batch_rows
 
-    if len({id(batch) for batch in batches.values()}) == 1:
-        batch = next(iter(batches.values()))
-        return batch if is_future(batch) else batch_rows(batch)
-    rows = {n: len(b) if is_future(b) else batch_rows(b) for n, b in batches.items()}
-    (first, wanted), *others = rows.items()
-    for name, count in others:
-        if count != wanted:
-            raise DispatchError(
-                f"batches that are padded, or go with one that is, need equally many rows; {first} "
-                f"has {wanted}, {name} has {count}. Broadcast(x) sends a batch whole, "
-                "PerRank([...]) one to each rank"
-            )
-    return wanted
+    here = {n: batch_rows(b) for n, b in batches.items() if not is_future(b)}
+    first = next(iter(here or batches))
+    for name, count in here.items():
+        _compared(first, name, count, here[first])
+    rows: Any = here[first] if here else batches[first]
+    late = {}
+    for name, batch in batches.items():
+        if is_future(batch) and batch is not rows:
+            if here:
+                late[id(batch)] = batch.counted(partial(_compared, first, name, wanted=rows))
+            else:
+                late[id(batch)] = batch.counted(partial(_compared, first, name), rows)
+    return rows, late
+
+
+def _compared(first: str, name: str, count: int, wanted: int) -> int:
+    if count != wanted:
+        raise DispatchError(
+            f"batches that are padded, or go with one that is, need equally many rows; {first} "
+            f"has {wanted}, {name} has {count}. Broadcast(x) sends a batch whole, "
+            "PerRank([...]) one to each rank"
+        )
+    return count

@@ -267,9 +267,17 @@ class Outbox:
             found = [value for value in found if id(value) not in within]
             late: list[Any] = []
             message = packed(tuple(found), self._packer, late=late)
-            part = None if late else share(message, count)
+            if late:
+                found = [value for value in found if not self._has_late(value)]
+                message = packed(tuple(found), self._packer)
+            part = share(message, count) if found else None
             if part is not None:
                 self.stored.update({id(value): (part, i) for i, value in enumerate(found)})
+
+    def _has_late(self, value: Any) -> bool:
+        late: list[Any] = []
+        packed(value, self._packer, late=late)
+        return bool(late)
 
     def _packed_call(self, call: Call) -> Outgoing:
         parts: dict[int, Any] = {}

@@ -81,11 +81,13 @@ class ColocatedClasses(ClassWithInitArgs[Any]):
         RegistrationError: no role, one that is not of a `Worker`, or two of one name.
     """
 
+    _spec: ClassVar[Any] = ClassWithInitArgs  # what a bare class becomes
+
     def __init__(self, class_dict: Mapping[str, Any]) -> None:
         if not class_dict:
-            raise RegistrationError("class_dict must have at least one role; got none")
+            raise RegistrationError("at least one role is needed, a worker class by its name")
         self.specs: dict[str, ClassWithInitArgs] = {
-            role: spec if isinstance(spec, ClassWithInitArgs) else ClassWithInitArgs(spec)
+            role: spec if isinstance(spec, ClassWithInitArgs) else self._spec(spec)
             for role, spec in class_dict.items()
         }
         self.roles()
@@ -161,7 +163,8 @@ def build_roles(
                 )
             turns.add(role, worker)
         except (Exception, SystemExit) as error:
-            raise failure(role, error) from None
+            failed = failure(role, error)
+            raise failed from failed.__cause__
         if not isinstance(worker, FusedWorker):
             context.peers[role] = worker
         yield role, worker

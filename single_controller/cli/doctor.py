@@ -143,10 +143,11 @@ def connect(address: str | None) -> str:
         ValueError: that could not be done; what to do is in the second line.
     """
     named = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
-    if named and named != "auto":
-        _knock(named)
-    elif len(found := sorted(find_gcs_addresses())) > 1:
+    found = [named] if named and named != "auto" else sorted(find_gcs_addresses())
+    if len(found) > 1:
         raise ValueError(f"{len(found)} clusters run on this machine: {', '.join(found)}\n{_START}")
+    for one in found:
+        _knock(one)
     try:
         context: Any = ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:

@@ -1,8 +1,8 @@
 """`port FILE... [--write]`: a program's imports from veRL become ours.
 
 It edits the text of `from` imports and of dotted names, wherever they stand, and lists by line what
-it could not map. Which names exist here it reads from the sources of this library, and imports none
-of them.
+it could not map. Which names exist here it reads from the sources of this library, and imports
+neither Ray nor torch.
 """
 
 from __future__ import annotations

@@ -247,6 +247,7 @@ def _contexts(
             device_name=kind.name,
             prefix=prefix,
             backend="inline",
+            node_ip=_ADDRESS,
         )
 
 
@@ -289,13 +290,13 @@ class InlinePending(Pending):
             self._raised(rank, error)
 
     def _returned(self, rank: _Rank, output: Any) -> None:
-        request = self.request
+        request, answers = self.request, rank.rank in self.request.answers
         output = checked_output(output, self.pairs)
         if self.pairs:
             output = [(name, x.detach().clone()) for name, x in map(checked_pair, output)]
-        elif request.deferred and not request.opens:
+        elif request.deferred and not request.opens and answers:
             _check_batch(output, request)
-        output = output if rank.rank in request.answers else None
+        output = output if answers else None
         self.outputs[rank.rank] = _copied(Message.of(output, _Packer))
         self._finished(rank)
 
@@ -319,12 +320,12 @@ class InlinePending(Pending):
         self._finished(rank)
 
     def wait(self, timeout_s: float | None) -> list[Any]:
-        limit = self.request.timeout_s if timeout_s is None else timeout_s
-        self.finish(limit)
+        self.finish(timeout_s)
         return [self.outputs[rank].read() for rank in self.request.answers]
 
     def finish(self, limit: float | None) -> None:
-        """Wait for all ranks; raise what went wrong."""
+        """Wait for all ranks, as long as the call may take unless told; raise what went wrong."""
+        limit = self.request.timeout_s if limit is None else limit
         if not self.done():
             if in_event_loop():
                 raise RuntimeError(
@@ -486,11 +487,12 @@ class InlineWorkerGroup(WorkerGroup[W]):
         master_port, master_port_range: the workers' MASTER_PORT; nobody listens there.
         call_timeout_s: how long an `async def` method may take; others end when they end.
         on_failure, max_restarts: as on Ray; what breaks a group is a rank that exits.
-        name_prefix: the workers' WG_PREFIX. All other options have no meaning here, and are taken
-            so that a program can be switched.
+        name_prefix: the workers' WG_PREFIX.
+        worker_names, worker_handles: none: there is nothing to attach to. All other options have no
+            meaning here, and are taken so that a program can be switched.
 
     Raises:
-        RegistrationError: a class cannot be used as a worker, or not with these arguments.
+        RegistrationError: a class cannot be used as a worker.
         WorkerError: a constructor raised; it names role and rank.
         ResourceError: `master_port` is taken.
     """
@@ -505,6 +507,8 @@ class InlineWorkerGroup(WorkerGroup[W]):
         bin_pack: bool = True,
         name_prefix: str | None = None,
         detached: bool = False,
+        worker_names: Sequence[str] | None = None,
+        worker_handles: Sequence[Any] | None = None,
         ray_wait_register_center_timeout: float | None = None,
         *,
         use_gpu: bool | None = None,
@@ -521,6 +525,8 @@ class InlineWorkerGroup(WorkerGroup[W]):
         super().__init__(resource_pool)
         self._check_options(name_prefix, worker_env, startup_timeout_s, call_timeout_s)
         allowed = allowed_restarts(on_failure, max_restarts)
+        if worker_names or worker_handles:
+            raise ValueError("an inline group starts its ranks, and cannot attach to running ones")
         if not isinstance(ray_cls_with_init, ClassWithInitArgs):
             raise RegistrationError(
                 "ray_cls_with_init must say what to start, as ClassWithInitArgs(cls, ...) or "

@@ -17,8 +17,10 @@ import re
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import Future
+from contextvars import ContextVar, copy_context
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -31,6 +33,8 @@ _COLLECTIVE = re.compile("gather|reduce|all_?to_?all|barrier|broadcast|scatter|s
 _RECORDS = "pg_map pg_names pg_group_ranks pg_backend_config tags_to_pg pg_to_tag pg_coalesce_state"
 _labels = itertools.count()
 
+# Those of the rank whose code runs, which what that starts must inherit.
+_tasks: ContextVar[weakref.WeakSet[asyncio.Task[Any]]] = ContextVar("_tasks")
 # What is swapped belongs to the process. Who waits lets go of it, and is told when a rank is done.
 one_at_a_time = threading.Condition()
 
@@ -50,6 +54,7 @@ class RankWorld:
             os.fsencode(key): os.fsencode(value) for key, value in env.items()
         }
         self._label = f"{_BACKEND}{next(_labels)}"
+        self._tasks = weakref.WeakSet[asyncio.Task[Any]]()
         self._asked: Any = None  # the backend that the worker wanted
         records: dict[str, Any] = {name: {} for name in _RECORDS.split()}
         self._groups = SimpleNamespace(default_pg=None, group_count=0, comms=[], **records)
@@ -83,7 +88,9 @@ class RankWorld:
         async def steps() -> None:
             await self._steps(coroutine)
 
-        return asyncio.run_coroutine_threadsafe(steps(), _event_loop()[0])
+        context = copy_context()
+        context.run(_tasks.set, self._tasks)
+        return context.run(asyncio.run_coroutine_threadsafe, steps(), _event_loop()[0])
 
     @types.coroutine
     def _steps(self, coroutine: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
@@ -100,7 +107,9 @@ class RankWorld:
                 step = functools.partial(coroutine.throw, error)
 
     def close(self) -> None:
-        """End the rank's process groups."""
+        """End what the rank has left running, and its process groups."""
+        for task in [*self._tasks]:
+            task.get_loop().call_soon_threadsafe(task.cancel)
         if self._groups.default_pg is not None:
             with self.here():
                 _torch()[0].destroy_process_group()
@@ -190,10 +199,18 @@ def _refusal(name: str) -> Any:
     return refuse
 
 
+def _noted(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    """A task, which ends with the rank whose code has made it."""
+    task = asyncio.Task(coroutine, loop=loop, **options)
+    _tasks.get().add(task)
+    return task
+
+
 @functools.cache
 def _event_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
     """The loop of all `async def` methods of this process, in a thread of its own."""
     loop = asyncio.new_event_loop()
+    loop.set_task_factory(_noted)
     thread = threading.Thread(target=loop.run_forever, daemon=True, name="inline-loop")
     thread.start()
     return loop, thread

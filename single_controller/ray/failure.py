@@ -192,7 +192,8 @@ def standing(refs: Sequence[Any], what: str, ranks: Sequence[int]) -> str:
     pending = _pending(refs, 0)
     left = [str(rank) for rank, ref in zip(ranks, refs, strict=True) if ref in pending]
     named = ", ".join([*left[:_MOST_NAMED], "…"] if len(left) > _MOST_NAMED else left)
-    return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready, waiting for {named}"
+    waits = f", waiting for {named}" if left else ""
+    return f"{what}: {len(refs) - len(left)} of {len(refs)} ranks ready{waits}"
 
 
 class Wait:
@@ -262,6 +263,9 @@ def translate(error: Exception, site: CallSite) -> Exception:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, WorkerError):
         return cause
+    at = site.node_ip, site.pid
+    if isinstance(cause, WorkerDiedError) and (cause.node_ip, cause.pid) == at:
+        cause.rank = site.rank  # as this group numbers it
     if isinstance(cause, CallDroppedError):
         return CancelledError(f"{site.role}.{site.method} was cancelled on rank {site.rank}")
     if isinstance(error, _DEATHS):

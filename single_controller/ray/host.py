@@ -1,6 +1,6 @@
 """The actor process: it holds one instance of every role of its rank, and takes their calls.
 
-What to start and whom to call is decided by the driver, in `worker_group`.
+What to start is decided by the driver in `start`, and whom to call in `remote_batch`.
 """
 
 from __future__ import annotations
@@ -428,12 +428,12 @@ def _settle() -> None:
         memory.settle()
 
 
-def _is_needed(wanted: list[Any] | None) -> bool:
+def _is_needed(wanted: list[Any]) -> bool:
     """Whether it turns out to be; if that cannot be told, whoever reads it runs into the same, and
     says so.
     """
     with contextlib.suppress(Exception):
-        return wanted is None or bool(ray.get(wanted[0]))
+        return bool(ray.get(wanted[0]))
     return False
 
 

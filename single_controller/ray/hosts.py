@@ -104,9 +104,12 @@ class RayHosts(Generation):
                 "driver's. Attach once it has ended, or give it more time",
                 late,
             ) from None
-        if len(kinds := {(info.roles, info.ordered) for info in infos}) > 1:
-            told = ", ".join(sorted("+".join(roles) for roles, _ in kinds))
-            raise ValueError(f"worker_handles must be workers with the same roles; got {told}")
+        kinds = {(info.roles, info.ordered) for info in infos}
+        if len(kinds) > 1 or len({info.process for info in infos}) < len(infos):
+            told = ", ".join("+".join(info.roles) + f" (pid {info.pid})" for info in infos)
+            raise ValueError(
+                f"worker_handles must be different workers with the same roles; got {told}"
+            )
         order, ranks = [*range(len(infos))], [info.rank for info in infos]
         if len({info.address for info in infos}) == 1 and sorted(ranks) == order:
             order.sort(key=ranks.__getitem__)

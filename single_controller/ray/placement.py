@@ -348,13 +348,23 @@ class SubRayResourcePool(RayResourcePool):
         subgroup_world_size: int,
         **kwargs: Any,
     ) -> None:
-        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence."""
+        """`start_bundle_index` counts the bundles of all `placement_groups` as one sequence.
+
+        Raises:
+            ValueError: there are not so many.
+        """
         super().__init__(**kwargs)
         self.pgs = list(placement_groups)
         self.start_bundle_index = start_bundle_index
         self.subgroup_world_size = subgroup_world_size
         every = [(group, i) for group in self.pgs for i in range(group.bundle_count)]
-        self.keep([every[start_bundle_index + i] for i in range(subgroup_world_size)])
+        some = every[start_bundle_index:][:subgroup_world_size]
+        if start_bundle_index < 0 or len(some) < subgroup_world_size:
+            raise ValueError(
+                f"there are {len(every)} bundles; asked for are {subgroup_world_size} from number "
+                f"{start_bundle_index} on"
+            )
+        self.keep(some)
 
     def keep(self, ranks: Sequence[tuple[PlacementGroup, int]]) -> Self:
         """Have these bundles, in this order."""

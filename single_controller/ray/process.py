@@ -114,11 +114,14 @@ def _address(pid: int, started: int) -> str:
 
 def _answer(listening: socket.socket, coroutines: Collection[Any]) -> None:
     while True:
-        asks, _ = listening.accept()
-        with asks, contextlib.suppress(OSError):  # whoever asked has left
-            who = asks.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            if _CREDENTIALS.unpack(who)[1] in (0, os.getuid()):
-                asks.sendall(_own_stacks(coroutines).encode())
+        try:
+            asks, _ = listening.accept()
+            with asks:
+                who = asks.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                if _CREDENTIALS.unpack(who)[1] in (0, os.getuid()):
+                    asks.sendall(_own_stacks(coroutines).encode(errors="replace"))
+        except OSError:  # whoever asked has left, or there are no more files for now
+            time.sleep(_POLL_S)
 
 
 def _watched(pid: int, started: int) -> int:

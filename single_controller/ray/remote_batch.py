@@ -71,6 +71,7 @@ from single_controller.ray.failure import (
     all_arrived,
     diagnose,
     get_all,
+    raised,
     session,
     shown_seconds,
     translate,
@@ -195,7 +196,13 @@ class _Answers:
 
     def outputs(self, timeout_s: float | None) -> list[Any]:
         """Wait for all ranks. Raises what went wrong."""
-        return _got(self.refs, timeout_s, self.title, self.sites)
+        try:
+            return _got(self.refs, timeout_s, self.title, self.sites)
+        except GetTimeoutError:
+            raise CallTimeoutError(
+                f"{self.title}: its ranks had not all finished after {shown_seconds(timeout_s)} s",
+                self.ranks,
+            ) from None
 
     async def arrive(self) -> bool:
         return await all_arrived(self.refs, None, self.title, self.ranks)
@@ -340,7 +347,7 @@ class RemoteCall(_Answers, Pending):
             method, turn = getattr(hosts.handles[rank], name), hosts.turn(rank)
             returned = method.remote((self.token, rank), *args, turn)
             refs += [returned] if isinstance(returned, ray.ObjectRef) else returned
-        refs[-1].future().add_done_callback(partial(_count_moved, self.record))
+        refs[-1].future().add_done_callback(partial(_count_moved, self.record, refs[0]))
         return refs[0]
 
     def can_lend(self, rank: int, hosts: RayHosts, readers: Iterable[int]) -> bool:
@@ -378,9 +385,11 @@ def _got(
         raise hosts.failed(error, refs, sites) from None
 
 
-def _count_moved(record: Any, size: Any) -> None:
-    if size.exception() is None:  # of which whoever reads what was to move is told
+def _count_moved(record: Any, ref: Any, size: Any) -> None:
+    if size.exception() is None:
         record.count("bytes_between", size.result())
+    else:
+        later(partial(raised, ref))  # whoever reads it is told, and Ray need not print it
 
 
 def _release(hosts: RayHosts, token: str, request: Request, unread: set[_What]) -> None:
@@ -400,7 +409,8 @@ def _release(hosts: RayHosts, token: str, request: Request, unread: set[_What]) 
 
 
 def _after(refs: list[Any], job: Callable[[], object]) -> None:
-    ray.wait(refs, num_returns=len(refs), timeout=None, fetch_local=False)
+    with contextlib.suppress(Exception):  # the cluster is gone
+        ray.wait(refs, num_returns=len(refs), timeout=None, fetch_local=False)
     later(job)
 
 

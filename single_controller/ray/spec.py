@@ -80,6 +80,8 @@ class RayColocatedClasses(ColocatedClasses, RayClassWithInitArgs[Any]):
             options different values.
     """
 
+    _spec = RayClassWithInitArgs
+
     def __init__(self, class_dict: Mapping[str, ClassWithInitArgs]) -> None:
         self._options: dict[str, Any] = {}
         ColocatedClasses.__init__(self, class_dict)

@@ -27,10 +27,12 @@ from single_controller.device import CPU, DeviceKind
 from single_controller.errors import CallTimeoutError, ResourceError
 from single_controller.ray.failure import (
     CallSite,
+    Wait,
     diagnose,
     get_all,
     not_ready,
     stacks_of,
+    standing,
 )
 from single_controller.ray.host import AsyncHost, Host, HostInfo
 from single_controller.ray.hosts import RayHosts, end_processes
@@ -86,6 +88,11 @@ class Recipe:
     def _actor_options(self, kind: DeviceKind, is_async: bool) -> dict[str, Any]:
         """Ray's options for each host: its share of a bundle, and what the spec says."""
         parts, given = self.pool.max_colocate_count, dict(self.spec.options)
+        if given.get("max_restarts"):
+            raise ValueError(
+                "max_restarts among Ray's options would bring back processes without their roles; "
+                "the group's on_failure='restart' restarts all ranks with theirs"
+            )
         resources = dict(given.pop("resources", None) or {})
         share = _share(self.pool.gpus_per_process, parts)
         made: dict[str, Any] = {"num_cpus": _share(self.pool.cpus_per_process, parts)}
@@ -145,23 +152,26 @@ class _Starting:
         bound = self.handles[0].bind.remote(
             recipe.master_port or 0, recipe.master_port_range, recipe.master_addr
         )
-        if late := not_ready(arrived, self.recipe.pool.placement_timeout_s):
-            self._check_room(late)
+        room_s = min(recipe.pool.placement_timeout_s, recipe.startup_timeout_s)
+        with Wait(lambda: standing(arrived, f"starting {self.title}", range(len(arrived)))):
+            late = not_ready(arrived, room_s)
+        if late:
+            self._check_room(late, room_s)
         processes, found = zip(*self._get(arrived, "arrive"), strict=True)
         self.processes = dict(enumerate(processes))
         check_versions(found, processes)
         address: tuple[str, int] = self._get([bound], "bind")[0]
         return address
 
-    def _check_room(self, ranks: Sequence[int]) -> None:
+    def _check_room(self, ranks: Sequence[int], room_s: float) -> None:
         recipe = self.recipe  # a node may have left: then Ray has moved their bundles, or cannot
         self.bundles = recipe.pool.bundles(recipe.strategy, recipe.device_name)
         full = crowded([self.bundles[rank] for rank in ranks])
         if any(full):
             raise ResourceError(
-                f"ranks {[*compress(ranks, full)]} got no process within placement_timeout_s="
-                f"{recipe.pool.placement_timeout_s:g}: their bundles have no room left. Close "
-                "groups on this pool, or raise its max_colocate_count"
+                f"ranks {[*compress(ranks, full)]} got no process within {room_s:g} s (the "
+                "lesser of placement_timeout_s and startup_timeout_s): their bundles have no room "
+                "left. Close groups on this pool, or raise its max_colocate_count"
             )
 
     def build(self, kind: DeviceKind, address: tuple[str, int], roles: Any) -> list[HostInfo]:

@@ -65,7 +65,7 @@ class RayWorkerGroup(WorkerGroup[W]):
 
     Raises:
         ResourceError: the cluster cannot hold the pool, or the pool one more group.
-        RegistrationError: a class cannot be used as a worker, or not with these arguments.
+        RegistrationError: a class cannot be used as a worker.
         WorkerError: a constructor raised; it names role and rank.
         CallTimeoutError: a process did not start, or a constructor did not return, in time.
     """
@@ -101,6 +101,8 @@ class RayWorkerGroup(WorkerGroup[W]):
         allowed = allowed_restarts(on_failure, max_restarts)
         if resource_pool is None:
             hosts = Hosts(_attach(worker_names, worker_handles, startup_timeout_s))
+        elif not isinstance(resource_pool, RayResourcePool):
+            raise TypeError(f"resource_pool must be a RayResourcePool; got {resource_pool!r}")
         elif not isinstance(ray_cls_with_init, RayClassWithInitArgs):
             raise RegistrationError(
                 "ray_cls_with_init must say what to start, as RayClassWithInitArgs(cls, ...) or "

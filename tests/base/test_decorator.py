@@ -213,7 +213,7 @@ def test_a_mode_that_was_registered_or_updated_is_one_that_register_takes() -> N
     assert pickle.loads(pickle.dumps(mine)) is mine
     assert get_predefined_dispatch_fn(mine) == FUNCTIONS
     assert mode_of(dispatch_mode=mine) == CustomMode(scatter, join)
-    for name in ("MINE", "ONE_TO_ALL"):
+    for name in ("MINE", "ONE_TO_ALL", "register"):
         with pytest.raises(RegistrationError, match=f"'{name}' is taken"):
             register_dispatch_mode(name, join, scatter)
     assert get_predefined_dispatch_fn(mine)["dispatch_fn"] is scatter
@@ -284,6 +284,16 @@ def test_a_built_in_mode_as_functions_is_the_mode_again(member: Dispatch) -> Non
     assert _check_dispatch_mode(mixed) == CustomMode(functions["dispatch_fn"], join)
 
 
+def test_functions_that_verl_pairs_are_the_mode_that_they_are_of_there() -> None:
+    split, each = decorator.dispatch_dp_compute_data_proto, decorator.collect_dp_compute
+    for send, collect, mode in (
+        (decorator.dispatch_one_to_all, decorator.collect_all_to_all, Dispatch.ONE_TO_ALL),
+        (split, each, Dispatch.DP_COMPUTE_METRIC),
+    ):
+        pair = {"dispatch_fn": send, "collect_fn": collect}
+        assert _check_dispatch_mode(pair) == _check_dispatch_mode(mode)
+
+
 def test_the_functions_of_the_built_in_modes_give_lists_of_what_ranks_get() -> None:
     group, values, batch = Group(), [5, 6, 7, 8], proto(1, 2, 3, 4)
     for send, value, sent in (
@@ -293,7 +303,8 @@ def test_the_functions_of_the_built_in_modes_give_lists_of_what_ranks_get() -> N
         (decorator.dispatch_dp_compute, values, values),
     ):
         assert send(group, value, k=value) == ((sent,), {"k": sent})
-    assert decorator.collect_all_to_all(group, values) == values
+    for outputs in (values, values[:1]):
+        assert decorator.collect_all_to_all(group, outputs) == outputs
     assert decorator.collect_dp_compute(group, values) == values
     (shards,), _ = decorator.dispatch_dp_compute_data_proto(group, batch)
     (sent, same), _ = decorator.dispatch_dp_compute_data_proto_with_func(group, len, batch)

@@ -315,13 +315,13 @@ def test_padding_is_not_guessed_at_where_a_worker_changed_the_number_of_rows() -
         promised(batch, lambda shard: shard.repeat(2)).get()
 
 
-@pytest.mark.parametrize("first", [proto(4), td(6), proto(0), late(4), late(4, True)])
+@pytest.mark.parametrize("first", [proto(4), td(6), proto(0)])
 @pytest.mark.parametrize("mode", [ByRows(), ByRows(merge="list"), ByRows(mesh="m")])
 def test_padded_batches_that_differ_in_rows_are_refused_by_name(mode: ByRows, first: Any) -> None:
     rows = f"argument 0 has {len(here(first))}, argument 'b' has 3"
-    for layout, padded in ((TP, proto(3, auto_padding=True)), (Layout.flat(1), late(3, True))):
+    for layout in (TP, Layout.flat(1)):
         with pytest.raises(DispatchError, match=f"equally many rows; {rows}.*Broadcast"):
-            mode.dispatch(layout, (first,), {"b": padded})
+            mode.dispatch(layout, (first,), {"b": proto(3, auto_padding=True)})
 
 
 @pytest.mark.parametrize(
@@ -370,6 +370,19 @@ def test_a_future_alone_that_may_be_padded_is_not_waited_for() -> None:
     both = DataProtoFuture([NotYet()], auto_padding=True)  # type: ignore[list-item]
     _, calls = ByRows().dispatch(FLAT2, (both,), {"b": both})
     assert [call.args[0] is call.kwargs["b"] for call in calls if call] == [True, True]
+
+
+def test_futures_beside_what_may_be_padded_are_not_waited_for_and_have_to_have_as_many_rows() -> (
+    None
+):
+    future = DataProtoFuture([NotYet()])  # type: ignore[list-item]
+    other = DataProtoFuture([NotYet()], auto_padding=True)  # type: ignore[list-item]
+    for batches in ((proto(4, auto_padding=True), future), (future, other)):
+        assert len(ByRows().dispatch(FLAT2, batches, {})[1]) == 2
+    for batches in ((proto(4, auto_padding=True), late(2)), (late(4, auto_padding=True), late(2))):
+        _, calls = ByRows().dispatch(FLAT2, batches, {})
+        with pytest.raises(DispatchError, match=r"argument 0 has 4, argument 1 has 2"):
+            [call.args[1].get() for call in calls if call]
 
 
 def test_a_dp_rank_without_exactly_one_collecting_rank_is_refused_before_sending() -> None:

@@ -77,7 +77,7 @@ CAUSES: list[Exception] = [
     CallTimeoutError("late", [1, 2]),
 ]
 READ = {
-    FileNotFoundError: ("errno",),
+    FileNotFoundError: ("errno", "filename"),
     json.JSONDecodeError: ("pos", "doc"),
     UnicodeDecodeError: ("reason", "start"),
     RuntimeWithTwoError: ("code",),

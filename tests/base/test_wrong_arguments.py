@@ -100,5 +100,5 @@ def test_a_pool_or_group_before_ray_was_started_says_so(
 
 def test_what_names_no_role_is_refused() -> None:
     for create in (on_ray.create_colocated_worker_cls, inline.create_colocated_worker_cls):
-        with pytest.raises(RegistrationError, match="class_dict must have at least one role"):
+        with pytest.raises(RegistrationError, match="at least one role is needed"):
             create({})

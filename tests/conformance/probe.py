@@ -265,7 +265,8 @@ class Member(Worker):
 
     @register(dispatch_mode=SQUARE, uneven=True, blocking=False)
     def stamp_later(self, data: DataProto) -> DataProto:
-        return self.stamp(data)
+        done = self.stamp(data)
+        return done if self.rank % 2 == 0 else None  # type: ignore[return-value]  # which nobody asks
 
     @register(dispatch_mode=SQUARE)
     def sum_over_tp(self, data: DataProto) -> DataProto:

@@ -20,6 +20,7 @@ from single_controller import (
     GroupBrokenError,
     RegistrationError,
     ResourceError,
+    ResourcePool,
     UnknownMethodError,
 )
 from single_controller.base import PerRank, Worker
@@ -186,6 +187,11 @@ def test_a_group_needs_something_to_start_and_somewhere(pool: RayResourcePool) -
     for wrong in (None, Member, RayWorkerGroup):
         with pytest.raises(RegistrationError, match="ray_cls_with_init must say what to start"):
             RayWorkerGroup(pool, wrong)
+    with pytest.raises(TypeError, match="resource_pool must be a RayResourcePool"):
+        RayWorkerGroup(ResourcePool([1]), RayClassWithInitArgs(Member))  # type: ignore[arg-type]
+    spec = RayClassWithInitArgs(ray.remote(max_restarts=2)(Member))
+    with pytest.raises(ValueError, match=r"max_restarts .* on_failure='restart'"):
+        RayWorkerGroup(pool, spec)
     with pytest.raises(ValueError, match="needs a resource_pool"):
         RayWorkerGroup()
 
@@ -249,6 +255,8 @@ def test_workers_of_several_groups_are_the_ranks_of_one_in_the_order_of_their_ha
         group.restart()
     with pytest.raises(ValueError, match="needs a resource_pool"):
         RayWorkerGroup(worker_handles=[], ray_cls_with_init=spec)
+    with pytest.raises(ValueError, match=r"different workers .* \(pid \d+\), .* \(pid \d+\)"):
+        RayWorkerGroup(worker_handles=[first.workers[0]] * 2, ray_cls_with_init=spec)
 
 
 def test_the_class_that_a_group_is_attached_with_says_which_methods_it_has(

@@ -21,6 +21,7 @@ import torch
 
 from protocol import DataProto
 from single_controller import (
+    CallTimeoutError,
     ClassWithInitArgs,
     GroupBrokenError,
     PerRank,
@@ -35,6 +36,7 @@ from single_controller.inline import InlineWorkerGroup, colocate
 from single_controller.testing import InlineGroups
 from tests.conformance.team import Actor, zeros
 from tests.slices import slices
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +68,9 @@ class Notebook(Worker):
         return function(*args)
 
 
+ENDED: list[int] = []  # ranks whose task has
+
+
 class Sleeper(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     async def nap(self, seconds: float) -> tuple[int, str]:
@@ -75,6 +80,21 @@ class Sleeper(Worker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     async def ask(self, group: Any, awaits: bool = True) -> Any:
         return await group.nap.submit(0) if awaits else group.nap(0)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False, timeout_s=0.05)
+    async def never(self) -> None:
+        await asyncio.sleep(3600)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def serve(self) -> None:
+        async def go_on() -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                ENDED.append(self.rank)
+
+        self.serving = asyncio.create_task(go_on())
+        await asyncio.sleep(0)
 
 
 def started(cls: type[Worker], ranks: int = 2, **options: Any) -> Any:
@@ -257,6 +277,21 @@ def test_async_methods_of_all_ranks_wait_side_by_side_each_as_its_rank(sleepers:
     assert asyncio.run(driver()) == (expected, [expected] * 3)
 
 
+def test_what_an_async_method_leaves_running_ends_with_its_group_alone(sleepers: Any) -> None:
+    ENDED.clear()
+    with started(Sleeper, 1) as one:
+        sleepers.serve()
+        one.serve()
+    assert eventually(lambda: ENDED == [0])
+    sleepers.close()
+    assert eventually(lambda: sorted(ENDED) == [0, 0, 1])
+
+
+def test_a_handle_waits_as_long_as_its_call_may_take(sleepers: Any) -> None:
+    with pytest.raises(CallTimeoutError, match=r"after 0\.05 s"):
+        sleepers.never()[0].get()
+
+
 def test_an_async_method_awaits_others_and_cannot_hold_up_the_loop_that_they_run_in(
     sleepers: Any,
 ) -> None:
@@ -276,6 +311,17 @@ def test_a_trace_has_the_drivers_parts_and_the_spans_of_the_workers(
     assert sorted(found) == ["collect", "dispatch", "inside", "inside"]
 
 
+class Unbuilt(Worker):
+    def __init__(self) -> None:
+        raise KeyError("k")
+
+
+def test_what_a_constructor_raised_is_the_cause_itself() -> None:
+    with pytest.raises(WorkerError) as caught:
+        started(Unbuilt)
+    assert type(caught.value.__cause__) is KeyError
+
+
 def test_without_a_pool_there_is_one_rank_and_what_cannot_be_a_group_is_refused() -> None:
     with colocate(first=Notebook, second=ClassWithInitArgs(Notebook)) as both:
         assert both.first.world_size == 1
@@ -285,6 +331,8 @@ def test_without_a_pool_there_is_one_rank_and_what_cannot_be_a_group_is_refused(
     for wrong in (None, Notebook, 3):
         with pytest.raises(RegistrationError, match="ray_cls_with_init must say what to start"):
             InlineWorkerGroup(None, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cannot attach to running ones"):
+        InlineWorkerGroup(None, ClassWithInitArgs(Notebook), worker_names=["a"])
     with pytest.raises(ValueError, match="at least one node"):
         InlineWorkerGroup(ResourcePool([]), ClassWithInitArgs(Notebook))
 

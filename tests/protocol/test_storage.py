@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tensordict import TensorDict
 
 from protocol import (
     columns,
@@ -41,6 +42,12 @@ def test_every_dtype_and_layout_survives(path: Path, dtype: torch.dtype) -> None
         deserialize_single_tensor((name, list(shape), bytes(buffer))).fill_(1)  # it is writable
     with pytest.raises(BatchTypeError, match="needs a dense tensor"):
         serialize_single_tensor(tensors["jagged"])
+
+
+def test_nested_tensordicts_survive(path: Path) -> None:
+    nested = TensorDict({"a": TensorDict({"b": torch.arange(2)}, [2])}, [2])
+    DataProto(nested).save_to_disk(path)
+    assert DataProto.load_from_disk(path).batch["a", "b"].tolist() == [0, 1]
 
 
 def test_json_needs_no_pickle(path: Path) -> None:

@@ -163,8 +163,8 @@ def test_a_union_changes_the_first_alone_and_nothing_if_values_differ() -> None:
         ("dense", torch.ones(2, 1), "values of dense"),
         ("text", ["a", "z"], "values of text"),
         ("jagged", jagged(1, 1), "values of jagged"),
-        ("flag", 2, "values of flag"),
-        ("text", torch.zeros(2), "values of text"),
+        ("flag", 1, "type of flag"),
+        ("text", torch.zeros(2), "type of text"),
         ("new", 1, "key set diffs"),
     ],
 )

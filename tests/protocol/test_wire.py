@@ -281,12 +281,12 @@ def test_jagged_columns_can_still_be_combined_and_padded(
 def test_batches_of_one_message_share_its_buffers() -> None:
     data = DataProto.from_dict({"x": torch.arange(1000.0), "y": torch.zeros(1000)})
     with wire.Message() as message:
-        sent = send([data, data.select(["x"]), data.slice(10, 20)])
+        sent = send([data, data.select(["x"]), data.slice(0, 10)])
     assert sum(len(buffer) for buffer in sent[1]) == 2 * 4000 + 2 * 40
     whole, selected, part = receive(sent)
     whole.batch["x"].zero_()
     assert selected.batch["x"].sum() == 999 * 500
-    assert part.batch["x"].tolist() == list(range(10, 20))
+    assert part.batch["x"].tolist() == list(range(10))
     buffers: list[pickle.PickleBuffer] = []
     with message:
         pickle.dumps([data, np.ones(3)], protocol=5, buffer_callback=buffers.append)
