@@ -56,7 +56,7 @@ def test_a_union_keeps_all_keys_and_refuses_differences() -> None:
     nan = {"x": np.array([None, float("nan")], dtype=object)}
     assert union_numpy_dict(nan, {"x": nan["x"].copy(), "y": np.ones(2)}) is nan
     assert nan.keys() == {"x", "y"}
-    with pytest.raises(ConflictError, match=f"^`y` {same} at 0: np.float64"):
+    with pytest.raises(ConflictError, match=rf"^`y` {same} at 0: .*1\.0"):
         union_numpy_dict(nan, {"z": np.ones(2), "y": np.arange(2.0)})
     assert nan.keys() == {"x", "y"}
 
