@@ -561,26 +561,27 @@ class InlineWorkerGroup(WorkerGroup[W]):
     def _submit(self, hosts: Ranks, request: Request, calls: Sequence[Call | None]) -> Pending:
         hosts.check_current()
         by_rank = Outbox(calls, _Packer, lambda message, ranks: _copied(message)).by_rank
-        different = {id(out): out for out in by_rank if out is not None}
-        for one in different.values():
-            _copied(one.message)
+        reads: dict[int, Callable[[], _Arguments]] = {}  # by id of what ranks get
+        for out in {id(out): out for out in by_rank if out is not None}.values():
+            _copied(out.message)
+            futures = Message.of(out.futures, _Packer) if out.futures else None
+            reads[id(out)] = partial(_arguments, out, futures, request)
         pending = self._pending(hosts, request)
-        for rank, out in enumerate(by_rank):
-            if out is not None:
-                pending.run(hosts.infos[rank], partial(_arguments, out, request))
+        for rank, sent in enumerate(by_rank):
+            if sent is not None:
+                pending.run(hosts.infos[rank], reads[id(sent)])
         return pending
 
 
-def _arguments(out: Outgoing, request: Request) -> _Arguments:
+def _arguments(out: Outgoing, futures: Message | None, request: Request) -> _Arguments:
     """A rank's arguments, in memory of its own, or as views that all ranks share."""
-
     from protocol.wire import read_as
 
     def fetched(value: Any) -> Any:
         return value.get() if isinstance(value, InlineReference) else value
 
     with read_as("view" if request.reads_only else "own"):
-        late = Message.of(out.futures, _Packer).read() if out.futures else []
+        late = [] if futures is None else futures.read()
         values = [one.get() for one in late] if request.materialize else late
         args, kwargs = out.message.read(values, [part.read() for part in out.parts])
         return [*map(fetched, args)], {name: fetched(value) for name, value in kwargs.items()}
