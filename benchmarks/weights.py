@@ -352,12 +352,11 @@ def _between(before: tuple[int, int], after: tuple[int, int]) -> dict[str, int]:
 
 
 def _settled(before: tuple[int, int], *groups: Any) -> dict[str, int]:
-    """The same once bytes between workers are counted, which is soon after the call."""
-    deadline = time.monotonic() + 10
-    while not (moved := _between(before, _moved(*groups)))["between"]:
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.01)
+    """The same once all ranks' bytes are counted, which is soon after the call."""
+    deadline, moved, seen = time.monotonic() + 10, _between(before, _moved(*groups)), None
+    while (moved != seen or not moved["between"]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        seen, moved = moved, _between(before, _moved(*groups))
     return moved
 
 

@@ -279,8 +279,8 @@ class MethodStats:
 
     Bytes are those of pickled values and their buffers: `bytes_out` left the driver as arguments
     (large ones once, however many ranks read them), `bytes_in` came to it as results,
-    `bytes_between` were published by workers for others to read. What stays in a process counts
-    nowhere.
+    `bytes_between` were published by workers for others to read, counted when the worker says so:
+    the driver may have the reader's result a moment before. What stays in a process counts nowhere.
     """
 
     method: str
