@@ -36,6 +36,7 @@ __all__ = [
     "is_packed",
     "not_sent",
     "packed",
+    "read_rows",
 ]
 
 # What a value holds and its pickle does not, what has arrived for what was late, and the parts that
@@ -186,6 +187,17 @@ def how_to_read() -> Any:
     """As a reader asked; without batches in this process, nobody could."""
     wire: Any = sys.modules.get("protocol.wire")
     return "own" if wire is None else wire.reading()
+
+
+def read_rows(batch: Message, start: int, stop: int, columns: Any = None) -> Any:
+    """Rows of a batch, or of `select_keys`' columns: what is not asked for is not copied."""
+    from protocol.batches import lend_rows, select_keys
+    from protocol.wire import read_as
+
+    how = how_to_read()
+    with read_as("join" if how == "own" else how):
+        whole = batch.read()
+    return lend_rows(whole if columns is None else select_keys(whole, *columns), start, stop)
 
 
 class _Part(NamedTuple):

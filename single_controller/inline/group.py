@@ -29,6 +29,7 @@ from single_controller.base.message import (
     checked_pair,
     held,
     packed,
+    read_rows,
 )
 from single_controller.base.method import Pending, Request
 from single_controller.base.plan import Call, Handle, ResourcePool
@@ -411,7 +412,7 @@ class InlineReference(_InProcess):
         self.pending.finish(timeout)
         output = self.pending.outputs[self.rank]
         if self.batched:
-            return _rows(output, start, stop)
+            return read_rows(output, start, stop)
         return iter(output.read()) if self.pending.pairs else output.read()
 
 
@@ -425,7 +426,7 @@ class _Pinned(_InProcess):
         return _count(self.message)
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
-        return _rows(self.message, start, stop)
+        return read_rows(self.message, start, stop)
 
 
 def _check_batch(output: Any, request: Request) -> None:
@@ -441,17 +442,6 @@ def _count(batch: Message) -> int:
 
     with read_as("view"):
         return batch_rows(batch.read())
-
-
-def _rows(batch: Message, start: int, stop: int) -> Any:
-    """As the reader asked for them (`protocol.wire.read_as`)."""
-    from protocol.batches import lend_rows
-    from protocol.wire import read_as, reading
-
-    how = reading()
-    with read_as("join" if how == "own" else how):
-        whole = batch.read()
-    return lend_rows(whole, start, stop)
 
 
 def pin(data: Batch) -> DataProtoFuture:

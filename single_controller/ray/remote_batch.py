@@ -59,6 +59,7 @@ from single_controller.base.message import (
     Outgoing,
     how_to_read,
     packed,
+    read_rows,
 )
 from single_controller.base.method import Pending, Request
 from single_controller.base.plan import Call, Handle, origins
@@ -520,15 +521,7 @@ class RemoteBatch:
         message = self._message(timeout)
         if whole and self.columns is None:
             return message.read()
-        from protocol.batches import lend_rows, select_keys
-        from protocol.wire import read_as, reading
-
-        how = reading()
-        with read_as("join" if how == "own" else how):  # what is not asked for is not copied
-            batch = message.read()
-        if self.columns is not None:
-            batch = select_keys(batch, *self.columns)
-        return lend_rows(batch, start, stop)
+        return read_rows(message, start, stop, self.columns)
 
     def _pairs(self, offer: Offer) -> Pairs:
         if self.opened is None:

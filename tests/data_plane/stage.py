@@ -179,7 +179,7 @@ class Stage(Worker):
         return list(found[0]), float(values[0]), all(one["big"] is values for one in found)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def give(self, x: Any) -> Any:
+    def give(self, x: Any, *more: Any) -> Any:
         return x
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

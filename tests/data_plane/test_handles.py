@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -60,6 +61,11 @@ def test_a_value_goes_from_group_to_group_once_and_past_the_driver(
     assert both.one.stats()["state"].bytes_between - between < 900_000
     sent = three.stats().driver_bytes
     three.own({"state": handles[0].get()["state"], "too": handles[1]})  # 400 KB beside a handle
+    assert 400_000 <= three.stats().driver_bytes - sent < 450_000
+    large = np.ones(100_000, np.float32)
+    sent = three.stats().driver_bytes
+    each = PerRank([1, 2, 3])
+    assert three.give(each, {"large": large}, [handles[0]]) == [1, 2, 3]  # one in another value
     assert 400_000 <= three.stats().driver_bytes - sent < 450_000
     between = both.one.stats()["state"].bytes_between
     both.one._hosts.now.read_elsewhere.clear()

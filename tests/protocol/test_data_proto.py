@@ -270,6 +270,9 @@ def test_what_is_popped_or_renamed_is_gone_from_the_tensordict_that_one_has(
     sample.pop(["a"])
     sample.rename("b", "c")
     assert [*held.keys()] == ["c"]
+    held.lock_()  # then it stays as it is
+    sample.rename("c", "d")
+    assert ([*held.keys()], [*sample.batch.keys()]) == (["c"], ["d"])
 
 
 def test_reorder_padding_and_to_work_in_place(sample: DataProto) -> None:

@@ -379,6 +379,19 @@ def test_what_is_not_numbers_in_memory_is_left_to_the_pickler() -> None:
     assert [wire.pack_value(other) for other in others] == [None] * 4
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch wants to drop them
+def test_quantized_tensors_arrive_with_their_scales() -> None:
+    rows = torch.arange(6.0).reshape(2, 3)
+    whole = torch.quantize_per_tensor(rows, 0.5, 3, torch.qint8)
+    by_row = torch.quantize_per_channel(
+        rows, torch.tensor([0.5, 1.0]), torch.tensor([0, 1]), 0, torch.qint8
+    )
+    arrived = receive(send(DataProto.from_dict({"x": whole}, {}, {"w": by_row})))
+    for before, after in ((whole, arrived.batch["x"]), (by_row, arrived.meta_info["w"])):
+        assert after.dtype is torch.qint8
+        assert after.dequantize().equal(before.dequantize())
+
+
 def test_a_bare_tensordict_arrives_equal() -> None:
     batch = TensorDict(
         {
