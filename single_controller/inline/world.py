@@ -39,11 +39,30 @@ _tasks: ContextVar[weakref.WeakSet[asyncio.Task[Any]]] = ContextVar("_tasks")
 one_at_a_time = threading.Condition()
 
 
+class _Inside(threading.local):
+    """By thread, the ranks whose code it runs, the innermost last, and what each has replaced."""
+
+    def __init__(self) -> None:
+        self.stays: list[tuple[RankWorld, Any]] = []
+
+
+_inside = _Inside()
+
+
 def wait_until(done: Callable[[], bool], timeout_s: float | None = None) -> bool:
-    """Let other ranks run until `done()`; whether it is, after at most `timeout_s` seconds."""
+    """Let other ranks run until `done()`; whether it is, after at most `timeout_s` seconds. Who
+    runs meanwhile finds the process as it was before this thread was any rank.
+    """
     limit = None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
     with one_at_a_time:
-        return one_at_a_time.wait_for(done, limit)
+        ranks = [rank for rank, _ in _inside.stays]
+        for rank in reversed(ranks):
+            rank.leave()
+        try:
+            return one_at_a_time.wait_for(done, limit)
+        finally:
+            for rank in ranks:
+                rank.enter()
 
 
 class RankWorld:
@@ -61,26 +80,37 @@ class RankWorld:
 
     @contextlib.contextmanager
     def here(self) -> Generator[None]:
-        """Be this rank, and let nobody else's code run meanwhile."""
-        c10d, _ = _torch()
+        """Be this rank, and let nobody else's code run meanwhile, but while this waits."""
         with one_at_a_time:
-            current = os.environb._data  # type: ignore[attr-defined]
-            outside, hook = dict(current), sys.excepthook
-            torchs = c10d._world, c10d.rendezvous, c10d._new_process_group_helper
-            _apply(self._env)
-            entered = dict(current)
-            c10d._world, c10d.rendezvous = self._groups, _rendezvous
-            c10d._new_process_group_helper = self._new_group
+            self.enter()
             try:
                 yield
             finally:
-                c10d._world, c10d.rendezvous, c10d._new_process_group_helper = torchs
-                sys.excepthook = hook  # which torch replaces
-                if current != entered:
-                    changed = {key for key, _ in current.items() ^ outside.items()}
-                    self._env = {key: current.get(key) for key in {*self._env, *changed}}
-                _apply({key: outside.get(key) for key in self._env})
+                self.leave()
                 one_at_a_time.notify_all()
+
+    def enter(self) -> None:
+        """Put what is this rank's own in the place of the process's."""
+        c10d, _ = _torch()
+        current = os.environb._data  # type: ignore[attr-defined]
+        outside, hook = dict(current), sys.excepthook
+        torchs = c10d._world, c10d.rendezvous, c10d._new_process_group_helper
+        _apply(self._env)
+        c10d._world, c10d.rendezvous = self._groups, _rendezvous
+        c10d._new_process_group_helper = self._new_group
+        _inside.stays.append((self, (outside, dict(current), hook, torchs)))
+
+    def leave(self) -> None:
+        """Put it back, and keep what has become of this rank's."""
+        c10d, _ = _torch()
+        _, (outside, entered, hook, torchs) = _inside.stays.pop()
+        current = os.environb._data  # type: ignore[attr-defined]
+        c10d._world, c10d.rendezvous, c10d._new_process_group_helper = torchs
+        sys.excepthook = hook  # which torch replaces
+        if current != entered:
+            changed = {key for key, _ in current.items() ^ outside.items()}
+            self._env = {key: current.get(key) for key in {*self._env, *changed}}
+        _apply({key: outside.get(key) for key in self._env})
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
         """Let a coroutine go by itself, each step as this rank."""

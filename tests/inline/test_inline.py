@@ -12,6 +12,7 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,16 @@ ENDED: list[int] = []  # ranks whose task has
 
 
 class Sleeper(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def nested(self, other: Any) -> tuple[str, str, Any]:
+        found = other.whose(0.001)
+        return os.environ["WHO"], os.environ["RANK"], found
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    async def whose(self, seconds: float) -> tuple[int, str, str]:
+        await asyncio.sleep(seconds)
+        return self.rank, os.environ["RANK"], os.environ["WHO"]
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     async def nap(self, seconds: float) -> tuple[int, str]:
         await asyncio.sleep(seconds)
@@ -275,6 +286,27 @@ def test_async_methods_of_all_ranks_wait_side_by_side_each_as_its_rank(sleepers:
         return blocking, awaited
 
     assert asyncio.run(driver()) == (expected, [expected] * 3)
+
+
+def test_threads_of_the_driver_may_call_groups_at_the_same_time() -> None:
+    groups: dict[str, Any] = {
+        who: InlineWorkerGroup(
+            ResourcePool([2]), ClassWithInitArgs(Sleeper), worker_env={"WHO": who}
+        )
+        for who in "abc"
+    }
+    before, torchs = dict(os.environ), torch.distributed.distributed_c10d._world
+
+    def call(who: str, other: str) -> list[Any]:
+        return [groups[who].nested(groups[other]) for _ in range(20)]
+
+    with ThreadPoolExecutor(3) as threads:
+        calls = {pair: threads.submit(call, *pair) for pair in ("ab", "bc", "ca")}
+        for (who, other), found in calls.items():
+            expected = [(who, str(rank), [(0, "0", other), (1, "1", other)]) for rank in range(2)]
+            assert found.result(timeout=60) == [expected] * 20
+    assert dict(os.environ) == before
+    assert torch.distributed.distributed_c10d._world is torchs
 
 
 def test_what_an_async_method_leaves_running_ends_with_its_group_alone(sleepers: Any) -> None:
