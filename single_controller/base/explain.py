@@ -135,7 +135,7 @@ def explain_arguments(
                 found.setdefault((name, id(value)), (value, []))[1].append(rank)
     arguments = []
     for (name, _), (value, ranks) in found.items():
-        kind = (Handle if isinstance(value, Handle) else type(value)).__name__
+        kind = repr(value) if isinstance(value, Handle) else type(value).__name__
         arguments.append(SentArgument(tuple(ranks), name, kind, *_contents(value), size(value)))
     return tuple(arguments)
 

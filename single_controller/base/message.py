@@ -119,8 +119,8 @@ def _is_packed(kind: Any) -> bool:
         ("protocol.data_proto", "DataProto"),
         ("protocol.wire", "Tensors"),
     )
-    found = [getattr(sys.modules[module], name) for module, name in bases if module in sys.modules]
-    return issubclass(kind, tuple(found))
+    found = [getattr(sys.modules.get(module), name, None) for module, name in bases]
+    return issubclass(kind, tuple(filter(None, found)))
 
 
 Packer: TypeAlias = "Callable[..., Any]"  # a pickler's class that is `Packing`
@@ -327,8 +327,9 @@ def packed(value: Any, packer: Packer, what: str = "its arguments", **options: A
 
 def _shared_values(value: Any) -> dict[str, Any]:
     """What all rows of a batch share, by key; nothing for any other value."""
-    batches = sys.modules.get("protocol.batches")  # where it is not loaded, there are none
-    return batches.shared_values(value) if batches and batches.is_batch(value) else {}
+    batches: Any = sys.modules.get("protocol.batches")  # where it is not loaded, there are none
+    is_batch = getattr(batches, "is_batch", None)  # another thread may be loading it
+    return batches.shared_values(value) if is_batch and is_batch(value) else {}
 
 
 def _with_shared(batch: Any, values: Mapping[str, Any]) -> Any:
@@ -358,7 +359,7 @@ def checked_output(output: Any, pairs: bool = False) -> Any:
     """What a method returned. Raises TypeError for a generator, which cannot be sent, or with
     `pairs` for anything else.
     """
-    if inspect.isgenerator(output) and not pairs:
+    if (inspect.isgenerator(output) or inspect.isasyncgen(output)) and not pairs:
         raise TypeError(
             "the method returned a generator, which cannot be sent; return a list, or yield pairs "
             "of a name and a tensor and register it with blocking=False, bucket_bytes=256 << 20"
@@ -375,5 +376,7 @@ def checked_pair(pair: Any) -> tuple[str, Any]:
     name, tensor = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, None)
     if isinstance(name, str) and isinstance(tensor, torch.Tensor):
         return name, tensor
-    found = [type(one) for one in pair] if isinstance(pair, tuple) else type(pair)
+    found: Any = type(pair)
+    if isinstance(pair, tuple):
+        found = [one if isinstance(one, str) else type(one) for one in pair]
     raise TypeError(f"{_MUST_YIELD}; it yielded {found}")

@@ -133,7 +133,7 @@ class CallFuture:
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a CallFuture stays on the driver: use .result(), or register the method with "
-            "blocking=False"
+            "blocking=False and call it without submit"
         )
 
     def __repr__(self) -> str:
@@ -182,6 +182,8 @@ class BoundMethod:
 
     def submit(self, *args: Any, timeout_s: float | None = None, **kwargs: Any) -> CallFuture:
         """Send the call and return at once, whatever `blocking` the method is registered with."""
+        if self.bucket_bytes is not None:
+            raise TypeError(f"{self.title} yields: call it without submit; that does not wait")
         method = self.options(timeout_s=timeout_s) if timeout_s is not None else self
         return CallFuture(self, *self.group._send(method, args, kwargs))
 

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Generic, TypeGuard, TypeVar
 
-from single_controller.errors import DispatchError
+from single_controller.errors import DispatchError, check_seconds
 
 if TYPE_CHECKING:
     from protocol import DataProtoFuture
@@ -134,7 +134,8 @@ class Handle(_Mark[T_co]):
         weights = trainer.weights()  # registered with blocking=False: a handle per rank
         rollout.load(weights[0])     # the value of rank 0, from process to process
 
-    Tensors arrive without their gradients. Once nobody holds a handle, its worker lets go.
+    Tensors arrive without their gradients. Once nobody holds a handle, its worker lets go. One that
+    is pickled is for processes of the same cluster.
     """
 
     def __init__(self, source: Any) -> None:
@@ -147,7 +148,9 @@ class Handle(_Mark[T_co]):
             WorkerError: a rank raised. TimeoutError: the ranks, or then the value, took longer than
                 `timeout` seconds.
             GroupBrokenError: its group was closed or restarted.
+            ValueError: `timeout` is no number of seconds.
         """
+        check_seconds("timeout", timeout)
         value: T_co = self.source.fetch(0, 1, timeout)
         return value
 

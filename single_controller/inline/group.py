@@ -6,6 +6,7 @@ What a rank would have of its own in a process of its own is left to `world`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
 import os
@@ -294,7 +295,8 @@ class InlinePending(Pending):
         request, answers = self.request, rank.rank in self.request.answers
         output = checked_output(output, self.pairs)
         if self.pairs:
-            output = [(name, x.detach().clone()) for name, x in map(checked_pair, output)]
+            with contextlib.closing(output):
+                output = [(name, x.detach().clone()) for name, x in map(checked_pair, output)]
         elif request.deferred and not request.opens and answers:
             _check_batch(output, request)
         output = output if answers else None
@@ -402,14 +404,19 @@ class InlineReference(_InProcess):
         """
         return self.fetch(0, 1, timeout)
 
+    def _finish(self, timeout: float | None) -> None:
+        self.pending.finish(timeout)
+        if why := self.pending.hosts.ended:
+            raise GroupBrokenError(f"what {self.title} returned is gone with its workers: {why}")
+
     def rows(self, timeout: float | None = None) -> int:
         """How many rows it has; a value of any kind has one."""
-        self.pending.finish(timeout)
+        self._finish(timeout)
         return _count(self.pending.outputs[self.rank]) if self.batched else 1
 
     def fetch(self, start: int, stop: int, timeout: float | None = None) -> Any:
         """Rows `start` to `stop`, or the value."""
-        self.pending.finish(timeout)
+        self._finish(timeout)
         output = self.pending.outputs[self.rank]
         if self.batched:
             return read_rows(output, start, stop)

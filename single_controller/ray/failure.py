@@ -110,9 +110,9 @@ class StaysError(SingleControllerError, RayError):
 
     def __init__(self, title: str) -> None:
         super().__init__(
-            f"what {title} returned stays with its worker, and Ray does not have it: handle.get() "
-            "fetches it, a method of a group that is passed the handle gets the value, and a task "
-            "of Ray's that is passed [handle], within a list, can get() it"
+            f"what {title} returned stays with its worker, and Ray does not have it: a method of a "
+            "group that is passed the handle gets the value. Unless it is yielded, handle.get() "
+            "fetches it, and a task of Ray's that is passed [handle], within a list, can get() it"
         )
 
 

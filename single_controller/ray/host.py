@@ -222,8 +222,8 @@ class AsyncHost:
         needed = wanted is None or await _aside(self.ordered, _is_needed, wanted)
         return kept.published(columns, lends) if needed else (None, 0)
 
-    async def stream(self, home: Home, offer: Offer, turn: Any) -> int:
-        """Make what a method yields, for those that read it now; the bytes that moved."""
+    async def stream(self, home: Home, offer: Offer, turn: Any) -> None:
+        """Make what a method yields, for those that read it now."""
         reply, title = None, ""
         try:
             await self._order.begin(turn)
@@ -235,8 +235,8 @@ class AsyncHost:
             while True:
                 given = steps.send(reply)[1]
                 reply = ray.get(given) if self.ordered else await given
-        except StopIteration as end:
-            return int(end.value)
+        except StopIteration:
+            return
         except BaseException as error:
             role, _, method = title.rpartition(".")
             raise self._failure(role, method, error) from None
@@ -278,6 +278,7 @@ class AsyncHost:
         """
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, WorkerError | CallDroppedError) or hasattr(cause, "ray_terminate_msg"):
+            error.with_traceback(None)  # else the cause, raised in its place, keeps all its frames
             return cause
         where: dict[str, Any] = {
             "role": role,

@@ -159,8 +159,9 @@ class RayHosts(Generation):
 
     def relay(self) -> Any:
         """The relay of what its ranks send in buckets."""
-        if self._relay is None:
-            self._relay = relay()
+        made = self._relay
+        if made is None or actor_info(made._actor_id.hex()).HasField("death_cause"):
+            self._relay = relay(self.infos[0].process.node_id)
         return self._relay
 
     @contextmanager

@@ -39,12 +39,14 @@ wait for what is awaited there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
@@ -220,6 +222,7 @@ class RemoteCall(_Answers, Pending):
         self.token = uuid.uuid4().hex if request.deferred else ""  # what hosts know its results by
         self.published: dict[_What, Any] = {}  # whether a reader needs it or not
         self.streamed = set[int]()  # the ranks whose pairs are being read, or were
+        self.makers: list[str] = []  # of the pairs that it reads
         self.limit = request.timeout_s
         self._deadline = None if self.limit is None else began + self.limit
         self._turns: dict[int, tuple[str, int]] = {}
@@ -258,9 +261,11 @@ class RemoteCall(_Answers, Pending):
             return _got(self.refs, self._left(timeout_s), self.title, self.sites, hosts)
         except GetTimeoutError:
             seconds = self.limit if timeout_s is None else timeout_s
-            raise hosts.timed_out(
-                self.refs, self.sites, seconds or 0, give_up=timeout_s is None
-            ) from None
+            late = hosts.timed_out(self.refs, self.sites, seconds or 0, give_up=timeout_s is None)
+            if self.makers:
+                told = f"{late.args[0]}; they read what is yielded by {', '.join(self.makers)}"
+                late.args = (told, *late.args[1:])
+            raise late from None
         except (KeyboardInterrupt, SystemExit):
             hosts.interrupted(self.refs, self.sites)
             raise
@@ -294,7 +299,7 @@ class RemoteCall(_Answers, Pending):
         return found if batched else [RayHandle(source, source.reference) for source in found]
 
     def rows(self, timeout_s: float | None) -> _Rows:
-        self.hosts.check_current()
+        self.check_current()
         return super().rows(timeout_s)
 
     def publish(
@@ -324,13 +329,20 @@ class RemoteCall(_Answers, Pending):
             self._unread |= {what for what in found if what[0] in ranks}
             self.published |= {what: self._publication(what) for what in self._unread}
 
+    def check_current(self) -> None:
+        """Raise GroupBrokenError where the group was restarted."""
+        try:
+            self.hosts.check_current()
+        except GroupBrokenError as error:
+            raise GroupBrokenError(f"what {self.title} returned is gone: {error}") from None
+
     def check_there(self) -> None:
         """Raise GroupBrokenError where the results are gone."""
-        self.hosts.check_current()
+        self.check_current()
         if self.hosts.ended:
             raise GroupBrokenError(
-                f"{self.hosts.ended}: results that were still in its workers are gone. "
-                "Fetch what you need of a future before the group closes"
+                f"what {self.title} returned is gone with its workers: {self.hosts.ended}. Fetch "
+                "what you need before that"
             )
 
     def _publication(self, what: _What, wanted: list[Any] | None = None) -> Any:
@@ -339,13 +351,15 @@ class RemoteCall(_Answers, Pending):
 
     def task(self, name: str, rank: int, *args: Any) -> Any:
         """A reference to what a host does about a rank's result, in its turn. The last that it
-        returns are the bytes that this moves.
+        returns are the bytes that this moves, or None.
         """
         hosts = self.hosts
         # A turn that is taken and lost would hold up the host for ever.
         sending: Any = contextlib.nullcontext([]) if hosts.ordered else hosts.sending_a_call()
         with sending as refs:
             method, turn = getattr(hosts.handles[rank], name), hosts.turn(rank)
+            if name == "stream":  # which may take long, and is then looked for
+                method = method.options(name=self.title)
             returned = method.remote((self.token, rank), *args, turn)
             refs += [returned] if isinstance(returned, ray.ObjectRef) else returned
         refs[-1].future().add_done_callback(partial(_count_moved, self.record, refs[0]))
@@ -388,7 +402,7 @@ def _got(
 
 def _count_moved(record: Any, ref: Any, size: Any) -> None:
     if size.exception() is None:
-        record.count("bytes_between", size.result())
+        record.count("bytes_between", size.result() or 0)
     else:
         later(partial(raised, ref))  # whoever reads it is told, and Ray need not print it
 
@@ -512,6 +526,7 @@ class RemoteBatch:
         whole = (start, stop) == (0, self.rows(timeout))
         if isinstance(message := self._told(), Message):
             if self.call is not None:
+                self.call.check_there()
                 self.call.record.count("bytes_in", message.size)
             return message.read()
         if isinstance(self.offer, Offer):
@@ -528,7 +543,7 @@ class RemoteBatch:
             raise SendError(f"what {self.title} yields was passed twice, and can be read once")
         if self.kept is None:
             assert self.reader is not None
-            found = borrowed(offer, self.reader, how_to_read())
+            found = borrowed(offer, self.reader, how_to_read(), self.title)
         else:
             found = made_here(*self.kept.pairs(), offer, how_to_read())
         self.opened.append(found)
@@ -539,6 +554,8 @@ class RemoteBatch:
         """A reference to where it is published; None where none is needed."""
         if self.session not in (None, session()):
             raise GroupBrokenError(GONE)
+        if self.call is not None:
+            self.call.check_there()
         if self.call is None or self.came:
             return self.offer
         return self.call.publish(self.site.rank, self.columns)
@@ -607,7 +624,7 @@ def _learn_rows(futures: Sequence[Any], request: Request, began: float) -> bool:
     found = _remote(futures)
     calls = {id(batch.call): batch.call for batch in found if batch.call is not None}
     for call in calls.values():
-        call.hosts.check_current()
+        call.check_current()
     for call in calls.values():
         if request.awaited:
             limit = request.timeout_s
@@ -658,6 +675,7 @@ class _Routes:
         number = {rank: i for i, (_, ranks) in enumerate(self._called) for rank in ranks}
         offers = {key: self._offer(*read, number) for key, read in readers.items()}
         self._check_streams()
+        self._sort_streams(lists)
         if self._perhaps:
             ranks = [ranks for _, ranks in self._called]
             keys = [batch.key for batch, _ in self._perhaps]
@@ -741,6 +759,26 @@ class _Routes:
                     "send one call after another"
                 )
 
+    def _sort_streams(self, lists: Sequence[Sequence[Any]]) -> None:
+        """Put them in the order in which all ranks are passed them: a process makes one after
+        another. Raises SendError where there is none.
+        """
+        if len(self.streams) < 2:
+            return
+        order = TopologicalSorter[Any]()
+        streams = {stream[0].key: stream for stream in self.streams}
+        for found in lists:
+            keys = [batch.key for batch in _remote(found) if batch.key in streams]
+            for before, key in itertools.pairwise([None, *keys]):
+                order.add(key, *([before] if before else ()))
+        try:
+            self.streams = [streams[key] for key in order.static_order()]
+        except CycleError:
+            raise SendError(
+                "ranks are passed what is yielded in different orders, and would wait for one "
+                "another: pass it to all of them in the same order"
+            ) from None
+
     def _others(self, at: Iterable[int], rank: int | None) -> Iterator[int]:
         return (other for i in at for other in self._called[i][1] if other != rank)
 
@@ -757,21 +795,24 @@ class _Routes:
         try:
             for batch, offer, _, here in self.streams:
                 assert batch.call is not None
-                batch.call.streamed.add(batch.site.rank)
                 rank = batch.site.rank
+                batch.call.streamed.add(rank)
+                made.makers.append(f"{batch.title} on rank {rank}")
                 makers.append(None if here else batch.call.task("stream", rank, offer))
             yield
         finally:
             calls = {s.rank: (s, [ref]) for s, ref in zip(made.sites, made.refs, strict=False)}
             for (batch, offer, others, here), ref in zip(self.streams, makers, strict=False):
-                if others:
+                if others and batch.call is not None:
                     maker = calls.get(batch.site.rank) if here else (batch.site, [ref])
                     readers = {
                         process: calls[rank]
                         for process, rank in zip(offer.readers, others, strict=True)
                         if rank in calls
                     }
-                    offer.at.watch.remote(offer, maker, readers)
+                    ended = offer.at.watch.remote(offer, maker, readers)
+                    count = partial(_count_moved, batch.call.record, ended)
+                    ended.future().add_done_callback(count)
 
 
 def _read_elsewhere(

@@ -99,8 +99,8 @@ class Kept:
         if self.written:
             raise SharedMemoryWriteError(
                 f"{self.title} returned tensors without blocking, so that they stay in the "
-                "worker, and they have been written to since: return a copy of what the worker "
-                "writes into, as x.clone(), or have it read before; or a method with "
+                "worker, and they have been written to since: have them read before, call it anew, "
+                "or return a copy of what the worker writes into, as x.clone(); or a method with "
                 "reads_only=True wrote into them"
             )
         return self._result

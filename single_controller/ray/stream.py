@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from single_controller.base.message import Message, checked_pair
-from single_controller.errors import SharedMemoryWriteError
+from single_controller.base.trace import Event, note, now_ns
+from single_controller.errors import GroupBrokenError, SharedMemoryWriteError
 from single_controller.ray.failure import CallSite, get_ours, raised, translate
 from single_controller.ray.message import SMALL, Packer
 from single_controller.ray.process import ProcessInfo
@@ -53,7 +58,8 @@ class _Stream:
     def __init__(self) -> None:
         self.buckets: dict[int, Any] = {}  # None behind the last
         self.done: dict[ProcessInfo, int] = defaultdict(int)  # by reader: with how many buckets
-        self.gone: set[ProcessInfo] = set()  # readers that have finished
+        self.gone: set[ProcessInfo] = set()  # readers that read no more
+        self.moved = 0  # bytes
         self.over = False
         self.error: Exception | None = None
         self.changed = asyncio.Condition()
@@ -81,12 +87,15 @@ class _Relay:
         self._streams: dict[Home, _Stream] = defaultdict(_Stream)
         self._ended: deque[Home] = deque()
 
-    async def give(self, key: Home, at: int, bucket: Any, readers: Sequence[ProcessInfo]) -> bool:
-        """Leave bucket number `at`, None behind the last, and wait for room for the next; whether
-        anyone wants that.
+    async def give(
+        self, key: Home, at: int, bucket: Any, size: int, readers: Sequence[ProcessInfo]
+    ) -> bool:
+        """Leave bucket number `at`, of so many bytes, None behind the last, and wait for room for
+        the next; whether anyone wants that.
         """
         stream = self._streams[key]
         stream.buckets[at] = bucket
+        stream.moved += size
 
         def reading() -> list[ProcessInfo]:
             return [] if stream.over else [r for r in readers if r not in stream.gone]
@@ -111,15 +120,22 @@ class _Relay:
             raise stream.error
         return stream.buckets.get(at)
 
+    async def leave(self, key: Home, reader: ProcessInfo) -> None:
+        """A reader reads no more of it."""
+        if (stream := self._streams.get(key)) is not None:
+            stream.gone.add(reader)
+            await stream.until(lambda: True)
+
     async def watch(
         self, offer: Offer, maker: _Watched | None, readers: Mapping[ProcessInfo, _Watched]
-    ) -> None:
-        """Until these calls have ended, tell the others of each end."""
+    ) -> int:
+        """Until these calls have ended, tell the others of each end; the bytes that moved."""
         stream = self._streams[offer.key]
         reading = {ref: reader for reader, (_, [ref]) in readers.items()}
         stream.gone |= {*offer.readers} - {*readers}
         left = {ref: site for site, [ref] in (*readers.values(), *([maker] if maker else ()))}
         while left:
+            await stream.until(lambda: True)  # tell them
             ready, _ = await in_thread(_first, [*left])
             for ref in ready:
                 site, error = left.pop(ref), await in_thread(raised, ref)
@@ -131,22 +147,24 @@ class _Relay:
                     )
                 if error is not None:
                     stream.end(translate(error, site))
-                await stream.until(lambda: True)
         stream.end()
         stream.buckets.clear()
         self._ended.append(offer.key)
         if len(self._ended) > _LATE:
             del self._streams[self._ended.popleft()]
+        return stream.moved
 
 
 def _first(refs: list[Any]) -> Any:
     return ray.wait(refs, num_returns=1, fetch_local=False)
 
 
-def relay() -> Any:
-    """Start one."""
+def relay(node_id: str) -> Any:
+    """Start one, on that node if it can be: it is to end with those that use it."""
     actor: Any = ray.remote(_Relay)
-    return actor.options(num_cpus=0, max_concurrency=10_000).remote()
+    beside = NodeAffinitySchedulingStrategy(node_id, soft=True)
+    options = {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": beside}
+    return actor.options(**options).remote()
 
 
 class _Bucket:
@@ -156,7 +174,7 @@ class _Bucket:
         self.pairs: list[_Pair] = []
         self.size = 0
         self._title, self._versions = title, list[int]()
-        self._sent: Message | None = None  # with what others map
+        self._lent: Sequence[Any] = ()  # what others map
 
     def add(self, name: str, tensor: Any) -> None:
         self.pairs.append((name, tensor.detach()))
@@ -169,16 +187,19 @@ class _Bucket:
 
         self.check()
         names, tensors = zip(*self.pairs, strict=True)
-        self._sent = message = Message.of((names, Tensors(tensors)), Packer, lends=offer.lends)
+        message = Message.of((names, Tensors(tensors)), Packer, lends=offer.lends)
+        self._lent = message.lent
         packed = message if message.size < SMALL else [ray.put(message)]
-        return offer.at.give.remote(offer.key, at, packed, offer.readers), message.size
+        given = offer.at.give.remote(offer.key, at, packed, message.size, offer.readers)
+        return given, message.size
 
     def check(self) -> None:
         """Raise SharedMemoryWriteError where a tensor was written to since it was made."""
         if [version(tensor) for _, tensor in self.pairs] != self._versions:
             raise SharedMemoryWriteError(
                 f"{self._title} has written into a tensor that it had yielded, before all had read "
-                "it: yield one of its own, as x.clone()"
+                "it: yield one of its own, as x.clone(); or a method with reads_only=True wrote "
+                "into it"
             )
 
 
@@ -198,16 +219,15 @@ def _buckets(pairs: Any, most: int, title: str) -> Generator[_Bucket]:
 
 def made(
     pairs: Any, title: str, offer: Offer, here: bool = False
-) -> Generator[tuple[list[_Pair], Any], Any, int]:
+) -> Generator[tuple[list[_Pair], Any], Any, None]:
     """Make all buckets, until nobody wants more. Each comes with the relay's answer: its value is
     to be sent back, or False where there is none. `here`: they are also read in this process.
-    Returns the bytes that were moved.
 
     Raises:
         TypeError: what is yielded are no pairs. SharedMemoryWriteError: it was written to since.
         What making them raises.
     """
-    moved, count, others = 0, 0, offer.at is not None
+    began, moved, count, others = now_ns(), 0, 0, offer.at is not None
     before: _Bucket | None = None
     with contextlib.closing(_buckets(pairs, offer.bucket_bytes, title)) as buckets:
         for bucket in buckets:
@@ -218,16 +238,19 @@ def made(
                 before.check()
             before = bucket
             if not (others or here):
-                return moved
-    yield [], offer.at.give.remote(offer.key, count, None, offer.readers) if others else None
-    if before is not None:
-        before.check()
-    return moved
+                break
+        else:
+            end = (offer.key, count, None, 0, offer.readers)
+            yield [], offer.at.give.remote(*end) if others else None
+            if before is not None:
+                before.check()
+    details = {"method": title, "bytes": moved}
+    note(Event("user", "stream", began, now_ns(), details=details))
 
 
 class Pairs(Iterator[_Pair]):
     """What a reader gets; it ends with the call that it was passed to. `others`: some read the same
-    buckets, and wait for these to be made.
+    buckets, and wait for these to be made. `leave` is called when nothing more is read.
     """
 
     def __init__(
@@ -235,16 +258,32 @@ class Pairs(Iterator[_Pair]):
         buckets: Generator[tuple[list[_Pair], bool]],
         others: bool = False,
         copies: bool = False,
+        leave: Callable[[], object] | None = None,
     ) -> None:
-        self._buckets, self._others, self._copies = buckets, others, copies
+        self._buckets, self._others, self._copies, self._leave = buckets, others, copies, leave
         self._pairs: list[_Pair] = []  # the next one is the last
-        self._ended = False
+        self._begun = self._ended = False
+
+    def __iter__(self) -> Iterator[_Pair]:
+        """Who leaves the loop is not waited for, and does not come back."""
+        if self._begun:
+            raise RuntimeError("what is sent in buckets is read once: this was, or was begun")
+        self._begun = True
+        return self._loop()
+
+    def _loop(self) -> Generator[_Pair]:
+        try:
+            yield from iter(partial(next, self, None), None)
+        finally:
+            if self._leave is not None:
+                self._ended = True
+                self._leave()
 
     def __next__(self) -> _Pair:
         if self._ended:
             raise RuntimeError(
-                "what is sent in buckets is read in the call that it was passed to, and that has "
-                "ended"
+                "what is sent in buckets is read in one loop of the call that it was passed to, "
+                "and that has ended"
             )
         while not self._pairs:
             self._pairs, self._others = next(self._buckets)
@@ -260,7 +299,8 @@ class Pairs(Iterator[_Pair]):
     def close(self) -> None:
         """Make no more of them."""
         self._ended, self._pairs = True, []
-        self._buckets.close()
+        with contextlib.suppress(ValueError):  # a thread of the reader's is at it, and is told
+            self._buckets.close()
 
 
 @contextlib.contextmanager
@@ -291,24 +331,52 @@ def made_here(pairs: Any, title: str, offer: Offer, how: Any) -> Pairs:
     return Pairs(buckets(), offer.at is not None, copies=how != "view")
 
 
-def borrowed(offer: Offer, reader: ProcessInfo, how: Any) -> Pairs:
+def borrowed(offer: Offer, reader: ProcessInfo, how: Any, title: str) -> Pairs:
     """The pairs, in another process.
 
     Raises:
-        WorkerError: the maker failed, or another reader.
+        WorkerError: the maker failed, or another reader. GroupBrokenError: its group has ended.
+        RuntimeError: the reader keeps views of what the maker is about to let go of.
     """
 
     def buckets() -> Generator[tuple[list[_Pair], bool]]:
         from protocol.device_memory import settle
 
         take, count = offer.at.take.remote, 0
-        while (packed := get_ours(take(offer.key, count, reader), None)) is not None:
-            yield _opened(packed, how), False
-            del packed
+        shown: list[weakref.ref[Any]] = []
+        while (packed := _told(take(offer.key, count, reader))) is not None:
+            found = _opened(packed, how)
+            shown = [*shown[-1:], *(weakref.ref(tensor) for _, tensor in reversed(found))]
+            yield found, False
+            # A loop holds the last one until it has the next.
+            if how == "view" and any(one() is not None for one in shown[:-1]):
+                raise RuntimeError(
+                    f"a tensor that {title} yields is gone when the next one is asked for, since "
+                    "the method that reads it has reads_only=True: copy each in the loop, or "
+                    "register it without reads_only"
+                )
+            del packed, found
             settle()
             count += 1
 
-    return Pairs(buckets())
+    def leave() -> None:
+        from protocol.device_memory import settle
+
+        settle()
+        offer.at.leave.remote(offer.key, reader)
+
+    return Pairs(buckets(), leave=leave)
+
+
+def _told(answer: Any) -> Any:
+    """What a relay answers."""
+    try:
+        return get_ours(answer, None)
+    except RayActorError as error:
+        raise GroupBrokenError(
+            "the group that yields it was closed or restarted, or the actor that passes on its "
+            f"buckets died: {error}"
+        ) from None
 
 
 def _opened(packed: Any, how: Any) -> list[_Pair]:

@@ -114,7 +114,7 @@ def test_an_error_names_the_method_and_rank_that_yields(
 @pytest.mark.parametrize(
     ("method", "match"),
     [
-        ("no_tensor", "must yield pairs of a name and a tensor; it yielded .*str.*int"),
+        ("no_tensor", "must yield pairs of a name and a tensor; it yielded .*'w', .*int"),
         ("no_generator", "must yield pairs of a name and a tensor; it returned list"),
         ("no_buckets", "returned a generator, which cannot be sent.* bucket_bytes="),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from protocol.future import origins
 from single_controller import (
     CallTimeoutError,
     GroupBrokenError,
+    Handle,
     SharedMemoryWriteError,
     WorkerError,
 )
@@ -245,11 +247,15 @@ def test_results_end_with_their_group(three: RayWorkerGroup, cluster: None) -> N
         RayWorkerGroup(pool, RayClassWithInitArgs(Stage)) as group,
     ):
         made, [value], late = group.step(batch(2)), group.state(), group.slow(batch(2))
+        [small] = group.text(3)  # which is here
         assert len(made) == 2
-        assert eventually(value.done)
-    for read in (made.get, value.get, lambda: three.own(value), lambda: three.give([value])):
-        with pytest.raises(GroupBrokenError, match="Fetch what you need"):
-            read()
+        assert eventually(lambda: value.done() and small.done())
+    for one, way in itertools.product((value, small), (Handle.get, three.own, three.give)):
+        gone = r"what Stage.\w+ returned is gone with its workers: the group is closed. Fetch what"
+        with pytest.raises(GroupBrokenError, match=gone):
+            way(one)
+    with pytest.raises(GroupBrokenError, match=gone):
+        made.get()
     with pytest.raises(GroupBrokenError, match="the group is closed"):
         late.get()
 

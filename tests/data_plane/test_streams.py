@@ -27,6 +27,7 @@ from single_controller import (
     SharedMemoryWriteError,
     WorkerDiedError,
     WorkerError,
+    trace,
 )
 from single_controller.base import PerRank, Worker
 from single_controller.base.decorator import Dispatch, register
@@ -38,9 +39,12 @@ from single_controller.ray import (
     colocate,
     stream,
 )
+from single_controller.ray.failure import StaysError
 from single_controller.ray.host import AsyncHost, Host
 from single_controller.ray.placement import dead
 from single_controller.ray.remote_batch import RemoteCall
+from tests.data_plane.stage import moved
+from tests.slices import slices
 from tests.waiting import eventually, once_taken
 
 ALL: dict[str, Any] = {"dispatch_mode": Dispatch.ONE_TO_ALL}
@@ -173,6 +177,26 @@ class Streams(Worker):
     @register(**ALL, blocking=False)
     def load_later(self, pairs: Any) -> int:
         return len([*pairs])
+
+    @register(**ALL)
+    def each(self, streams: list[Any], stop: int | None = None) -> list[int]:
+        """How many it read of one after the other."""
+        return [len(Streams.load.__wrapped__(self, one, stop)) for one in streams]
+
+    @register(**ALL)
+    def load_and_go_on(self, pairs: Any, stop: int, until: Path) -> None:
+        Streams.load.__wrapped__(self, pairs, stop)
+        while self.rank == 0 and not until.exists():
+            threading.Event().wait(0.01)
+        until.touch()
+
+    @register(**ALL, reads_only=True)
+    def count(self, pairs: Any) -> int:
+        return len([*pairs])
+
+    @register(**ALL, blocking=False)
+    def called(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield str(ray.get_runtime_context().get_task_name()), torch.zeros(1)
 
     @register(**ALL, materialize_futures=False)
     def take_handle(self, handle: Any) -> None: ...
@@ -388,6 +412,16 @@ def test_what_is_only_read_is_not_copied(roles: Colocated, reader: Any) -> None:
     assert reader.load(in_buckets(roles.maker)[0]) == [expected(0)] * 2
 
 
+@pytest.mark.parametrize("of", [1, 2, COUNT])
+def test_what_is_only_read_is_gone_from_other_processes_with_the_next_one(
+    maker: Any, reader: Any, of: int
+) -> None:
+    assert maker.count(PerRank(in_buckets(maker, of=of))) == [COUNT] * 2  # its own
+    kept = r"that maker.weights yields is gone .* reads_only=True: copy each"
+    fails(lambda: reader.count(in_buckets(maker, of=of)[0]), RuntimeError, kept)
+    assert once_taken(lambda: reader.shapes(in_buckets(maker)[0])) == [[(SIZE,)] * COUNT] * 2
+
+
 def test_empty_ones_and_shapes_that_differ_from_the_last_are_read_as_they_are(
     maker: Any, reader: Any
 ) -> None:
@@ -406,6 +440,29 @@ def test_who_stops_reading_is_not_waited_for(maker: Any, reader: Any, stop: int)
     one, all_of_them = maker.load(PerRank(in_buckets(maker)), stop=stop)
     assert (one, all_of_them) == (expected(0)[:stop], expected(1)[:stop])
     assert maker.load(in_buckets(maker)[0], stop=5) == [expected(0)[:5]] * 2
+
+
+def test_who_leaves_a_loop_is_not_waited_for_though_its_call_goes_on(
+    maker: Any, reader: Any, tmp_path: Path
+) -> None:
+    two = [in_buckets(maker, of=1)[0] for _ in range(2)]  # which one process makes
+    assert reader.each.options(timeout_s=60)(two, PerRank([2, 3])) == [[2, 2], [3, 3]]
+    call = reader.load_and_go_on.options(timeout_s=60)
+    call(in_buckets(maker, of=1)[0], PerRank([1, COUNT]), tmp_path / "all was read")
+    one = in_buckets(maker)[0]
+    fails(lambda: reader.each([one, one]), RuntimeError, "is read once")
+
+
+def test_a_process_makes_streams_in_the_order_in_which_all_ranks_are_passed_them(
+    maker: Any, reader: Any
+) -> None:
+    one, other, last = (in_buckets(maker, of=1)[0] for _ in range(3))
+    each = reader.each.options(timeout_s=60)
+    assert each(PerRank([[one, last], [other, last]])) == [[COUNT] * 2] * 2
+    one, other = (in_buckets(maker, of=1)[0] for _ in range(2))
+    with pytest.raises(SendError, match="in different orders"):
+        each(PerRank([[one, other], [other, one]]))
+    assert each([other, one]) == [[COUNT] * 2] * 2
 
 
 def test_a_maker_that_stops_reading_makes_the_rest_for_others(maker: Any) -> None:
@@ -447,7 +504,8 @@ def test_an_error_of_a_reader_ends_the_maker_and_the_other_readers(maker: Any, r
 
 def test_a_reader_has_its_deadline(maker: Any, reader: Any, tmp_path: Path) -> None:
     gate = tmp_path / "go"
-    with pytest.raises(CallTimeoutError, match=r"ranks \[1\]"):
+    told = r"ranks \[1\].*they read what is yielded by maker.weights on rank 0"
+    with pytest.raises(CallTimeoutError, match=told):
         reader.load.options(timeout_s=0.5)(in_buckets(maker)[0], until=gate, stop=4)
     gate.touch()
     assert once_taken(lambda: reader.load(in_buckets(maker)[0])) == [expected(0)] * 2
@@ -479,6 +537,10 @@ def test_what_is_yielded_is_read_once_and_in_one_call(maker: Any, reader: Any) -
             group.take_more()
     with pytest.raises(SendError, match="materialize_futures=False"):
         reader.take_handle(in_buckets(maker)[0])
+    with pytest.raises(StaysError, match=r"maker.weights returned stays .* Unless it is yielded"):
+        ray.get(in_buckets(maker))
+    with pytest.raises(TypeError, match="call it without submit"):
+        maker.weights.submit()
 
 
 def test_ranks_that_would_wait_for_one_another_are_refused(roles: Colocated) -> None:
@@ -523,6 +585,9 @@ def test_a_relay_keeps_no_bucket_that_was_read(maker: Any, reader: Any) -> None:
     look = relay.__ray_call__
     assert eventually(lambda: ray.get(look.remote(kept))[0] == 0)
     assert ray.get(look.remote(kept))[1] <= stream._LATE
+    ray.kill(relay)
+    assert eventually(lambda: maker._hosts.now.relay() is not relay)
+    assert reader.load(in_buckets(maker)[0]) == [expected(0)] * 2
 
 
 def test_the_makers_next_call_waits_until_all_was_read(
@@ -540,12 +605,21 @@ def test_the_makers_next_call_waits_until_all_was_read(
     assert read.result() == [expected(0)] * 2
 
 
-def test_bytes_go_from_process_to_process_and_are_counted(maker: Any, reader: Any) -> None:
+def test_bytes_go_from_process_to_process_and_are_counted(
+    maker: Any, reader: Any, tmp_path: Path
+) -> None:
+    assert reader.load(maker.called()[0]) == [[("maker.called", 0.0, 1)]] * 2  # for who looks on
     before, driver = maker.stats()["weights"].bytes_between, maker.stats().driver_bytes
-    assert reader.shapes(in_buckets(maker)[0]) == [[(SIZE,)] * COUNT] * 2
-    moved = COUNT * SIZE * 4
-    assert eventually(lambda: maker.stats()["weights"].bytes_between - before >= moved)
-    assert maker.stats()["weights"].bytes_between - before < 1.5 * moved
+    with trace(tmp_path / "t.json") as recorded:
+        assert reader.shapes(in_buckets(maker)[0]) == [[(SIZE,)] * COUNT] * 2
+        moved(maker)  # so that it has ended
+    between = maker.stats()["weights"].bytes_between - before
+    assert COUNT * SIZE * 4 <= between < 1.5 * COUNT * SIZE * 4
+    [made] = [e["args"] for e in slices(recorded, "user") if e["name"] == "stream"]
+    assert (made["method"], made["bytes"]) == ("maker.weights", between)
+    maker.load(in_buckets(maker)[0])  # one that makes and reads them, too
+    moved(maker)
+    assert maker.stats()["weights"].bytes_between - before == 2 * between
     assert maker.stats().driver_bytes - driver < 10_000
 
 
@@ -615,18 +689,48 @@ def test_the_death_of_a_maker_ends_its_readers(reader: Any, short_lived: Any) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["close", "restart"])
+def test_a_maker_whose_readers_were_not_sent_their_call_goes_on(
+    maker: Any, short_lived: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = short_lived._hosts.now.relay()
+
+    def interrupted() -> Any:
+        making = lambda at: any(one.buckets for one in at._streams.values())  # noqa: E731
+        assert eventually(lambda: ray.get(relay.__ray_call__.remote(making)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(maker._hosts.now, "sending_a_call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        maker.load(in_buckets(short_lived, of=1)[0])
+    assert short_lived.shapes.options(timeout_s=60)([]) == [[]] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "ranks", "error", "told"),
+    [
+        ("close", [0, 1], WorkerDiedError, "weights: rank 0"),  # of which one waits for pairs
+        ("restart", [0, 1], WorkerDiedError, "weights: rank 0"),
+        ("close", [1], GroupBrokenError, "the group that yields it was closed or restarted"),
+    ],
+)
 def test_the_end_of_the_makers_group_ends_its_readers_and_its_relay(
-    reader: Any, short_lived: Any, tmp_path: Path, end: str
+    reader: Any,
+    short_lived: Any,
+    tmp_path: Path,
+    end: str,
+    ranks: list[int],
+    error: type[Exception],
+    told: str,
 ) -> None:
     before = in_buckets(short_lived)
     relay = short_lived._hosts.now.relay()
     (handle, _) = in_buckets(short_lived, count=1000)
-    read = reader.load.submit(handle, until=tmp_path / "go")
+    read = reader.load.options(ranks=ranks).submit(handle, until=tmp_path / "go")
     assert eventually(lambda: ray.get(relay.__ray_call__.remote(lambda r: bool(r._streams))))
     getattr(short_lived, end)()
     (tmp_path / "go").touch()
-    with pytest.raises(WorkerDiedError, match="weights: rank 0"):
+    with pytest.raises(error, match=told):
         read.result(timeout=60)
     with pytest.raises(GroupBrokenError):
         reader.load(before[0])

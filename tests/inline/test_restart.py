@@ -33,6 +33,10 @@ class Async(Worker):
     def look(self) -> str:
         return self.restored
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def number(self) -> int:
+        return 3
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     async def nap(self, seconds: float, leave: bool = False) -> None:
         await asyncio.sleep(seconds)
@@ -62,8 +66,11 @@ def test_a_restart_builds_other_workers_and_ends_calls_that_wait(group: Any) -> 
     assert group.nap(0) == [None, None]
     with pytest.raises(GroupBrokenError, match="the group was restarted"):
         waiting.result()
-    waiting = group.nap.submit(60)
+    waiting, [handle, _] = group.nap.submit(60), group.number()
+    assert handle.get() == 3
     group.close()
+    with pytest.raises(GroupBrokenError, match="number returned is gone with its workers"):
+        handle.get()
     with pytest.raises(GroupBrokenError, match="the group is closed"):
         waiting.result()
 
