@@ -8,7 +8,6 @@ to register methods, and needs no torch for it.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from single_controller.base.plan import (
     PerRank,
     Plan,
     is_future,
+    loaded,
     named_arguments,
 )
 from single_controller.errors import DispatchError
@@ -116,7 +116,7 @@ def _per_rank(layout: Layout, args: Args, kwargs: Kwargs, spread: Spread) -> Cal
                 raise DispatchError(f"{name} needs one value for each of {size} ranks; got {came}")
             return value.values
         whole = value.value if isinstance(value, Broadcast) else value
-        module = sys.modules.get("protocol.data_proto")  # where it is not loaded, there is none
+        module = loaded("protocol.data_proto")  # where it is not loaded, there is none
         if module and isinstance(whole, module.DataProto):
             _named(name, whole.check_consistency)
         return [whole] * size if isinstance(value, Broadcast) else spread(name, whole)
@@ -394,7 +394,7 @@ class ByRows(Mode):
 
 def padding_setting() -> str | None:
     """VERL_AUTO_PADDING for the workers: what DataProtoConfig was set to here, else as it is."""
-    module = sys.modules.get("protocol")
+    module = loaded("protocol")
     chosen = None if module is None else module.DataProtoConfig._auto_padding
     return os.environ.get(AUTO_PADDING) if chosen is None else str(int(chosen))
 

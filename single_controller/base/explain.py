@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import html
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal, TypeAlias
 
-from single_controller.base.plan import Call, Handle
+from single_controller.base.plan import Call, Handle, loaded
 
 __all__ = [
     "Explanation",
@@ -142,7 +141,7 @@ def explain_arguments(
 
 def _contents(value: Any) -> tuple[int | None, tuple[str, ...] | None]:
     """Rows and keys of a batch. Where `protocol` is not loaded, there is none."""
-    batches = sys.modules.get("protocol.batches")
+    batches = loaded("protocol.batches")
     if batches is None or not batches.is_batch(value):
         return None, None
     tensors = value.batch if hasattr(value, "non_tensor_batch") else value

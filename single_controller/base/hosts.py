@@ -50,7 +50,7 @@ class Generation(abc.ABC):
     def check_current(self) -> None:
         """Raise GroupBrokenError where others have taken over, or these cannot be reached."""
         if self.replaced:
-            raise GroupBrokenError(self.ended)
+            raise GroupBrokenError(self.ended or "the group is being restarted")
         self.check_there()
 
     @property

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from single_controller.base.plan import Call, is_late
+from single_controller.base.plan import Call, is_late, loaded
 from single_controller.errors import SendError, SingleControllerError
 
 __all__ = [
@@ -159,6 +159,11 @@ class Message:
         buffers = tuple(map(pickle.PickleBuffer, self.buffers))
         return Message, (self.data, buffers, tuple(self.foreign), tuple(self.held))
 
+    def copied(self) -> Message:
+        """Itself, of copies: whoever made it may write into its memory before it is read."""
+        self.buffers = [memoryview(bytes(buffer.raw())) for buffer in self.buffers]
+        return self
+
     @property
     def size(self) -> int:
         """The bytes that leave with it."""
@@ -185,7 +190,7 @@ class Message:
 
 def how_to_read() -> Any:
     """As a reader asked; without batches in this process, nobody could."""
-    wire: Any = sys.modules.get("protocol.wire")
+    wire = loaded("protocol.wire")
     return "own" if wire is None else wire.reading()
 
 
@@ -327,9 +332,8 @@ def packed(value: Any, packer: Packer, what: str = "its arguments", **options: A
 
 def _shared_values(value: Any) -> dict[str, Any]:
     """What all rows of a batch share, by key; nothing for any other value."""
-    batches: Any = sys.modules.get("protocol.batches")  # where it is not loaded, there are none
-    is_batch = getattr(batches, "is_batch", None)  # another thread may be loading it
-    return batches.shared_values(value) if is_batch and is_batch(value) else {}
+    batches = loaded("protocol.batches")  # where it is not loaded, there are none
+    return batches.shared_values(value) if batches and batches.is_batch(value) else {}
 
 
 def _with_shared(batch: Any, values: Mapping[str, Any]) -> Any:

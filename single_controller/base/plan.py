@@ -6,6 +6,7 @@ The modes that make plans are in `dispatch`; reserving anything for a pool is le
 from __future__ import annotations
 
 import asyncio
+import importlib
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ __all__ = [
     "ResourcePool",
     "is_future",
     "is_late",
+    "loaded",
     "named_arguments",
     "origins",
 ]
@@ -312,9 +314,14 @@ def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[
         yield f"argument {key!r}", value
 
 
+def loaded(name: str) -> Any:
+    """A module, whole also where another thread is just importing it; None where nobody has."""
+    return importlib.import_module(name) if name in sys.modules else None
+
+
 def is_future(value: Any) -> TypeGuard[DataProtoFuture]:
     """Whether it is a `DataProtoFuture`; where its module is not loaded, there can be none."""
-    module = sys.modules.get("protocol.future")
+    module = loaded("protocol.future")
     return module is not None and isinstance(value, module.DataProtoFuture)
 
 
@@ -326,5 +333,5 @@ def is_late(value: Any) -> bool:
 def origins(late: Sequence[Any]) -> list[Any]:
     """The sources at the bottom of these futures and handles, each once. Waits for nothing."""
     sources = [one.source if isinstance(one, Handle) else one for one in late]
-    future = sys.modules.get("protocol.future")  # where it is not loaded, all are handles
+    future = loaded("protocol.future")  # where it is not loaded, all are handles
     return [*future.origins(sources)] if future else [*{id(s): s for s in sources}.values()]

@@ -101,12 +101,6 @@ class _Packer(Packing, pickle.Pickler):
     kept = (type, FunctionType, ModuleType, _InProcess)
 
 
-def _copied(message: Message) -> Message:
-    """Whoever sends it may write into its memory before it is read."""
-    message.buffers = [memoryview(bytes(buffer.raw())) for buffer in message.buffers]
-    return message
-
-
 def _dumps(value: Any) -> bytes:
     """A pickle alone. Only what reads it at once finds the classes that are kept."""
     message = Message.of(value, _Packer)
@@ -300,7 +294,7 @@ class InlinePending(Pending):
         elif request.deferred and not request.opens and answers:
             _check_batch(output, request)
         output = output if answers else None
-        self.outputs[rank.rank] = _copied(Message.of(output, _Packer))
+        self.outputs[rank.rank] = Message.of(output, _Packer).copied()
         self._finished(rank)
 
     def _raised(self, rank: _Rank, error: BaseException) -> None:
@@ -463,7 +457,7 @@ def pin(data: Batch) -> DataProtoFuture:
 
     if not is_batch(data):
         raise BatchTypeError(f"data must be a DataProto or TensorDict; got {type(data).__name__}")
-    pinned = _Pinned(_copied(packed(data, _Packer)))
+    pinned = _Pinned(packed(data, _Packer).copied())
     return DataProtoFuture([pinned], isinstance(data, DataProto) and data.is_padding_enabled())
 
 
@@ -557,10 +551,10 @@ class InlineWorkerGroup(WorkerGroup[W]):
 
     def _submit(self, hosts: Ranks, request: Request, calls: Sequence[Call | None]) -> Pending:
         hosts.check_current()
-        by_rank = Outbox(calls, _Packer, lambda message, ranks: _copied(message)).by_rank
+        by_rank = Outbox(calls, _Packer, lambda message, ranks: message.copied()).by_rank
         reads: dict[int, Callable[[], _Arguments]] = {}  # by id of what ranks get
         for out in {id(out): out for out in by_rank if out is not None}.values():
-            _copied(out.message)
+            out.message.copied()
             futures = Message.of(out.futures, _Packer) if out.futures else None
             reads[id(out)] = partial(_arguments, out, futures, request)
         pending = self._pending(hosts, request)

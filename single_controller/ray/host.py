@@ -21,6 +21,7 @@ from ray.exceptions import RayTaskError
 
 from single_controller.base.dispatch import AUTO_PADDING
 from single_controller.base.message import Message, checked_output
+from single_controller.base.plan import loaded
 from single_controller.base.roles import ClassWithInitArgs, build_roles, restore_hooks
 from single_controller.base.trace import Event, harvest, note, now_ns, running
 from single_controller.base.worker import (
@@ -33,7 +34,7 @@ from single_controller.base.worker import (
 from single_controller.device import DeviceKind, Turns, get_torch_device
 from single_controller.errors import WorkerDiedError, WorkerError
 from single_controller.ray.failure import CallDroppedError
-from single_controller.ray.message import Head, opened, packed_value, read
+from single_controller.ray.message import Answer, Head, opened, packed_value, read
 from single_controller.ray.process import DeviceIdentity, ProcessInfo, arrive, identify, log_tail
 from single_controller.ray.shelf import Home, Kept, Untouched, check_lent, in_thread
 from single_controller.ray.stream import Offer, made, reading_pairs
@@ -88,6 +89,7 @@ class AsyncHost:
         self._padding = os.environ.get(AUTO_PADDING)
         self._ending: WorkerDiedError | None = None  # why this process is about to end
         self._awaiting: set[Any] = set()  # what its calls wait for
+        self._index = 0  # of its device
 
     def arrive(self) -> tuple[ProcessInfo, Mapping[str, str]]:
         """Say where this process is, and what versions it has found; let others see its stacks."""
@@ -119,6 +121,7 @@ class AsyncHost:
         identity = identify(kind, index, self._process.node_id)
         if identity is not None and index:
             # Device 0 is current anyway, and setting it takes memory of the device.
+            self._index = index
             get_torch_device().set_device(index)
         self._pad(padding)
         for stream in (sys.stdout, sys.stderr):  # by this, Ray says whose the lines below are
@@ -162,7 +165,7 @@ class AsyncHost:
         """Run one method of one role."""
         head, message, parts = self._opened(arrived)
         place = self._shelf.setdefault(head.keeps, Kept()) if head.keeps is not None else None
-        interleaves, on_loop = False, not self.ordered
+        on_loop = in_turn = not self.ordered
         try:
             if on_loop:
                 await self._order.begin(head.turn)
@@ -170,16 +173,20 @@ class AsyncHost:
             # As the shelf is now: the release of what is to be read may have the next turn.
             kept = {**self._shelf} if parts else {}
             method = getattr(self._workers[head.role], head.method)
-            if on_loop and inspect.iscoroutinefunction(method):
-                interleaves = True
+            interleaves = on_loop and inspect.iscoroutinefunction(method)
+            if interleaves and not head.own:
+                in_turn = False
                 self._order.end(head.turn)
             with reading_pairs() if parts else _NO_PAIRS as pairs:
                 reading = head, message, parts, kept, self._process, pairs
                 if on_loop and (parts or not isinstance(message, Message) or message.held):
-                    args, kwargs = await _seen(self._awaiting, in_thread(read, *reading))
+                    args, kwargs = await _seen(self._awaiting, in_thread(self._read, *reading))
                 else:
                     args, kwargs = read(*reading)
                 kept.clear()
+                if interleaves and in_turn:
+                    in_turn = False
+                    self._order.end(head.turn)
                 read_ns = began, now_ns()
                 if self._turns.any:
                     self._turns.take(head.role)
@@ -190,15 +197,28 @@ class AsyncHost:
                         output = await _seen(self._awaiting, output)
             if head.lent:
                 check_lent(self._shelf, head.lent, head.title)
-            return _outgoing(head, output, place, untouched)
+            return self._apart(_outgoing(head, output, place, untouched))
         except BaseException as error:
             if place is not None:
                 place.fail()
             raise self._failure(head.role, head.method, error) from None
         finally:
-            if on_loop and not interleaves:
+            if in_turn:
                 self._order.end(head.turn)
             _settle()
+
+    def _read(self, *call: Any) -> Any:
+        """Read a call's arguments in a thread, in which another device is the current one."""
+        if self._index:
+            get_torch_device().set_device(self._index)
+        return read(*call)
+
+    def _apart(self, sent: Any) -> Any:
+        """Ray copies what a task on a loop returns while the next one may be writing into it."""
+        message = sent.message if isinstance(sent, Answer) else sent
+        if isinstance(message, Message) and not self.ordered:
+            message.copied()
+        return sent
 
     def _kept(self, home: Home) -> Kept:
         """A result that is there or will be, or an empty one of a call that was never begun."""
@@ -220,7 +240,8 @@ class AsyncHost:
         kept = self._kept(home)
         await kept.made.wait()
         needed = wanted is None or await _aside(self.ordered, _is_needed, wanted)
-        return kept.published(columns, lends) if needed else (None, 0)
+        message, size = kept.published(columns, lends) if needed else (None, 0)
+        return self._apart(message), size
 
     async def stream(self, home: Home, offer: Offer, turn: Any) -> None:
         """Make what a method yields, for those that read it now."""
@@ -424,7 +445,7 @@ def _outgoing(head: Head, output: Any, place: Kept | None, untouched: Untouched 
 
 def _settle() -> None:
     """Be done with what others have lent. Where nothing was borrowed, that was not imported."""
-    memory = sys.modules.get("protocol.device_memory")
+    memory = loaded("protocol.device_memory")
     if memory is not None:
         memory.settle()
 

@@ -93,6 +93,7 @@ if TYPE_CHECKING:
 # Held while a call and what it needs of others are sent: or two could wait for each other.
 _together = threading.RLock()
 Columns: TypeAlias = "tuple[tuple[str, ...], bool] | None"  # which, and whether all must be there
+_NAMED = 8
 _What: TypeAlias = "tuple[int, Columns, bool]"  # what is published: of which rank, whether lent
 # By rank how many rows there are, 1 for a value of any kind, None for no batch; or the value
 # itself, where it came along with the answer.
@@ -160,6 +161,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
                     padding,
                     request.bucket_bytes is not None and request.deferred,
                     lent,
+                    id(outgoing) in routes.own,
                 )
                 refs.append(callables[rank].remote(*sealed(head, *letters[id(outgoing)])))
                 made.sent(sites[rank], refs[-1], head.turn)
@@ -222,11 +224,12 @@ class RemoteCall(_Answers, Pending):
         self.token = uuid.uuid4().hex if request.deferred else ""  # what hosts know its results by
         self.published: dict[_What, Any] = {}  # whether a reader needs it or not
         self.streamed = set[int]()  # the ranks whose pairs are being read, or were
-        self.makers: list[str] = []  # of the pairs that it reads
+        self.sources: list[str] = []  # what makes that which it reads
         self.limit = request.timeout_s
         self._deadline = None if self.limit is None else began + self.limit
         self._turns: dict[int, tuple[str, int]] = {}
         self._lock = threading.RLock()
+        self._lent_at = 0  # after how many calls to these hosts
         self._unread = set[_What]()  # what was published ahead, and nobody has asked for
         if request.deferred:
             release = partial(_release, hosts, self.token, request, self._unread)
@@ -262,9 +265,9 @@ class RemoteCall(_Answers, Pending):
         except GetTimeoutError:
             seconds = self.limit if timeout_s is None else timeout_s
             late = hosts.timed_out(self.refs, self.sites, seconds or 0, give_up=timeout_s is None)
-            if self.makers:
-                told = f"{late.args[0]}; they read what is yielded by {', '.join(self.makers)}"
-                late.args = (told, *late.args[1:])
+            if self.sources:
+                told = ", ".join(self.sources[:_NAMED]) + ", …" * (len(self.sources) > _NAMED)
+                late.args = (f"{late.args[0]}. They read what comes from {told}", *late.args[1:])
             raise late from None
         except (KeyboardInterrupt, SystemExit):
             hosts.interrupted(self.refs, self.sites)
@@ -317,8 +320,12 @@ class RemoteCall(_Answers, Pending):
         with self._lock:
             self._unread.discard(what)
             self.hosts.read_elsewhere.setdefault(self.request.title, set()).add(what)
+            if lends and self.request.opens and self._lent_at != self.hosts.calls:
+                # Calls since then may have written into it: claims are made as it is now.
+                self.published = {one: ref for one, ref in self.published.items() if not one[2]}
             if what not in self.published:
                 self.published[what] = self._publication(what)
+                self._lent_at = self.hosts.calls
             return self.published[what]
 
     def publish_ahead(self) -> None:
@@ -328,6 +335,7 @@ class RemoteCall(_Answers, Pending):
             found = [*read.get(self.request.title, ())]  # others may drop some now
             self._unread |= {what for what in found if what[0] in ranks}
             self.published |= {what: self._publication(what) for what in self._unread}
+            self._lent_at = self.hosts.calls
 
     def check_current(self) -> None:
         """Raise GroupBrokenError where the group was restarted."""
@@ -657,10 +665,13 @@ class _Routes:
         self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
         self._perhaps: list[tuple[RemoteBatch, bool]] = []  # see `_offer`
         self.parts: dict[int, list[Any]] = {}  # by id of what is sent: the one of its futures
+        self.own = set[int]()  # by id, too: what reads results of its own hosts
+        self._sources: list[str] = []
         if called:
             self._plan(known)
 
     def _plan(self, known: bool) -> None:
+        hosts = self._hosts
         futures = {id(future): future for out, _ in self._called for future in out.futures}
         if known:
             futures = {key: future.resolved() for key, future in futures.items()}
@@ -672,6 +683,15 @@ class _Routes:
         rest = [] if known else [one for one in futures.values() if not isinstance(one, Handle)]
         for batch in _remote(rest):
             readers[batch.key] = batch, range(len(lists))
+        for (out, _), found in zip(self._called, lists, strict=True):
+            made = [] if hosts.ordered else [batch.call for batch in _remote(found)]
+            if any(call is not None and call.hosts is hosts for call in made):
+                self.own.add(id(out))
+        self._sources = [
+            f"{batch.title} on rank {batch.rank}"
+            for batch, _ in readers.values()
+            if batch.call is not None and not batch.came
+        ]
         number = {rank: i for i, (_, ranks) in enumerate(self._called) for rank in ranks}
         offers = {key: self._offer(*read, number) for key, read in readers.items()}
         self._check_streams()
@@ -783,7 +803,8 @@ class _Routes:
         return (other for i in at for other in self._called[i][1] if other != rank)
 
     def sent(self, made: RemoteCall) -> None:
-        """Note the calls that read what is lent to their ranks."""
+        """Note the calls that read what is lent to their ranks, and what this one reads."""
+        made.sources = self._sources
         refs = {site.rank: ref for site, ref in zip(made.sites, made.refs, strict=True)}
         for call, ranks in self._loans.items():
             call.hosts.lend(call.token, [refs[rank] for rank in ranks])
@@ -797,7 +818,6 @@ class _Routes:
                 assert batch.call is not None
                 rank = batch.site.rank
                 batch.call.streamed.add(rank)
-                made.makers.append(f"{batch.title} on rank {rank}")
                 makers.append(None if here else batch.call.task("stream", rank, offer))
             yield
         finally:

@@ -8,10 +8,13 @@ copied into shared memory, by a task that the driver puts into the queue of the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import os
 import pickle
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -24,7 +27,7 @@ from single_controller.base.trace import Event, note, now_ns
 from single_controller.errors import SharedMemoryWriteError
 from single_controller.ray.message import LARGE, Answer, Packer
 
-__all__ = ["Home", "Kept", "Untouched", "check_lent", "in_thread", "version"]
+__all__ = ["Home", "Kept", "Untouched", "check_lent", "in_thread", "versions"]
 
 
 # The token of a call, and the rank whose result it is, as the caller numbers it.
@@ -52,7 +55,8 @@ class Kept:
         self.title = ""
         self._result: Any = None
         self._watched: list[Any] = []  # its tensors, and how often they had been written to
-        self._versions: list[int] = []
+        self._versions: list[tuple[int, ...]] = []
+        self.told = False  # whether some method learned that it wrote into them
         self._lent: list[Any] = []  # what was made of it for others, who map it
 
     def keep(self, output: Any, title: str) -> int | None:
@@ -90,7 +94,9 @@ class Kept:
 
     def _hold(self, result: Any, title: str, watched: Sequence[Any] = ()) -> None:
         self._result, self.title, self._watched = result, title, _tensors([*watched])
-        self._versions = [*map(version, self._watched)]
+        if self._watched:
+            _count_steps()
+        self._versions = versions(self._watched)
 
     def _checked(self) -> Any:
         """The result. Raises SharedMemoryWriteError where somebody wrote into its tensors."""
@@ -108,7 +114,7 @@ class Kept:
     @property
     def written(self) -> bool:
         """Whether somebody wrote into its tensors."""
-        return self._versions != [*map(version, self._watched)]
+        return self._versions != versions(self._watched)
 
     def pairs(self) -> tuple[Any, str]:
         """The generator, and the method that it is of."""
@@ -197,9 +203,42 @@ def _for_a_reader(held: Sequence[Any]) -> Sequence[Any]:
     return [own(value) for value in held]
 
 
-def version(tensor: Any) -> int:
-    """How often it was written to; torch does not count for inference tensors."""
-    return 0 if tensor.is_inference() else int(tensor._version)
+_steps = Counter[int]()  # by address: of optimizers that wrote there
+
+
+def versions(tensors: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Of each, how often it was written to, as far as that is counted, and the bytes that it lies
+    in: FSDP frees what it has gathered.
+    """
+    found: list[tuple[int, ...]] = []
+    torch: Any = sys.modules.get("torch")
+    for tensor in tensors:
+        counted = 0 if tensor.is_inference() else int(tensor._version)
+        if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            found.append((counted, storage.nbytes(), _steps[storage.data_ptr()]))
+        else:
+            found.append((counted,))
+    return found
+
+
+@functools.cache
+def _count_steps() -> None:
+    """Have steps of optimizers count as writes: torch counts no fused ones, and for a DTensor none
+    into what it has here.
+    """
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def count(optimizer: Any, *_: Any) -> None:
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        mine = getattr(parameter, "to_local", parameter.detach)()
+                        _steps[mine.untyped_storage().data_ptr()] += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 class Untouched:
@@ -209,14 +248,17 @@ class Untouched:
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._before: list[tuple[str, Any, int]] = []
+        self._before: list[tuple[str, Any, Any]] = []
         if os.environ.get("SINGLE_CONTROLLER_CHECK_READS", "") not in ("", "0"):
             for name, value in named_arguments(args, kwargs):
-                self._before += [(name, tensor, version(tensor)) for tensor in _tensors(value)]
+                found = _tensors(value)
+                with contextlib.suppress(Exception):  # of an iterator of pairs, or another's object
+                    found = _tensors([*Message.of(value, _Keeping).held])
+                self._before.append((name, found, versions(found)))
 
     def check(self, title: str) -> None:
         """Raise SharedMemoryWriteError, naming the method as `title`, where one has changed."""
-        changed = {name: None for name, tensor, before in self._before if version(tensor) != before}
+        changed = [name for name, found, before in self._before if versions(found) != before]
         if changed:
             raise SharedMemoryWriteError(
                 f"{title} is registered with reads_only=True, and has written into "
@@ -241,7 +283,8 @@ def check_lent(shelf: Mapping[Home, Kept], tokens: Collection[str], title: str) 
     reading.
     """
     for (token, _), kept in shelf.items():
-        if token in tokens and kept.written:
+        if token in tokens and kept.written and not kept.told:
+            kept.told = True
             raise SharedMemoryWriteError(
                 f"{title} has written into what {kept.title} returned, and another process "
                 "may have been reading it: wait for the calls that read it first"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from single_controller import DispatchError, PerRank, ResourcePool
-from single_controller.base.plan import Layout
+from single_controller.base.plan import Layout, loaded
+from tests.waiting import eventually
 
 # rank = pp * 4 + dp * 2 + tp; the last pipeline stage answers, its first tp rank alone
 PP_DP_TP = Layout((0, 0, 1, 1, 0, 0, 1, 1), tuple(r in (4, 6) for r in range(8)), 2)
@@ -79,3 +84,23 @@ def test_a_layout_is_made_once_for_what_it_holds_and_knows_who_answers() -> None
 def test_what_has_no_value_for_each_rank_is_refused(values: Any) -> None:
     with pytest.raises(DispatchError, match="a list is needed, one value per rank; got "):
         PerRank(values)
+
+
+def test_a_module_that_a_thread_is_importing_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_to_import.py").write_text(
+        "import sys, threading\n"
+        "begun, go = threading.Event(), threading.Event()\n"
+        "begun.set()\n"
+        "go.wait(60)\n"
+        "whole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert loaded("slow_to_import") is None
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(importlib.import_module, "slow_to_import")
+        assert eventually(lambda: hasattr(sys.modules.get("slow_to_import"), "begun"))
+        found = threads.submit(loaded, "slow_to_import")
+        sys.modules["slow_to_import"].go.set()
+        assert found.result(timeout=60).whole

@@ -68,6 +68,11 @@ class Stage(Worker):
         state.w.requires_grad_(False)
         return seen(tensors, state.arrays)
 
+    @register(**ONE, reads_only=True)
+    def spoil_state(self, found: dict[str, State], part: int) -> None:
+        with torch.no_grad():
+            found["state"].tensors()[part].add_(1)
+
     @register(**ONE)
     def own(self, found: dict[str, State]) -> Seen:
         state = found["state"]
@@ -194,6 +199,10 @@ class AsyncStage(Stage):
     async def merge(self, boxes: list[Any]) -> Any:  # type: ignore[override]
         await asyncio.sleep(0)
         return {"x": torch.cat([torch.as_tensor(box["x"]) for box in boxes])}
+
+    @register(**ONE)
+    async def own(self, found: dict[str, State]) -> Seen:  # type: ignore[override]
+        return Stage.own.__wrapped__(self, found)  # type: ignore[attr-defined, no-any-return]
 
     @register(**ROWS, blocking=False)
     async def step(self, data: DataProto) -> DataProto:  # type: ignore[override]

@@ -11,9 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from single_controller import CallTimeoutError, PerRank, SharedMemoryWriteError, trace
-from single_controller.ray import Colocated, RayWorkerGroup
+from single_controller.base import Worker
+from single_controller.base.decorator import Dispatch, register
+from single_controller.ray import (
+    Colocated,
+    RayClassWithInitArgs,
+    RayResourcePool,
+    RayWorkerGroup,
+)
 from single_controller.ray.failure import StaysError
 from tests.data_plane.stage import batch, moved
 from tests.slices import slices
@@ -131,6 +141,69 @@ def test_a_worker_that_writes_into_a_value_it_returned_is_found_out(
     for read in (lambda: both.two.own(PerRank(handles)), handles[1].get):
         with pytest.raises(SharedMemoryWriteError, match=r"one.state returned tensors.*clone"):
             read()
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_method_that_writes_into_a_value_it_reads_only_is_found_out(
+    both: Colocated, three: RayWorkerGroup, part: int
+) -> None:
+    handles = both.one.state()
+    for given in (handles[0], handles[1].get()):
+        with pytest.raises(SharedMemoryWriteError, match="has written into argument 0, which"):
+            three.spoil_state(given, part)
+
+
+def test_who_is_called_first_reads_what_was_there_before_the_next_call_writes(
+    both: Colocated, three: RayWorkerGroup
+) -> None:
+    floats = 1 << 24
+    expected = 2 * floats + SUM - 8
+    for read, ranks in ((three.borrowed, 3), (both.two.own, 2)) * 3:
+        handles = both.one.state(floats)
+        found = read.submit(PerRank([handles[0], handles[1], handles[0]][:ranks]))
+        both.one.write_state.submit(0)
+        assert [total for *_, total in found.result()] == [expected] * ranks
+
+
+class Trained(Worker):
+    """A model and its optimizer."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def build(self, sharded: bool, **how: bool) -> None:
+        self.model = torch.nn.Linear(4, 4)
+        if sharded:
+            torch.distributed.init_process_group("gloo")
+            fully_shard(self.model, mesh=init_device_mesh("cpu", (1,)))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **how)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def weights(self) -> dict[str, torch.Tensor]:
+        named = self.model.named_parameters()
+        return {name: getattr(p, "to_local", p.detach)() for name, p in named}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def train(self) -> None:
+        self.model(torch.ones(1, 4)).sum().backward()
+        self.optimizer.step()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def free(self) -> None:
+        for parameter in self.model.parameters():
+            getattr(parameter, "to_local", parameter.detach)().untyped_storage().resize_(0)
+
+
+def test_steps_of_optimizers_and_memory_that_was_freed_are_found_out(cluster: None) -> None:
+    kinds = ({"sharded": False, "fused": True}, {"sharded": True, "foreach": True})
+    with RayResourcePool([1], cpus_per_process=0.1) as pool:
+        group: Any = RayWorkerGroup(pool, RayClassWithInitArgs(Trained))
+        for how in kinds:
+            group.build(**how)
+            for write in (group.train, group.free):
+                group._hosts.now.read_elsewhere.clear()  # or it would be copied as it is returned
+                [handle] = group.weights()
+                write()
+                with pytest.raises(SharedMemoryWriteError, match="have been written to since"):
+                    handle.get()
 
 
 def test_a_value_is_let_go_of_when_nobody_holds_its_handle(both: Colocated) -> None:

@@ -504,7 +504,7 @@ def test_an_error_of_a_reader_ends_the_maker_and_the_other_readers(maker: Any, r
 
 def test_a_reader_has_its_deadline(maker: Any, reader: Any, tmp_path: Path) -> None:
     gate = tmp_path / "go"
-    told = r"ranks \[1\].*they read what is yielded by maker.weights on rank 0"
+    told = r"ranks \[1\].*They read what comes from maker.weights on rank 0"
     with pytest.raises(CallTimeoutError, match=told):
         reader.load.options(timeout_s=0.5)(in_buckets(maker)[0], until=gate, stop=4)
     gate.touch()

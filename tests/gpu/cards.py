@@ -72,6 +72,11 @@ class Producer(Worker):
     def write_kept(self) -> None:
         self.mine += 1
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False, transport="device")
+    def weights(self) -> dict[str, torch.Tensor]:
+        self.mine = getattr(self, "mine", torch.zeros(1, device=self.device))
+        return {"w": self.mine}
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def write_over(self, count: int) -> None:
         """Use the memory of so many rows that are gone."""
@@ -86,6 +91,10 @@ class Producer(Worker):
 
 
 class Consumer(Worker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, reads_only=True)
+    def first(self, weights: dict[str, torch.Tensor]) -> float:
+        return weights["w"].flatten()[0].item()
+
     @register(**EACH)
     def look(self, data: Any) -> dict[str, Any]:
         """What came, and where it is."""

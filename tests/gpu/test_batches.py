@@ -141,6 +141,20 @@ def test_a_write_into_what_another_process_is_reading_is_found_out(team: Any, re
     assert team.producer.write_kept() == [None, None]
 
 
+def test_weights_that_were_written_to_since_are_not_read(team: Any, reader: Any) -> None:
+    before = reader.first(team.producer.weights()[0])[0]
+    for step in range(3):  # from the second on, they are lent ahead
+        handle, _ = team.producer.weights()
+        assert reader.first(handle) == [before + step] * 2
+        team.producer.write_kept()
+        with pytest.raises(SharedMemoryWriteError, match=r"producer.weights returned"):
+            reader.first(handle)
+    handle, _ = team.producer.weights()
+    team.producer.write_kept()
+    with pytest.raises(SharedMemoryWriteError, match=r"producer.weights returned"):
+        reader.first(handle)
+
+
 @pytest.mark.parametrize("size", [0, 1, 1 << 20, (16 << 20) + 1, (96 << 20) + 5])
 def test_bytes_leave_the_device_as_they_are(gpus: int, size: int) -> None:
     flat = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
