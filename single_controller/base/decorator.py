@@ -594,7 +594,8 @@ def register(
             for, or these themselves.
         uneven: let shards differ by one row, so that any batch fits any number of ranks.
         reads_only: the method never writes into the tensors and arrays that it gets, so they may
-            be views of memory that others read too, without a copy. numpy refuses to write into
+            be views of memory that others read too, without a copy, until it returns; of what
+            comes in buckets, until it asks for the next. numpy refuses to write into
             them; a method that wrote into a tensor is found by `SINGLE_CONTROLLER_CHECK_READS=1`
             in the workers' environment.
         timeout_s: seconds that a call may take, unless it is called with others; None: what its

@@ -52,6 +52,10 @@ class Reader(Worker):
     def rows(self, data: DataProto) -> DataProto:
         return DataProto.from_dict({"sum": self.hold(data).batch["x"].sum(1)})
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load(self, pairs: Any) -> list[tuple[str, float]]:
+        return [(name, float(tensor.mean())) for name, tensor in pairs]
+
     @register(dispatch_mode=MESH)
     def shard(self, data: DataProto) -> DataProto:
         return self.rows(data)
@@ -66,6 +70,11 @@ class Maker(Worker):
     def widen(self, data: DataProto) -> DataProto:
         hidden = DataProto.from_dict({"hidden": torch.ones(len(data), 8 * MB // 4)})
         return hidden.union(DataProto.from_dict({"x": torch.ones(len(data), 1_000)}))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def pieces(self, count: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(count):
+            yield f"w{i}", torch.full((MB // 4,), i + 100.0 * self.rank)
 
 
 def table(rows: int, **meta_info: Any) -> DataProto:
@@ -153,3 +162,13 @@ def test_what_ranks_of_another_node_share_comes_to_it_once_and_to_no_other_node(
     found = driver(moved, folder, method, value)
     assert megabytes <= found.pop(RIGHT) < megabytes + 0.1
     assert found == {HEAD: 0, LEFT: 0}
+
+
+def in_buckets(rank: int) -> Any:
+    handles = GROUPS["makers"].pieces.options(bucket_bytes=3 * MB)(8)
+    return GROUPS["readers"].load(handles[rank])
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_what_is_yielded_goes_from_node_to_node(driver: Driver, rank: int) -> None:
+    assert driver(in_buckets, rank) == [[(f"w{i}", i + 100.0 * rank) for i in range(8)]] * 4
