@@ -48,7 +48,7 @@ from tests.slices import slices
 from tests.waiting import eventually, once_taken
 
 ALL: dict[str, Any] = {"dispatch_mode": Dispatch.ONE_TO_ALL}
-COUNT, SIZE = 10, 1_000  # tensors, and floats in each
+COUNT, SIZE = 10, 5_000  # tensors, and floats in each: a bucket goes by way of the store
 
 
 def expected(rank: int, count: int = COUNT) -> list[tuple[str, float, int]]:
