@@ -27,7 +27,7 @@ from single_controller.base.trace import Event, note, now_ns
 from single_controller.errors import SharedMemoryWriteError
 from single_controller.ray.message import LARGE, Answer, Packer
 
-__all__ = ["Home", "Kept", "Untouched", "check_lent", "in_thread", "versions"]
+__all__ = ["Home", "Kept", "Untouched", "Watched", "check_lent", "in_thread"]
 
 
 # The token of a call, and the rank whose result it is, as the caller numbers it.
@@ -54,8 +54,7 @@ class Kept:
         self.made = asyncio.Event()
         self.title = ""
         self._result: Any = None
-        self._watched: list[Any] = []  # its tensors, and how often they had been written to
-        self._versions: list[tuple[int, ...]] = []
+        self.tensors = Watched([])  # of it
         self.told = False  # whether some method learned that it wrote into them
         self._lent: list[Any] = []  # what was made of it for others, who map it
 
@@ -93,16 +92,13 @@ class Kept:
         self.made.set()
 
     def _hold(self, result: Any, title: str, watched: Sequence[Any] = ()) -> None:
-        self._result, self.title, self._watched = result, title, _tensors([*watched])
-        if self._watched:
-            _count_steps()
-        self._versions = versions(self._watched)
+        self._result, self.title, self.tensors = result, title, Watched(_tensors([*watched]))
 
     def _checked(self) -> Any:
         """The result. Raises SharedMemoryWriteError where somebody wrote into its tensors."""
         if self._result is None:
             raise RuntimeError("the call that was to make this result failed or was dropped")
-        if self.written:
+        if self.tensors.written:
             raise SharedMemoryWriteError(
                 f"{self.title} returned tensors without blocking, so that they stay in the "
                 "worker, and they have been written to since: have them read before, call it anew, "
@@ -110,11 +106,6 @@ class Kept:
                 "reads_only=True wrote into them"
             )
         return self._result
-
-    @property
-    def written(self) -> bool:
-        """Whether somebody wrote into its tensors."""
-        return self._versions != versions(self._watched)
 
     def pairs(self) -> tuple[Any, str]:
         """The generator, and the method that it is of."""
@@ -206,20 +197,31 @@ def _for_a_reader(held: Sequence[Any]) -> Sequence[Any]:
 _steps = Counter[int]()  # by address: of optimizers that wrote there
 
 
-def versions(tensors: Sequence[Any]) -> list[tuple[int, ...]]:
-    """Of each, how often it was written to, as far as that is counted, and the bytes that it lies
-    in: FSDP frees what it has gathered.
+class Watched:
+    """Tensors, and whether they were written to since, as far as that is counted, or their memory
+    was freed, as FSDP does with what it has gathered.
     """
-    found: list[tuple[int, ...]] = []
-    torch: Any = sys.modules.get("torch")
-    for tensor in tensors:
-        counted = 0 if tensor.is_inference() else int(tensor._version)
-        if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            found.append((counted, storage.nbytes(), _steps[storage.data_ptr()]))
-        else:
-            found.append((counted,))
-    return found
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        torch: Any = sys.modules.get("torch")
+        if tensors:
+            _count_steps()
+        self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._storages = [
+            tensor.untyped_storage()
+            for tensor in tensors
+            if type(tensor) is torch.Tensor and tensor.layout is torch.strided
+        ]
+        self._before = self._now()
+
+    def _now(self) -> tuple[list[int], list[tuple[int, int]]]:
+        places = [storage.data_ptr() for storage in self._storages]
+        counts = [tensor._version for tensor in self._counted]
+        return counts, [(place, _steps[place]) for place in places]
+
+    @property
+    def written(self) -> bool:
+        return self._before != self._now()
 
 
 @functools.cache
@@ -248,17 +250,17 @@ class Untouched:
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._before: list[tuple[str, Any, Any]] = []
+        self._watched: list[tuple[str, Watched]] = []
         if os.environ.get("SINGLE_CONTROLLER_CHECK_READS", "") not in ("", "0"):
             for name, value in named_arguments(args, kwargs):
                 found = _tensors(value)
                 with contextlib.suppress(Exception):  # of an iterator of pairs, or another's object
                     found = _tensors([*Message.of(value, _Keeping).held])
-                self._before.append((name, found, versions(found)))
+                self._watched.append((name, Watched(found)))
 
     def check(self, title: str) -> None:
         """Raise SharedMemoryWriteError, naming the method as `title`, where one has changed."""
-        changed = [name for name, found, before in self._before if versions(found) != before]
+        changed = [name for name, tensors in self._watched if tensors.written]
         if changed:
             raise SharedMemoryWriteError(
                 f"{title} is registered with reads_only=True, and has written into "
@@ -283,7 +285,7 @@ def check_lent(shelf: Mapping[Home, Kept], tokens: Collection[str], title: str) 
     reading.
     """
     for (token, _), kept in shelf.items():
-        if token in tokens and kept.written and not kept.told:
+        if token in tokens and kept.tensors.written and not kept.told:
             kept.told = True
             raise SharedMemoryWriteError(
                 f"{title} has written into what {kept.title} returned, and another process "

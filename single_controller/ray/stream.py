@@ -31,7 +31,7 @@ from single_controller.errors import GroupBrokenError, SharedMemoryWriteError
 from single_controller.ray.failure import CallSite, get_ours, raised, translate
 from single_controller.ray.message import SMALL, Packer
 from single_controller.ray.process import ProcessInfo
-from single_controller.ray.shelf import Home, in_thread, versions
+from single_controller.ray.shelf import Home, Watched, in_thread
 
 __all__ = ["Offer", "Pairs", "borrowed", "made", "made_here", "reading_pairs", "relay"]
 
@@ -173,12 +173,12 @@ class _Bucket:
     def __init__(self, title: str) -> None:
         self.pairs: list[_Pair] = []
         self.size = 0
-        self._title, self._versions = title, list[tuple[int, ...]]()
+        self._title, self._tensors = title, list[Watched]()
         self._lent: Sequence[Any] = ()  # what others map
 
     def add(self, name: str, tensor: Any) -> None:
         self.pairs.append((name, tensor.detach()))
-        self._versions += versions([tensor])
+        self._tensors.append(Watched([tensor]))
         self.size += tensor.nbytes
 
     def give(self, at: int, offer: Offer) -> tuple[Any, int]:
@@ -195,7 +195,7 @@ class _Bucket:
 
     def check(self) -> None:
         """Raise SharedMemoryWriteError where a tensor was written to since it was made."""
-        if versions([tensor for _, tensor in self.pairs]) != self._versions:
+        if any(tensor.written for tensor in self._tensors):
             raise SharedMemoryWriteError(
                 f"{self._title} has written into a tensor that it had yielded, before all had read "
                 "it: yield one of its own, as x.clone(); or a method with reads_only=True wrote "
