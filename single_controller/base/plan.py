@@ -314,9 +314,14 @@ def named_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[
         yield f"argument {key!r}", value
 
 
+_loaded: dict[str, Any] = {}
+
+
 def loaded(name: str) -> Any:
     """A module, whole also where another thread is just importing it; None where nobody has."""
-    return importlib.import_module(name) if name in sys.modules else None
+    if name not in _loaded and name in sys.modules:
+        _loaded[name] = importlib.import_module(name)
+    return _loaded.get(name)
 
 
 def is_future(value: Any) -> TypeGuard[DataProtoFuture]:

@@ -183,12 +183,14 @@ def _for_a_reader(held: Sequence[Any]) -> Sequence[Any]:
         return held
     from protocol.batches import batch_rows, is_batch, lend_rows
 
+    view = how_to_read() == "view"
+
     def own(value: Any) -> Any:
         if is_batch(value):
             return lend_rows(value, 0, batch_rows(value))
         if not is_packed(value):
             return value
-        shown = value.detach() if how_to_read() == "view" else value.detach().clone()
+        shown = value.detach() if view else value.detach().clone()
         return shown.requires_grad_() if value.requires_grad else shown
 
     return [own(value) for value in held]
