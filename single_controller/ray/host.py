@@ -174,7 +174,8 @@ class AsyncHost:
             kept = {**self._shelf} if parts else {}
             method = getattr(self._workers[head.role], head.method)
             interleaves = on_loop and inspect.iscoroutinefunction(method)
-            if interleaves and not head.own:
+            there = head.own and all(self._kept(home).made.is_set() for home in head.own)
+            if interleaves and not there:  # what makes it may wait for later calls
                 in_turn = False
                 self._order.end(head.turn)
             with reading_pairs() if parts else _NO_PAIRS as pairs:

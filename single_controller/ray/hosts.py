@@ -76,7 +76,7 @@ class RayHosts(Generation):
         self._callables: dict[str, list[Any]] = {}
         self._caller = uuid.uuid4().hex
         self._turns = [0] * len(self.handles)
-        self.calls = 0
+        self.calls = 0  # that were sent
         self._running: dict[Any, tuple[int, str]] = {}  # by reference: which rank, and why
         self._relay: Any = None
         self._lent: dict[str, list[Any]] = {}  # see `lent`
@@ -176,7 +176,6 @@ class RayHosts(Generation):
         with self.sending:
             self._check_whole()
             refs: list[Any] = []
-            self.calls += 1
             self._half_sent = True
             try:
                 yield refs

@@ -67,7 +67,8 @@ class Head(NamedTuple):
     where the output stays in the host (`shelf.Home`), if it does. `mark`: what a trace knows the
     call by. `padding`: whether the caller pads its batches, where that was set. `pairs`: the output
     is a generator of them. `lent`: the tokens of results in this host that others may be reading,
-    which it must not change. `own`: it reads results in this host, which later calls may change.
+    which it must not change. `own`: where what it reads of
+    this host is, which later calls may change.
     """
 
     role: str
@@ -82,7 +83,7 @@ class Head(NamedTuple):
     padding: str | None = None
     pairs: bool = False
     lent: tuple[str, ...] = ()
-    own: bool = False
+    own: tuple[tuple[str, int], ...] = ()
 
     @property
     def title(self) -> str:

@@ -145,6 +145,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
         made = RemoteCall(hosts, request, began)
         meeting = routes.meeting(made) if routes.streams else contextlib.nullcontext()
         with meeting, hosts.sending_a_call() as refs:
+            hosts.calls += 1
             for rank, outgoing in enumerate(outbox.by_rank):
                 if outgoing is None:
                     continue
@@ -161,7 +162,7 @@ def send(hosts: RayHosts, request: Request, calls: Sequence[Call | None]) -> Rem
                     padding,
                     request.bucket_bytes is not None and request.deferred,
                     lent,
-                    id(outgoing) in routes.own,
+                    tuple(routes.own.get(rank, ())),
                 )
                 refs.append(callables[rank].remote(*sealed(head, *letters[id(outgoing)])))
                 made.sent(sites[rank], refs[-1], head.turn)
@@ -320,12 +321,13 @@ class RemoteCall(_Answers, Pending):
         with self._lock:
             self._unread.discard(what)
             self.hosts.read_elsewhere.setdefault(self.request.title, set()).add(what)
-            if lends and self.request.opens and self._lent_at != self.hosts.calls:
+            calls = self.hosts.calls
+            if lends and self.request.opens and self._lent_at != calls:
                 # Calls since then may have written into it: claims are made as it is now.
                 self.published = {one: ref for one, ref in self.published.items() if not one[2]}
             if what not in self.published:
                 self.published[what] = self._publication(what)
-                self._lent_at = self.hosts.calls
+                self._lent_at = calls
             return self.published[what]
 
     def publish_ahead(self) -> None:
@@ -334,8 +336,8 @@ class RemoteCall(_Answers, Pending):
             read, ranks = self.hosts.read_elsewhere, {*self.request.answers}
             found = [*read.get(self.request.title, ())]  # others may drop some now
             self._unread |= {what for what in found if what[0] in ranks}
-            self.published |= {what: self._publication(what) for what in self._unread}
             self._lent_at = self.hosts.calls
+            self.published |= {what: self._publication(what) for what in self._unread}
 
     def check_current(self) -> None:
         """Raise GroupBrokenError where the group was restarted."""
@@ -665,7 +667,7 @@ class _Routes:
         self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
         self._perhaps: list[tuple[RemoteBatch, bool]] = []  # see `_offer`
         self.parts: dict[int, list[Any]] = {}  # by id of what is sent: the one of its futures
-        self.own = set[int]()  # by id, too: what reads results of its own hosts
+        self.own: dict[int, list[Home]] = {}  # by rank: what it reads of its own process
         self._sources: list[str] = []
         if called:
             self._plan(known)
@@ -683,16 +685,13 @@ class _Routes:
         rest = [] if known else [one for one in futures.values() if not isinstance(one, Handle)]
         for batch in _remote(rest):
             readers[batch.key] = batch, range(len(lists))
-        for (out, _), found in zip(self._called, lists, strict=True):
-            made = [] if hosts.ordered else [batch.call for batch in _remote(found)]
-            if any(call is not None and call.hosts is hosts for call in made):
-                self.own.add(id(out))
-        self._sources = [
-            f"{batch.title} on rank {batch.rank}"
-            for batch, _ in readers.values()
-            if batch.call is not None and not batch.came
-        ]
+        away = (batch for batch, _ in readers.values() if batch.call and not batch.came)
+        first = itertools.islice(away, _NAMED + 1)
+        self._sources = [f"{batch.title} on rank {batch.rank}" for batch in first]
         number = {rank: i for i, (_, ranks) in enumerate(self._called) for rank in ranks}
+        for batch, at in () if hosts.ordered else readers.values():
+            if batch.call and batch.call.hosts is hosts and number.get(batch.rank) in at:
+                self.own.setdefault(batch.rank, []).append(batch.home)
         offers = {key: self._offer(*read, number) for key, read in readers.items()}
         self._check_streams()
         self._sort_streams(lists)

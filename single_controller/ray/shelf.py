@@ -56,7 +56,7 @@ class Kept:
         self._result: Any = None
         self.tensors = Watched([])  # of it
         self.told = False  # whether some method learned that it wrote into them
-        self._lent: list[Any] = []  # what was made of it for others, who map it
+        self._lent: dict[int, Any] = {}  # by address: what was made of it for others, who map it
 
     def keep(self, output: Any, title: str) -> int | None:
         """Keep what the method `title` returned, if it is a batch; its rows."""
@@ -127,7 +127,7 @@ class Kept:
 
             found = select_keys(found, *columns)
         message = Message.of(found, Packer, lends=lends)
-        self._lent += message.lent
+        self._lent |= {tensor.untyped_storage().data_ptr(): tensor for tensor in message.lent}
         details = {"method": self.title, "bytes": message.size}
         note(Event("user", "publish", began, now_ns(), details=details))  # that call has ended
         return message, message.size
@@ -196,6 +196,15 @@ def _for_a_reader(held: Sequence[Any]) -> Sequence[Any]:
     return [own(value) for value in held]
 
 
+def _storage(tensor: Any) -> Any:
+    """What a tensor has of memory in this process; None if nothing, or if its class hides it."""
+    torch: Any = sys.modules["torch"]
+    if type(tensor) is not torch.Tensor and hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.numel()
+    return tensor.untyped_storage() if plain else None
+
+
 _steps = Counter[int]()  # by address: of optimizers that wrote there
 
 
@@ -205,15 +214,10 @@ class Watched:
     """
 
     def __init__(self, tensors: Sequence[Any]) -> None:
-        torch: Any = sys.modules.get("torch")
         if tensors:
             _count_steps()
         self._counted = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._storages = [
-            tensor.untyped_storage()
-            for tensor in tensors
-            if type(tensor) is torch.Tensor and tensor.layout is torch.strided
-        ]
+        self._storages = [storage for storage in map(_storage, tensors) if storage is not None]
         self._before = self._now()
 
     def _now(self) -> tuple[list[int], list[tuple[int, int]]]:
@@ -238,9 +242,9 @@ def _count_steps() -> None:
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        mine = getattr(parameter, "to_local", parameter.detach)()
-                        _steps[mine.untyped_storage().data_ptr()] += 1
+                    storage = None if parameter.grad is None else _storage(parameter.detach())
+                    if storage is not None:
+                        _steps[storage.data_ptr()] += 1
 
     register_optimizer_step_post_hook(count)
 
@@ -286,13 +290,14 @@ def check_lent(shelf: Mapping[Home, Kept], tokens: Collection[str], title: str) 
     """Raise SharedMemoryWriteError where the method `title` wrote into what others may have been
     reading.
     """
-    for (token, _), kept in shelf.items():
-        if token in tokens and kept.tensors.written and not kept.told:
+    lent = (kept for (token, _), kept in shelf.items() if token in tokens and not kept.told)
+    if written := [kept for kept in lent if kept.tensors.written]:
+        for kept in written:
             kept.told = True
-            raise SharedMemoryWriteError(
-                f"{title} has written into what {kept.title} returned, and another process "
-                "may have been reading it: wait for the calls that read it first"
-            )
+        raise SharedMemoryWriteError(
+            f"{title} has written into what {written[0].title} returned, and another process "
+            "may have been reading it: wait for the calls that read it first"
+        )
 
 
 async def in_thread(function: Callable[..., Any], *args: Any) -> Any:

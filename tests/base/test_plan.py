@@ -6,7 +6,7 @@ import importlib
 import pickle
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -102,5 +102,6 @@ def test_a_module_that_a_thread_is_importing_is_waited_for(
         threads.submit(importlib.import_module, "slow_to_import")
         assert eventually(lambda: hasattr(sys.modules.get("slow_to_import"), "begun"))
         found = threads.submit(loaded, "slow_to_import")
+        assert not wait([found], timeout=0.2).done
         sys.modules["slow_to_import"].go.set()
         assert found.result(timeout=60).whole

@@ -200,6 +200,16 @@ class AsyncStage(Stage):
         await asyncio.sleep(0)
         return {"x": torch.cat([torch.as_tensor(box["x"]) for box in boxes])}
 
+    @register(**ONE, blocking=False)
+    async def when_told(self) -> Any:
+        self.told = asyncio.Event()
+        await self.told.wait()
+        return {"x": torch.ones(1)}
+
+    @register(**ONE)
+    async def tell(self) -> None:
+        self.told.set()
+
     @register(**ONE)
     async def own(self, found: dict[str, State]) -> Seen:  # type: ignore[override]
         return Stage.own.__wrapped__(self, found)  # type: ignore[attr-defined, no-any-return]

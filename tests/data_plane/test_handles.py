@@ -14,6 +14,7 @@ import ray
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.two_tensor import TwoTensor
 
 from single_controller import CallTimeoutError, PerRank, SharedMemoryWriteError, trace
 from single_controller.base import Worker
@@ -165,21 +166,43 @@ def test_who_is_called_first_reads_what_was_there_before_the_next_call_writes(
         assert [total for *_, total in found.result()] == [expected] * ranks
 
 
+def test_later_calls_reach_a_process_where_one_waits_for_what_another_makes(
+    async_roles: Colocated,
+) -> None:
+    handles = async_roles.one.when_told()
+    read = async_roles.one.merge(PerRank([[handle] for handle in handles]))
+    async_roles.one.tell.options(timeout_s=60)()
+    assert [handle.get()["x"].tolist() for handle in read] == [[1.0]] * 2
+
+
 class Trained(Worker):
     """A model and its optimizer."""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def build(self, sharded: bool, **how: bool) -> None:
+    def build(self, sharded: bool = False, **how: bool) -> None:
         self.model = torch.nn.Linear(4, 4)
         if sharded:
-            torch.distributed.init_process_group("gloo")
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("gloo")
             fully_shard(self.model, mesh=init_device_mesh("cpu", (1,)))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **how)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
-    def weights(self) -> dict[str, torch.Tensor]:
-        named = self.model.named_parameters()
-        return {name: getattr(p, "to_local", p.detach)() for name, p in named}
+    def weights(self, whole: bool) -> dict[str, torch.Tensor]:
+        named = [(name, p.detach()) for name, p in self.model.named_parameters()]
+        return {n: p if whole else getattr(p, "to_local", p.detach)() for n, p in named}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def untouched(self) -> list[torch.Tensor]:
+        return [torch.empty(0), torch.ones(1)]
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def step_others(self) -> None:
+        """Of parameters without memory, or of a class that hides it."""
+        for tensor in (torch.empty(0), TwoTensor(torch.ones(2), torch.ones(2))):
+            parameter = torch.nn.Parameter(tensor)
+            parameter.grad = torch.ones_like(tensor)
+            torch.optim.SGD([parameter], 0.1).step()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def train(self) -> None:
@@ -193,17 +216,20 @@ class Trained(Worker):
 
 
 def test_steps_of_optimizers_and_memory_that_was_freed_are_found_out(cluster: None) -> None:
-    kinds = ({"sharded": False, "fused": True}, {"sharded": True, "foreach": True})
+    kinds = ({"fused": True}, {"sharded": True, "fused": True}, {"sharded": True, "foreach": True})
     with RayResourcePool([1], cpus_per_process=0.1) as pool:
         group: Any = RayWorkerGroup(pool, RayClassWithInitArgs(Trained))
         for how in kinds:
             group.build(**how)
-            for write in (group.train, group.free):
+            [others] = group.untouched()
+            group.step_others()
+            for write, whole in ((group.train, False), (group.train, True), (group.free, False)):
                 group._hosts.now.read_elsewhere.clear()  # or it would be copied as it is returned
-                [handle] = group.weights()
+                [handle] = group.weights(whole)
                 write()
                 with pytest.raises(SharedMemoryWriteError, match="have been written to since"):
                     handle.get()
+            assert [len(tensor) for tensor in others.get()] == [0, 1]
 
 
 def test_a_value_is_let_go_of_when_nobody_holds_its_handle(both: Colocated) -> None:
