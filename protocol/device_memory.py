@@ -167,7 +167,7 @@ class _Mapped:
 
 
 _NO_COUNTER = b"/no/counter"  # a name that no file there can have: torch counts nothing down
-_lock = threading.Lock()  # of all below
+_lock = threading.RLock()  # of all below
 _lenders: dict[str, _Mapped] = {}
 _borrowed: list[tuple[ref[torch.Tensor], int]] = []  # and which device was current
 _passing: list[tuple[_Mapped, int]] = []  # storages that no message lent before

@@ -400,7 +400,7 @@ class InlineReference(_InProcess):
 
     def _finish(self, timeout: float | None) -> None:
         self.pending.finish(timeout)
-        if why := self.pending.hosts.ended:
+        if self.pending.request.deferred and (why := self.pending.hosts.ended):
             raise GroupBrokenError(f"what {self.title} returned is gone with its workers: {why}")
 
     def rows(self, timeout: float | None = None) -> int:

@@ -31,10 +31,9 @@ this order is left to the user, and so are drivers that pass pairs to and fro be
 groups at the same time.
 
 A host on an event loop runs more than its first task at a time, and waits for no more: the turn of
-a task comes after what was sent before has started, and what waits for others does so in threads of
-their own. A method that reads pairs in the loop itself stops it meanwhile: what makes them must not
-wait for what is awaited there.
-"""
+a task comes after what was sent before has started (and has read what this host has made for it),
+and what waits for others does so in threads of their own. A method that reads pairs in the loop
+itself stops it meanwhile: what makes them must not wait for what is awaited there."""
 
 from __future__ import annotations
 
@@ -401,9 +400,10 @@ def _got(
         if hosts is not None:
             hosts.check_current()
         return found
-    except (GetTimeoutError, GroupBrokenError):
-        raise
     except Exception as error:
+        # What a worker raised may be of such a type, too.
+        if type(error) in (GetTimeoutError, GroupBrokenError):
+            raise
         if hosts is None:
             raise diagnose(error, refs, sites, {}) from None
         hosts.check_current()
@@ -664,6 +664,7 @@ class _Routes:
         # Which, by which ranks of other processes, and whether its own reads it, too.
         self.streams: list[tuple[RemoteBatch, Offer, tuple[int, ...], bool]] = []
         self._called, self._hosts, self._request = called, hosts, request
+        self._relays: dict[RayHosts, Any] = {}
         self._loans: dict[RemoteCall, set[int]] = {}  # to which ranks
         self._perhaps: list[tuple[RemoteBatch, bool]] = []  # see `_offer`
         self.parts: dict[int, list[Any]] = {}  # by id of what is sent: the one of its futures
@@ -754,7 +755,9 @@ class _Routes:
             )
         readers = tuple(self._hosts.infos[other].process for other in others)
         lends = bool(others) and call.can_lend(rank, self._hosts, others)
-        relay = call.hosts.relay() if others else None
+        if others and call.hosts not in self._relays:
+            self._relays[call.hosts] = call.hosts.relay()
+        relay = self._relays[call.hosts] if others else None
         offer = Offer(batch.home, relay, readers, call.request.bucket_bytes, lends)
         self.streams.append((batch, offer, others, here))
         return offer

@@ -7,7 +7,7 @@ one is begun when all readers are done with the one before the last. Whoever fai
 with its cause; the relay sees the end of each by the reference to its call.
 
 All readers must read what they are passed, and several streams in the same order: a maker waits for
-the slowest of its readers. One that ends its call early is not waited for.
+the slowest of its readers. One that leaves its loop, or ends its call, is not waited for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from single_controller.ray.shelf import Home, Watched, in_thread
 __all__ = ["Offer", "Pairs", "borrowed", "made", "made_here", "reading_pairs", "relay"]
 
 _Pair: TypeAlias = "tuple[str, Any]"
-_Watched: TypeAlias = "tuple[CallSite, list[Any]]"  # a call, and its reference, which stays one
+_Sent: TypeAlias = "tuple[CallSite, list[Any]]"  # a call, and its reference, which stays one
 
 _LATE = 100  # streams that have ended: what was sent before may come after
 
@@ -127,7 +127,7 @@ class _Relay:
             await stream.until(lambda: True)
 
     async def watch(
-        self, offer: Offer, maker: _Watched | None, readers: Mapping[ProcessInfo, _Watched]
+        self, offer: Offer, maker: _Sent | None, readers: Mapping[ProcessInfo, _Sent]
     ) -> int:
         """Until these calls have ended, tell the others of each end; the bytes that moved."""
         stream = self._streams[offer.key]
@@ -177,8 +177,9 @@ class _Bucket:
         self._lent: Sequence[Any] = ()  # what others map
 
     def add(self, name: str, tensor: Any) -> None:
-        self.pairs.append((name, tensor.detach()))
-        self._tensors.append(Watched([tensor]))
+        mine = tensor.detach()  # a Parameter's own class would hide its memory
+        self.pairs.append((name, mine))
+        self._tensors.append(Watched([mine]))
         self.size += tensor.nbytes
 
     def give(self, at: int, offer: Offer) -> tuple[Any, int]:
@@ -258,7 +259,7 @@ class Pairs(Iterator[_Pair]):
         buckets: Generator[tuple[list[_Pair], bool]],
         others: bool = False,
         copies: bool = False,
-        leave: Callable[[], object] | None = None,
+        leave: Callable[[], object] = lambda: None,
     ) -> None:
         self._buckets, self._others, self._copies, self._leave = buckets, others, copies, leave
         self._pairs: list[_Pair] = []  # the next one is the last
@@ -275,9 +276,8 @@ class Pairs(Iterator[_Pair]):
         try:
             yield from iter(partial(next, self, None), None)
         finally:
-            if self._leave is not None:
-                self._ended = True
-                self._leave()
+            self._ended = True
+            self._leave()
 
     def __next__(self) -> _Pair:
         if self._ended:
@@ -326,7 +326,7 @@ def made_here(pairs: Any, title: str, offer: Offer, how: Any) -> Pairs:
             while True:
                 found, given = steps.send(reply)
                 yield found[::-1], given is not None
-                reply = given is not None and ray.get(given)
+                reply = given is not None and _told(given)
 
     return Pairs(buckets(), offer.at is not None, copies=how != "view")
 
@@ -336,8 +336,9 @@ def borrowed(offer: Offer, reader: ProcessInfo, how: Any, title: str) -> Pairs:
 
     Raises:
         WorkerError: the maker failed, or another reader. GroupBrokenError: its group has ended.
-        RuntimeError: the reader keeps views of what the maker is about to let go of.
+        RuntimeError: the reader keeps views of memory that the maker is about to free.
     """
+    views = offer.lends and how == "view"
 
     def buckets() -> Generator[tuple[list[_Pair], bool]]:
         from protocol.device_memory import settle
@@ -346,14 +347,14 @@ def borrowed(offer: Offer, reader: ProcessInfo, how: Any, title: str) -> Pairs:
         shown: list[weakref.ref[Any]] = []
         while (packed := _told(take(offer.key, count, reader))) is not None:
             found = _opened(packed, how)
-            shown = [*shown[-1:], *(weakref.ref(tensor) for _, tensor in reversed(found))]
+            shown = [*shown[-2:], *(weakref.ref(tensor) for _, tensor in reversed(found))]
             yield found, False
-            # A loop holds the last one until it has the next.
-            if how == "view" and any(one() is not None for one in shown[:-1]):
+            # A loop holds the last one until it has the next, and `zip` the one before.
+            if views and any(one() is not None for one in shown[:-2]):
                 raise RuntimeError(
                     f"a tensor that {title} yields is gone when the next one is asked for, since "
-                    "the method that reads it has reads_only=True: copy each in the loop, or "
-                    "register it without reads_only"
+                    "the method that reads it has reads_only=True, and something still holds one: "
+                    "copy each in the loop, or register the method without reads_only"
                 )
             del packed, found
             settle()
