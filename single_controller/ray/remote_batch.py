@@ -33,7 +33,8 @@ groups at the same time.
 A host on an event loop runs more than its first task at a time, and waits for no more: the turn of
 a task comes after what was sent before has started (and has read what this host has made for it),
 and what waits for others does so in threads of their own. A method that reads pairs in the loop
-itself stops it meanwhile: what makes them must not wait for what is awaited there."""
+itself stops it meanwhile: what makes them must not wait for what is awaited there.
+"""
 
 from __future__ import annotations
 
