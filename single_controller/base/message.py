@@ -24,6 +24,7 @@ __all__ = [
     "NOTHING",
     "ONLY_PASSED",
     "READ_BEFORE",
+    "RESULT_GONE",
     "Message",
     "Outbox",
     "Outgoing",
@@ -49,6 +50,7 @@ ONLY_PASSED = (
     "what {0} yields goes in buckets, from process to process: pass the handle to a method of a "
     "group, which gets an iterator of the pairs"
 )
+RESULT_GONE = "what {0} returned is gone with its workers: {1}. Fetch what you need before that"
 READ_BEFORE = (
     "what {0} yields on rank {1} was passed on before, and can be read once: call it again"
 )

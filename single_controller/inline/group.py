@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from single_controller.base.explain import RankState
 from single_controller.base.hosts import Generation, Hosts, allowed_restarts
 from single_controller.base.message import (
+    RESULT_GONE,
     Message,
     Outbox,
     Outgoing,
@@ -401,7 +402,7 @@ class InlineReference(_InProcess):
     def _finish(self, timeout: float | None) -> None:
         self.pending.finish(timeout)
         if self.pending.request.deferred and (why := self.pending.hosts.ended):
-            raise GroupBrokenError(f"what {self.title} returned is gone with its workers: {why}")
+            raise GroupBrokenError(RESULT_GONE.format(self.title, why))
 
     def rows(self, timeout: float | None = None) -> int:
         """How many rows it has; a value of any kind has one."""

@@ -56,6 +56,7 @@ from single_controller.base.dispatch import padding_setting
 from single_controller.base.message import (
     ONLY_PASSED,
     READ_BEFORE,
+    RESULT_GONE,
     Message,
     Outbox,
     Outgoing,
@@ -350,10 +351,7 @@ class RemoteCall(_Answers, Pending):
         """Raise GroupBrokenError where the results are gone."""
         self.check_current()
         if self.hosts.ended:
-            raise GroupBrokenError(
-                f"what {self.title} returned is gone with its workers: {self.hosts.ended}. Fetch "
-                "what you need before that"
-            )
+            raise GroupBrokenError(RESULT_GONE.format(self.title, self.hosts.ended))
 
     def _publication(self, what: _What, wanted: list[Any] | None = None) -> Any:
         rank, columns, lends = what
@@ -788,12 +786,12 @@ class _Routes:
         """
         if len(self.streams) < 2:
             return
-        order = TopologicalSorter[Any]()
         streams = {stream[0].key: stream for stream in self.streams}
+        order = TopologicalSorter[Any](dict.fromkeys(streams, ()))
         for found in lists:
             keys = [batch.key for batch in _remote(found) if batch.key in streams]
-            for before, key in itertools.pairwise([None, *keys]):
-                order.add(key, *([before] if before else ()))
+            for before, key in itertools.pairwise(keys):
+                order.add(key, before)
         try:
             self.streams = [streams[key] for key in order.static_order()]
         except CycleError:
